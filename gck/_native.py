@@ -1,0 +1,38 @@
+"""The one place that loads the compiled module `gck._C`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from gck.errors import BackendUnavailableError
+
+__all__ = ["load", "num_threads"]
+
+
+@cache
+def load() -> Any:
+    """The compiled module; `_C.pyi` has its typing.
+
+    torch is imported above, before it: the loader then binds our OpenMP calls to the runtime that
+    torch brought, and the process has one thread pool.
+
+    Raises:
+        BackendUnavailableError: the package was not built; says how to build it.
+    """
+    try:
+        from gck import _C
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"gck._C: the compiled module cannot be loaded ({error}). Install the package with "
+            "`pip install .`, or build it in place with `cmake -S . -B build/local && "
+            "cmake --build build/local && cmake --install build/local --prefix .`"
+        ) from error
+    return _C
+
+
+def num_threads() -> int:
+    """Threads that CPU kernels use: torch's intra-op setting."""
+    return torch.get_num_threads()

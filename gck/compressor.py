@@ -1,0 +1,108 @@
+"""The Compressor protocol, and the registry of compressors by name.
+
+A compressor is a small immutable value: a frozen dataclass that holds its options and knows how to
+turn (gradient, residual) into bytes and bytes back into a dense vector. Collectives use this protocol
+and nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from gck.errors import ArgumentError
+from gck.wire import Layout
+
+__all__ = ["REGISTRY", "Compressor", "compressor_class", "shard_numel"]
+
+# One line a compressor: registry name -> module and class. Imported on first use, never before, so
+# that this module stays below the kernels.
+REGISTRY = {
+    "topk": "gck.kernels.topk:TopK",
+    "sign": "gck.kernels.sign:Sign",
+}
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """What a collective needs to know of a compressor."""
+
+    name: ClassVar[str]
+
+    @property
+    def shard_unit(self) -> int | None:
+        """Elements that must stay together (a chunk), or None where a vector cannot be split.
+
+        Compressors with a unit run on the two-phase all-reduce; the others on the all-gather.
+        """
+        ...
+
+    def layout(self, numel: int) -> Layout:
+        """Fields of the body that a vector of `numel` elements becomes; depends on nothing else."""
+        ...
+
+    def compress_(
+        self, grad: Tensor, err: Tensor | None, bodies: Tensor, *, nonfinite: Tensor | None = None
+    ) -> None:
+        """Compresses acc = fp32(grad) + err into `bodies`; err becomes acc - decoded.
+
+        Args:
+            grad: fp32, bf16 or fp16, contiguous; read only.
+            err: fp32, same numel and device; overwritten. None: compress grad alone.
+            bodies: (S, layout(shard).nbytes) uint8, each row contiguous, **zeroed**, where shard =
+                `shard_numel(numel, shard_unit, S)`; row s receives elements [s * shard, (s+1) * shard)
+                of acc. S must be 1 where `shard_unit` is None.
+            nonfinite: (1,) int64 on the same device; increased by the number of entries whose
+                residual was not finite and was therefore cleared to zero.
+        """
+        ...
+
+    def decompress_(
+        self,
+        out: Tensor,
+        body: Tensor,
+        *,
+        capacity: int | None = None,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+    ) -> None:
+        """Writes alpha * decoded to `out`, or adds it when `accumulate`.
+
+        Args:
+            out: (numel,) fp32 contiguous; overwritten.
+            body: (nbytes,) uint8.
+            capacity: elements that the body was laid out for, at least out.numel(); the last shard of
+                a vector is often cut short by the vector's end. Default: out.numel().
+            alpha: one multiplication in fp32, then one addition.
+
+        Raises:
+            CorruptPayloadError: before anything is written, where the check costs no host sync.
+        """
+        ...
+
+
+def compressor_class(name: str) -> Any:
+    """The class registered under `name`.
+
+    Raises:
+        ArgumentError: no compressor has that name.
+    """
+    try:
+        module, _, attribute = REGISTRY[name].partition(":")
+    except KeyError:
+        known = ", ".join(sorted(REGISTRY))
+        raise ArgumentError(f"compressor_class: name must be one of {known}, got {name!r}") from None
+    return getattr(import_module(module), attribute)
+
+
+def shard_numel(numel: int, unit: int | None, shards: int) -> int:
+    """Elements a shard when `numel` elements are cut into `shards` runs of whole units.
+
+    Every shard has this capacity; the last ones may be partly or wholly empty.
+    """
+    if unit is None:
+        return numel
+    units = -(-numel // unit)
+    return -(-units // shards) * unit

@@ -1,0 +1,81 @@
+"""Payload types: what a compressor hands to the network.
+
+A payload is a NamedTuple of tensors. The tensors are views of one contiguous buffer laid out as the
+wire body (see `gck.wire`), so sending it copies nothing. Payloads made by hand from separate tensors
+are accepted everywhere as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["PackedSigns", "Payload", "SparseGrad"]
+
+
+class SparseGrad(NamedTuple):
+    """The k largest entries of a vector.
+
+    Attributes:
+        values: (k,) fp32, bf16 or fp16.
+        indices: (k,) int32 (int64 when numel > 2**31 - 1), strictly ascending positions in the
+            flattened vector.
+        numel: number of elements of the dense vector.
+    """
+
+    values: Tensor
+    indices: Tensor
+    numel: int
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "topk"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        from gck.wire import layout_of
+
+        return layout_of(self.values, self.indices).nbytes
+
+
+class PackedSigns(NamedTuple):
+    """One bit an element and one scale a chunk.
+
+    Attributes:
+        words: (ceil(numel / 32),) uint32; bit i of word w is element 32 * w + i, 1 means >= 0;
+            bits past numel are 0.
+        scales: (ceil(numel / chunk_size),) fp32, the mean magnitude of the chunk's valid elements.
+        numel: number of elements of the dense vector.
+        chunk_size: elements a chunk, a power of two in [32, 8192].
+    """
+
+    words: Tensor
+    scales: Tensor
+    numel: int
+    chunk_size: int
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "sign"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        from gck.wire import layout_of
+
+        return layout_of(self.words, self.scales).nbytes
+
+
+Payload: TypeAlias = SparseGrad | PackedSigns
+
+INDEX_LIMIT = 2**31 - 1
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of indices into a vector of `numel` elements: int32 while it can hold them."""
+    return torch.int32 if numel <= INDEX_LIMIT else torch.int64

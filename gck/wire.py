@@ -1,0 +1,99 @@
+"""Where the fields of a payload lie in its body.
+
+A body is one run of bytes: the payload's fields in order, each starting at a multiple of 16 bytes,
+little-endian, padding zero. Its size follows from the compressor's configuration and the number of
+elements alone, so ranks never have to exchange sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gck.errors import CorruptPayloadError
+
+__all__ = ["ALIGNMENT", "Field", "Layout", "body_of", "layout_of"]
+
+ALIGNMENT = 16
+
+
+def _align(nbytes: int) -> int:
+    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Field:
+    """`count` elements of `dtype`, starting at byte `offset` of the body."""
+
+    dtype: torch.dtype
+    count: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The fields of one body, in order."""
+
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(cls, *fields: tuple[torch.dtype, int]) -> Layout:
+        """Lays out (dtype, count) pairs one after another."""
+        placed: list[Field] = []
+        offset = 0
+        for dtype, count in fields:
+            placed.append(Field(dtype, count, offset))
+            offset = _align(placed[-1].end)
+        return cls(tuple(placed))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the body: a multiple of 16 bytes."""
+        return _align(self.fields[-1].end)
+
+    def views(self, body: Tensor) -> tuple[Tensor, ...]:
+        """Typed views of a (nbytes,) uint8 body, one a field; nothing is copied.
+
+        Raises:
+            CorruptPayloadError: the body has another size than the layout.
+        """
+        if body.dtype != torch.uint8 or body.dim() != 1 or body.numel() != self.nbytes:
+            raise CorruptPayloadError(
+                f"payload body: expected {self.nbytes} bytes, got {tuple(body.shape)} of {body.dtype}"
+            )
+        return tuple(body[f.offset : f.end].view(f.dtype) for f in self.fields)
+
+
+def layout_of(*fields: Tensor) -> Layout:
+    """The layout of a body that holds these tensors."""
+    return Layout.of(*((f.dtype, f.numel()) for f in fields))
+
+
+def body_of(*fields: Tensor) -> Tensor:
+    """The (nbytes,) uint8 body that holds these tensors in order.
+
+    Without a copy when they already are views of one body (as every payload made by gck is),
+    else packed into a new buffer.
+    """
+    layout = layout_of(*fields)
+    first = fields[0]
+    start = first.storage_offset() * first.element_size()
+    storage = first.untyped_storage()
+    in_place = start + layout.nbytes <= storage.nbytes() and all(
+        f.is_contiguous()
+        and f.untyped_storage().data_ptr() == storage.data_ptr()
+        and f.storage_offset() * f.element_size() == start + place.offset
+        for f, place in zip(fields, layout.fields, strict=True)
+    )
+    if in_place:
+        return torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage, start, (layout.nbytes,))
+    body = torch.zeros(layout.nbytes, dtype=torch.uint8, device=first.device)
+    for view, field in zip(layout.views(body), fields, strict=True):
+        view.copy_(field)
+    return body

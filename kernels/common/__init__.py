@@ -1,0 +1,1 @@
+"""What the compressors share: argument checks, dispatch by device, device helpers."""

@@ -1,0 +1,122 @@
+"""The part that every compressor shares: check the arguments, then call the kernel of the device.
+
+A compressor's folder has three backends, `reference`, `cpu` and `gpu`. `cpu` and `gpu` define
+
+    compress_(compressor, grad, err, bodies, nonfinite)          # flat tensors, already checked
+    decompress_(compressor, out, fields, alpha, accumulate)      # fields: the payload's typed tensors
+
+and `reference`, the oracle, which shares no code with them,
+
+    compress(compressor, grad, err) -> (fields, new_err, cleared)
+    decompress(compressor, fields, numel) -> dense
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gck.compressor import shard_numel
+from gck.errors import ArgumentError, BackendUnavailableError, DeviceMismatchError, ShapeMismatchError
+from gck.kernels.common import checks
+from gck.wire import Layout
+
+
+def backend(function: str, package: str, device: torch.device) -> Any:
+    """The module with the kernels of `package` for `device`."""
+    if device.type == "cpu":
+        return import_module(f"{package}.cpu")
+    if device.type == "cuda":
+        try:
+            return import_module(f"{package}.gpu")
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"{function}: tensors on {device} need Triton, which cannot be imported ({error}); "
+                "`pip install triton`, or move the tensors to the CPU"
+            ) from error
+    raise DeviceMismatchError(f"{function}: no kernel for device {device}; use cpu or cuda")
+
+
+class KernelCompressor:
+    """Base of the compressors in this package; implements `gck.compressor.Compressor`."""
+
+    name: ClassVar[str]
+
+    @property
+    def shard_unit(self) -> int | None:
+        raise NotImplementedError
+
+    def layout(self, numel: int) -> Layout:
+        raise NotImplementedError
+
+    def compress_(
+        self, grad: Tensor, err: Tensor | None, bodies: Tensor, *, nonfinite: Tensor | None = None
+    ) -> None:
+        """See `gck.compressor.Compressor.compress_`."""
+        self._compress(f"{type(self).__name__}.compress_", grad, err, bodies, nonfinite)
+
+    def decompress_(
+        self,
+        out: Tensor,
+        body: Tensor,
+        *,
+        capacity: int | None = None,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+    ) -> None:
+        """See `gck.compressor.Compressor.decompress_`."""
+        fields = self.layout(out.numel() if capacity is None else capacity).views(body)
+        self._decompress(f"{type(self).__name__}.decompress_", out, fields, alpha, accumulate)
+
+    def check_inputs(
+        self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None
+    ) -> None:
+        """Everything that can be said of the inputs without looking at memory."""
+        checks.check_grad(function, grad)
+        if err is not None:
+            checks.check_fp32(function, "err", err)
+            checks.check_same(function, "err", err, "grad", grad)
+        checks.check_nonfinite(function, nonfinite, grad)
+
+    def _compress(
+        self, function: str, grad: Tensor, err: Tensor | None, bodies: Tensor, nonfinite: Tensor | None
+    ) -> None:
+        self.check_inputs(function, grad, err, nonfinite)
+        checks.check_device(function, "bodies", bodies, "grad", grad)
+        shards = bodies.shape[0]
+        if shards > 1 and self.shard_unit is None:
+            raise ArgumentError(f"{function}: {self} cannot be cut into shards, got {shards}")
+        nbytes = self.layout(shard_numel(grad.numel(), self.shard_unit, shards)).nbytes
+        if bodies.dtype != torch.uint8 or bodies.dim() != 2 or bodies.shape[1] != nbytes:
+            raise ShapeMismatchError(
+                f"{function}: bodies must be ({shards}, {nbytes}) uint8, "
+                f"got {tuple(bodies.shape)} of {bodies.dtype}"
+            )
+        kernels = backend(function, type(self).__module__, grad.device)
+        if err is None:
+            # x + (-0.0) is x for every x, so that this is the same as having no residual.
+            err = torch.full((grad.numel(),), -0.0, dtype=torch.float32, device=grad.device)
+        checks.check_no_overlap(function, grad=grad, err=err)
+        if grad.numel():
+            kernels.compress_(self, grad.view(-1), err.view(-1), bodies, nonfinite)
+
+    def _decompress(
+        self, function: str, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+    ) -> None:
+        checks.check_fp32(function, "out", out)
+        for index, field in enumerate(fields):
+            checks.check_tensor(function, f"payload field {index}", field)
+            checks.check_device(function, f"payload field {index}", field, "out", out)
+            checks.check_no_overlap(function, **{"out": out, f"payload field {index}": field})
+        alpha = checks.check_alpha(function, alpha)
+        self.check_fields(function, out.numel(), fields)
+        kernels = backend(function, type(self).__module__, out.device)
+        if out.numel():
+            kernels.decompress_(self, out.view(-1), fields, alpha, accumulate)
+
+    def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
+        """Dtypes and lengths of a payload that decodes to `numel` elements."""
+        raise NotImplementedError

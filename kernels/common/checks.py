@@ -1,0 +1,118 @@
+"""Argument checks. Each raises a typed error that names the function and quotes the value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gck.errors import (
+    ArgumentError,
+    AutogradError,
+    DeviceMismatchError,
+    DtypeError,
+    LayoutError,
+    ShapeMismatchError,
+)
+
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(function: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or not value.is_contiguous():
+        raise LayoutError(
+            f"{function}: {name} must be contiguous, got shape {tuple(value.shape)} "
+            + (f"with strides {value.stride()}" if value.layout == torch.strided else f"as {value.layout}")
+        )
+
+
+def check_grad(function: str, grad: Tensor, name: str = "grad") -> None:
+    check_tensor(function, name, grad)
+    if grad.dtype not in GRAD_DTYPES:
+        raise DtypeError(f"{function}: {name} must be float32, bfloat16 or float16, got {grad.dtype}")
+    check_not_recorded(function, name, grad)
+
+
+def check_fp32(function: str, name: str, value: Tensor) -> None:
+    check_tensor(function, name, value)
+    if value.dtype != torch.float32:
+        raise DtypeError(f"{function}: {name} must be float32, got {value.dtype}")
+    check_not_recorded(function, name, value)
+
+
+def check_not_recorded(function: str, name: str, value: Tensor) -> None:
+    if value.requires_grad and torch.is_grad_enabled():
+        raise AutogradError(
+            f"{function}: {name} requires grad in a recorded graph; pass {name}.detach(), the .grad of a "
+            "parameter, or call under torch.no_grad()"
+        )
+
+
+def check_same(function: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """`value` must have the number of elements and the device of `like`."""
+    if value.numel() != like.numel():
+        raise ShapeMismatchError(
+            f"{function}: {name} must have as many elements as {like_name}, "
+            f"got {value.numel()} and {like.numel()}"
+        )
+    check_device(function, name, value, like_name, like)
+
+
+def check_device(function: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise DeviceMismatchError(
+            f"{function}: {name} must be on the device of {like_name}, got {value.device} and {like.device}"
+        )
+
+
+def check_no_overlap(function: str, **tensors: Tensor) -> None:
+    """Contiguous tensors must not share memory. Fake tensors have none and always pass."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta" or torch.compiler.is_compiling():
+            continue
+        try:
+            start = tensor.data_ptr()
+        except RuntimeError:  # a fake tensor
+            continue
+        spans.append((start, start + tensor.numel() * tensor.element_size(), name, tensor.device))
+    spans.sort(key=lambda span: span[:3])
+    for (_, end, first, device), (start, _, second, other) in zip(spans, spans[1:], strict=False):
+        if start < end and device == other:
+            raise LayoutError(f"{function}: {first} and {second} overlap in memory")
+
+
+def check_nonfinite(function: str, nonfinite: Tensor | None, grad: Tensor) -> None:
+    if nonfinite is None:
+        return
+    check_tensor(function, "nonfinite", nonfinite)
+    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1:
+        raise DtypeError(
+            f"{function}: nonfinite must be one int64, got {tuple(nonfinite.shape)} of {nonfinite.dtype}"
+        )
+    check_device(function, "nonfinite", nonfinite, "grad", grad)
+
+
+def check_ratio(function: str, ratio: object) -> float:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+        raise DtypeError(f"{function}: ratio must be a number, got {type(ratio).__name__}")
+    if not 0 < ratio <= 1:  # False for NaN
+        raise ArgumentError(f"{function}: ratio must be in (0, 1], got {ratio}")
+    return float(ratio)
+
+
+def check_alpha(function: str, alpha: object) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ArgumentError(f"{function}: alpha must be a finite number, got {alpha!r}")
+    return float(alpha)
+
+
+def check_power_of_two(function: str, name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high or value & (value - 1):
+        raise ArgumentError(f"{function}: {name} must be a power of two in [{low}, {high}], got {value}")
+    return value
