@@ -100,9 +100,10 @@ def compressor_class(name: str) -> Any:
 def shard_numel(numel: int, unit: int | None, shards: int) -> int:
     """Elements a shard when `numel` elements are cut into `shards` runs of whole units.
 
-    Every shard has this capacity; the last ones may be partly or wholly empty.
+    Every shard has this capacity; the last ones may be partly or wholly empty. A single shard is the
+    vector itself, whose last unit may be cut short.
     """
-    if unit is None:
+    if unit is None or shards == 1:
         return numel
     units = -(-numel // unit)
     return -(-units // shards) * unit

@@ -1,0 +1,17 @@
+#include "cpu/isa/leaves.hpp"
+
+#include "cpu/isa/sign.hpp"
+#include "cpu/isa/topk.hpp"
+
+#define GCK_STRING(x) #x
+#define GCK_NAME(x) GCK_STRING(x)
+
+namespace gck::GCK_ISA {
+
+const Leaves& leaves() {
+  static constexpr Leaves table{GCK_NAME(GCK_ISA), topk_stream,   topk_collect,
+                                add_to,            sign_compress, sign_decompress};
+  return table;
+}
+
+}  // namespace gck::GCK_ISA

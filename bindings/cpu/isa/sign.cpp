@@ -1,0 +1,118 @@
+#include "cpu/isa/sign.hpp"
+
+#include "cpu/isa/vec.hpp"
+
+namespace gck::GCK_ISA {
+namespace {
+
+constexpr int64_t kMaxChunk = 8192;
+
+inline void put_bits(uint32_t* words, int64_t i, Mask m) {
+  const auto half = static_cast<uint16_t>(m);
+  std::memcpy(reinterpret_cast<char*>(words) + i / 8, &half, sizeof half);
+}
+
+// Adds the upper half of t[0, width) to the lower half until one number is left.
+inline float tree_sum(float* t, int64_t width) {
+  int64_t half = width / 2;
+  for (; half >= kLanes; half /= 2) {
+    for (int64_t i = 0; i < half; i += kLanes) store(t + i, add(load(t + i), load(t + i + half)));
+  }
+  for (; half >= 1; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
+  }
+  return t[0];
+}
+
+// One full chunk: acc to err (it stays in the nearest cache), sign bits to words; returns sum |acc|.
+// The first level of the tree pairs element i with i + chunk / 2, so both halves are walked together.
+template <Dtype D>
+inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk) {
+  alignas(64) float tree[kMaxChunk / 2];
+  const int64_t half = chunk / 2;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const Vec a = add(load_as<D>(grad, at + i), load(err + i));
+    const Vec b = add(load_as<D>(grad, at + half + i), load(err + half + i));
+    store(err + i, a);
+    store(err + half + i, b);
+    put_bits(words, i, ge_zero(a));
+    put_bits(words, half + i, ge_zero(b));
+    store(tree + i, add(abs(a), abs(b)));
+  }
+  return tree_sum(tree, half);
+}
+
+inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < static_cast<uint32_t>(kInfKey); }
+
+// err = acc - decoded. A finite scale leaves every residual finite; any other leaves none.
+inline bool subtract(float* err, int64_t count, float scale) {
+  const Vec plus = set1(scale), minus = set1(-scale), zero = set1(0.0f);
+  const bool finite = is_finite(scale);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec acc = load(err + i);
+    store(err + i, finite ? sub(acc, select(ge_zero(acc), plus, minus)) : zero);
+  }
+  return finite;
+}
+
+inline float canonical(float x) { return x == x ? x : float_of(kNanKey); }
+
+template <Dtype D>
+int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
+  constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
+  int64_t cleared = 0;
+  for (int64_t c = begin; c < end; ++c) {
+    char* body = job.bodies + c / job.chunks_per_row * job.row_stride;
+    const int64_t slot = c % job.chunks_per_row, at = c * job.chunk_size;
+    auto* words = reinterpret_cast<uint32_t*>(body) + slot * (job.chunk_size / 32);
+    auto* scale = reinterpret_cast<float*>(body + job.scales_offset) + slot;
+    float* err = job.err + at;
+    const int64_t valid = job.numel - at < job.chunk_size ? job.numel - at : job.chunk_size;
+    if (valid == job.chunk_size) {
+      *scale = canonical(accumulate<D>(job.grad, at, err, words, valid) / static_cast<float>(valid));
+      if (!subtract(err, valid, *scale)) cleared += valid;
+      continue;
+    }
+    // The last chunk, cut short: on a copy padded with zeros, which add nothing to a sum of magnitudes.
+    alignas(64) float part[kMaxChunk] = {};
+    alignas(64) char grads[kMaxChunk * 4] = {};
+    uint32_t bits[kMaxChunk / 32];
+    std::memcpy(part, err, sizeof(float) * static_cast<size_t>(valid));
+    std::memcpy(grads, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+    *scale = canonical(accumulate<D>(grads, 0, part, bits, job.chunk_size) / static_cast<float>(valid));
+    if (!subtract(part, job.chunk_size, *scale)) cleared += valid;
+    std::memcpy(err, part, sizeof(float) * static_cast<size_t>(valid));
+    if (valid % 32) bits[valid / 32] &= (1u << valid % 32) - 1;
+    std::memcpy(words, bits, sizeof(uint32_t) * static_cast<size_t>((valid + 31) / 32));
+  }
+  return cleared;
+}
+
+}  // namespace
+
+int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
+  return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
+}
+
+void sign_decompress(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end) {
+  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
+    const int64_t at = c * job.chunk_size;
+    const int64_t end = at + job.chunk_size < job.numel ? at + job.chunk_size : job.numel;
+    // alpha * -scale == -(alpha * scale), so one product a chunk does.
+    const Vec plus = set1(job.alpha * job.scales[c]), minus = set1(-(job.alpha * job.scales[c]));
+    for (int64_t i = at; i < end; i += kLanes) {
+      const Mask bits = job.words[i / 32] >> (i % 32);
+      Vec value = select(bits & 0xffffu, plus, minus);
+      const auto rest = static_cast<int>(end - i);
+      if (rest >= kLanes) {
+        if (job.accumulate) value = add(load(job.out + i), value);
+        store(job.out + i, value);
+      } else {
+        if (job.accumulate) value = add(load_part<Dtype::fp32>(job.out, i, rest), value);
+        store_part(job.out + i, value, rest);
+      }
+    }
+  }
+}
+
+}  // namespace gck::GCK_ISA

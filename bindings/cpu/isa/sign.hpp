@@ -1,0 +1,10 @@
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+
+namespace gck::GCK_ISA {
+
+int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end);
+void sign_decompress(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end);
+
+}  // namespace gck::GCK_ISA

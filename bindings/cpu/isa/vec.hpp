@@ -1,0 +1,219 @@
+// Sixteen floats, for the instruction set that this translation unit is compiled for.
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+#include "cpu/round.hpp"
+
+#if defined(GCK_AVX512) || defined(GCK_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace gck::GCK_ISA {
+
+constexpr int kLanes = 16;
+using Mask = uint32_t;  // bit i is lane i
+
+#if defined(GCK_AVX512)
+
+struct Vec {
+  __m512 v;
+};
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline __m256i load_half(const uint16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Vec load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(p)), 16))};
+}
+inline Vec load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(load_half(p))}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+inline Mask ge_zero(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ); }
+inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+inline Mask key_ge(Vec a, int32_t threshold) {
+  const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(threshold));
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(m), no.v, yes.v)};
+}
+// Compress in a register, then store all lanes: compressing stores are slow on Zen 4.
+inline void compress(float* p, Mask m, Vec a) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(m), a.v));
+}
+inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(base)));
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), index));
+}
+
+#elif defined(GCK_AVX2)
+
+struct Vec {
+  __m256 lo, hi;
+};
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m128i load_half(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m256 widen_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(p)), 16));
+}
+inline Vec load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline Vec load_fp16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(load_half(p)), _mm256_cvtph_ps(load_half(p + 8))};
+}
+inline void store(float* p, Vec a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Vec abs(Vec a) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(a.lo, magnitude), _mm256_and_ps(a.hi, magnitude)};
+}
+inline Mask join(__m256 lo, __m256 hi) {
+  return static_cast<Mask>(_mm256_movemask_ps(lo)) | static_cast<Mask>(_mm256_movemask_ps(hi)) << 8;
+}
+inline Mask ge_zero(Vec a) {
+  const __m256 zero = _mm256_setzero_ps();
+  return join(_mm256_cmp_ps(a.lo, zero, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, zero, _CMP_GE_OQ));
+}
+inline Mask is_nan(Vec a) {
+  return join(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q));
+}
+inline Mask key_ge(Vec a, int32_t threshold) {
+  const __m256i below = _mm256_set1_epi32(threshold - 1);  // threshold >= 0: no overflow
+  const auto ge = [&](__m256 x) {
+    const __m256i key = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below));
+  };
+  return join(ge(a.lo), ge(a.hi));
+}
+inline __m256 widen_mask(Mask m) {  // bit i -> all bits of lane i
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i on = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(m)), bit);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(on, bit));
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, widen_mask(m)), _mm256_blendv_ps(no.hi, yes.hi, widen_mask(m >> 8))};
+}
+inline __m256i front_lanes(Mask m) {  // positions of the set bits of m, as a permutation
+  const uint64_t bytes = _pdep_u64(m & 0xff, 0x0101010101010101u) * 0xff;
+  const uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes)));
+}
+inline void compress(float* p, Mask m, Vec a) {
+  _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(a.lo, front_lanes(m)));
+  p += __builtin_popcount(m & 0xff);
+  _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(a.hi, front_lanes(m >> 8)));
+}
+inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
+  const auto put = [&](Mask half, uint32_t first) {
+    const __m256i index = _mm256_add_epi32(front_lanes(half), _mm256_set1_epi32(static_cast<int>(first)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), index);
+    p += __builtin_popcount(half & 0xff);
+  };
+  put(m & 0xff, base);
+  put(m >> 8, base + 8);
+}
+
+#else  // portable: plain loops that any compiler turns into whatever the machine has
+
+struct Vec {
+  float x[kLanes];
+};
+
+template <typename F>
+inline Vec each(F f) {
+  Vec r;
+  for (int i = 0; i < kLanes; ++i) r.x[i] = f(i);
+  return r;
+}
+template <typename F>
+inline Mask where(F f) {
+  Mask m = 0;
+  for (int i = 0; i < kLanes; ++i) m |= static_cast<Mask>(f(i)) << i;
+  return m;
+}
+inline Vec load(const float* p) {
+  return each([&](int i) { return p[i]; });
+}
+inline Vec load_bf16(const uint16_t* p) {
+  return each([&](int i) { return float_of(static_cast<uint32_t>(p[i]) << 16); });
+}
+inline Vec load_fp16(const uint16_t* p) {
+  return each([&](int i) { return from_fp16(p[i]); });
+}
+inline void store(float* p, Vec a) { std::memcpy(p, a.x, sizeof a.x); }
+inline Vec set1(float x) {
+  return each([&](int) { return x; });
+}
+inline Vec add(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] + b.x[i]; });
+}
+inline Vec sub(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] - b.x[i]; });
+}
+inline Vec abs(Vec a) {
+  return each([&](int i) { return float_of(bits_of(a.x[i]) & 0x7fffffffu); });
+}
+inline Mask ge_zero(Vec a) {
+  return where([&](int i) { return a.x[i] >= 0; });
+}
+inline Mask is_nan(Vec a) {
+  return where([&](int i) { return a.x[i] != a.x[i]; });
+}
+inline Mask key_ge(Vec a, int32_t threshold) {
+  return where([&](int i) { return static_cast<int32_t>(bits_of(a.x[i]) & 0x7fffffffu) >= threshold; });
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+  return each([&](int i) { return (m >> i & 1) ? yes.x[i] : no.x[i]; });
+}
+inline void compress(float* p, Mask m, Vec a) {
+  for (; m; m &= m - 1) *p++ = a.x[__builtin_ctz(m)];
+}
+inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
+  for (; m; m &= m - 1) *p++ = base + static_cast<uint32_t>(__builtin_ctz(m));
+}
+
+#endif
+
+template <Dtype D>
+inline Vec load_as(const void* base, int64_t i) {
+  if constexpr (D == Dtype::fp32) return load(static_cast<const float*>(base) + i);
+  if constexpr (D == Dtype::bf16) return load_bf16(static_cast<const uint16_t*>(base) + i);
+  if constexpr (D == Dtype::fp16) return load_fp16(static_cast<const uint16_t*>(base) + i);
+}
+
+// Copies `count` < 16 elements into a full vector's worth, zeros behind them.
+template <Dtype D>
+inline Vec load_part(const void* base, int64_t i, int count) {
+  constexpr size_t size = D == Dtype::fp32 ? 4 : 2;
+  alignas(64) char whole[kLanes * 4] = {};
+  std::memcpy(whole, static_cast<const char*>(base) + i * static_cast<int64_t>(size), size * static_cast<size_t>(count));
+  return load_as<D>(whole, 0);
+}
+
+inline void store_part(float* p, Vec a, int count) {
+  alignas(64) float whole[kLanes];
+  store(whole, a);
+  std::memcpy(p, whole, sizeof(float) * static_cast<size_t>(count));
+}
+
+// Calls f.template operator()<D>() for the run-time dtype.
+template <typename F>
+inline auto with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::bf16: return f.template operator()<Dtype::bf16>();
+    case Dtype::fp16: return f.template operator()<Dtype::fp16>();
+    default: return f.template operator()<Dtype::fp32>();
+  }
+}
+
+}  // namespace gck::GCK_ISA

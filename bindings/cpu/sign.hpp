@@ -1,0 +1,15 @@
+// Sign packing with error feedback on the CPU.
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+
+namespace gck {
+
+// Fills the rows of job.bodies and leaves acc - decoded in err; returns the number of residuals cleared
+// because not finite.
+int64_t sign_compress(const SignChunks& job, int threads);
+
+// out (+)= alpha * decoded.
+void sign_decompress(const SignDecode& job, int threads);
+
+}  // namespace gck

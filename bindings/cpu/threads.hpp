@@ -1,0 +1,54 @@
+// Running one function on every thread. Included by the algorithms, never by the leaves.
+#pragma once
+
+#include <omp.h>
+
+#include "cpu/types.hpp"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace gck {
+
+// Denormals count: switches flush-to-zero off on this thread for the life of the object.
+class KeepDenormals {
+ public:
+#if defined(__SSE__)
+  KeepDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~KeepDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  KeepDenormals() {}
+#endif
+  KeepDenormals(const KeepDenormals&) = delete;
+  KeepDenormals& operator=(const KeepDenormals&) = delete;
+};
+
+// Calls f(t) for t in [0, parts), one thread each; without a parallel region where one part is enough.
+// f must not throw.
+template <typename F>
+void for_each_part(int parts, F f) {
+  if (parts == 1) {
+    const KeepDenormals guard;
+    f(0);
+    return;
+  }
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+  for (int t = 0; t < parts; ++t) {
+    const KeepDenormals guard;
+    f(t);
+  }
+}
+
+// Below this many elements a thread's start costs more than its work.
+constexpr int64_t kGrain = 32768;
+
+inline int parts_for(int64_t n, int threads) {
+  const int64_t useful = n / kGrain;
+  return static_cast<int>(useful < 1 ? 1 : useful < threads ? useful : threads);
+}
+
+}  // namespace gck

@@ -1,0 +1,52 @@
+// What the CPU kernels share: element types, float keys, splitting work over threads.
+//
+// Functions are `static`, not merely inline: this header is compiled for several instruction sets, and
+// the linker must not merge their copies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace gck {
+
+// Numbered as in kernels/common/native.py.
+enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+
+constexpr int32_t kInfKey = 0x7f800000;
+constexpr int32_t kNanKey = 0x7fc00000;  // the one NaN that gck lets out
+
+static inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Orders floats by magnitude: NaN > Inf > finite. The result of an addition is never a signalling NaN, so
+// every NaN has a key of at least kNanKey.
+static inline int32_t key_of(float x) {
+  const auto key = static_cast<int32_t>(bits_of(x) & 0x7fffffffu);
+  return key < kNanKey ? key : kNanKey;
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The t-th of `parts` runs of [0, n), cut at multiples of `unit`.
+static inline Range part_of(int64_t n, int parts, int t, int64_t unit) {
+  const int64_t units = (n + unit - 1) / unit;
+  const auto cut = [&](int i) {
+    const int64_t at = units / parts * i + (units % parts) * i / parts;
+    return at * unit < n ? at * unit : n;
+  };
+  return {cut(t), t + 1 == parts ? n : cut(t + 1)};
+}
+
+}  // namespace gck
