@@ -1,0 +1,57 @@
+"""Device helpers on the bits of floating-point numbers.
+
+Every backend must make the same bytes, so that what hardware leaves open is settled on the bits: which
+NaN an operation returns, and how the narrow types round.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+# Magnitude keys: the bits of |x| as an integer order as |x| does, with NaN above infinity.
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+INFINITY = tl.constexpr(0x7F800000)
+QUIET_NAN = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def magnitude_key(x):
+    return x.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@triton.jit
+def is_finite(x):
+    return magnitude_key(x) < INFINITY
+
+
+@triton.jit
+def canonical(x):
+    """fp32 `x` with every NaN replaced by the one quiet NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & MAGNITUDE) > INFINITY, QUIET_NAN, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def accumulate(grad, err):
+    """acc = fp32(grad) + err in one rounding, with one NaN."""
+    return canonical(grad.to(tl.float32) + err)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """Canonical fp32 `x` in DTYPE, rounded to nearest even; too large becomes infinity."""
+    if DTYPE == tl.bfloat16:
+        # On the bits, because the interpreter truncates. A carry out of the mantissa is what is
+        # wanted, infinities stay, and the canonical NaN has no low bits to carry from.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif DTYPE == tl.float16:
+        # Hardware turns any NaN into 0x7fff; the canonical one is 0x7e00.
+        bits = x.to(tl.float16).to(tl.int16, bitcast=True)
+        bits = tl.where(x == x, bits, 0x7E00).to(tl.int16)
+        return bits.to(tl.float16, bitcast=True)
+    else:
+        return x

@@ -1,0 +1,45 @@
+"""What every Triton launch of this package shares."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Contraction of a * b + c into one rounding would change bytes, and its default differs by version.
+EXACT = {"enable_fp_fusion": False}
+
+PROGRAMS_PER_PROCESSOR = 4
+MAX_PROGRAMS = 1024
+# Without a GPU the kernels run in Triton's interpreter, one program after another: few, but several.
+INTERPRETED_PROGRAMS = 5
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
+    """The context to launch in: Triton uses the current device, which need not be the tensor's."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    import numpy
+
+    # The interpreter computes with numpy, which warns of what IEEE arithmetic defines: inf - inf.
+    return numpy.errstate(all="ignore")
+
+
+def spans(tensor: Tensor, tiles: int) -> tuple[int, int]:
+    """(programs, tiles a program) for kernels whose programs each own one run of tiles.
+
+    Depends on the number of tiles and on the device, never on values.
+    """
+    if tensor.device.type == "cuda":
+        programs = min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _processors(tensor.device))
+    else:
+        programs = INTERPRETED_PROGRAMS
+    span = -(-tiles // programs)
+    return -(-tiles // span), span
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
