@@ -1,0 +1,52 @@
+"""The command line: `gck doctor` and `gck demo`.
+
+The commands are imported when they run, so that one whose parts are missing does not take the others
+along.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _gck() -> None:
+    """Gradient compression kernels."""
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each configuration.")] = 120,
+    workers: Annotated[int, typer.Option(min=2, max=64, help="Worker processes.")] = 4,
+    rate: Annotated[str, typer.Option(help="Rate of each link, such as 100mbit or 1gbit.")] = "100mbit",
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the JSON file.")] = Path(
+        "results/demo"
+    ),
+    no_links: Annotated[bool, typer.Option("--no-links", help="Use bare loopback, not slowed down.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="One configuration; may be repeated.")] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that one configuration may take.")] = 300,
+) -> None:
+    """Trains a small network over slow links, dense and compressed, and compares.
+
+    Slow links need root: without it the workers talk over bare loopback, and the output says so.
+    """
+    from gck.cli.demo.command import main
+
+    raise typer.Exit(
+        main(
+            steps=steps,
+            workers=workers,
+            rate=rate,
+            out=out,
+            use_links=not no_links,
+            only=only or [],
+            limit=limit,
+        )
+    )

@@ -1,0 +1,3 @@
+from gck.cli import app
+
+app(prog_name="gck")

@@ -1,0 +1,53 @@
+"""The configurations that the demo compares: what each of them registers on the DDP model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.nn.parallel import DistributedDataParallel
+
+from gck.cli.demo.settings import Settings
+
+__all__ = ["BASELINE", "CONFIGURATIONS", "Configuration"]
+
+BASELINE = "dense"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table."""
+
+    name: str
+    title: str
+    attach: Callable[[DistributedDataParallel, Settings], None]
+
+
+def _dense(model: DistributedDataParallel, settings: Settings) -> None:
+    pass
+
+
+def _fp16(model: DistributedDataParallel, settings: Settings) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    model.register_comm_hook(None, fp16_compress_hook)
+
+
+def _powersgd(model: DistributedDataParallel, settings: Settings) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    # Its documentation asks for some dense steps first, at least two; 1,000 of a long training, a tenth
+    # of this short one. Error feedback and warm start are its defaults.
+    first = max(2, settings.steps // 10)
+    state = PowerSGDState(process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=first)
+    model.register_comm_hook(state, powerSGD_hook)
+
+
+CONFIGURATIONS = {
+    configuration.name: configuration
+    for configuration in (
+        Configuration(BASELINE, "PyTorch, dense", _dense),
+        Configuration("fp16", "PyTorch fp16 hook", _fp16),
+        Configuration("powersgd", "PyTorch PowerSGD, r = 4", _powersgd),
+    )
+}
