@@ -2,3 +2,25 @@
 
 if __name__ != "gck.collectives":
     raise ImportError(f"import gck.collectives, not {__name__}: this folder belongs to the package gck")
+
+from gck.collectives.all_gather import sparse_all_gather
+from gck.collectives.all_reduce import (
+    all_reduce_,
+    all_reduce_many_,
+    choose_algorithm,
+    packed_all_reduce_,
+)
+from gck.collectives.transports import Transport, resolve
+from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
+
+__all__ = [
+    "SimulatedGroup",
+    "SimulatedMember",
+    "Transport",
+    "all_reduce_",
+    "all_reduce_many_",
+    "choose_algorithm",
+    "packed_all_reduce_",
+    "resolve",
+    "sparse_all_gather",
+]

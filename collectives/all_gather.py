@@ -1,0 +1,114 @@
+"""One phase: every rank receives every payload and decodes all of them, in rank order.
+
+Receives (W - 1) payloads a rank: right for small worlds, and for compressors whose vector cannot be
+cut into shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gck.collectives.handshake import Signature, agree
+from gck.collectives.transports import Transport, resolve
+from gck.compressor import Compressor, shard_numel
+from gck.errors import ArgumentError
+from gck.kernels.common import checks
+from gck.wire import body_of, layout_of
+
+__all__ = ["one_phase", "sparse_all_gather"]
+
+P = TypeVar("P", bound=tuple[Any, ...])
+
+
+def sparse_all_gather(
+    payload: P, group: Any = None, *, validate: str = "first", timeout: float | None = None
+) -> list[P]:
+    """Every rank's payload, in rank order, this rank's own included.
+
+    Payloads of all ranks must have the same type, dtypes and lengths: the same compressor on vectors of
+    the same size makes them so. One message a rank, of `payload.nbytes` bytes; no size exchange.
+    Source: the sparse all-gather of Lin et al., "Deep Gradient Compression" (ICLR 2018).
+
+    Args:
+        payload: any payload NamedTuple of flat tensors and ints; read only.
+        group: None (WORLD), a torch ProcessGroup or a member of a `SimulatedGroup`.
+        validate: when ranks compare what they call: "first", "always" or "off"; see `handshake.agree`.
+        timeout: seconds that each wait may take. Default: the group's own.
+
+    Returns:
+        world_size payloads whose tensors are views of one new buffer on the payload's device.
+
+    Raises:
+        ArgumentError: payload is no NamedTuple of tensors, or validate is unknown.
+        CollectiveMismatchError: ranks hold payloads of different layouts; on all ranks, group usable.
+        PeerLostError, CollectiveTimeoutError: the group is unusable afterwards.
+        GroupUnusableError: an earlier failure spoilt the group.
+    """
+    names = getattr(payload, "_fields", None)
+    if not isinstance(payload, tuple) or names is None:
+        raise ArgumentError(
+            f"sparse_all_gather: payload must be a payload NamedTuple, got {type(payload).__name__}"
+        )
+    tensors = [value for value in payload if isinstance(value, Tensor)]
+    if not tensors:
+        raise ArgumentError(f"sparse_all_gather: {type(payload).__name__} holds no tensors")
+    for name, value in zip(names, payload, strict=True):
+        if isinstance(value, Tensor):
+            checks.check_tensor("sparse_all_gather", name, value)
+            checks.check_device("sparse_all_gather", name, value, "the first tensor", tensors[0])
+    transport = resolve(group, timeout)
+    options = ", ".join(f"{n}={v}" for n, v in zip(names, payload, strict=True) if not isinstance(v, Tensor))
+    signature = Signature(
+        "gather",
+        f"{type(payload).__name__}({options})",
+        tuple(tensor.dtype for tensor in tensors),
+        tuple(tensor.numel() for tensor in tensors),
+    )
+    agree(transport, "sparse_all_gather", signature, validate)
+    rows = transport.all_gather_bytes(body_of(*tensors))
+    layout = layout_of(*tensors)
+    gathered = []
+    for row in rows:
+        views = iter(layout.views(row))
+        fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in payload)
+        gathered.append(type(payload)(*fields))
+    return gathered
+
+
+def one_phase(
+    transport: Transport,
+    compressor: Compressor,
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor | None],
+    counters: Sequence[Tensor | None],
+    op: str,
+) -> list[Tensor]:
+    """Reduces by gathering payloads; returns flat fp32 results. All tensors travel in one message.
+
+    Steps:
+        1. Compress every gradient with its worker residual, which becomes what was left out.
+        2. All-gather the bodies.
+        3. Decode and add in rank order, this rank's own message too; divide once for "avg".
+    """
+    unit, world_size = compressor.shard_unit, transport.world_size
+    capacities = [shard_numel(grad.numel(), unit, 1) for grad in grads]
+    sizes = [compressor.layout(capacity).nbytes for capacity in capacities]
+    send = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=grads[0].device)
+    for grad, err, counter, body in zip(grads, errs, counters, send.split(sizes, 1), strict=True):
+        if grad.numel():
+            compressor.compress_(grad, err, body, nonfinite=counter)
+    rows = transport.all_gather_bytes(send[0])
+    results = []
+    for grad, capacity, bodies in zip(grads, capacities, rows.split(sizes, 1), strict=True):
+        result = torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)
+        if grad.numel():
+            for body in bodies:
+                compressor.decompress_(result, body, capacity=capacity, accumulate=True)
+            if op == "avg":
+                result.div_(world_size)
+        results.append(result)
+    return results

@@ -1,0 +1,305 @@
+"""The public all-reduces: checks, the choice of an algorithm, and all-or-nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gck.collectives.all_gather import one_phase
+from gck.collectives.dense import dense
+from gck.collectives.handshake import Signature, agree, describe
+from gck.collectives.transports import Transport, resolve
+from gck.collectives.two_phase import two_phase
+from gck.compressor import Compressor, compressor_class, shard_numel
+from gck.error_feedback import ErrorFeedback, ServerBinding
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.kernels.common import checks
+
+__all__ = ["all_reduce_", "all_reduce_many_", "choose_algorithm", "packed_all_reduce_"]
+
+OPS = ("avg", "sum")
+ALGORITHMS = ("auto", "one_phase", "two_phase", "dense")
+
+
+def all_reduce_(
+    grad: Tensor,
+    state: ErrorFeedback | None,
+    compressor: Compressor,
+    group: Any = None,
+    op: str = "avg",
+    algorithm: str = "auto",
+    *,
+    validate: str = "first",
+    timeout: float | None = None,
+) -> Tensor:
+    """Averages a gradient over the group through a compressor, with error feedback.
+
+    Every rank ends with the same bits. What the messages left out stays in `state` and is added to the
+    next gradient, so nothing is lost, only late. Sums are taken in fp32, in rank order, and rounded to
+    the gradient's dtype once.
+    Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes"
+    (ICML 2019), Algorithm 2; the two-phase algorithm is that of "1-bit Adam" (ICML 2021).
+
+    Args:
+        grad: fp32, bf16 or fp16, contiguous, any shape and number of elements; overwritten by the
+            decoded average.
+        state: the residuals of this tensor on this rank, updated; None for no error feedback.
+        compressor: how to compress; the same on all ranks.
+        group: None (WORLD), a torch ProcessGroup or a member of a `SimulatedGroup`.
+        op: "avg" or "sum".
+        algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
+            only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
+            the one that sends least, see `choose_algorithm`.
+        validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
+            "off". The same on all ranks.
+        timeout: seconds that each wait may take. Default: the group's own.
+
+    Returns:
+        grad.
+
+    Raises:
+        ArgumentError: an argument is out of range or does not fit another.
+        StateMismatchError: state belongs to another tensor, rank or world size.
+        CollectiveMismatchError: ranks call different things; on all ranks, and the group stays usable.
+        PeerLostError, CollectiveTimeoutError: a peer died or did not answer; the group is unusable.
+        GroupUnusableError: an earlier failure spoilt the group.
+
+        Whatever is raised, grad and state are as they were.
+    """
+    states = None if state is None else [state]
+    _all_reduce("all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate)
+    return grad
+
+
+def all_reduce_many_(
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None] | None,
+    compressor: Compressor,
+    group: Any = None,
+    op: str = "avg",
+    algorithm: str = "auto",
+    *,
+    validate: str = "first",
+    timeout: float | None = None,
+) -> None:
+    """`all_reduce_` of several tensors with one message a phase; all on one device.
+
+    Args:
+        grads: tensors as for `all_reduce_`; must not overlap.
+        states: one `ErrorFeedback` (or None) a tensor; None: no error feedback at all.
+
+    Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
+    """
+    transport = resolve(group, timeout)
+    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate)
+
+
+def packed_all_reduce_(
+    grad: Tensor,
+    err: Tensor,
+    server_err: Tensor,
+    chunk_size: int = 256,
+    group: Any = None,
+    op: str = "avg",
+    *,
+    nonfinite: Tensor | None = None,
+    validate: str = "first",
+    timeout: float | None = None,
+) -> Tensor:
+    """The 1-bit all-reduce: signs and a scale a chunk in both phases, with worker and server residuals.
+
+    Sends about numel / 4 bytes a rank, whatever the number of ranks.
+    Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's
+    Convergence Speed" (ICML 2021), section 5, with one scale a chunk.
+
+    Args:
+        grad: fp32, bf16 or fp16, contiguous, any shape; overwritten by the decoded average.
+        err: fp32, numel elements; this rank's residual, overwritten.
+        server_err: fp32, `gck.compressor.shard_numel(numel, chunk_size, world_size)` elements; the
+            residual of the shard that this rank owns, overwritten.
+        chunk_size: elements a scale, a power of two in [32, 8192].
+        group, op, validate, timeout: as for `all_reduce_`.
+        nonfinite: (1,) int64; increased by the residual entries cleared because not finite.
+
+    Returns:
+        grad.
+
+    Raises:
+        Those of `all_reduce_`; grad, err, server_err and nonfinite are as they were.
+    """
+    function = "packed_all_reduce_"
+    compressor: Compressor = compressor_class("sign")(chunk_size=chunk_size)
+    transport = resolve(group, timeout)
+    checks.check_grad(function, grad)
+    checks.check_fp32(function, "err", err)
+    checks.check_same(function, "err", err, "grad", grad)
+    checks.check_fp32(function, "server_err", server_err)
+    checks.check_device(function, "server_err", server_err, "grad", grad)
+    checks.check_nonfinite(function, nonfinite, grad)
+    shard = shard_numel(grad.numel(), chunk_size, transport.world_size)
+    if server_err.numel() != shard:
+        raise ShapeMismatchError(
+            f"{function}: server_err must have {shard} elements (shard_numel({grad.numel()}, {chunk_size}, "
+            f"{transport.world_size})), got {server_err.numel()}"
+        )
+    state = ErrorFeedback()
+    state.worker, state.server, state.nonfinite = err.view(-1), server_err.view(-1), nonfinite
+    state.binding = ServerBinding(transport.rank, transport.world_size, chunk_size)
+    _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate)
+    return grad
+
+
+def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
+    """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
+
+    One phase sends (W - 1) payloads, two phases 2 (W - 1) / W, a dense ring 8 (W - 1) / W bytes an
+    element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
+    """
+    if world_size == 1:
+        return "dense"
+    unit = compressor.shard_unit
+
+    def nbytes(shards: int) -> int:
+        return sum(compressor.layout(shard_numel(numel, unit, shards)).nbytes for numel in numels)
+
+    # All in units of (W - 1) / W bytes, so that they stay integers.
+    volumes = {"dense": 8 * sum(numels), "one_phase": world_size * nbytes(1)}
+    if unit is not None:
+        volumes["two_phase"] = 2 * world_size * nbytes(world_size)
+    return min(volumes, key=volumes.__getitem__)
+
+
+def _all_reduce(
+    function: str,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None] | None,
+    compressor: Compressor,
+    transport: Transport,
+    op: str,
+    algorithm: str,
+    validate: str,
+) -> None:
+    """Checks, agrees with the other ranks, reduces, and writes only when everything succeeded."""
+    kept: Sequence[ErrorFeedback | None] = [None] * len(grads) if states is None else states
+    _check(function, grads, kept, compressor, op, algorithm)
+    if not grads:
+        return
+    numels = tuple(grad.numel() for grad in grads)
+    if algorithm == "auto":
+        algorithm = choose_algorithm(compressor, numels, transport.world_size)
+    elif algorithm != "dense":
+        for numel in numels:  # options that do not fit the size raise here, before anything is sent
+            compressor.layout(shard_numel(numel, compressor.shard_unit, 1))
+    bindings = _check_states(kept, numels, compressor, transport)
+    signature = Signature(algorithm, describe(compressor), tuple(g.dtype for g in grads), numels, op)
+    agree(transport, function, signature, validate)
+
+    saved = [None if state is None else state.snapshot() for state in kept]
+    flat = [grad.detach().view(-1) for grad in grads]
+    try:
+        if algorithm == "dense":
+            results = dense(transport, flat, kept, op)
+        else:
+            results = _compressed(transport, compressor, algorithm, flat, kept, bindings, op)
+        for grad, result in zip(flat, results, strict=True):
+            grad.copy_(result)
+    except BaseException:
+        for state, snapshot in zip(kept, saved, strict=True):
+            if state is not None and snapshot is not None:
+                state.restore(snapshot)
+        raise
+
+
+def _compressed(
+    transport: Transport,
+    compressor: Compressor,
+    algorithm: str,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    bindings: Sequence[tuple[int, ServerBinding] | None],
+    op: str,
+) -> list[Tensor]:
+    pairs = list(zip(grads, states, strict=True))
+    errs = [None if state is None else state.worker_for(grad) for grad, state in pairs]
+    counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state in pairs]
+    unit = compressor.shard_unit
+    if algorithm == "one_phase" or unit is None:
+        return one_phase(transport, compressor, grads, errs, counters, op)
+    servers = [
+        None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
+        for (grad, state), bound in zip(pairs, bindings, strict=True)
+    ]
+    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op)
+
+
+def _check(
+    function: str,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    compressor: Compressor,
+    op: str,
+    algorithm: str,
+) -> None:
+    """Everything that can be said without looking at memory or asking a peer."""
+    if op not in OPS:
+        raise ArgumentError(f'{function}: op must be "avg" or "sum", got {op!r}')
+    if algorithm not in ALGORITHMS:
+        names = ", ".join(f'"{name}"' for name in ALGORITHMS)
+        raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
+    if not isinstance(compressor, Compressor):
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {type(compressor).__name__}")
+    if algorithm == "two_phase" and compressor.shard_unit is None:
+        raise ArgumentError(
+            f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'
+        )
+    if len(states) != len(grads):
+        raise ShapeMismatchError(
+            f"{function}: states must be as many as grads, got {len(states)} and {len(grads)}"
+        )
+    memory: dict[str, Tensor] = {}
+    for i, (grad, state) in enumerate(zip(grads, states, strict=True)):
+        checks.check_grad(function, grad, f"grads[{i}]" if len(grads) > 1 else "grad")
+        checks.check_device(function, f"grads[{i}]", grad, "grads[0]", grads[0])
+        memory[f"grads[{i}]"] = grad
+        if state is None:
+            continue
+        if not isinstance(state, ErrorFeedback):
+            raise DtypeError(f"{function}: state must be an ErrorFeedback, got {type(state).__name__}")
+        if state.worker is not None:
+            memory[f"the worker residual of grads[{i}]"] = state.worker
+        if state.server is not None:
+            memory[f"the server residual of grads[{i}]"] = state.server
+    held = [id(state) for state in states if state is not None]
+    if len(set(held)) != len(held):
+        raise ArgumentError(f"{function}: two gradients must not share one ErrorFeedback")
+    checks.check_no_overlap(function, **memory)
+
+
+def _check_states(
+    states: Sequence[ErrorFeedback | None],
+    numels: Sequence[int],
+    compressor: Compressor,
+    transport: Transport,
+) -> list[tuple[int, ServerBinding] | None]:
+    """Size and binding of each server residual; raises where a state belongs to something else."""
+    bindings: list[tuple[int, ServerBinding] | None] = []
+    for state, numel in zip(states, numels, strict=True):
+        if state is None:
+            bindings.append(None)
+            continue
+        state.check_numel(numel)
+        unit = compressor.shard_unit if compressor.shard_unit is not None else _unit(state)
+        if unit is None:
+            bindings.append(None)
+            continue
+        shard = shard_numel(numel, unit, transport.world_size)
+        bound = ServerBinding(transport.rank, transport.world_size, unit)
+        state.check_server(shard, bound)
+        bindings.append((shard, bound))
+    return bindings
+
+
+def _unit(state: ErrorFeedback) -> int | None:
+    return None if state.binding is None else state.binding.unit

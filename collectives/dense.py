@@ -1,0 +1,48 @@
+"""No compression: an ordinary fp32 all-reduce, which sends what the residuals hold as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gck.collectives.transports import Transport
+from gck.collectives.two_phase import Shards
+from gck.error_feedback import ErrorFeedback
+
+__all__ = ["dense"]
+
+
+def dense(
+    transport: Transport, grads: Sequence[Tensor], states: Sequence[ErrorFeedback | None], op: str
+) -> list[Tensor]:
+    """Reduces `grads` in one message and returns flat fp32 results; no residual is left afterwards.
+
+    Residuals that are not allocated stay so: a dense warm-up costs no memory for them.
+    """
+    sizes = [grad.numel() for grad in grads]
+    flat = torch.empty(sum(sizes), dtype=torch.float32, device=grads[0].device)
+    results = list(flat.split(sizes))
+    for grad, state, acc in zip(grads, states, results, strict=True):
+        acc.copy_(grad)
+        if state is None:
+            continue
+        if state.worker is not None:
+            acc.add_(state.worker_for(grad))
+        if state.server is not None and state.binding is not None:
+            # The owner's residual is in units of the result: of the mean, where that was taken.
+            shards = Shards.of(grad.numel(), state.binding.unit, transport.world_size)
+            server = state.server_for(shards.numel, grad.device, state.binding)[
+                : shards.valid(transport.rank)
+            ]
+            part = shards.part(acc, transport.rank)
+            part.add_(server, alpha=transport.world_size if op == "avg" else 1)
+    transport.all_reduce(flat)
+    if op == "avg":
+        flat.div_(transport.world_size)
+    for state in states:
+        for residual in (state.worker, state.server) if state is not None else ():
+            if residual is not None:
+                residual.zero_()
+    return results

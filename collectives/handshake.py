@@ -1,0 +1,160 @@
+"""Ranks compare what they are about to do before they send a payload.
+
+Without it, ranks that disagree make gloo abort a healthy process from C++ and NCCL hang. Each rank
+gathers everybody's 64-byte header, so all of them see the same differences and raise the same error,
+and nothing else is in flight: the group stays usable.
+
+The header, little-endian:
+
+    4  magic "GCKH"       1  version       1  algorithm     1  dtype      1  reduction
+    4  world size         4  tensors       8  sequence      8  numel, all tensors together
+    16 blake2b of the compressor's configuration            16 blake2b of every tensor's numel and dtype
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+
+from gck.collectives.transports import Transport
+from gck.errors import ArgumentError, CollectiveMismatchError
+
+__all__ = ["VALIDATE", "Signature", "agree", "describe"]
+
+VALIDATE = ("first", "always", "off")
+HEADER = struct.Struct("<4sBBBBIIQQ16s16s")
+MAGIC = b"GCKH"
+VERSION = 1
+ALGORITHMS = ("gather", "one_phase", "two_phase", "dense")
+REDUCTIONS = ("none", "avg", "sum")
+DTYPES = ("mixed", "float32", "bfloat16", "float16")
+
+
+class _Header(NamedTuple):
+    """The fields, by the names that errors use."""
+
+    magic: bytes
+    version: int
+    algorithm: int
+    dtype: int
+    reduction: int
+    world_size: int
+    tensors: int
+    sequence: int
+    numel: int
+    compressor: bytes
+    shapes: bytes
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one call is about to do; ranks must agree on all of it.
+
+    Attributes:
+        algorithm: "gather", "one_phase", "two_phase" or "dense".
+        compressor: the configuration as text, see `describe`.
+        dtypes, numels: of each tensor.
+        reduction: "avg", "sum" or "none".
+    """
+
+    algorithm: str
+    compressor: str
+    dtypes: tuple[torch.dtype, ...]
+    numels: tuple[int, ...]
+    reduction: str = "none"
+
+    def header(self, world_size: int, sequence: int) -> bytes:
+        names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        dtype = names[0] if len(set(names)) == 1 and names[0] in DTYPES else "mixed"
+        return HEADER.pack(
+            MAGIC,
+            VERSION,
+            ALGORITHMS.index(self.algorithm),
+            DTYPES.index(dtype),
+            REDUCTIONS.index(self.reduction),
+            world_size,
+            len(self.numels),
+            sequence,
+            sum(self.numels),
+            _digest(self.compressor),
+            _digest(repr(list(zip(names, self.numels, strict=True)))),
+        )
+
+
+def describe(compressor: object) -> str:
+    """A compressor's configuration as text that is the same in every process."""
+    if dataclasses.is_dataclass(compressor):
+        return repr(compressor)
+    return f"{type(compressor).__module__}.{type(compressor).__qualname__}"
+
+
+def agree(transport: Transport, function: str, signature: Signature, validate: str = "first") -> None:
+    """Returns on every rank when all call the same, raises on every rank when not.
+
+    Args:
+        transport: the group.
+        function: name of the public function, for the error's text.
+        signature: what this rank is about to do.
+        validate: "first" exchanges headers when this rank meets a signature for the first time, "always"
+            on every call, "off" never; must itself be the same on all ranks.
+
+    Raises:
+        ArgumentError: validate is none of these.
+        CollectiveMismatchError: ranks differ; the group stays usable.
+    """
+    if validate not in VALIDATE:
+        raise ArgumentError(f'{function}: validate must be "first", "always" or "off", got {validate!r}')
+    calls = transport.calls
+    calls.sequence += 1
+    key = signature.header(transport.world_size, 0)
+    if transport.world_size == 1 or validate == "off" or (validate == "first" and key in calls.agreed):
+        return
+    own = signature.header(transport.world_size, calls.sequence)
+    send = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    headers = [bytes(row.tolist()) for row in transport.all_gather_bytes(send)]
+    if len(set(headers)) == 1:
+        calls.agreed.add(key)
+        return
+    # Ranks that lost count of each other must not differ for ever.
+    calls.sequence = max(_Header._make(HEADER.unpack(header)).sequence for header in headers)
+    raise CollectiveMismatchError(f"{function}: {_differences(headers)}; this rank has {signature}")
+
+
+def _differences(headers: Sequence[bytes]) -> str:
+    """Which ranks differ from what most ranks sent, and in which fields."""
+    common = _Header._make(HEADER.unpack(Counter(headers).most_common(1)[0][0]))
+    texts = []
+    for rank, packed in enumerate(headers):
+        header = _Header._make(HEADER.unpack(packed))
+        fields = [
+            _difference(name, mine, theirs)
+            for name, mine, theirs in zip(_Header._fields, header, common, strict=True)
+            if mine != theirs
+        ]
+        if fields:
+            texts.append(f"rank {rank} differs from most ranks in {', '.join(fields)}")
+    return "; ".join(texts)
+
+
+def _difference(name: str, mine: object, theirs: object) -> str:
+    if isinstance(mine, bytes) or isinstance(theirs, bytes):
+        return name
+    names = {"algorithm": ALGORITHMS, "dtype": DTYPES, "reduction": REDUCTIONS}.get(name)
+    if names is not None and isinstance(mine, int) and isinstance(theirs, int):
+        return f"{name} ({_name(names, mine)}, not {_name(names, theirs)})"
+    return f"{name} ({mine}, not {theirs})"
+
+
+def _name(names: Sequence[str], code: int) -> str:
+    return names[code] if code < len(names) else f"unknown code {code}"
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()

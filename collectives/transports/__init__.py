@@ -1,0 +1,127 @@
+"""Transports: how bytes move between ranks. Everything above them is the same on every backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gck.errors import ArgumentError
+
+if TYPE_CHECKING:
+    Group: TypeAlias = "dist.ProcessGroup | Transport | None"
+
+__all__ = ["CallLog", "Transport", "check_timeout", "resolve"]
+
+
+@dataclass
+class CallLog:
+    """What one rank remembers of the collectives of one group, for the handshake.
+
+    Attributes:
+        sequence: collectives called so far.
+        agreed: signatures that every rank has confirmed.
+    """
+
+    sequence: int = 0
+    agreed: set[bytes] = field(default_factory=set)
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One rank's end of a group.
+
+    Every method is a collective: all ranks call it, in the same order, with tensors of the same size.
+    Each wait is bounded by `timeout`. After PeerLostError or CollectiveTimeoutError the group is
+    unusable, and every later call raises GroupUnusableError, which says why.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that one wait may take."""
+        ...
+
+    @property
+    def calls(self) -> CallLog:
+        """Shared by all transports of this rank and group."""
+        ...
+
+    def with_timeout(self, seconds: float) -> Transport:
+        """The same group with another timeout."""
+        ...
+
+    def all_gather_bytes(self, send: Tensor) -> Tensor:
+        """(nbytes,) uint8 -> a new (world_size, nbytes) uint8 tensor; row r came from rank r."""
+        ...
+
+    def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        """(world_size, nbytes) uint8 -> a new one; row r came from rank r, which had it in row `rank`."""
+        ...
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums over ranks, in place, with the same bits on every rank; undefined after an error."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Gives the group up on this rank; peers that wait for it fail at once where the backend can tell."""
+        ...
+
+
+def check_timeout(seconds: object) -> float:
+    """A positive, finite number of seconds.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+        raise ArgumentError(f"timeout must be a positive number of seconds, got {seconds!r}")
+    return float(seconds)
+
+
+def resolve(group: Any = None, timeout: float | None = None) -> Transport:
+    """The transport of a group.
+
+    Args:
+        group: None (the WORLD group of torch.distributed), a torch ProcessGroup, or any Transport,
+            such as a member of a `SimulatedGroup`.
+        timeout: seconds that one wait may take. Default: the group's own.
+
+    Raises:
+        ArgumentError: torch.distributed is not initialised, this rank is not in the group, or `group`
+            is something else.
+        GroupUnusableError: the group was destroyed.
+    """
+    if timeout is not None:
+        check_timeout(timeout)
+    if isinstance(group, Transport):
+        return group if timeout is None else group.with_timeout(timeout)
+    if group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ArgumentError(
+                "group=None is the WORLD group of torch.distributed, which is not initialised; call "
+                "torch.distributed.init_process_group first, or pass a group"
+            )
+        group = dist.group.WORLD
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ArgumentError("group: this rank is not a member of the group")
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(
+            "group must be None, a torch.distributed ProcessGroup or a member of a SimulatedGroup, "
+            f"got {type(group).__name__}"
+        )
+    from gck.collectives.transports.process_group import ProcessGroupTransport
+
+    return ProcessGroupTransport.of(group, timeout)

@@ -1,0 +1,236 @@
+"""W ranks in one process, a thread each: for tests, and for worlds larger than one machine."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from gck.collectives.transports import CallLog, check_timeout
+from gck.errors import (
+    ArgumentError,
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    GroupUnusableError,
+    PeerLostError,
+)
+
+__all__ = ["SimulatedGroup", "SimulatedMember"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Round:
+    """One operation: what each rank posted. A rank takes a private copy, so posts never change."""
+
+    posts: dict[int, tuple[str, Tensor | None]] = field(default_factory=dict)
+    readers: int = 0
+
+
+class SimulatedGroup:
+    """A group of `world_size` ranks that live in this process.
+
+    A rank that leaves `run` while others wait for it counts as a lost peer; a rank that does not come
+    within `timeout` seconds as a timeout. Either spoils the group, as it does with real processes.
+
+    Args:
+        world_size: number of ranks, at least 1.
+        timeout: seconds that one wait may take.
+
+    Raises:
+        ArgumentError: world_size or timeout out of range.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 60.0) -> None:
+        if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+            raise ArgumentError(f"SimulatedGroup: world_size must be a positive int, got {world_size!r}")
+        self.world_size = world_size
+        self._condition = threading.Condition()
+        self._rounds: dict[int, _Round] = {}
+        self._departed: dict[int, str] = {}
+        self._unusable: str | None = None
+        self._bytes_sent = [0] * world_size
+        self.members: Sequence[SimulatedMember] = tuple(
+            SimulatedMember(self, rank, check_timeout(timeout)) for rank in range(world_size)
+        )
+
+    @property
+    def bytes_sent(self) -> tuple[int, ...]:
+        """Bytes that each rank has sent to others so far; a dense all-reduce counts as a ring."""
+        return tuple(self._bytes_sent)
+
+    def run(self, fn: Callable[..., T], *args: Any) -> list[T]:
+        """Calls fn(member, *args) on every rank's thread; the results, in rank order.
+
+        Raises:
+            GroupUnusableError: an earlier failure spoilt the group.
+            Exception: the first one that a rank raised; the other ranks are released.
+        """
+        if self._unusable is not None:
+            raise GroupUnusableError(f"run: the group cannot be used any more ({self._unusable})")
+        self._rounds.clear()
+        self._departed.clear()
+        results: list[Any] = [None] * self.world_size
+        errors: list[BaseException] = []
+
+        def rank_main(member: SimulatedMember) -> None:
+            reason = "it returned"
+            try:
+                results[member.rank] = fn(member, *args)
+            except BaseException as error:
+                reason = f"it raised {type(error).__name__}: {error}"
+                errors.append(error)
+            finally:
+                with self._condition:
+                    self._departed[member.rank] = reason
+                    self._condition.notify_all()
+
+        for member in self.members:
+            member._tickets.clear()
+        threads = [
+            threading.Thread(target=rank_main, args=(member,), name=f"rank {member.rank}", daemon=True)
+            for member in self.members
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return results
+
+    def _exchange(self, member: SimulatedMember, kind: str, send: Tensor | None) -> list[Tensor | None]:
+        """Posts this rank's tensor and returns everybody's, once all have posted."""
+        rank = member.rank
+        own = None if send is None else send.detach().clone()
+        with self._condition:
+            if self._unusable is not None:
+                raise GroupUnusableError(f"{kind}: the group cannot be used any more ({self._unusable})")
+            number = len(member._tickets)
+            member._tickets.append(kind)
+            current = self._rounds.setdefault(number, _Round())
+            current.posts[rank] = (kind, own)
+            if len(current.posts) == self.world_size:
+                self._condition.notify_all()
+            self._wait(member, kind, current)
+            current.readers += 1
+            if current.readers == self.world_size:
+                del self._rounds[number]
+        for other, (their_kind, post) in sorted(current.posts.items()):
+            if their_kind != kind or _shape(post) != _shape(own):
+                raise self._spoil(
+                    CollectiveMismatchError(
+                        f"rank {rank} calls {kind} with {_shape(own)}, rank {other} calls {their_kind} "
+                        f"with {_shape(post)}"
+                    )
+                )
+        return [current.posts[other][1] for other in range(self.world_size)]
+
+    def _wait(self, member: SimulatedMember, kind: str, current: _Round) -> None:
+        deadline = time.monotonic() + member.timeout
+        while len(current.posts) < self.world_size:
+            missing = [other for other in range(self.world_size) if other not in current.posts]
+            gone = [other for other in missing if other in self._departed]
+            if gone:
+                raise self._spoil(
+                    PeerLostError(
+                        f"{kind} on rank {member.rank}: rank {gone[0]} left: {self._departed[gone[0]]}"
+                    )
+                )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._spoil(
+                    CollectiveTimeoutError(
+                        f"{kind} on rank {member.rank}: no answer from ranks {missing} "
+                        f"within {member.timeout:g} s"
+                    )
+                )
+            self._condition.wait(left)
+
+    def _spoil(self, error: Exception) -> Exception:
+        if self._unusable is None:
+            self._unusable = str(error)
+        return error
+
+
+class SimulatedMember:
+    """One rank of a `SimulatedGroup`; implements `Transport`."""
+
+    def __init__(self, group: SimulatedGroup, rank: int, timeout: float) -> None:
+        self.group = group
+        self._rank = rank
+        self._timeout = timeout
+        self._calls = CallLog()
+        self._tickets: list[str] = []  # operations begun; shared by the copies that with_timeout makes
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self.group.world_size
+
+    @property
+    def timeout(self) -> float:
+        return self._timeout
+
+    @property
+    def calls(self) -> CallLog:
+        return self._calls
+
+    def with_timeout(self, seconds: float) -> SimulatedMember:
+        member = copy.copy(self)
+        member._timeout = check_timeout(seconds)
+        return member
+
+    def all_gather_bytes(self, send: Tensor) -> Tensor:
+        rows = self._exchange("all_gather", send)
+        self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.numel()
+        recv = send.new_empty(self.world_size, send.numel())
+        for rank, row in enumerate(rows):
+            recv[rank] = row
+        return recv
+
+    def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        if send.dim() != 2 or send.shape[0] != self.world_size:
+            raise ArgumentError(
+                f"all_to_all_bytes: send must have {self.world_size} rows, got {tuple(send.shape)}"
+            )
+        rows = self._exchange("all_to_all", send)
+        self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.shape[1]
+        recv = send.new_empty(send.shape)
+        for rank, row in enumerate(rows):
+            recv[rank] = row[self._rank]
+        return recv
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        rows = self._exchange("all_reduce", tensor)
+        sent = 2 * tensor.numel() * tensor.element_size() * (self.world_size - 1) // self.world_size
+        self.group._bytes_sent[self._rank] += sent
+        tensor.copy_(rows[0])
+        for row in rows[1:]:
+            tensor += row
+
+    def barrier(self) -> None:
+        self.group._exchange(self, "barrier", None)
+
+    def abort(self, reason: str) -> None:
+        with self.group._condition:
+            self.group._departed[self._rank] = f"it aborted: {reason}"
+            self.group._spoil(PeerLostError(f"rank {self._rank} aborted: {reason}"))
+            self.group._condition.notify_all()
+
+    def _exchange(self, kind: str, send: Tensor) -> list[Tensor]:
+        rows = self.group._exchange(self, kind, send)
+        return [row for row in rows if row is not None]
+
+
+def _shape(post: Tensor | None) -> str:
+    return "nothing" if post is None else f"{tuple(post.shape)} of {post.dtype}"

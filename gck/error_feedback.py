@@ -1,0 +1,314 @@
+"""Residual state: what compression left out, kept until it is sent.
+
+Source: Seide et al., "1-Bit Stochastic Gradient Descent" (Interspeech 2014); Karimireddy et al., "Error
+Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019); the server residual is that
+of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gck.errors import StateMismatchError
+
+__all__ = ["ErrorFeedback", "ErrorFeedbackMap", "ServerBinding", "Snapshot"]
+
+STATE_VERSION = 1
+
+
+class ServerBinding(NamedTuple):
+    """What a server residual belongs to: the shard of this rank in a world cut into units."""
+
+    rank: int
+    world_size: int
+    unit: int
+
+
+class Snapshot(NamedTuple):
+    """What `ErrorFeedback.snapshot` returns: each buffer with a copy of its content."""
+
+    binding: ServerBinding | None
+    worker: tuple[Tensor, Tensor] | None
+    server: tuple[Tensor, Tensor] | None
+    nonfinite: tuple[Tensor, Tensor] | None
+
+
+class ErrorFeedback:
+    """The residuals of one tensor on one rank; buffers are allocated as zeros on first use.
+
+    Attributes:
+        worker: (numel,) fp32, what this rank's messages left out; None before the first use.
+        server: (shard,) fp32, what this rank, as the owner of a shard, left out of the average; None
+            unless a two-phase all-reduce ran.
+        binding: the rank, world size and unit that `server` belongs to.
+        nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
+            cleared because they were not finite. Reading it synchronises; nothing here does.
+    """
+
+    def __init__(self) -> None:
+        self.worker: Tensor | None = None
+        self.server: Tensor | None = None
+        self.binding: ServerBinding | None = None
+        self.nonfinite: Tensor | None = None
+
+    def __repr__(self) -> str:
+        worker = None if self.worker is None else self.worker.numel()
+        server = None if self.server is None else self.server.numel()
+        return f"ErrorFeedback(worker={worker}, server={server}, binding={self.binding})"
+
+    def reset(self) -> None:
+        """Forgets both residuals and the counter."""
+        self.worker = self.server = self.binding = self.nonfinite = None
+
+    def worker_for(self, grad: Tensor) -> Tensor:
+        """The worker residual for `grad`: zeros at first, moved along when the gradient changes device.
+
+        Raises:
+            StateMismatchError: it belongs to a tensor with another number of elements.
+        """
+        self.check_numel(grad.numel())
+        if self.worker is None:
+            self.worker = torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)
+        elif self.worker.device != grad.device:
+            self.worker = self.worker.to(grad.device)
+        return self.worker
+
+    def server_for(self, numel: int, device: torch.device, binding: ServerBinding) -> Tensor:
+        """The server residual of `numel` elements for this rank's shard.
+
+        Raises:
+            StateMismatchError: it belongs to another rank, world size or unit.
+        """
+        self.check_server(numel, binding)
+        if self.server is None:
+            self.server = torch.zeros(numel, dtype=torch.float32, device=device)
+            self.binding = binding
+        elif self.server.device != device:
+            self.server = self.server.to(device)
+        return self.server
+
+    def nonfinite_for(self, device: torch.device) -> Tensor:
+        """The counter, on `device`."""
+        if self.nonfinite is None:
+            self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        elif self.nonfinite.device != device:
+            self.nonfinite = self.nonfinite.to(device)
+        return self.nonfinite
+
+    def check_numel(self, numel: int) -> None:
+        """Raises StateMismatchError when the worker residual has another number of elements."""
+        if self.worker is not None and self.worker.numel() != numel:
+            raise StateMismatchError(
+                f"worker residual: belongs to {self.worker.numel()} elements, got a gradient of {numel}"
+            )
+
+    def check_server(self, numel: int, binding: ServerBinding) -> None:
+        """Raises StateMismatchError when the server residual belongs to another shard."""
+        if self.server is None:
+            return
+        if self.binding != binding or self.server.numel() != numel:
+            raise StateMismatchError(
+                f"server residual: belongs to {self.binding} with {self.server.numel()} elements, got "
+                f"{binding} with {numel}; call reset() to start from zero"
+            )
+
+    def snapshot(self) -> Snapshot:
+        """Copies to `restore` from; the buffers themselves stay where they are."""
+        buffers = (self.worker, self.server, self.nonfinite)
+        return Snapshot(self.binding, *(None if b is None else (b, b.clone()) for b in buffers))
+
+    def restore(self, saved: Snapshot) -> None:
+        """Puts everything back as it was at `snapshot`, in the same buffers."""
+        self.binding = saved.binding
+        self.worker, self.server, self.nonfinite = (
+            None if pair is None else pair[0].copy_(pair[1])
+            for pair in (saved.worker, saved.server, saved.nonfinite)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain dict of tensors (not copies, as in torch.nn.Module) and ints."""
+        state: dict[str, Any] = {"version": STATE_VERSION}
+        if self.worker is not None:
+            state["worker"] = self.worker
+        if self.server is not None and self.binding is not None:
+            state["server"] = self.server
+            state |= self.binding._asdict()
+        if self.nonfinite is not None:
+            state["nonfinite"] = int(self.nonfinite)
+        return state
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        numel: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        reset_server: bool = False,
+    ) -> None:
+        """Replaces the residuals by copies of those in `state`.
+
+        Args:
+            state: what `state_dict` returned.
+            numel: elements of the gradient. Default: those of the present worker residual, if any.
+            rank, world_size: of the group that will be used. Default: those that the present server
+                residual is bound to, if any; else checked on first use.
+            reset_server: start the server residual from zero instead of loading it, as after a change
+                of the world size.
+
+        Raises:
+            StateMismatchError: the state is malformed, of another version, or belongs to another
+                number of elements, rank or world size; nothing was changed.
+        """
+        loaded = self._parsed(state, numel, rank, world_size, reset_server)
+        for name in ("worker", "server"):
+            mine: Tensor | None = getattr(self, name)
+            theirs: Tensor | None = getattr(loaded, name)
+            setattr(
+                self, name, None if theirs is None else theirs.clone() if mine is None else theirs.to(mine)
+            )
+        self.binding, self.nonfinite = loaded.binding, loaded.nonfinite
+
+    def _parsed(
+        self,
+        state: Mapping[str, Any],
+        numel: int | None,
+        rank: int | None,
+        world_size: int | None,
+        reset_server: bool,
+    ) -> ErrorFeedback:
+        """The residuals in `state`, checked; shares its tensors."""
+        check_version("ErrorFeedback.load_state_dict", state)
+        loaded = ErrorFeedback()
+        loaded.worker = _residual(state, "worker")
+        if numel is None and self.worker is not None:
+            numel = self.worker.numel()
+        if loaded.worker is not None and numel not in (None, loaded.worker.numel()):
+            raise StateMismatchError(
+                f"load_state_dict: the saved worker residual has {loaded.worker.numel()} elements, "
+                f"the gradient {numel}"
+            )
+        if "server" in state and not reset_server:
+            loaded.server = _residual(state, "server")
+            try:
+                loaded.binding = ServerBinding(*(int(state[name]) for name in ServerBinding._fields))
+            except (KeyError, TypeError, ValueError) as error:
+                raise StateMismatchError(
+                    f"load_state_dict: {error!r} in the saved server residual"
+                ) from error
+            rank = self.binding.rank if rank is None and self.binding else rank
+            world_size = self.binding.world_size if world_size is None and self.binding else world_size
+            for name, saved, present in (
+                ("rank", loaded.binding.rank, rank),
+                ("world size", loaded.binding.world_size, world_size),
+            ):
+                if present is not None and saved != present:
+                    raise StateMismatchError(
+                        f"load_state_dict: the saved server residual belongs to {name} {saved}, this is "
+                        f"{name} {present}; pass reset_server=True to start it from zero"
+                    )
+        if "nonfinite" in state:
+            device = None if loaded.worker is None else loaded.worker.device
+            loaded.nonfinite = torch.tensor([int(state["nonfinite"])], dtype=torch.int64, device=device)
+        return loaded
+
+
+class ErrorFeedbackMap:
+    """One `ErrorFeedback` a name, made on first use: ``residuals["layer.weight"]``."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, ErrorFeedback] = {}
+
+    def __getitem__(self, name: str) -> ErrorFeedback:
+        return self._states.setdefault(name, ErrorFeedback())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def items(self) -> Iterator[tuple[str, ErrorFeedback]]:
+        return iter(self._states.items())
+
+    def rename(self, old: str, new: str) -> None:
+        """Moves a state to another name."""
+        self._states[new] = self._states.pop(old)
+
+    def reset(self) -> None:
+        """Forgets every residual."""
+        self._states.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain dict: the states by name, and a version."""
+        return {
+            "version": STATE_VERSION,
+            "tensors": {name: state.state_dict() for name, state in self._states.items()},
+        }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        numels: Mapping[str, int] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        reset_server: bool = False,
+    ) -> None:
+        """Replaces all residuals; see `ErrorFeedback.load_state_dict`.
+
+        Args:
+            numels: elements of each gradient; with it, unknown names are errors as well.
+
+        Raises:
+            StateMismatchError: one of the states does not fit; nothing was changed.
+        """
+        check_version("ErrorFeedbackMap.load_state_dict", state)
+        tensors = state.get("tensors")
+        if not isinstance(tensors, Mapping):
+            raise StateMismatchError(f"load_state_dict: tensors must be a dict, got {type(tensors).__name__}")
+        fresh: dict[str, ErrorFeedback] = {}
+        for name, saved in tensors.items():
+            if numels is not None and name not in numels:
+                raise StateMismatchError(f"load_state_dict: no parameter is named {name!r}")
+            numel = None if numels is None else numels[name]
+            present = self._states.get(name)
+            if numel is None and present is not None and present.worker is not None:
+                numel = present.worker.numel()
+            fresh[name] = ErrorFeedback()
+            try:
+                fresh[name].load_state_dict(
+                    saved, numel=numel, rank=rank, world_size=world_size, reset_server=reset_server
+                )
+            except StateMismatchError as error:
+                raise StateMismatchError(f"{name}: {error}") from error
+        self._states = fresh
+
+
+def check_version(function: str, state: Any) -> None:
+    """Raises StateMismatchError unless `state` is a dict of the version that this code writes."""
+    if not isinstance(state, Mapping):
+        raise StateMismatchError(f"{function}: state must be a dict, got {type(state).__name__}")
+    if state.get("version") != STATE_VERSION:
+        raise StateMismatchError(
+            f"{function}: state must have version {STATE_VERSION}, got {state.get('version')!r}"
+        )
+
+
+def _residual(state: Mapping[str, Any], name: str) -> Tensor | None:
+    value = state.get(name)
+    if value is not None and (
+        not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1
+    ):
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise StateMismatchError(
+            f"load_state_dict: the saved {name} residual must be flat float32, got {what}"
+        )
+    return value
