@@ -1,0 +1,276 @@
+"""A communication hook for torch.nn.parallel.DistributedDataParallel.
+
+    state = gck.ddp.register(model, gck.TopK(ratio=0.01), warmup_steps=500)
+
+or, in DDP's own words,
+
+    state = gck.ddp.HookState(gck.TopK(ratio=0.01), warmup_steps=500, model=model)
+    model.register_comm_hook(state, gck.ddp.hook)
+
+Residuals are kept per parameter name: DDP rebuilds its buckets after the first step, and a checkpoint
+must find them again. Under `no_sync` DDP does not call the hook, so that error feedback runs once, on
+the step that synchronises, over the accumulated gradient. With a gradient scaler, residuals are in
+units of the scaled gradient.
+"""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gck.collectives import all_reduce_many_, resolve
+from gck.collectives.handshake import describe
+from gck.compressor import Compressor
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_version
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError, StateMismatchError
+
+__all__ = ["HookState", "hook", "register"]
+
+STATE_VERSION = 1
+
+
+class HookState:
+    """What the hook keeps from step to step.
+
+    Args:
+        compressor: used for every parameter that is not bypassed.
+        warmup_steps: steps at the start that are reduced without compression.
+        bypass_numel: parameters of at most so many elements are reduced without compression, all those
+            of a bucket in one message.
+        bypass_1d: so are parameters of less than two dimensions (biases, norms), whatever their size.
+        model: the DDP module or the module inside, to key residuals by parameter name; `state_dict` needs
+            it. May be given later with `bind`.
+        group: as for `gck.all_reduce_`; should be the group that DDP uses.
+        algorithm, validate, timeout: as for `gck.all_reduce_`.
+
+    Attributes:
+        step: synchronising steps done.
+        residuals: the `ErrorFeedbackMap`, by parameter name.
+
+    Raises:
+        DtypeError, ArgumentError: an option has a wrong type or is out of range.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        warmup_steps: int = 0,
+        bypass_numel: int = 1024,
+        bypass_1d: bool = True,
+        model: torch.nn.Module | None = None,
+        group: Any = None,
+        *,
+        algorithm: str = "auto",
+        validate: str = "first",
+        timeout: float | None = None,
+    ) -> None:
+        if not isinstance(compressor, Compressor):
+            raise DtypeError(f"HookState: compressor must be a Compressor, got {type(compressor).__name__}")
+        self.compressor = compressor
+        self.warmup_steps = _count("warmup_steps", warmup_steps)
+        self.bypass_numel = _count("bypass_numel", bypass_numel)
+        self.bypass_1d = bypass_1d
+        self.group = group
+        self.algorithm = algorithm
+        self.validate = validate
+        self.timeout = timeout
+        self.step = 0
+        self.residuals = ErrorFeedbackMap()
+        self._bound = False
+        self._names: dict[int, str] = {}
+        # Keys are ids, which are unique only while the parameters live.
+        self._parameters: list[Tensor] = []
+        if model is not None:
+            self.bind(model)
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Learns the parameters' names; residuals that exist already follow.
+
+        Raises:
+            ArgumentError: residuals exist for a parameter that is not in `model`.
+        """
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        named = {id(parameter): name for name, parameter in inner.named_parameters()}
+        strangers = [name for key, name in self._names.items() if key not in named and name in self.residuals]
+        if strangers:
+            raise ArgumentError(f"HookState.bind: model lacks {len(strangers)} parameters that were reduced")
+        for key, old in self._names.items():
+            if old in self.residuals and old != named[key]:
+                self.residuals.rename(old, named[key])
+        self._names = named
+        self._parameters = list(inner.parameters())
+        self._bound = True
+
+    def feedback(self, parameter: Tensor, create: bool = True) -> ErrorFeedback | None:
+        """The residuals of a parameter; None where it has none and `create` is false.
+
+        Raises:
+            ArgumentError: `bind` was called with a model that lacks the parameter.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            if self._bound:
+                raise ArgumentError(
+                    f"HookState: a parameter of shape {tuple(parameter.shape)} is not in the model given to it"
+                )
+            name = self._names[id(parameter)] = f"<unnamed parameter {len(self._names)}>"
+            self._parameters.append(parameter)
+        return self.residuals[name] if create or name in self.residuals else None
+
+    def bypassed(self, parameter: Tensor) -> bool:
+        """Whether a parameter's gradient is reduced without compression."""
+        return parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain dict for this rank's checkpoint: residuals by parameter name, and the step.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+        """
+        self._check_bound("state_dict")
+        transport = resolve(self.group)
+        return {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "rank": transport.rank,
+            "world_size": transport.world_size,
+            "compressor": describe(self.compressor),
+            "residuals": self.residuals.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, reset_server: bool = False) -> None:
+        """Continues from what `state_dict` returned on the same rank.
+
+        Args:
+            state: the dict of this rank.
+            reset_server: start server residuals from zero; needed when the world size changed.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            StateMismatchError: the state does not fit the model, the rank or the world size; nothing
+                was changed.
+        """
+        self._check_bound("load_state_dict")
+        check_version("HookState.load_state_dict", state)
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
+        transport = resolve(self.group)
+        numels = {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
+        self.residuals.load_state_dict(
+            state.get("residuals", {}),
+            numels=numels,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            reset_server=reset_server,
+        )
+        self.step = step
+
+    def _check_bound(self, function: str) -> None:
+        if not self._bound:
+            raise ArgumentError(
+                f"HookState.{function}: parameters have no names; pass model= to HookState, or call bind(model)"
+            )
+
+
+def hook(
+    state: HookState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch re-exports it from C++
+) -> torch.futures.Future[Tensor]:
+    """Averages a bucket of gradients; pass it to `DistributedDataParallel.register_comm_hook`.
+
+    The mean is taken here, once. Collectives run to their end inside the hook, in the order of the
+    buckets, which is the same on all ranks: chained from futures they would run in another order on
+    each. Errors reach the training loop from `loss.backward()` with their type; the bucket that failed
+    and its residuals are as they were, buckets of the same step that came before it are reduced.
+    """
+    buffer, parameters = bucket.buffer(), bucket.parameters()
+    numels = [parameter.numel() for parameter in parameters]
+    if buffer.numel() != sum(numels):
+        raise ShapeMismatchError(
+            f"gck.ddp.hook: bucket {bucket.index()} has {buffer.numel()} elements, its "
+            f"{len(numels)} parameters {sum(numels)}"
+        )
+    # Not bucket.gradients(): those have the parameters' strides, which need not be contiguous.
+    pairs = list(zip(parameters, buffer.split(numels), strict=True))
+    warm_up = state.step < state.warmup_steps
+    plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
+    packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
+    with _unchanged_on_error(state, plain if packed else []):
+        _reduce(state, plain, "dense", create=False)
+        _reduce(state, packed, state.algorithm, create=True)
+    if bucket.is_last():
+        state.step += 1
+    # A future of device tensors must know the devices, to order streams.
+    devices = [buffer.device] if buffer.device.type == "cuda" else None
+    future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+    future.set_result(buffer)
+    return future
+
+
+def register(model: DistributedDataParallel, compressor: Compressor, **options: Any) -> HookState:
+    """Makes a `HookState` for `model` and registers the hook.
+
+    Args:
+        model: not yet with a communication hook.
+        compressor: see `HookState`.
+        options: those of `HookState`, except model.
+
+    Returns:
+        The state, whose `state_dict` belongs into the checkpoint of its rank.
+
+    Raises:
+        DtypeError: model is no DistributedDataParallel.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise DtypeError(
+            f"gck.ddp.register: model must be a DistributedDataParallel, got {type(model).__name__}"
+        )
+    options.setdefault("group", model.process_group)
+    state = HookState(compressor, model=model, **options)
+    model.register_comm_hook(state, hook)
+    return state
+
+
+def _reduce(state: HookState, pairs: Sequence[tuple[Tensor, Tensor]], algorithm: str, create: bool) -> None:
+    """One list all-reduce of the (parameter, flat gradient) pairs."""
+    if pairs:
+        all_reduce_many_(
+            [grad for _, grad in pairs],
+            [state.feedback(parameter, create) for parameter, _ in pairs],
+            state.compressor,
+            state.group,
+            algorithm=algorithm,
+            validate=state.validate,
+            timeout=state.timeout,
+        )
+
+
+@contextmanager
+def _unchanged_on_error(state: HookState, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Puts small gradients back when a later message of their bucket fails."""
+    grads = [(grad, grad.clone()) for _, grad in pairs]
+    feedback = [state.feedback(parameter, create=False) for parameter, _ in pairs]
+    saved = [(residuals, residuals.snapshot()) for residuals in feedback if residuals is not None]
+    try:
+        yield
+    except BaseException:
+        for grad, copy in grads:
+            grad.copy_(copy)
+        for residuals, snapshot in saved:
+            residuals.restore(snapshot)
+        raise
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"HookState: {name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ArgumentError(f"HookState: {name} must be at least 0, got {value}")
+    return value
