@@ -1,0 +1,40 @@
+"""gck: gradient compression kernels.
+
+>>> import gck
+>>> payload = gck.topk_ef_(grad, err, ratio=0.01)
+"""
+
+from gck import errors
+from gck.collectives import SimulatedGroup, all_reduce_, packed_all_reduce_, sparse_all_gather
+from gck.compressor import Compressor, shard_numel
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
+from gck.integrations import ddp
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from gck.ops import decompress, decompress_add_, sign_ef_, topk, topk_ef_
+from gck.payload import PackedSigns, Payload, SparseGrad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compressor",
+    "ErrorFeedback",
+    "ErrorFeedbackMap",
+    "PackedSigns",
+    "Payload",
+    "Sign",
+    "SimulatedGroup",
+    "SparseGrad",
+    "TopK",
+    "all_reduce_",
+    "ddp",
+    "decompress",
+    "decompress_add_",
+    "errors",
+    "packed_all_reduce_",
+    "shard_numel",
+    "sign_ef_",
+    "sparse_all_gather",
+    "topk",
+    "topk_ef_",
+]

@@ -23,14 +23,14 @@ def load() -> Any:
         BackendUnavailableError: the package was not built; says how to build it.
     """
     try:
-        from gck import _C
+        import gck._C as native
     except ImportError as error:
         raise BackendUnavailableError(
             f"gck._C: the compiled module cannot be loaded ({error}). Install the package with "
             "`pip install .`, or build it in place with `cmake -S . -B build/local && "
             "cmake --build build/local && cmake --install build/local --prefix .`"
         ) from error
-    return _C
+    return native
 
 
 def num_threads() -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from gck.wire import layout_of
+
 __all__ = ["PackedSigns", "Payload", "SparseGrad"]
 
 
@@ -35,11 +37,14 @@ class SparseGrad(NamedTuple):
         return "topk"
 
     @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return self.values, self.indices
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the wire, alignment padding included."""
-        from gck.wire import layout_of
-
-        return layout_of(self.values, self.indices).nbytes
+        return layout_of(*self.fields).nbytes
 
 
 class PackedSigns(NamedTuple):
@@ -64,11 +69,14 @@ class PackedSigns(NamedTuple):
         return "sign"
 
     @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return self.words, self.scales
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the wire, alignment padding included."""
-        from gck.wire import layout_of
-
-        return layout_of(self.words, self.scales).nbytes
+        return layout_of(*self.fields).nbytes
 
 
 Payload: TypeAlias = SparseGrad | PackedSigns

@@ -92,7 +92,8 @@ def body_of(*fields: Tensor) -> Tensor:
         for f, place in zip(fields, layout.fields, strict=True)
     )
     if in_place:
-        return torch.empty(0, dtype=torch.uint8, device=first.device).set_(storage, start, (layout.nbytes,))
+        whole = torch.empty(0, dtype=torch.uint8, device=first.device)
+        return whole.set_(storage, start, (layout.nbytes,), (1,))
     body = torch.zeros(layout.nbytes, dtype=torch.uint8, device=first.device)
     for view, field in zip(layout.views(body), fields, strict=True):
         view.copy_(field)

@@ -56,7 +56,7 @@ class KernelCompressor:
         self, grad: Tensor, err: Tensor | None, bodies: Tensor, *, nonfinite: Tensor | None = None
     ) -> None:
         """See `gck.compressor.Compressor.compress_`."""
-        self._compress(f"{type(self).__name__}.compress_", grad, err, bodies, nonfinite)
+        self.compress(f"{type(self).__name__}.compress_", grad, err, bodies, nonfinite)
 
     def decompress_(
         self,
@@ -69,7 +69,7 @@ class KernelCompressor:
     ) -> None:
         """See `gck.compressor.Compressor.decompress_`."""
         fields = self.layout(out.numel() if capacity is None else capacity).views(body)
-        self._decompress(f"{type(self).__name__}.decompress_", out, fields, alpha, accumulate)
+        self.decompress(f"{type(self).__name__}.decompress_", out, fields, alpha, accumulate)
 
     def check_inputs(
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None
@@ -81,9 +81,10 @@ class KernelCompressor:
             checks.check_same(function, "err", err, "grad", grad)
         checks.check_nonfinite(function, nonfinite, grad)
 
-    def _compress(
+    def compress(
         self, function: str, grad: Tensor, err: Tensor | None, bodies: Tensor, nonfinite: Tensor | None
     ) -> None:
+        """`compress_` on behalf of the public function that error texts shall name."""
         self.check_inputs(function, grad, err, nonfinite)
         checks.check_device(function, "bodies", bodies, "grad", grad)
         shards = bodies.shape[0]
@@ -103,9 +104,10 @@ class KernelCompressor:
         if grad.numel():
             kernels.compress_(self, grad.view(-1), err.view(-1), bodies, nonfinite)
 
-    def _decompress(
+    def decompress(
         self, function: str, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
     ) -> None:
+        """`decompress_` of typed fields, on behalf of the public function that error texts shall name."""
         checks.check_fp32(function, "out", out)
         for index, field in enumerate(fields):
             checks.check_tensor(function, f"payload field {index}", field)

@@ -48,6 +48,11 @@ class Sign(KernelCompressor):
     def layout(self, numel: int) -> Layout:
         return Layout.of((torch.uint32, -(-numel // 32)), (torch.float32, -(-numel // self.chunk_size)))
 
+    @classmethod
+    def for_fields(cls, fields: tuple[Tensor, ...], chunk_size: int) -> Sign:
+        """The compressor that decodes a payload with these fields."""
+        return cls(chunk_size)
+
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         words, scales = fields
         if words.dtype != torch.uint32 or scales.dtype != torch.float32:

@@ -58,6 +58,11 @@ class TopK(KernelCompressor):
         k = resolve_k("TopK", numel, self.ratio, self.k)
         return Layout.of((self.value_dtype, k), (index_dtype(numel), k))
 
+    @classmethod
+    def for_fields(cls, fields: tuple[Tensor, ...], chunk_size: int) -> TopK:
+        """The compressor that decodes a payload with these fields."""
+        return cls(k=max(1, fields[0].numel()))
+
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         values, indices = fields
         if values.dtype not in VALUE_DTYPES or indices.dtype not in (torch.int32, torch.int64):

@@ -1,0 +1,67 @@
+"""Arrays of other libraries, borrowed as tensors: NumPy, CuPy and whatever speaks DLPack.
+
+Nothing is copied (but a read-only NumPy array, which torch cannot represent), so an in-place result
+lands in the caller's array. CuPy arrays are worked on in CuPy's current stream.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from gck.errors import DtypeError, LayoutError
+
+__all__ = ["borrowed"]
+
+
+@contextmanager
+def borrowed(function: str, mutable: tuple[str, ...], **arrays: Any) -> Iterator[list[Tensor]]:
+    """Yields the arrays as tensors, in order; inside, torch's current stream is the arrays' own.
+
+    Args:
+        function: for error texts.
+        mutable: names of the arrays that will be written to.
+        arrays: tensors or arrays by argument name.
+
+    Raises:
+        DtypeError: something that is no array, or of a dtype that torch lacks.
+        LayoutError: a read-only array in `mutable`, or memory that torch cannot view.
+    """
+    with _stream_of(*arrays.values()):
+        yield [_as_tensor(function, name, array, name in mutable) for name, array in arrays.items()]
+
+
+def _stream_of(*arrays: Any) -> Any:
+    cupy = sys.modules.get("cupy")
+    if cupy is None or not any(isinstance(array, cupy.ndarray) for array in arrays):
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr))
+
+
+def _as_tensor(function: str, name: str, array: Any, mutable: bool) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    numpy = sys.modules.get("numpy")
+    try:
+        if numpy is not None and isinstance(array, numpy.ndarray):
+            if array.flags.writeable:
+                return torch.from_numpy(array)
+            if mutable:
+                raise LayoutError(f"{function}: {name} is a read-only array and would be written to")
+            return torch.from_numpy(array.copy())
+        if hasattr(array, "__dlpack__"):
+            return torch.utils.dlpack.from_dlpack(array)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        if isinstance(error, LayoutError):
+            raise
+        kind = DtypeError if isinstance(error, TypeError) else LayoutError
+        raise kind(f"{function}: {name} cannot be used as a tensor: {error}") from error
+    raise DtypeError(
+        f"{function}: {name} must be a tensor or an array (NumPy, CuPy, DLPack), got {type(array).__name__}"
+    )
