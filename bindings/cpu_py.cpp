@@ -33,8 +33,8 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "topk_decompress",
-      [](Address values, int value_dtype, Address indices, bool wide_indices, int64_t k, Address out, int64_t numel,
-         float alpha, bool accumulate, int threads) {
+      [](Address values, int value_dtype, Address indices, bool wide_indices, int64_t k, Address out,
+         int64_t numel, float alpha, bool accumulate, int threads) {
         return topk_decompress({at<void>(values), Dtype{value_dtype}, at<void>(indices), wide_indices, k,
                                 at<float>(out), numel, alpha, accumulate, threads});
       },
@@ -44,18 +44,19 @@ void bind_cpu(py::module_& m) {
       "sign_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, Address bodies,
          int64_t row_stride, int64_t chunks_per_row, int64_t scales_offset, int threads) {
-        return sign_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, at<char>(bodies),
-                              row_stride, chunks_per_row, scales_offset},
+        return sign_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size,
+                              at<char>(bodies), row_stride, chunks_per_row, scales_offset},
                              threads);
       },
       nogil);
 
   m.def(
       "sign_decompress",
-      [](Address words, Address scales, Address out, int64_t numel, int64_t chunk_size, float alpha, bool accumulate,
-         int threads) {
-        sign_decompress({at<uint32_t>(words), at<float>(scales), at<float>(out), numel, chunk_size, alpha, accumulate},
-                        threads);
+      [](Address words, Address scales, Address out, int64_t numel, int64_t chunk_size, float alpha,
+         bool accumulate, int threads) {
+        sign_decompress(
+            {at<uint32_t>(words), at<float>(scales), at<float>(out), numel, chunk_size, alpha, accumulate},
+            threads);
       },
       nogil);
 }

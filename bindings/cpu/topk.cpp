@@ -85,19 +85,24 @@ int32_t guess_threshold(const TopkJob& job, const Leaves& isa) {
   const int64_t size = job.grad_dtype == Dtype::fp32 ? 4 : 2;
   std::vector<float> sample(static_cast<size_t>(lines * kLine));
   for (int64_t line = 0; line < lines; ++line) {
-    const int64_t jitter = static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
+    const int64_t jitter =
+        static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
     const int64_t at = (line * stride + jitter) * kLine;
     isa.add(static_cast<const char*>(job.grad) + at * size, job.grad_dtype, job.err + at, kLine,
             sample.data() + line * kLine);
   }
   const std::vector<Segment> all{{sample.data(), lines * kLine}};
-  const double expected = static_cast<double>(job.k) / static_cast<double>(job.numel) * static_cast<double>(lines * kLine);
-  const auto rank_of = [&](double rank) { return static_cast<int64_t>(std::min(std::ceil(rank), static_cast<double>(lines * kLine))); };
+  const double expected =
+      static_cast<double>(job.k) / static_cast<double>(job.numel) * static_cast<double>(lines * kLine);
+  const auto rank_of = [&](double rank) {
+    return static_cast<int64_t>(std::min(std::ceil(rank), static_cast<double>(lines * kLine)));
+  };
   const int32_t middle = kth_largest(all, std::max<int64_t>(1, rank_of(expected))).key;
   double squares = 0;
   for (int64_t line = 0; line < lines; ++line) {
     const float* x = sample.data() + line * kLine;
-    const auto hits = static_cast<double>(std::count_if(x, x + kLine, [&](float v) { return key_of(v) >= middle; }));
+    const auto hits =
+        static_cast<double>(std::count_if(x, x + kLine, [&](float v) { return key_of(v) >= middle; }));
     squares += hits * hits;
   }
   const int32_t low = kth_largest(all, rank_of(expected + 5 * std::sqrt(squares) + 8)).key;
@@ -246,7 +251,8 @@ int64_t topk_compress(const TopkJob& job) {
       for (int64_t at = ranges[p].begin; at < ranges[p].end; at += kTile) {
         Candidates& tile = tiles.parts[p];
         tile.count = 0;
-        isa.topk_collect(job.err + at, std::min(kTile, ranges[p].end - at), std::min(threshold.key, kInfKey), &tile);
+        isa.topk_collect(job.err + at, std::min(kTile, ranges[p].end - at), std::min(threshold.key, kInfKey),
+                         &tile);
         emit(tile, at, threshold.key, slots[p], job.err, writer);
       }
       cleared[p] = writer.cleared;

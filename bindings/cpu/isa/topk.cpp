@@ -46,7 +46,8 @@ void add_all(const void* grad, const float* err, int64_t count, float* out) {
 
 }  // namespace
 
-void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, int32_t threshold, Candidates* out) {
+void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, int32_t threshold,
+                 Candidates* out) {
   with_dtype(dtype, [&]<Dtype D>() { stream<D>(grad, err, count, threshold, *out); });
 }
 

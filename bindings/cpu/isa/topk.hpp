@@ -4,7 +4,8 @@
 
 namespace gck::GCK_ISA {
 
-void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, int32_t threshold, Candidates* out);
+void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, int32_t threshold,
+                 Candidates* out);
 void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* out);
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
 

@@ -101,7 +101,8 @@ inline __m256 widen_mask(Mask m) {  // bit i -> all bits of lane i
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(on, bit));
 }
 inline Vec select(Mask m, Vec yes, Vec no) {
-  return {_mm256_blendv_ps(no.lo, yes.lo, widen_mask(m)), _mm256_blendv_ps(no.hi, yes.hi, widen_mask(m >> 8))};
+  return {_mm256_blendv_ps(no.lo, yes.lo, widen_mask(m)),
+          _mm256_blendv_ps(no.hi, yes.hi, widen_mask(m >> 8))};
 }
 inline __m256i front_lanes(Mask m) {  // positions of the set bits of m, as a permutation
   const uint64_t bytes = _pdep_u64(m & 0xff, 0x0101010101010101u) * 0xff;
@@ -196,7 +197,8 @@ template <Dtype D>
 inline Vec load_part(const void* base, int64_t i, int count) {
   constexpr size_t size = D == Dtype::fp32 ? 4 : 2;
   alignas(64) char whole[kLanes * 4] = {};
-  std::memcpy(whole, static_cast<const char*>(base) + i * static_cast<int64_t>(size), size * static_cast<size_t>(count));
+  std::memcpy(whole, static_cast<const char*>(base) + i * static_cast<int64_t>(size),
+              size * static_cast<size_t>(count));
   return load_as<D>(whole, 0);
 }
 
@@ -210,9 +212,12 @@ inline void store_part(float* p, Vec a, int count) {
 template <typename F>
 inline auto with_dtype(Dtype dtype, F f) {
   switch (dtype) {
-    case Dtype::bf16: return f.template operator()<Dtype::bf16>();
-    case Dtype::fp16: return f.template operator()<Dtype::fp16>();
-    default: return f.template operator()<Dtype::fp32>();
+    case Dtype::bf16:
+      return f.template operator()<Dtype::bf16>();
+    case Dtype::fp16:
+      return f.template operator()<Dtype::fp16>();
+    default:
+      return f.template operator()<Dtype::fp32>();
   }
 }
 
