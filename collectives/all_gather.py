@@ -69,8 +69,9 @@ def sparse_all_gather(
         tuple(tensor.numel() for tensor in tensors),
     )
     agree(transport, "sparse_all_gather", signature, validate)
-    rows = transport.all_gather_bytes(body_of(*tensors))
-    layout = layout_of(*tensors)
+    body, layout = body_of(*tensors), layout_of(*tensors)
+    # Rows of no bytes have no address that is aligned to the fields.
+    rows = transport.all_gather_bytes(body) if body.numel() else [body] * transport.world_size
     gathered = []
     for row in rows:
         views = iter(layout.views(row))

@@ -157,8 +157,6 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     One phase sends (W - 1) payloads, two phases 2 (W - 1) / W, a dense ring 8 (W - 1) / W bytes an
     element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
     """
-    if world_size == 1:
-        return "dense"
     unit = compressor.shard_unit
 
     def nbytes(shards: int) -> int:
@@ -168,7 +166,7 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * nbytes(1)}
     if unit is not None:
         volumes["two_phase"] = 2 * world_size * nbytes(world_size)
-    return min(volumes, key=volumes.__getitem__)
+    return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
 
 
 def _all_reduce(

@@ -26,7 +26,7 @@ class Shards(NamedTuple):
 
     Attributes:
         total: elements of the tensor.
-        numel: capacity of a shard, a multiple of the unit; the last shards may be cut short or empty.
+        numel: capacity of a shard; the last ones may be cut short or empty.
         unit: the compressor's chunk.
     """
 
@@ -43,7 +43,7 @@ class Shards(NamedTuple):
         return max(0, min(self.numel, self.total - rank * self.numel))
 
     def capacity(self, rank: int) -> int:
-        """Elements that the owner's own body is laid out for: its valid ones, in whole units."""
+        """Elements that the owner's own body is laid out for."""
         return shard_numel(self.valid(rank), self.unit, 1)
 
     def part(self, flat: Tensor, rank: int) -> Tensor:

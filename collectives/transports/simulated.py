@@ -27,10 +27,12 @@ T = TypeVar("T")
 
 @dataclass
 class _Round:
-    """One operation: what each rank posted. A rank takes a private copy, so posts never change."""
+    """One operation: what each rank posted (private copies, so posts never change), who has read it, and
+    why it failed: a rank that comes late must not find it complete when others have given it up."""
 
     posts: dict[int, tuple[str, Tensor | None]] = field(default_factory=dict)
     readers: int = 0
+    failure: str | None = None
 
 
 class SimulatedGroup:
@@ -54,7 +56,7 @@ class SimulatedGroup:
         self._condition = threading.Condition()
         self._rounds: dict[int, _Round] = {}
         self._departed: dict[int, str] = {}
-        self._unusable: str | None = None
+        self._unusable: dict[int, str] = {}  # by rank: each learns of a failure in its own call
         self._bytes_sent = [0] * world_size
         self.members: Sequence[SimulatedMember] = tuple(
             SimulatedMember(self, rank, check_timeout(timeout)) for rank in range(world_size)
@@ -72,8 +74,9 @@ class SimulatedGroup:
             GroupUnusableError: an earlier failure spoilt the group.
             Exception: the first one that a rank raised; the other ranks are released.
         """
-        if self._unusable is not None:
-            raise GroupUnusableError(f"run: the group cannot be used any more ({self._unusable})")
+        if self._unusable:
+            reason = next(iter(self._unusable.values()))
+            raise GroupUnusableError(f"run: the group cannot be used any more ({reason}); make a new one")
         self._rounds.clear()
         self._departed.clear()
         results: list[Any] = [None] * self.world_size
@@ -88,7 +91,7 @@ class SimulatedGroup:
                 errors.append(error)
             finally:
                 with self._condition:
-                    self._departed[member.rank] = reason
+                    self._departed.setdefault(member.rank, reason)
                     self._condition.notify_all()
 
         for member in self.members:
@@ -110,8 +113,10 @@ class SimulatedGroup:
         rank = member.rank
         own = None if send is None else send.detach().clone()
         with self._condition:
-            if self._unusable is not None:
-                raise GroupUnusableError(f"{kind}: the group cannot be used any more ({self._unusable})")
+            if rank in self._unusable:
+                raise GroupUnusableError(
+                    f"{kind}: the group cannot be used any more ({self._unusable[rank]}); make a new one"
+                )
             number = len(member._tickets)
             member._tickets.append(kind)
             current = self._rounds.setdefault(number, _Round())
@@ -125,37 +130,42 @@ class SimulatedGroup:
         for other, (their_kind, post) in sorted(current.posts.items()):
             if their_kind != kind or _shape(post) != _shape(own):
                 raise self._spoil(
+                    rank,
                     CollectiveMismatchError(
                         f"rank {rank} calls {kind} with {_shape(own)}, rank {other} calls {their_kind} "
                         f"with {_shape(post)}"
-                    )
+                    ),
                 )
         return [current.posts[other][1] for other in range(self.world_size)]
 
     def _wait(self, member: SimulatedMember, kind: str, current: _Round) -> None:
-        deadline = time.monotonic() + member.timeout
-        while len(current.posts) < self.world_size:
+        where, deadline = f"{kind} on rank {member.rank}", time.monotonic() + member.timeout
+        while current.failure is not None or len(current.posts) < self.world_size:
             missing = [other for other in range(self.world_size) if other not in current.posts]
-            gone = [other for other in missing if other in self._departed]
-            if gone:
-                raise self._spoil(
-                    PeerLostError(
-                        f"{kind} on rank {member.rank}: rank {gone[0]} left: {self._departed[gone[0]]}"
-                    )
-                )
+            gone = [
+                f"rank {other} left: {self._departed[other]}" for other in missing if other in self._departed
+            ]
             left = deadline - time.monotonic()
-            if left <= 0:
-                raise self._spoil(
-                    CollectiveTimeoutError(
-                        f"{kind} on rank {member.rank}: no answer from ranks {missing} "
-                        f"within {member.timeout:g} s"
-                    )
+            error: Exception | None = None
+            if current.failure is not None:
+                error = PeerLostError(f"{where}: a peer gave up: {current.failure}")
+            elif gone:
+                error = PeerLostError(f"{where}: {gone[0]}")
+            elif left <= 0:
+                error = CollectiveTimeoutError(
+                    f"{where}: no answer from ranks {missing} within {member.timeout:g} s"
                 )
+            if error is not None:
+                current.failure = current.failure or str(error)
+                raise self._spoil(member.rank, error)
             self._condition.wait(left)
 
-    def _spoil(self, error: Exception) -> Exception:
-        if self._unusable is None:
-            self._unusable = str(error)
+    def _spoil(self, rank: int, error: Exception) -> Exception:
+        """Makes the group unusable for `rank`, and lets those that wait for it know."""
+        with self._condition:
+            self._unusable.setdefault(rank, str(error))
+            self._departed.setdefault(rank, f"it failed: {error}")
+            self._condition.notify_all()
         return error
 
 
@@ -222,10 +232,7 @@ class SimulatedMember:
         self.group._exchange(self, "barrier", None)
 
     def abort(self, reason: str) -> None:
-        with self.group._condition:
-            self.group._departed[self._rank] = f"it aborted: {reason}"
-            self.group._spoil(PeerLostError(f"rank {self._rank} aborted: {reason}"))
-            self.group._condition.notify_all()
+        self.group._spoil(self._rank, PeerLostError(f"rank {self._rank} aborted: {reason}"))
 
     def _exchange(self, kind: str, send: Tensor) -> list[Tensor]:
         rows = self.group._exchange(self, kind, send)

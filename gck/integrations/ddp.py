@@ -117,7 +117,7 @@ class HookState:
         if name is None:
             if self._bound:
                 raise ArgumentError(
-                    f"HookState: a parameter of shape {tuple(parameter.shape)} is not in the model given to it"
+                    f"HookState: a parameter of shape {tuple(parameter.shape)} is not in the bound model"
                 )
             name = self._names[id(parameter)] = f"<unnamed parameter {len(self._names)}>"
             self._parameters.append(parameter)
@@ -175,7 +175,7 @@ class HookState:
     def _check_bound(self, function: str) -> None:
         if not self._bound:
             raise ArgumentError(
-                f"HookState.{function}: parameters have no names; pass model= to HookState, or call bind(model)"
+                f"HookState.{function}: parameters have no names; pass model= to HookState, or call bind"
             )
 
 

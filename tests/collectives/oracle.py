@@ -1,0 +1,68 @@
+"""What the all-reduces must return, in plain torch over the compressors' references."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cases import one_nan, raw
+
+
+def reference(compressor: Any) -> Any:
+    return import_module(f"{type(compressor).__module__}.reference")
+
+
+def one_phase(
+    compressor: Any, grads: list[Tensor], errs: list[Tensor], op: str
+) -> tuple[Tensor, list[Tensor]]:
+    """(fp32 result, new residual of each rank)."""
+    n = grads[0].numel()
+    total, residuals = torch.zeros(n), []
+    for grad, err in zip(grads, errs, strict=True):
+        decoded, residual = _message(compressor, grad.reshape(-1), err)
+        total = total + decoded
+        residuals.append(residual)
+    return total / len(grads) if op == "avg" else total, residuals
+
+
+def two_phase(
+    compressor: Any, grads: list[Tensor], errs: list[Tensor], servers: list[Tensor], op: str
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(fp32 result, new worker residuals, new server residuals); servers hold the valid part only."""
+    valid = valid_numels(grads[0].numel(), compressor.shard_unit, len(grads))
+    messages = [_message(compressor, g.reshape(-1), e) for g, e in zip(grads, errs, strict=True)]
+    shards = zip(*(decoded.split(valid) for decoded, _ in messages), strict=True)
+    parts, new_servers = [], []
+    for decoded_shards, server in zip(shards, servers, strict=True):
+        total = torch.zeros(server.numel())
+        for decoded in decoded_shards:
+            total = total + decoded
+        if op == "avg":
+            total = total / len(grads)
+        decoded, residual = _message(compressor, total, server)
+        parts.append(decoded)
+        new_servers.append(residual)
+    return torch.cat(parts), [residual for _, residual in messages], new_servers
+
+
+def valid_numels(n: int, unit: int, world_size: int) -> list[int]:
+    """Elements that each rank owns."""
+    units = -(-n // unit)
+    shard = -(-units // world_size) * unit
+    return [max(0, min(n, (r + 1) * shard) - r * shard) for r in range(world_size)]
+
+
+def _message(compressor: Any, grad: Tensor, err: Tensor) -> tuple[Tensor, Tensor]:
+    """(what receivers see, residual)."""
+    if grad.numel() == 0:
+        return torch.zeros(0), torch.zeros(0)
+    fields, residual, _ = reference(compressor).compress(compressor, grad, err)
+    return reference(compressor).decompress(compressor, fields, grad.numel()), residual
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bytes, but for the kind of NaN."""
+    return a.dtype == b.dtype and a.numel() == b.numel() and torch.equal(raw(one_nan(a)), raw(one_nan(b)))

@@ -1,0 +1,272 @@
+"""The all-reduces against the oracle, on every rank, by their bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gck.collectives import (
+    SimulatedGroup,
+    SimulatedMember,
+    all_reduce_,
+    all_reduce_many_,
+    choose_algorithm,
+    packed_all_reduce_,
+)
+from gck.compressor import shard_numel
+from gck.error_feedback import ErrorFeedback
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from tests.collectives import oracle
+
+COMPRESSORS = [TopK(ratio=0.1), TopK(ratio=0.3, value_dtype=torch.bfloat16), Sign(32), Sign(256)]
+
+
+def runs_on(compressor: Any, algorithm: str) -> bool:
+    return algorithm != "two_phase" or compressor.shard_unit is not None
+
+
+def gradient(rank: int, step: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(n, generator=generator).to(dtype)
+
+
+def check_against_oracle(
+    compressor: Any, algorithm: str, world_size: int, n: int, dtype: torch.dtype, op: str
+) -> None:
+    """Three steps, so that both residuals are used."""
+    group = SimulatedGroup(world_size, timeout=20)
+    states = [ErrorFeedback() for _ in range(world_size)]
+    errs = [torch.zeros(n) for _ in range(world_size)]
+    valid = oracle.valid_numels(n, compressor.shard_unit or 1, world_size)
+    servers = [torch.zeros(numel) for numel in valid]
+
+    def rank_main(member: SimulatedMember, step: int) -> Tensor:
+        grad = gradient(member.rank, step, n, dtype)
+        returned = all_reduce_(grad, states[member.rank], compressor, member, op, algorithm)
+        assert returned is grad
+        return grad
+
+    for step in range(3):
+        grads = [gradient(rank, step, n, dtype) for rank in range(world_size)]
+        if algorithm == "two_phase":
+            expected, errs, servers = oracle.two_phase(compressor, grads, errs, servers, op)
+        else:
+            expected, errs = oracle.one_phase(compressor, grads, errs, op)
+        for rank, result in enumerate(group.run(rank_main, step)):
+            state = states[rank]
+            assert oracle.same(result, expected.to(dtype))
+            assert state.worker is not None
+            assert oracle.same(state.worker, errs[rank])
+            if algorithm == "two_phase":
+                assert state.server is not None
+                assert state.server.numel() == shard_numel(n, compressor.shard_unit, world_size)
+                assert oracle.same(state.server[: valid[rank]], servers[rank])
+
+
+@pytest.mark.parametrize(
+    ("compressor", "algorithm"),
+    [(c, a) for c in COMPRESSORS for a in ("one_phase", "two_phase") if runs_on(c, a)],
+    ids=str,
+)
+def test_equals_oracle(compressor: Any, algorithm: str) -> None:
+    for world_size in (1, 2, 3, 4, 7):
+        for n in (0, 1, 2, 31, 257, 1001):
+            check_against_oracle(compressor, algorithm, world_size, n, torch.float32, "avg")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    compressor=st.sampled_from(COMPRESSORS),
+    two=st.booleans(),
+    world_size=st.integers(1, 9),
+    n=st.integers(0, 3000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    op=st.sampled_from(["avg", "sum"]),
+)
+def test_equals_oracle_random(
+    compressor: Any, two: bool, world_size: int, n: int, dtype: torch.dtype, op: str
+) -> None:
+    algorithm = "two_phase" if two and compressor.shard_unit is not None else "one_phase"
+    check_against_oracle(compressor, algorithm, world_size, n, dtype, op)
+
+
+def test_world_of_64() -> None:
+    check_against_oracle(Sign(32), "two_phase", 64, 1000, torch.float32, "avg")
+
+
+@pytest.mark.parametrize("op", ["avg", "sum"])
+@pytest.mark.parametrize("shape", [(0,), (1,), (37, 29)])
+def test_packed_equals_oracle(op: str, shape: tuple[int, ...]) -> None:
+    world_size, chunk, n = 3, 64, math.prod(shape)
+    group, compressor = SimulatedGroup(world_size, timeout=20), Sign(chunk)
+    errs = [torch.randn(n, generator=torch.Generator().manual_seed(r)) for r in range(world_size)]
+    servers = [torch.full((shard_numel(n, chunk, world_size),), 0.25) for _ in range(world_size)]
+    valid = oracle.valid_numels(n, chunk, world_size)
+    grads = [gradient(rank, 0, n).view(shape) for rank in range(world_size)]
+    expected, new_errs, new_servers = oracle.two_phase(
+        compressor, grads, errs, [s[:v] for s, v in zip(servers, valid, strict=True)], op
+    )
+
+    def rank_main(member: SimulatedMember) -> None:
+        rank = member.rank
+        packed_all_reduce_(grads[rank], errs[rank], servers[rank], chunk, member, op)
+
+    group.run(rank_main)
+    for rank in range(world_size):
+        assert grads[rank].shape == shape
+        assert oracle.same(grads[rank], expected)
+        assert oracle.same(errs[rank], new_errs[rank])
+        assert oracle.same(servers[rank][: valid[rank]], new_servers[rank])
+        assert (servers[rank][valid[rank] :] == 0.25).all()
+
+
+@pytest.mark.parametrize("algorithm", ["one_phase", "two_phase", "dense"])
+def test_many_is_each_in_one_message_a_phase(algorithm: str) -> None:
+    world_size, numels, compressor = 3, (1000, 0, 5, 257), Sign(32)
+    messages = {"one_phase": 1, "two_phase": 2, "dense": 1}[algorithm]
+
+    def many(member: SimulatedMember) -> list[Tensor]:
+        grads = [gradient(member.rank, i, n) for i, n in enumerate(numels)]
+        states = [ErrorFeedback() for _ in numels]
+        for _ in range(2):
+            all_reduce_many_(grads, states, compressor, member, algorithm=algorithm, validate="off")
+        assert len(member._tickets) == 2 * messages
+        return grads
+
+    def single(member: SimulatedMember) -> list[Tensor]:
+        grads = [gradient(member.rank, i, n) for i, n in enumerate(numels)]
+        for grad in grads:
+            state = ErrorFeedback()
+            for _ in range(2):
+                all_reduce_(grad, state, compressor, member, algorithm=algorithm)
+        return grads
+
+    together = SimulatedGroup(world_size, timeout=20).run(many)
+    apart = SimulatedGroup(world_size, timeout=20).run(single)
+    for rank in range(world_size):
+        assert all(oracle.same(a, b) for a, b in zip(together[rank], apart[rank], strict=True))
+
+
+def test_many_of_nothing() -> None:
+    SimulatedGroup(2).run(lambda member: all_reduce_many_([], [], Sign(), member))
+
+
+@pytest.mark.parametrize(
+    ("compressor", "algorithm"),
+    [
+        (c, a)
+        for c in (TopK(ratio=0.1), Sign(32))
+        for a in ("one_phase", "two_phase", "dense")
+        if runs_on(c, a)
+    ],
+    ids=str,
+)
+def test_nonfinite_reaches_every_rank_and_no_residual(compressor: Any, algorithm: str) -> None:
+    states = [ErrorFeedback() for _ in range(3)]
+
+    def rank_main(member: SimulatedMember) -> tuple[Tensor, Tensor]:
+        grad = gradient(member.rank, 0, 500)
+        if member.rank == 1:
+            grad[77], grad[400] = math.nan, math.inf
+        all_reduce_(grad, states[member.rank], compressor, member, algorithm=algorithm)
+        again = gradient(member.rank, 1, 500)
+        all_reduce_(again, states[member.rank], compressor, member, algorithm=algorithm)
+        return grad, again
+
+    for grad, again in SimulatedGroup(3, timeout=20).run(rank_main):
+        assert not grad[77].isfinite()
+        assert not grad[400].isfinite()
+        assert again.isfinite().all()
+    for state in states:
+        for residual in (state.worker, state.server):
+            assert residual is None or residual.isfinite().all()
+    if algorithm != "dense":
+        assert states[1].nonfinite is not None
+        assert int(states[1].nonfinite) >= 2
+
+
+def test_dense_sends_and_clears_both_residuals() -> None:
+    # Small integers: every sum is exact, so that the order of additions does not matter.
+    world_size, n, unit = 2, 100, 32
+    states = [ErrorFeedback() for _ in range(world_size)]
+
+    def rank_main(member: SimulatedMember) -> Tensor:
+        state = states[member.rank]
+        all_reduce_(torch.zeros(n), state, Sign(unit), member, algorithm="two_phase")
+        assert state.worker is not None
+        assert state.server is not None
+        state.worker.fill_(member.rank + 1)
+        state.server.fill_(8 * (member.rank + 1))
+        grad = torch.full((n,), 4.0)
+        all_reduce_(grad, state, Sign(unit), member, algorithm="dense")
+        assert not state.worker.any()
+        assert not state.server.any()
+        return grad
+
+    # Mean of 4 + 1 and 4 + 2; shard 0 is elements 0..63.
+    expected = torch.full((n,), 5.5)
+    expected[:64] += 8
+    expected[64:] += 16
+    for grad in SimulatedGroup(world_size, timeout=20).run(rank_main):
+        assert oracle.same(grad, expected)
+
+
+def test_dense_allocates_no_residual() -> None:
+    state = ErrorFeedback()
+    SimulatedGroup(1).run(lambda m: all_reduce_(torch.ones(9), state, TopK(ratio=0.1), m, algorithm="dense"))
+    assert state.worker is None
+
+
+def test_without_error_feedback() -> None:
+    def rank_main(member: SimulatedMember) -> Tensor:
+        return all_reduce_(gradient(member.rank, 0, 300), None, Sign(32), member, algorithm="two_phase")
+
+    grads = [gradient(rank, 0, 300) for rank in range(2)]
+    zeros = [torch.zeros(300)] * 2
+    servers = [torch.zeros(n) for n in oracle.valid_numels(300, 32, 2)]
+    expected = oracle.two_phase(Sign(32), grads, zeros, servers, "avg")[0]
+    for grad in SimulatedGroup(2).run(rank_main):
+        assert oracle.same(grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "numels", "world_size", "expected"),
+    [
+        (TopK(ratio=0.01), [10_000], 1, "dense"),
+        (TopK(ratio=0.01), [10_000], 2, "one_phase"),
+        (TopK(ratio=0.01), [10_000], 99, "one_phase"),  # 99 payloads of 800 bytes are below 80,000
+        (TopK(ratio=0.01), [10_000], 101, "dense"),
+        (TopK(ratio=1.0), [10_000], 2, "dense"),
+        (Sign(256), [100_000], 2, "one_phase"),
+        (Sign(256), [100_000], 3, "two_phase"),
+        (Sign(256), [100_000], 64, "two_phase"),
+        (Sign(256), [3], 2, "dense"),
+        (Sign(256), [0], 2, "dense"),
+        (Sign(256), [100_000, 3], 8, "two_phase"),
+    ],
+)
+def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size: int, expected: str) -> None:
+    assert choose_algorithm(compressor, numels, world_size) == expected
+
+
+@pytest.mark.parametrize("compressor", [TopK(ratio=0.05), TopK(ratio=0.4), Sign(32), Sign(8192)], ids=str)
+def test_auto_sends_least_in_fact(compressor: Any) -> None:
+    for world_size in (2, 3, 5):
+        sent = {}
+        for algorithm in ("auto", "one_phase", "two_phase", "dense"):
+            if not runs_on(compressor, algorithm):
+                continue
+            group = SimulatedGroup(world_size, timeout=20)
+            group.run(lambda m, a=algorithm: all_reduce_(
+                torch.ones(4000), None, compressor, m, algorithm=a, validate="off"
+            ))  # fmt: skip
+            sent[algorithm] = group.bytes_sent[0]
+        # The ring's bytes are rounded down.
+        assert sent["auto"] <= min(sent.values()) + 1

@@ -1,0 +1,227 @@
+"""Whatever goes wrong, wherever: gradients, residuals and counters are as they were."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gck.collectives import (
+    SimulatedGroup,
+    SimulatedMember,
+    all_reduce_,
+    all_reduce_many_,
+    packed_all_reduce_,
+)
+from gck.error_feedback import ErrorFeedback
+from gck.errors import (
+    ArgumentError,
+    AutogradError,
+    DeviceMismatchError,
+    DtypeError,
+    LayoutError,
+    PeerLostError,
+    ShapeMismatchError,
+    StateMismatchError,
+)
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from tests.cases import same_bytes
+
+
+@dataclass(frozen=True)
+class Fragile:
+    """A compressor whose n-th kernel call fails, after it wrote."""
+
+    inner: Any
+    fail_at: int = field(compare=False, repr=False)
+    calls: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return "fragile"
+
+    @property
+    def shard_unit(self) -> int | None:
+        return self.inner.shard_unit
+
+    def layout(self, numel: int) -> Any:
+        return self.inner.layout(numel)
+
+    def compress_(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.compress_(*args, **kwargs)
+        self._count("compress_")
+
+    def decompress_(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.decompress_(*args, **kwargs)
+        self._count("decompress_")
+
+    def _count(self, name: str) -> None:
+        self.calls.append(name)
+        if len(self.calls) == self.fail_at:
+            raise MemoryError(f"call {self.fail_at}: {name}")
+
+
+def used_state(rank: int, n: int) -> ErrorFeedback:
+    """A state with a residual and a count."""
+    state = ErrorFeedback()
+    generator = torch.Generator().manual_seed(rank)
+    state.worker_for(torch.zeros(n)).normal_(generator=generator)
+    state.nonfinite_for(torch.device("cpu")).fill_(3)
+    return state
+
+
+def contents(state: ErrorFeedback) -> list[Tensor | None]:
+    return [None if t is None else t.clone() for t in (state.worker, state.server, state.nonfinite)]
+
+
+def unchanged(before: list[Tensor | None], after: list[Tensor | None]) -> bool:
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("compressor", "algorithm"),
+    [(Sign(32), "two_phase"), (Sign(32), "one_phase"), (TopK(ratio=0.1), "one_phase")],
+    ids=str,
+)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_failure_at_every_kernel_call(compressor: Any, algorithm: str, fresh: bool) -> None:
+    world_size, numels = 3, (200, 70)
+    # Both vectors: a worker message and W decodes; two phases: an owner's message and W more decodes.
+    total = 2 * (1 + world_size) * (2 if algorithm == "two_phase" else 1)
+
+    def rank_main(member: SimulatedMember, fail_at: int) -> str:
+        rank = member.rank
+        grads = [torch.randn(m, generator=torch.Generator().manual_seed(rank)) for m in numels]
+        grads[0][5] = math.nan
+        states = [ErrorFeedback() if fresh else used_state(rank, m) for m in numels]
+        copies, before = [g.clone() for g in grads], [contents(s) for s in states]
+        fragile = Fragile(compressor, fail_at if rank == 1 else 0)
+        try:
+            all_reduce_many_(grads, states, fragile, member, algorithm=algorithm)
+        except (MemoryError, PeerLostError) as error:
+            assert all(same_bytes(g, c) for g, c in zip(grads, copies, strict=True))
+            assert all(unchanged(b, contents(s)) for b, s in zip(before, states, strict=True))
+            return type(error).__name__
+        return "done"
+
+    for fail_at in range(1, total + 1):
+        outcome = SimulatedGroup(world_size, timeout=20).run(rank_main, fail_at)
+        assert outcome[1] == "MemoryError"
+        assert {outcome[0], outcome[2]} <= {"PeerLostError", "done"}
+    assert SimulatedGroup(world_size, timeout=20).run(rank_main, total + 1) == ["done"] * 3
+
+
+def call(grad: Any = None, state: Any = None, compressor: Any = None, **options: Any) -> Any:
+    grad = torch.ones(600) if grad is None else grad
+    state = ErrorFeedback() if state is None else state
+    return lambda member: all_reduce_(grad, state, compressor or Sign(64), member, **options)
+
+
+def state_of(numel: int) -> ErrorFeedback:
+    state = ErrorFeedback()
+    state.worker_for(torch.zeros(numel))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "text"),
+    [
+        (call(op="mean"), ArgumentError, r'all_reduce_: op must be "avg" or "sum", got \'mean\''),
+        (call(algorithm="ring"), ArgumentError, "algorithm must be one of .*, got 'ring'"),
+        (
+            call(compressor=TopK(k=3), algorithm="two_phase"),
+            ArgumentError,
+            "needs a compressor that works on",
+        ),
+        (
+            call(compressor=TopK(k=601)),
+            ArgumentError,
+            "k must be at most the number of elements 600, got 601",
+        ),
+        (call(compressor=TopK(k=601), algorithm="one_phase"), ArgumentError, "k must be at most"),
+        (call(compressor="sign"), DtypeError, "compressor must be a Compressor, got str"),
+        (call(state="none"), DtypeError, "state must be an ErrorFeedback, got str"),
+        (call(grad=torch.ones(600).double()), DtypeError, "grad must be float32, bfloat16 or float16"),
+        (call(grad=[1.0]), DtypeError, "grad must be a tensor, got list"),
+        (call(grad=torch.ones(20, 30).t()), LayoutError, "grad must be contiguous"),
+        (call(grad=torch.ones(600, requires_grad=True)), AutogradError, "grad requires grad"),
+        (call(state=state_of(599)), StateMismatchError, "belongs to 599 elements, got a gradient of 600"),
+    ],
+)
+def test_wrong_arguments(wrong: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        SimulatedGroup(1).run(wrong)
+
+
+def test_wrong_lists() -> None:
+    member = SimulatedGroup(1).members[0]
+    one, two = torch.ones(64), torch.ones(64)
+    shared = ErrorFeedback()
+    with pytest.raises(ShapeMismatchError, match="states must be as many as grads, got 1 and 2"):
+        all_reduce_many_([one, two], [shared], Sign(64), member)
+    with pytest.raises(ArgumentError, match="must not share one ErrorFeedback"):
+        all_reduce_many_([one, two], [shared, shared], Sign(64), member)
+    with pytest.raises(LayoutError, match="overlap"):
+        all_reduce_many_([one, one[3:]], None, Sign(64), member)
+    with pytest.raises(DeviceMismatchError, match=r"grads\[1\] must be on the device of grads\[0\]"):
+        all_reduce_many_([one, torch.ones(64, device="meta")], None, Sign(64), member)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"chunk_size": 48}, ArgumentError, "chunk_size must be a power of two"),
+        (
+            {"err": torch.zeros(99)},
+            ShapeMismatchError,
+            "err must have as many elements as grad, got 99 and 100",
+        ),
+        ({"err": torch.zeros(100).half()}, DtypeError, "err must be float32"),
+        (
+            {"server_err": torch.zeros(128)},
+            ShapeMismatchError,
+            "server_err must have 100 elements .* got 128",
+        ),
+        ({"server_err": torch.zeros(100).bfloat16()}, DtypeError, "server_err must be float32"),
+        ({"nonfinite": torch.zeros(1)}, DtypeError, "nonfinite must be one int64"),
+        ({"op": "max"}, ArgumentError, 'packed_all_reduce_: op must be "avg" or "sum", got'),
+    ],
+)
+def test_wrong_packed_arguments(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    arguments: dict[str, Any] = {
+        "grad": torch.ones(100),
+        "err": torch.zeros(100),
+        "server_err": torch.zeros(100),
+        "chunk_size": 64,
+        "group": SimulatedGroup(1).members[0],
+    }
+    with pytest.raises(error, match=text):
+        packed_all_reduce_(**(arguments | change))
+
+
+def test_packed_arguments_must_not_overlap() -> None:
+    memory = torch.zeros(200)
+    with pytest.raises(LayoutError, match="overlap"):
+        packed_all_reduce_(memory[:100], memory[99:199], torch.zeros(100), 64, SimulatedGroup(1).members[0])
+
+
+def test_server_residual_of_another_world() -> None:
+    state = ErrorFeedback()
+    SimulatedGroup(1).run(lambda m: all_reduce_(torch.ones(600), state, Sign(64), m, algorithm="two_phase"))
+    before = contents(state)
+
+    def rank_main(member: SimulatedMember) -> None:
+        grad = torch.ones(600)
+        with pytest.raises(StateMismatchError, match=r"belongs to .*world_size=1"):
+            all_reduce_(grad, state, Sign(64), member, algorithm="two_phase")
+        assert unchanged(before, contents(state))
+
+    SimulatedGroup(2).run(rank_main)
