@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def load() -> Any:
         BackendUnavailableError: the package was not built; says how to build it.
     """
     try:
-        import gck._C as native
+        native = import_module("gck._C")
     except ImportError as error:
         raise BackendUnavailableError(
             f"gck._C: the compiled module cannot be loaded ({error}). Install the package with "

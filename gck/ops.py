@@ -143,6 +143,7 @@ def decompress(payload: Payload, out: Array | None = None) -> Tensor:
         CorruptPayloadError: the payload contradicts itself. On CUDA, where looking at the indices would
             stop the stream, those out of range are skipped instead.
     """
+    _check_payload("decompress", payload)
     if out is None:
         out = torch.empty(payload.numel, dtype=torch.float32, device=payload.fields[0].device)
     return _decode("decompress", out, payload, 1.0, False)
@@ -153,12 +154,16 @@ def decompress_add_(out: Array, payload: Payload, alpha: float = 1.0) -> Tensor:
 
     Args and errors as for `decompress`; alpha must be finite. Returns out.
     """
+    _check_payload("decompress_add_", payload)
     return _decode("decompress_add_", out, payload, alpha, True)
 
 
-def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulate: bool) -> Tensor:
+def _check_payload(function: str, payload: object) -> None:
     if not isinstance(payload, SparseGrad | PackedSigns):
         raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
+
+
+def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulate: bool) -> Tensor:
     if not isinstance(out, Tensor):
         with interop.borrowed(function, ("out",), out=out) as (tensor,):
             return _decode(function, tensor, payload, alpha, accumulate)
@@ -173,8 +178,6 @@ def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulat
     return out
 
 
-# --- operators -------------------------------------------------------------------------------------
-
 _library = torch.library.Library("gck", "DEF")
 _library.define(
     "topk_ef_(Tensor grad, Tensor(a!) err, SymInt k, ScalarType value_dtype, Tensor(b!)? nonfinite) -> Tensor"
@@ -182,8 +185,8 @@ _library.define(
 _library.define("topk(Tensor x, SymInt k, ScalarType value_dtype) -> Tensor")
 _library.define("sign_ef_(Tensor grad, Tensor(a!) err, int chunk_size, Tensor(b!)? nonfinite) -> Tensor")
 _library.define(
-    "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, int chunk_size, float alpha, bool accumulate)"
-    " -> ()"
+    "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, int chunk_size, float alpha,"
+    " bool accumulate) -> ()"
 )
 
 

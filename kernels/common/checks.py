@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def check_no_overlap(function: str, **tensors: Tensor) -> None:
             continue
         spans.append((start, start + tensor.numel() * tensor.element_size(), name, tensor.device))
     spans.sort(key=lambda span: span[:3])
-    for (_, end, first, device), (start, _, second, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, first, device), (start, _, second, other) in pairwise(spans):
         if start < end and device == other:
             raise LayoutError(f"{function}: {first} and {second} overlap in memory")
 

@@ -1,0 +1,321 @@
+"""The functional API: operators, compilation, borrowed arrays, payloads, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.library import opcheck
+
+import gck
+from gck.errors import (
+    ArgumentError,
+    AutogradError,
+    CorruptPayloadError,
+    DtypeError,
+    LayoutError,
+    ShapeMismatchError,
+)
+from gck.kernels.sign import reference as sign_reference
+from gck.kernels.topk import reference as topk_reference
+from gck.wire import body_of
+from tests.cases import make, same_bytes
+
+
+def pair(n: int = 1000, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return make("gaussian", n, dtype)
+
+
+def test_topk_ef() -> None:
+    grad, err = pair()
+    (values, indices), residual, _ = topk_reference.compress(gck.TopK(ratio=0.01), grad, err)
+    payload = gck.topk_ef_(grad.view(10, 100), err, 0.01)
+    assert isinstance(payload, gck.SparseGrad)
+    assert same_bytes(payload.values, values)
+    assert same_bytes(payload.indices, indices)
+    assert payload.numel == 1000
+    assert same_bytes(err, residual)
+    assert payload.nbytes == 48 + 48  # ten fp32, ten int32, each up to a multiple of 16
+
+
+def test_topk_k_and_value_dtype() -> None:
+    grad, err = pair()
+    wanted = topk_reference.compress(gck.TopK(k=7, value_dtype=torch.bfloat16), grad, err)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    payload = gck.topk_ef_(grad, err, k=7, value_dtype=torch.bfloat16, nonfinite=nonfinite)
+    assert same_bytes(payload.values, wanted[0][0])
+    assert same_bytes(err, wanted[1])
+    assert int(nonfinite) == 0
+
+
+def test_topk_without_error_feedback() -> None:
+    grad, _ = pair()
+    before = grad.clone()
+    payload = gck.topk(grad, 0.05)
+    wanted = grad.abs().topk(50)
+    assert torch.equal(payload.indices.long(), wanted.indices.sort().values)
+    assert torch.equal(payload.values, grad[payload.indices.long()])
+    assert torch.equal(grad, before)
+
+
+def test_sign_ef() -> None:
+    grad, err = pair(1000, torch.bfloat16)
+    (words, scales), residual, _ = sign_reference.compress(gck.Sign(64), grad, err)
+    payload = gck.sign_ef_(grad, err, chunk_size=64)
+    assert same_bytes(payload.words, words)
+    assert same_bytes(payload.scales, scales)
+    assert (payload.numel, payload.chunk_size, payload.nbytes) == (1000, 64, 128 + 64)
+    assert same_bytes(err, residual)
+
+
+@pytest.mark.parametrize("n", [0, 1, 31])
+def test_few_elements(n: int) -> None:
+    grad, err = torch.ones(n), torch.ones(n)
+    payload = gck.topk_ef_(grad, err, 0.5)
+    assert payload.values.numel() == -(-n // 2)
+    assert gck.decompress(payload).shape == (n,)
+    signs = gck.sign_ef_(grad, err)
+    assert signs.words.numel() == -(-n // 32)
+    assert gck.decompress(signs).shape == (n,)
+    assert gck.topk(grad, k=1).values.numel() == min(n, 1)
+
+
+def test_error_feedback_loses_nothing() -> None:
+    """What was sent and what is kept add up to the gradients, step after step."""
+    torch.manual_seed(0)
+    grads = torch.randn(20, 5000, dtype=torch.float64).float()
+    for compress in (lambda g, e: gck.topk_ef_(g, e, 0.02), lambda g, e: gck.sign_ef_(g, e, 128)):
+        err, sent = torch.zeros(5000), torch.zeros(5000, dtype=torch.float64)
+        for grad in grads:
+            sent += gck.decompress(compress(grad, err)).double()
+        total = grads.double().sum(0)
+        assert torch.allclose(sent + err.double(), total, atol=1e-4)
+        assert not torch.allclose(sent, total, atol=1e-1)
+
+
+class TestDecompress:
+    def test_into_out(self) -> None:
+        payload = gck.topk(torch.tensor([1.0, -5.0, 0.5, 3.0]), k=2)
+        out = torch.full((2, 2), math.nan)
+        assert gck.decompress(payload, out=out) is out
+        assert torch.equal(out, torch.tensor([[0.0, -5.0], [0.0, 3.0]]))
+
+    def test_add(self) -> None:
+        payload = gck.topk(torch.tensor([1.0, -5.0, 0.5, 3.0]), k=2)
+        out = torch.ones(4)
+        assert gck.decompress_add_(out, payload, alpha=0.5) is out
+        assert torch.equal(out, torch.tensor([1.0, -1.5, 1.0, 2.5]))
+
+    def test_payload_made_by_hand(self) -> None:
+        payload = gck.SparseGrad(torch.tensor([2.0, 3.0]), torch.tensor([1, 4]), 6)
+        assert torch.equal(gck.decompress(payload), torch.tensor([0.0, 2, 0, 0, 3, 0]))
+        assert payload.nbytes == 32
+        packed = body_of(*payload.fields)
+        assert packed.numel() == 32
+        assert torch.equal(packed[16:32].view(torch.int64), payload.indices)
+
+    def test_body_is_not_copied(self) -> None:
+        payload = gck.topk_ef_(*pair(), 0.01)
+        body = body_of(*payload.fields)
+        assert body.data_ptr() == payload.values.data_ptr()
+        assert body.numel() == payload.nbytes
+
+    @pytest.mark.parametrize(
+        "indices",
+        [[0, 0], [3, 2], [-1, 2], [0, 6], [2**40, 2**41]],
+        ids=["twice", "order", "low", "high", "far"],
+    )
+    def test_bad_indices_change_nothing(self, indices: list[int]) -> None:
+        payload = gck.SparseGrad(torch.ones(2), torch.tensor(indices), 6)
+        out = torch.arange(6.0)
+        for call in (gck.decompress_add_, lambda o, p: gck.decompress(p, out=o)):
+            with pytest.raises(CorruptPayloadError, match=r"indices must ascend within \[0, 6\)"):
+                call(out, payload)
+        assert torch.equal(out, torch.arange(6.0))
+
+    def test_bad_payloads(self) -> None:
+        out = torch.zeros(64)
+        short = gck.PackedSigns(torch.zeros(1, dtype=torch.uint32), torch.ones(2), 64, 32)
+        with pytest.raises(CorruptPayloadError, match="does not fit 64 elements"):
+            gck.decompress(short, out=out)
+        uneven = gck.SparseGrad(torch.ones(2), torch.tensor([1]), 64)
+        with pytest.raises(CorruptPayloadError, match=r"2,.* values and .*1,.* indices"):
+            gck.decompress(uneven, out=out)
+        with pytest.raises(DtypeError, match="must hold"):
+            gck.decompress(gck.SparseGrad(torch.ones(1).double(), torch.tensor([1]), 64), out=out)
+        with pytest.raises(ArgumentError, match="power of two"):
+            gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, 33), out)
+        assert not out.any()
+
+    def test_out_does_not_fit(self) -> None:
+        payload = gck.sign_ef_(*pair())
+        for wrong in (torch.zeros(999), torch.zeros(1001)):
+            with pytest.raises(
+                ShapeMismatchError, match=f"out has {wrong.numel()} elements, the payload is of 1000"
+            ):
+                gck.decompress(payload, out=wrong)
+        with pytest.raises(DtypeError, match="float32"):
+            gck.decompress(payload, out=torch.zeros(1000, dtype=torch.bfloat16))
+        with pytest.raises(LayoutError, match="contiguous"):
+            gck.decompress_add_(torch.zeros(2000)[::2], payload)
+        with pytest.raises(ArgumentError, match="alpha must be a finite number, got nan"):
+            gck.decompress_add_(torch.zeros(1000), payload, alpha=math.nan)
+        with pytest.raises(DtypeError, match="payload must be a payload of gck, got int"):
+            gck.decompress(3)  # type: ignore[arg-type]
+
+
+TOPK_BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "ratio 0": (ArgumentError, r"topk_ef_: ratio must be in \(0, 1\], got 0", {"ratio": 0}),
+    "ratio low": (ArgumentError, r"ratio must be in \(0, 1\], got -0.5", {"ratio": -0.5}),
+    "ratio high": (ArgumentError, r"topk_ef_: ratio must be in \(0, 1\], got 1.5", {"ratio": 1.5}),
+    "ratio nan": (ArgumentError, r"ratio must be in \(0, 1\], got nan", {"ratio": math.nan}),
+    "ratio text": (DtypeError, "ratio must be a number, got str", {"ratio": "0.1"}),
+    "k 0": (ArgumentError, "k must be at least 1, got 0", {"k": 0}),
+    "k low": (ArgumentError, "k must be at least 1, got -3", {"k": -3}),
+    "k high": (ArgumentError, "k must be at most the number of elements 1000, got 1001", {"k": 1001}),
+    "k float": (DtypeError, "k must be an int, got float", {"k": 2.0}),
+    "both": (ArgumentError, "exactly one of ratio and k", {"ratio": 0.1, "k": 3}),
+    "neither": (ArgumentError, "exactly one of ratio and k", {}),
+    "value_dtype": (DtypeError, "value_dtype must be", {"ratio": 0.1, "value_dtype": torch.int8}),
+}
+
+
+@pytest.mark.parametrize("bad", TOPK_BAD)
+def test_topk_bad_options_change_nothing(bad: str) -> None:
+    error, text, options = TOPK_BAD[bad]
+    grad, err = pair()
+    before = grad.clone(), err.clone()
+    with pytest.raises(error, match=text):
+        gck.topk_ef_(grad, err, **options)
+    assert torch.equal(grad, before[0])
+    assert torch.equal(err, before[1])
+
+
+@pytest.mark.parametrize("chunk_size", [0, -32, 16, 16384, 48, 100, 64.0, True])
+def test_sign_bad_chunk_size_changes_nothing(chunk_size: Any) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(ArgumentError, match="sign_ef_: chunk_size must be"):
+        gck.sign_ef_(grad, err, chunk_size)
+    assert torch.equal(err, before)
+
+
+FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "topk_ef_": lambda g, e: gck.topk_ef_(g, e, 0.01),
+    "sign_ef_": lambda g, e: gck.sign_ef_(g, e, 64),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_recorded_graph(function: str) -> None:
+    call = FUNCTIONS[function]
+    grad, err = pair()
+    with pytest.raises(AutogradError, match=f"{function}: grad requires grad in a recorded graph"):
+        call(grad.clone().requires_grad_(), err)
+    parameter = torch.nn.Parameter(grad.clone())
+    with torch.no_grad():
+        call(parameter, err)  # nothing is recorded here, so nothing is wrong
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_errors_name_the_function(function: str) -> None:
+    grad, err = pair()
+    for bad in ((grad, err.double()), (grad[::2], err), (grad.int(), err), (grad, err[1:]), (grad, grad)):
+        with pytest.raises(gck.errors.GckError, match=f"^{function}: "):
+            FUNCTIONS[function](*bad)
+
+
+class TestArrays:
+    @pytest.mark.parametrize("function", FUNCTIONS)
+    def test_numpy_in_place(self, function: str) -> None:
+        grad, err = pair()
+        wanted_err = err.clone()
+        wanted = FUNCTIONS[function](grad, wanted_err)
+        array = err.numpy().copy()
+        payload = FUNCTIONS[function](grad.numpy(), array)
+        assert all(same_bytes(a, b) for a, b in zip(payload.fields, wanted.fields, strict=True))
+        assert np.array_equal(array, wanted_err.numpy())
+
+    def test_dlpack(self) -> None:
+        class Foreign:
+            """Speaks DLPack and nothing else."""
+
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor = tensor
+
+            def __dlpack__(self, **options: Any) -> Any:
+                return self.tensor.__dlpack__(**options)
+
+            def __dlpack_device__(self) -> Any:
+                return self.tensor.__dlpack_device__()
+
+        grad, err = pair()
+        wanted_err = err.clone()
+        wanted = gck.topk_ef_(grad, wanted_err, 0.01)
+        payload = gck.topk_ef_(Foreign(grad), Foreign(err), 0.01)
+        assert same_bytes(payload.values, wanted.values)
+        assert same_bytes(err, wanted_err)
+
+    def test_read_only_and_out(self) -> None:
+        grad, err = (x.numpy().copy() for x in pair())
+        grad.flags.writeable = False
+        payload = gck.topk_ef_(grad, err, 0.01)
+        out = np.zeros(1000, dtype=np.float32)
+        gck.decompress_add_(out, payload)
+        assert np.count_nonzero(out) == 10
+        err.flags.writeable = False
+        with pytest.raises(LayoutError, match="err is a read-only array"):
+            gck.topk_ef_(grad, err, 0.01)
+
+    def test_not_an_array(self) -> None:
+        with pytest.raises(DtypeError, match=r"topk_ef_: grad must be a tensor or an array .* got list"):
+            gck.topk_ef_([1.0], torch.ones(1), 0.5)  # type: ignore[arg-type]
+        with pytest.raises(DtypeError, match="grad"):
+            gck.sign_ef_(np.array(["a"]), torch.ones(1))
+        with pytest.raises(DtypeError, match=r"err must be float32, got torch\.float64"):
+            gck.topk_ef_(np.ones(4, dtype=np.float32), np.ones(4), k=1)
+
+
+def test_opcheck() -> None:
+    grad, err = pair(200)
+    counter = torch.zeros(1, dtype=torch.int64)
+    ops = torch.ops.gck
+    opcheck(ops.topk_ef_, (grad, err, 10, torch.float32, None))
+    opcheck(ops.topk_ef_, (grad, err, 10, torch.bfloat16, counter))
+    opcheck(ops.topk, (grad, 10, torch.float32))
+    opcheck(ops.sign_ef_, (grad, err, 64, counter))
+    sparse, signs = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64)
+    for payload, chunk_size in ((sparse, 0), (signs, 64)):
+        fields = [field.clone() for field in payload.fields]
+        opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, chunk_size, 2.0, True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_a_graph_break(dynamic: bool) -> None:
+    def step(grad: torch.Tensor, err: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sparse = gck.topk_ef_(grad * 2, err, 0.01, value_dtype=torch.bfloat16)
+        signs = gck.sign_ef_(grad, err, 64)
+        out = gck.decompress(sparse)
+        return gck.decompress_add_(out, signs, 0.5), sparse.values, sparse.indices, signs.words
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (1000, 2049):
+        grad, err = pair(n)
+        compiled_err = err.clone()
+        wanted = step(grad, err)
+        got = compiled(grad, compiled_err)
+        assert all(same_bytes(a, b) for a, b in zip(got, wanted, strict=True))
+        assert same_bytes(compiled_err, err)
+
+
+def test_autograd_notices_the_mutation() -> None:
+    err = torch.ones(64)
+    x = torch.ones(64, requires_grad=True)
+    y = (x * err).sum()
+    gck.sign_ef_(torch.ones(64), err)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
