@@ -34,21 +34,31 @@ def canonical(x):
 
 
 @triton.jit
-def accumulate(grad, err):
-    """acc = fp32(grad) + err in one rounding, with one NaN."""
-    return canonical(grad.to(tl.float32) + err)
+def widen(x):
+    """fp32 of `x`, exactly."""
+    if x.dtype == tl.bfloat16:
+        # On the bits, because the interpreter flushes denormals.
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
-def round_to(x, DTYPE: tl.constexpr):
-    """Canonical fp32 `x` in DTYPE, rounded to nearest even; too large becomes infinity."""
-    if DTYPE == tl.bfloat16:
+def accumulate(grad, err):
+    """acc = fp32(grad) + err in one rounding, with one NaN."""
+    return canonical(widen(grad) + err)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """Canonical fp32 `x` in dtype, rounded to nearest even; too large becomes infinity."""
+    if dtype == tl.bfloat16:
         # On the bits, because the interpreter truncates. A carry out of the mantissa is what is
         # wanted, infinities stay, and the canonical NaN has no low bits to carry from.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif DTYPE == tl.float16:
+    elif dtype == tl.float16:
         # Hardware turns any NaN into 0x7fff; the canonical one is 0x7e00.
         bits = x.to(tl.float16).to(tl.int16, bitcast=True)
         bits = tl.where(x == x, bits, 0x7E00).to(tl.int16)

@@ -20,8 +20,8 @@ from gck.kernels.common.packing import pack_bits, unpack_bits
 from gck.kernels.common.tree import halving_sum
 
 # Elements a warp of `compress`: up to this chunk size the halving tree never leaves a warp.
-WARP_ELEMENTS = 1024
-TILE = 4096  # elements a program of `decompress`
+WARP_ELEMENTS = 512
+TILE = 2048  # elements a program of `decompress`
 
 
 @triton.jit

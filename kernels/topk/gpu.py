@@ -18,33 +18,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gck.kernels.common.keys import INFINITY, accumulate, is_finite, magnitude_key, round_to
+from gck.kernels.common.keys import INFINITY, accumulate, is_finite, magnitude_key, round_to, widen
 from gck.kernels.common.launch import EXACT, MAX_PROGRAMS, launching_on, spans
 from gck.kernels.common.tiles import load_tile, run_of_tiles, tile_offsets
 
 TILE = 4096
+EMIT_TILE = 2048  # needs more registers an element; divides TILE
 BLOCK = 1024  # payload entries a program of the scatter
 # Digits of the 31-bit key as (lowest bit, bits). Histograms of more than 256 bins cost some versions of
 # Triton more time than the pass that they would save.
 DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
 BINS = 256
-# Control block, int64: a (key prefix, winners still to find below it) pair a digit, then the histograms.
-# The last pair is the k-th key itself and the number of its ties that win.
-PAIRS = 2 * (len(DIGITS) + 1)
-CONTROL = 16
+# Control block, int64: a (key prefix, winners still to find among its keys) pair a digit, of which the
+# last is the k-th key itself and the number of its ties that win; then a histogram a digit.
+DECISION = tl.constexpr(2 * len(DIGITS))
+HISTOGRAMS = tl.constexpr(2 * len(DIGITS) + 8)
 
 
 @triton.jit
-def _decide(p_control, p_histogram, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """Extends the key prefix by the digit that the histogram of the previous pass gives."""
+def _decide(p_control, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """Extends the prefix by the digit that the histogram of DIGIT gives; program 0 notes the result."""
     prefix = tl.load(p_control + 2 * DIGIT)
     wanted = tl.load(p_control + 2 * DIGIT + 1)
     b_bin = tl.arange(0, BINS)
-    b_count = tl.load(p_histogram + b_bin)
+    b_count = tl.load(p_control + HISTOGRAMS + DIGIT * BINS + b_bin)
     b_at_least = tl.cumsum(b_count, 0, reverse=True)
     digit = tl.sum((b_at_least >= wanted).to(tl.int32), 0) - 1
-    above = tl.sum(tl.where(b_bin > digit, b_count, 0), 0)
-    return prefix | (digit.to(tl.int64) << SHIFT), wanted - above
+    prefix |= digit.to(tl.int64) << SHIFT
+    wanted -= tl.sum(tl.where(b_bin > digit, b_count, 0), 0)
+    if tl.program_id(0) == 0:
+        tl.store(p_control + 2 * DIGIT + 2, prefix)
+        tl.store(p_control + 2 * DIGIT + 3, wanted)
+    return prefix.to(tl.int32)
+
+
+@triton.jit
+def _add_histogram(p_control, b_count, DIGIT: tl.constexpr, BINS: tl.constexpr):
+    b_bin = tl.arange(0, BINS)
+    p_histogram = p_control + HISTOGRAMS + DIGIT * BINS
+    tl.atomic_add(p_histogram + b_bin, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
 
 
 @triton.jit
@@ -81,15 +93,13 @@ def _refine_tile(
 
 
 @triton.jit
-def _classify(p_source, i_tile, n, threshold, TILE: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements of a tile, and 1 for each above the threshold, 65536 for each tie, else 0."""
-    b_offset = tile_offsets(i_tile, TILE)
-    b_acc = load_tile(p_source, b_offset, n, WHOLE)
+def _classify(b_acc, b_offset, n, threshold, WHOLE: tl.constexpr):
+    """1 for each element above the threshold, 65536 for each tie, else 0: one sum counts both."""
     b_key = magnitude_key(b_acc)
     b_class = tl.where(b_key > threshold, 1, tl.where(b_key == threshold, 65536, 0))
     if not WHOLE:
         b_class = tl.where(b_offset < n, b_class, 0)
-    return b_offset, b_acc, b_class
+    return b_class
 
 
 @triton.jit
@@ -107,7 +117,9 @@ def _emit_tile(
     WHOLE: tl.constexpr,
 ):
     """Writes the winners of a tile from `position` on; at most `quota` ties win. Returns both, moved."""
-    b_offset, b_acc, b_class = _classify(p_err, i_tile, n, threshold, TILE, WHOLE)
+    b_offset = tile_offsets(i_tile, TILE)
+    b_acc = load_tile(p_err, b_offset, n, WHOLE)
+    b_class = _classify(b_acc, b_offset, n, threshold, WHOLE)
     both = tl.sum(b_class, 0)
     ties = tl.minimum((both >> 16).to(tl.int64), quota).to(tl.int32)
     # Infinities that lose to NaN are no winners, but must not stay in err.
@@ -115,11 +127,11 @@ def _emit_tile(
         b_rank = tl.cumsum(b_class, 0)  # one scan ranks both classes
         b_tie_rank = b_rank >> 16
         b_wins = (b_class == 1) | ((b_class > 1) & (b_tie_rank <= ties))
-        b_slot = position + (b_rank & 0xFFFF) + tl.minimum(b_tie_rank, ties) - 1
+        b_slot = (b_rank & 0xFFFF) + tl.minimum(b_tie_rank, ties) - 1
         b_value = round_to(b_acc, p_values.dtype.element_ty)
-        tl.store(p_values + b_slot, b_value, mask=b_wins)
-        tl.store(p_indices + b_slot, b_offset.to(p_indices.dtype.element_ty), mask=b_wins)
-        b_residual = tl.where(b_wins, b_acc - b_value.to(tl.float32), b_acc)
+        tl.store(p_values + position + b_slot, b_value, mask=b_wins)
+        tl.store(p_indices + position + b_slot, b_offset.to(p_indices.dtype.element_ty), mask=b_wins)
+        b_residual = tl.where(b_wins, b_acc - widen(b_value), b_acc)
         b_cleared = is_finite(b_residual) == 0
         if not WHOLE:
             b_cleared &= b_offset < n
@@ -131,10 +143,9 @@ def _emit_tile(
 
 
 @triton.jit(do_not_specialize=["n", "k", "tiles"])
-def stream_kernel(p_grad, p_err, p_control, p_histogram, n, k, tiles, TILE: tl.constexpr, BINS: tl.constexpr):
+def stream_kernel(p_grad, p_err, p_control, n, k, tiles, TILE: tl.constexpr, BINS: tl.constexpr):
     i_program = tl.program_id(0)
     if i_program == 0:
-        tl.store(p_control, tl.zeros((), tl.int64))
         tl.store(p_control + 1, tl.cast(k, tl.int64))
     first, whole, stop = run_of_tiles(i_program, tiles, n, TILE)
     b_count = tl.zeros((BINS,), tl.int32)
@@ -142,15 +153,13 @@ def stream_kernel(p_grad, p_err, p_control, p_histogram, n, k, tiles, TILE: tl.c
         b_count += _stream_tile(p_grad, p_err, i_tile, n, TILE, BINS, True)
     if whole < stop:
         b_count += _stream_tile(p_grad, p_err, whole, n, TILE, BINS, False)
-    b_bin = tl.arange(0, BINS)
-    tl.atomic_add(p_histogram + b_bin, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
+    _add_histogram(p_control, b_count, 0, BINS)
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def refine_kernel(
     p_source,
     p_control,
-    p_histogram,
     n,
     tiles,
     DIGIT: tl.constexpr,
@@ -161,53 +170,42 @@ def refine_kernel(
     BINS: tl.constexpr,
 ):
     """Counts digit DIGIT, the BITS bits from SHIFT on, of the keys that begin with the prefix so far."""
-    i_program = tl.program_id(0)
-    prefix, wanted = _decide(p_control, p_histogram + (DIGIT - 1) * BINS, DIGIT - 1, LAST_SHIFT, BINS)
-    if i_program == 0:
-        tl.store(p_control + 2 * DIGIT, prefix)
-        tl.store(p_control + 2 * DIGIT + 1, wanted)
-    prefix = prefix.to(tl.int32)
-    first, whole, stop = run_of_tiles(i_program, tiles, n, TILE)
+    prefix = _decide(p_control, DIGIT - 1, LAST_SHIFT, BINS)
+    first, whole, stop = run_of_tiles(tl.program_id(0), tiles, n, TILE)
     b_count = tl.zeros((BINS,), tl.int32)
     for i_tile in range(first, whole):
         b_count += _refine_tile(p_source, i_tile, n, prefix, SHIFT, BITS, TILE, BINS, True)
     if whole < stop:
         b_count += _refine_tile(p_source, whole, n, prefix, SHIFT, BITS, TILE, BINS, False)
-    b_bin = tl.arange(0, BINS)
-    p_own = p_histogram + DIGIT * BINS
-    tl.atomic_add(p_own + b_bin, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
+    _add_histogram(p_control, b_count, DIGIT, BINS)
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def count_kernel(
     p_source,
     p_control,
-    p_histogram,
     p_counts,
     n,
     tiles,
-    DIGITS: tl.constexpr,
-    LAST_SHIFT: tl.constexpr,
+    DIGIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Counts the elements above the threshold and the ties in each program's run of tiles."""
+    """Takes the last decision; counts what lies above it and ties with it in each program's run."""
+    threshold = _decide(p_control, DIGIT, SHIFT, BINS)
     i_program = tl.program_id(0)
-    p_last = p_histogram + (DIGITS - 1) * BINS
-    threshold, quota = _decide(p_control, p_last, DIGITS - 1, LAST_SHIFT, BINS)
-    if i_program == 0:
-        tl.store(p_control + 2 * DIGITS, threshold)
-        tl.store(p_control + 2 * DIGITS + 1, quota)
-    threshold = threshold.to(tl.int32)
     first, whole, stop = run_of_tiles(i_program, tiles, n, TILE)
     b_above = tl.zeros((TILE,), tl.int32)
     b_ties = tl.zeros((TILE,), tl.int32)
     for i_tile in range(first, whole):
-        _, _, b_class = _classify(p_source, i_tile, n, threshold, TILE, True)
+        b_offset = tile_offsets(i_tile, TILE)
+        b_class = _classify(load_tile(p_source, b_offset, n, True), b_offset, n, threshold, True)
         b_above += b_class & 0xFFFF
         b_ties += b_class >> 16
     if whole < stop:
-        _, _, b_class = _classify(p_source, whole, n, threshold, TILE, False)
+        b_offset = tile_offsets(whole, TILE)
+        b_class = _classify(load_tile(p_source, b_offset, n, False), b_offset, n, threshold, False)
         b_above += b_class & 0xFFFF
         b_ties += b_class >> 16
     tl.store(p_counts + 2 * i_program, tl.sum(b_above, 0).to(tl.int64))
@@ -217,7 +215,7 @@ def count_kernel(
 @triton.jit(do_not_specialize=["n", "tiles"])
 def emit_kernel(
     p_err,
-    p_decision,
+    p_control,
     p_counts,
     p_values,
     p_indices,
@@ -228,9 +226,9 @@ def emit_kernel(
     PROGRAMS: tl.constexpr,
 ):
     """Writes the winners in order of index, and what they leave behind to err."""
+    threshold = tl.load(p_control + DECISION).to(tl.int32)
+    quota = tl.load(p_control + DECISION + 1)
     i_program = tl.program_id(0)
-    threshold = tl.load(p_decision).to(tl.int32)
-    quota = tl.load(p_decision + 1)
     b_program = tl.arange(0, PROGRAMS)
     b_before = b_program < i_program
     above = tl.sum(tl.load(p_counts + 2 * b_program, mask=b_before, other=0), 0)
@@ -252,7 +250,7 @@ def scatter_kernel(p_out, p_values, p_indices, n, k, alpha, ACCUMULATE: tl.const
     b_entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_index = tl.load(p_indices + b_entry, mask=b_entry < k, other=-1).to(tl.int64)
     b_valid = (b_index >= 0) & (b_index < n)  # a payload from elsewhere must not write out of bounds
-    b_value = tl.load(p_values + b_entry, mask=b_entry < k, other=0.0).to(tl.float32) * alpha
+    b_value = widen(tl.load(p_values + b_entry, mask=b_entry < k, other=0.0)) * alpha
     if ACCUMULATE:
         b_value = tl.load(p_out + b_index, mask=b_valid, other=0.0) + b_value
     tl.store(p_out + b_index, b_value, mask=b_valid)
@@ -262,45 +260,26 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
     n = grad.numel()
     values, indices = compressor.layout(n).views(bodies[0])
     programs, tiles = spans(grad, triton.cdiv(n, TILE))
-    control = torch.zeros(CONTROL + len(DIGITS) * BINS, dtype=torch.int64, device=grad.device)
-    histogram = control[CONTROL:]
+    control = torch.zeros(HISTOGRAMS.value + len(DIGITS) * BINS, dtype=torch.int64, device=grad.device)
     counts = torch.empty(2 * programs, dtype=torch.int64, device=grad.device)
     if nonfinite is None:
-        nonfinite = control[CONTROL - 1 :]
-    shifts = [shift for shift, _ in DIGITS]
-    shape = {"TILE": TILE, "num_warps": 8, **EXACT}
-    grid = (programs,)
+        nonfinite = control[DECISION.value + 2 :]  # counted, and forgotten
+    grid, shape = (programs,), {"TILE": TILE, "BINS": BINS, "num_warps": 8, **EXACT}
     with launching_on(grad):
-        stream_kernel[grid](grad, err, control, histogram, n, values.numel(), tiles, BINS=BINS, **shape)
-        for digit, (shift, bits) in list(enumerate(DIGITS))[1:]:
+        stream_kernel[grid](grad, err, control, n, values.numel(), tiles, **shape)
+        for digit in range(1, len(DIGITS)):
+            (last, _), (shift, bits) = DIGITS[digit - 1 : digit + 1]
             refine_kernel[grid](
-                err,
-                control,
-                histogram,
-                n,
-                tiles,
-                DIGIT=digit,
-                LAST_SHIFT=shifts[digit - 1],
-                SHIFT=shift,
-                BITS=bits,
-                BINS=BINS,
-                **shape,
+                err, control, n, tiles, DIGIT=digit, LAST_SHIFT=last, SHIFT=shift, BITS=bits, **shape
             )
-        count_kernel[grid](
-            err,
-            control,
-            histogram,
-            counts,
-            n,
-            tiles,
-            DIGITS=len(DIGITS),
-            LAST_SHIFT=shifts[-1],
-            BINS=BINS,
-            **shape,
-        )
-        decision = control[PAIRS - 2 :]
+        last, _ = DIGITS[-1]
+        count_kernel[grid](err, control, counts, n, tiles, DIGIT=len(DIGITS) - 1, SHIFT=last, **shape)
         emit_kernel[grid](
-            err, decision, counts, values, indices, nonfinite, n, tiles, PROGRAMS=MAX_PROGRAMS, **shape
+            *(err, control, counts, values, indices, nonfinite, n, tiles * (TILE // EMIT_TILE)),
+            TILE=EMIT_TILE,
+            PROGRAMS=MAX_PROGRAMS,
+            num_warps=8,
+            **EXACT,
         )
 
 
