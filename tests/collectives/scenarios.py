@@ -1,0 +1,88 @@
+"""Calls that are made on simulated ranks and on real ones, and must give the same bytes on both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gck
+from gck.collectives import all_reduce_, all_reduce_many_, packed_all_reduce_, sparse_all_gather
+from gck.compressor import shard_numel
+from gck.error_feedback import ErrorFeedback
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+
+SIZES = (0, 1, 2, 33, 1001)
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """Of the bytes of all tensors."""
+    hashed = blake2b(digest_size=8)
+    for tensor in tensors:
+        if tensor is not None:
+            hashed.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def gradient(rank: int, n: int, dtype: torch.dtype = torch.float32, step: int = 0) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(100 * step + rank)).to(dtype)
+
+
+def run(rank: int, world_size: int, group: Any) -> dict[str, tuple[str, str]]:
+    """(digest of what all ranks must share, digest of this rank's residuals) by scenario."""
+    return {
+        name: (digest(*shared), digest(*own)) for name, shared, own in _scenarios(rank, world_size, group)
+    }
+
+
+def _scenarios(
+    rank: int, world_size: int, group: Any
+) -> Iterator[tuple[str, list[Tensor], list[Tensor | None]]]:
+    for compressor in (TopK(ratio=0.1), TopK(ratio=0.3, value_dtype=torch.float16), Sign(32), Sign(256)):
+        algorithms = ("one_phase", "auto") if compressor.shard_unit is None else ("one_phase", "two_phase")
+        for algorithm in algorithms:
+            for n in SIZES:
+                # A dense ring adds in another order; two addends have only one.
+                if algorithm == "auto" and n < 1001 and world_size > 2:
+                    continue
+                for dtype in (
+                    (torch.float32, torch.bfloat16, torch.float16) if n == 1001 else (torch.float32,)
+                ):
+                    state = ErrorFeedback()
+                    results = []
+                    for step in range(2):
+                        results.append(gradient(rank, n, dtype, step))
+                        op = "avg" if step else "sum"
+                        all_reduce_(results[-1], state, compressor, group, op, algorithm)
+                    yield f"{compressor} {algorithm} {n} {dtype}", results, [state.worker, state.server]
+
+    for n in SIZES:
+        grad, err = gradient(rank, n), gradient(rank, n, step=1)
+        server = torch.zeros(shard_numel(n, 64, world_size))
+        packed_all_reduce_(grad, err, server, 64, group)
+        yield f"packed {n}", [grad], [err, server]
+
+    grads = [gradient(rank, n) for n in SIZES]
+    states = [ErrorFeedback() for _ in SIZES]
+    all_reduce_many_(grads, states, Sign(32), group, algorithm="two_phase")
+    yield "many", grads, [state.worker for state in states] + [state.server for state in states]
+
+    whole = torch.arange(1001).float() * (rank + 1)  # integers, exact in any order
+    all_reduce_(whole, None, Sign(32), group, "sum", "dense")
+    yield "dense", [whole], []
+
+    for compressor, algorithm in ((TopK(ratio=0.1), "one_phase"), (Sign(32), "two_phase")):
+        grad, state = gradient(rank, 300), ErrorFeedback()
+        if rank == world_size - 1:
+            grad[100], grad[299] = math.inf, -math.inf
+        all_reduce_(grad, state, compressor, group, "sum", algorithm)
+        yield f"nonfinite {algorithm}", [grad.isfinite()], [state.worker, state.server]
+
+    payload = gck.topk(gradient(rank, 500), 0.1)
+    gathered = sparse_all_gather(payload, group)
+    yield "gather", [t for p in gathered for t in (p.values, p.indices)], [payload.values]
