@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.nn.parallel import DistributedDataParallel
 
+import gck
 from gck.cli.demo.settings import Settings
 
 __all__ = ["BASELINE", "CONFIGURATIONS", "Configuration"]
@@ -43,11 +44,21 @@ def _powersgd(model: DistributedDataParallel, settings: Settings) -> None:
     model.register_comm_hook(state, powerSGD_hook)
 
 
+def _topk(model: DistributedDataParallel, settings: Settings) -> None:
+    gck.ddp.register(model, gck.TopK(ratio=0.01))
+
+
+def _sign(model: DistributedDataParallel, settings: Settings) -> None:
+    gck.ddp.register(model, gck.Sign())
+
+
 CONFIGURATIONS = {
     configuration.name: configuration
     for configuration in (
         Configuration(BASELINE, "PyTorch, dense", _dense),
         Configuration("fp16", "PyTorch fp16 hook", _fp16),
         Configuration("powersgd", "PyTorch PowerSGD, r = 4", _powersgd),
+        Configuration("gck-topk", "gck top-k 1 %", _topk),
+        Configuration("gck-sign", "gck sign", _sign),
     )
 }

@@ -60,9 +60,11 @@ def build_model() -> nn.Sequential:
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
+        nn.GroupNorm(4, 16),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1),
+        nn.GroupNorm(4, 32),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),

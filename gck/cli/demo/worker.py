@@ -65,7 +65,7 @@ def train(assignment: Assignment, name: str, images: Images, test: Images, event
     torch.manual_seed(settings.seed)
     model = DistributedDataParallel(build_model(), bucket_cap_mb=BUCKET_MEGABYTES)
     CONFIGURATIONS[name].attach(model, settings)
-    optimizer = torch.optim.SGD(model.parameters(), settings.learning_rate, momentum=settings.momentum)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=settings.momentum)
     order = _batches(len(images), settings)
 
     step_seconds: list[float] = []
@@ -75,6 +75,7 @@ def train(assignment: Assignment, name: str, images: Images, test: Images, event
     sent = read_counters(assignment.interface).tx_bytes
     for step in range(1, settings.steps + 1):
         mine = order[step - 1, rank]
+        optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
         started = time.perf_counter()
         loss = cross_entropy(model(images.pixels[mine]), images.labels[mine])
         optimizer.zero_grad()
