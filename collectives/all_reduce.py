@@ -86,6 +86,9 @@ def all_reduce_many_(
 ) -> None:
     """`all_reduce_` of several tensors with one message a phase; all on one device.
 
+    With "auto" each tensor takes the algorithm that it would take alone, and tensors of one algorithm
+    share messages: results do not depend on how tensors are grouped.
+
     Args:
         grads: tensors as for `all_reduce_`; must not overlap.
         states: one `ErrorFeedback` (or None) a tensor; None: no error feedback at all.
@@ -185,29 +188,48 @@ def _all_reduce(
     if not grads:
         return
     numels = tuple(grad.numel() for grad in grads)
-    if algorithm == "auto":
-        algorithm = choose_algorithm(compressor, numels, transport.world_size)
-    elif algorithm != "dense":
-        for numel in numels:  # options that do not fit the size raise here, before anything is sent
-            compressor.layout(shard_numel(numel, compressor.shard_unit, 1))
+    plan = _plan(compressor, numels, transport.world_size, algorithm)
     bindings = _check_states(kept, numels, compressor, transport)
-    signature = Signature(algorithm, describe(compressor), tuple(g.dtype for g in grads), numels, op)
+    name = next(iter(plan)) if len(plan) == 1 else "mixed"
+    signature = Signature(name, describe(compressor), tuple(g.dtype for g in grads), numels, op)
     agree(transport, function, signature, validate)
 
     saved = [None if state is None else state.snapshot() for state in kept]
     flat = [grad.detach().view(-1) for grad in grads]
     try:
-        if algorithm == "dense":
-            results = dense(transport, flat, kept, op)
-        else:
-            results = _compressed(transport, compressor, algorithm, flat, kept, bindings, op)
-        for grad, result in zip(flat, results, strict=True):
+        results: list[tuple[Tensor, Tensor]] = []
+        for chosen, members in plan.items():
+            some, some_states = [flat[i] for i in members], [kept[i] for i in members]
+            if chosen == "dense":
+                reduced = dense(transport, some, some_states, op)
+            else:
+                bound = [bindings[i] for i in members]
+                reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)
+            results += zip(some, reduced, strict=True)
+        for grad, result in results:
             grad.copy_(result)
     except BaseException:
         for state, snapshot in zip(kept, saved, strict=True):
             if state is not None and snapshot is not None:
                 state.restore(snapshot)
         raise
+
+
+def _plan(
+    compressor: Compressor, numels: Sequence[int], world_size: int, algorithm: str
+) -> dict[str, list[int]]:
+    """Which tensors go by which algorithm, in the same order on all ranks; options that do not fit a
+    size raise here, before anything is sent."""
+    if algorithm != "auto":
+        for numel in numels if algorithm != "dense" else ():
+            compressor.layout(numel)
+        return {algorithm: list(range(len(numels)))}
+    # Each tensor by itself: its result must not depend on what it shares a message with, since DDP
+    # rebuilds its buckets after the first step, and again after a restart.
+    plan: dict[str, list[int]] = {}
+    for i, numel in enumerate(numels):
+        plan.setdefault(choose_algorithm(compressor, [numel], world_size), []).append(i)
+    return plan
 
 
 def _compressed(

@@ -32,7 +32,7 @@ VALIDATE = ("first", "always", "off")
 HEADER = struct.Struct("<4sBBBBIIQQ16s16s")
 MAGIC = b"GCKH"
 VERSION = 1
-ALGORITHMS = ("gather", "one_phase", "two_phase", "dense")
+ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed")
 REDUCTIONS = ("none", "avg", "sum")
 DTYPES = ("mixed", "float32", "bfloat16", "float16")
 
@@ -58,7 +58,7 @@ class Signature:
     """What one call is about to do; ranks must agree on all of it.
 
     Attributes:
-        algorithm: "gather", "one_phase", "two_phase" or "dense".
+        algorithm: "gather", "one_phase", "two_phase", "dense", or "mixed" where tensors go by different ones.
         compressor: the configuration as text, see `describe`.
         dtypes, numels: of each tensor.
         reduction: "avg", "sum" or "none".

@@ -154,6 +154,27 @@ def test_many_is_each_in_one_message_a_phase(algorithm: str) -> None:
         assert all(oracle.same(a, b) for a, b in zip(together[rank], apart[rank], strict=True))
 
 
+def test_auto_does_not_depend_on_company() -> None:
+    """3 elements go dense, 100,000 in two phases: each as it would alone."""
+    numels, compressor = (3, 100_000, 0, 40_000), Sign(256)
+
+    def rank_main(member: SimulatedMember) -> list[Tensor]:
+        together = [gradient(member.rank, i, n) for i, n in enumerate(numels)]
+        apart = [grad.clone() for grad in together]
+        states = [ErrorFeedback() for _ in numels]
+        all_reduce_many_(together, states, compressor, member)
+        for grad in apart:
+            all_reduce_(grad, ErrorFeedback(), compressor, member)
+        assert all(oracle.same(a, b) for a, b in zip(together, apart, strict=True))
+        assert [state.server is not None for state in states] == [False, True, False, True]
+        return together
+
+    results = SimulatedGroup(3, timeout=20).run(rank_main)
+    assert all(oracle.same(a, b) for a, b in zip(results[0], results[2], strict=True))
+    expected = torch.stack([gradient(rank, 0, 3) for rank in range(3)])
+    assert oracle.same(results[0][0], (expected[0] + expected[1] + expected[2]) / 3)
+
+
 def test_many_of_nothing() -> None:
     SimulatedGroup(2).run(lambda member: all_reduce_many_([], [], Sign(), member))
 

@@ -1,0 +1,208 @@
+"""Residual state: allocation, what it belongs to, and checkpoints."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, ServerBinding
+from gck.errors import StateMismatchError
+
+CPU = torch.device("cpu")
+BINDING = ServerBinding(rank=1, world_size=2, unit=64)
+
+
+def used() -> ErrorFeedback:
+    state = ErrorFeedback()
+    state.worker_for(torch.ones(100)).copy_(torch.arange(100.0))
+    state.server_for(64, CPU, BINDING).fill_(2.0)
+    state.nonfinite_for(CPU).fill_(5)
+    return state
+
+
+def through_disk(state: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def equal(a: ErrorFeedback, b: ErrorFeedback) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        return (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
+
+    tensors = all(same(getattr(a, n), getattr(b, n)) for n in ("worker", "server", "nonfinite"))
+    return tensors and a.binding == b.binding
+
+
+def test_allocated_as_zeros_on_first_use_and_kept() -> None:
+    state = ErrorFeedback()
+    assert state.worker is None
+    grad = torch.ones(4, 5, dtype=torch.bfloat16)
+    worker = state.worker_for(grad)
+    assert worker.dtype == torch.float32
+    assert worker.shape == (20,)
+    assert not worker.any()
+    assert state.worker_for(grad) is worker
+    server = state.server_for(64, CPU, BINDING)
+    assert not server.any()
+    assert state.server_for(64, CPU, BINDING) is server
+    assert state.binding == BINDING
+    assert "worker=20, server=64" in repr(state)
+    state.reset()
+    assert equal(state, ErrorFeedback())
+
+
+@pytest.mark.parametrize(
+    ("use", "text"),
+    [
+        (lambda s: s.worker_for(torch.ones(99)), "belongs to 100 elements, got a gradient of 99"),
+        (lambda s: s.server_for(64, CPU, BINDING._replace(rank=0)), "rank=0"),
+        (lambda s: s.server_for(64, CPU, BINDING._replace(world_size=3)), "world_size=3"),
+        (lambda s: s.server_for(64, CPU, BINDING._replace(unit=32)), "unit=32"),
+        (lambda s: s.server_for(128, CPU, BINDING), "with 128"),
+    ],
+)
+def test_use_for_something_else(use: Callable[[ErrorFeedback], Any], text: str) -> None:
+    state = used()
+    with pytest.raises(StateMismatchError, match=text):
+        use(state)
+    assert equal(state, used())
+
+
+def test_moves_with_the_gradient() -> None:
+    state = used()
+    assert state.worker_for(torch.ones(100, device="meta")).device.type == "meta"
+    assert state.server_for(64, torch.device("meta"), BINDING).device.type == "meta"
+    assert state.nonfinite_for(torch.device("meta")).device.type == "meta"
+
+
+def test_restore_brings_back_content_in_place() -> None:
+    state = used()
+    worker, saved = state.worker, state.snapshot()
+    assert worker is not None
+    worker.zero_()
+    state.server = state.binding = None
+    state.restore(saved)
+    assert state.worker is worker
+    assert equal(state, used())
+
+    fresh = ErrorFeedback()
+    saved = fresh.snapshot()
+    fresh.worker_for(torch.ones(3))
+    fresh.restore(saved)
+    assert fresh.worker is None
+
+
+@pytest.mark.parametrize("make", [used, ErrorFeedback])
+def test_state_survives_the_disk(make: Callable[[], ErrorFeedback]) -> None:
+    loaded = ErrorFeedback()
+    saved = make()
+    loaded.load_state_dict(through_disk(saved.state_dict()), numel=100, rank=1, world_size=2)
+    assert equal(loaded, saved)
+    # A copy: what happens to one does not happen to the other.
+    if saved.worker is not None:
+        saved.worker.zero_()
+        assert equal(loaded, used())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "text"),
+    [
+        ({}, {"numel": 99}, "saved worker residual has 100 elements, the gradient 99"),
+        ({}, {"rank": 0}, "belongs to rank 1, this is rank 0"),
+        ({}, {"world_size": 4}, "belongs to world size 2, this is world size 4"),
+        ({"version": 2}, {}, "must have version 1, got 2"),
+        ({"worker": torch.zeros(100).half()}, {}, "worker residual must be flat float32"),
+        ({"worker": [0.0]}, {}, "worker residual must be flat float32, got list"),
+        ({"unit": "x"}, {}, "saved server residual"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_states_that_do_not_fit(change: Any, expected: Any, text: str, fresh: bool) -> None:
+    state = ErrorFeedback() if fresh else used()
+    with pytest.raises(StateMismatchError, match=text):
+        state.load_state_dict(used().state_dict() | change, **expected)
+    assert equal(state, ErrorFeedback() if fresh else used())
+
+
+def test_present_residuals_say_what_fits() -> None:
+    state = ErrorFeedback()
+    state.server_for(64, CPU, BINDING._replace(world_size=3))
+    with pytest.raises(StateMismatchError, match="world size 2, this is world size 3"):
+        state.load_state_dict(used().state_dict())
+    state = ErrorFeedback()
+    state.worker_for(torch.ones(7))
+    with pytest.raises(StateMismatchError, match="100 elements, the gradient 7"):
+        state.load_state_dict(used().state_dict())
+
+
+def test_reset_server_keeps_the_worker() -> None:
+    state = ErrorFeedback()
+    state.load_state_dict(used().state_dict(), rank=0, world_size=3, reset_server=True)
+    assert state.server is None
+    assert state.binding is None
+    assert torch.equal(state.worker_for(torch.ones(100)), torch.arange(100.0))
+
+
+def test_not_a_dict() -> None:
+    with pytest.raises(StateMismatchError, match="state must be a dict, got list"):
+        ErrorFeedback().load_state_dict([])  # type: ignore[arg-type]
+
+
+def test_map_is_by_name() -> None:
+    residuals = ErrorFeedbackMap()
+    assert "a" not in residuals
+    assert residuals["a"] is residuals["a"]
+    assert residuals["b"] is not residuals["a"]
+    assert list(residuals) == ["a", "b"]
+    assert len(residuals) == 2
+    residuals.rename("a", "c")
+    assert "a" not in residuals
+    assert "c" in residuals
+    residuals.reset()
+    assert len(residuals) == 0
+
+
+def test_map_survives_the_disk() -> None:
+    residuals = ErrorFeedbackMap()
+    residuals["w"].load_state_dict(used().state_dict())
+    residuals["b"].worker_for(torch.ones(3))
+    loaded = ErrorFeedbackMap()
+    loaded["old"].worker_for(torch.ones(3))
+    loaded.load_state_dict(
+        through_disk(residuals.state_dict()), numels={"w": 100, "b": 3}, rank=1, world_size=2
+    )
+    assert sorted(loaded) == ["b", "w"]
+    assert equal(loaded["w"], used())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"numels": {"w": 99}}, "w: .* 100 elements, the gradient 99"),
+        ({"numels": {"v": 100}}, "no parameter is named 'w'"),
+        ({"world_size": 8}, "w: .* world size 2, this is world size 8"),
+    ],
+)
+def test_map_is_unchanged_when_one_state_does_not_fit(options: Any, text: str) -> None:
+    saved, residuals = ErrorFeedbackMap(), ErrorFeedbackMap()
+    saved["v"].worker_for(torch.ones(100))
+    saved["w"].load_state_dict(used().state_dict())
+    if "numels" in options:
+        options = {"numels": {"v": 100} | options["numels"]}
+    residuals["v"].worker_for(torch.ones(100)).fill_(7)
+    with pytest.raises(StateMismatchError, match=text):
+        residuals.load_state_dict(saved.state_dict(), **options)
+    assert list(residuals) == ["v"]
+    assert (residuals["v"].worker_for(torch.ones(100)) == 7).all()
+
+
+@pytest.mark.parametrize("state", [{}, {"version": 1}, {"version": 1, "tensors": 3}])
+def test_map_of_malformed_states(state: Any) -> None:
+    with pytest.raises(StateMismatchError):
+        ErrorFeedbackMap().load_state_dict(state)
