@@ -1,0 +1,79 @@
+"""Rules of the house that no linter of ours can express."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = sorted(ROOT.glob("gck/*.py")) + sorted(ROOT.glob("kernels/**/*.py"))
+PACKAGE = sorted(p for folder in ("gck", "kernels", "collectives") for p in (ROOT / folder).rglob("*.py"))
+# What re-exports or integrates may import more than the core does.
+FACE = {ROOT / "gck/__init__.py"}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_core_and_kernels_do_not_communicate(path: Path) -> None:
+    if path not in FACE:
+        assert not [name for name in imported(path) if name.startswith("torch.distributed")]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_triton_and_cupy_are_imported_by_gpu_modules_alone(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    top_level = {
+        name.split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert "cupy" not in top_level
+    if "triton" in top_level:
+        assert path.name == "gpu.py" or path.parent.name == "common"
+
+
+def test_links() -> None:
+    for name in ("kernels", "collectives"):
+        assert (ROOT / "gck" / name).readlink() == Path("..") / name
+
+
+def test_bindings_see_no_torch_header() -> None:
+    sources = [p for p in (ROOT / "bindings").rglob("*") if p.suffix in (".cpp", ".hpp")]
+    assert sources
+    for path in sources:
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert not [line for line in includes if "torch" in line or "ATen" in line or "c10" in line], path
+
+
+@pytest.mark.parametrize("folder", ["kernels", "collectives"])
+def test_no_second_name(folder: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {folder}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"import gck.{folder}, not {folder}" in run.stderr
+
+
+def test_import_is_light() -> None:
+    """Neither Triton nor anything of the command line is loaded by `import gck`."""
+    code = "import sys, gck; print(*{'triton', 'cupy', 'rich', 'typer', 'matplotlib'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == ""

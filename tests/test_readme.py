@@ -1,0 +1,91 @@
+"""Every command and snippet of the README is executed, here or by the test that this file names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+# command -> the test that runs it; a `make` target's recipe is compared with the Makefile below.
+ELSEWHERE = {
+    "make demo": "tests/cli",
+    "make test": "this run",
+    "make bench": "tests/test_bench.py",
+    "make gpu-check": "tests/test_bench.py",
+    "pip install .": "tests/test_packaging.py",
+    'pip install ".[cuda12]"': "extras: test_extras",
+    "pip install --no-build-isolation --no-deps .": "tests/test_packaging.py",
+    "gck doctor": "tests/cli",
+    "gck demo": "tests/cli",
+}
+
+
+def test_commands_are_known() -> None:
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [line for line in lines if line and not line.startswith("torchrun")]
+    assert commands
+    assert not [command for command in commands if command not in ELSEWHERE]
+    targets = [command.removeprefix("make ") for command in commands if command.startswith("make ")]
+    makefile = (ROOT / "Makefile").read_text()
+    assert not [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)]
+
+
+def test_extras() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for cuda in ("12", "13"):
+        names = {re.split(r"[>=]", requirement)[0] for requirement in extras[f"cuda{cuda}"]}
+        assert names == {"triton", f"cupy-cuda{cuda}x", f"nvidia-nccl-cu{cuda}"}
+
+
+def test_snippets(tmp_path: Path) -> None:
+    snippets = blocks("python")
+    assert len(snippets) == 3
+    ten_lines, ddp, collectives = snippets
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        scope = {"net": torch.nn.Linear(4, 4), "world_size": 1}
+        for snippet in (ten_lines, ddp, collectives):
+            exec(snippet, scope)
+    finally:
+        dist.destroy_process_group()
+    assert scope["payload"].nbytes == 80000
+    assert len(scope["payloads"]) == 1
+    assert scope["checkpoint"]["gck"]
+
+
+def test_the_ten_line_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    snippet = blocks("python")[0]
+    exec(snippet, {})
+    said = re.search(r"print\(.*\)\s+# (.*)", snippet)
+    assert said is not None
+    assert capsys.readouterr().out.strip() == said.group(1)
+
+
+def test_example_script() -> None:
+    command = next(
+        line for block in blocks("sh") for line in block.splitlines() if line.startswith("torchrun")
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
