@@ -213,7 +213,7 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         "registers": int(found[1]),
         "spills": int(found[2]) + int(found[3]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
-        "loads": len(re.findall(r"\bLDG\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", sass)),
         # What would change bytes: contraction, flushed denormals, approximate division.
         "inexact": sorted(set(re.findall(r"fma\.rn\.f32|\S+\.ftz\S*|div\.full\S*|\S+\.approx\S*", ptx))),
     }
