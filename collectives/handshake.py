@@ -98,6 +98,11 @@ def describe(compressor: object) -> str:
 def agree(transport: Transport, function: str, signature: Signature, validate: str = "first") -> None:
     """Returns on every rank when all call the same, raises on every rank when not.
 
+    "first" finds configurations that differ when a job, or a new phase of it, starts. It cannot find a rank
+    that later takes another turn among calls that the group has agreed on before, since those exchange no
+    header: that ends in a timeout, and with messages of unequal size gloo may end the process. "always"
+    finds these too, for one small message more a call.
+
     Args:
         transport: the group.
         function: name of the public function, for the error's text.

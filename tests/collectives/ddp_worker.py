@@ -1,0 +1,282 @@
+"""One rank of tests/test_ddp.py: every `check_*` below, on one model each."""
+
+from __future__ import annotations
+
+import copy
+import io
+import traceback
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gck.collectives import all_reduce_
+from gck.error_feedback import ErrorFeedback
+from gck.errors import ArgumentError, CollectiveMismatchError, StateMismatchError
+from gck.integrations import ddp
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from tests.cases import same_bytes
+from tests.collectives import launcher
+
+TINY_BUCKETS = 0.004  # MB, as DDP counts them: about one weight a bucket
+EVERYTHING: dict[str, Any] = {"bypass_numel": 0, "bypass_1d": False}
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(33, 47), nn.Tanh(), nn.Linear(47, 40), nn.Tanh(), nn.Linear(40, 3)).to(
+        dtype
+    )
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(4, 33, generator=torch.Generator().manual_seed(10 * step + dist.get_rank())).to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return model(batch(step, dtype)).square().mean()
+
+
+def train(model: nn.Module, steps: range) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(same_bytes(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def assert_same_on_all_ranks(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.detach().float().view(-1) for tensor in tensors])
+    others = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, flat)
+    assert all(same_bytes(flat, other) for other in others)
+
+
+def check_mean_is_taken_once_and_buckets_are_rebuilt() -> None:
+    """With every entry kept, compression is a dense all-reduce: the same bits as DDP without a hook."""
+    for options in ({}, {"gradient_as_bucket_view": True}):
+        dense = DistributedDataParallel(network(), **options)
+        packed = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS, **options)
+        state = ddp.HookState(TopK(ratio=1.0), algorithm="one_phase", model=packed, **EVERYTHING)
+        layouts: list[list[tuple[int, ...]]] = [[]]
+
+        # Not annotated: DDP would compare the text that annotations are here.
+        def hook(state, bucket, layouts=layouts):  # type: ignore[no-untyped-def]
+            layouts[-1].append(tuple(p.numel() for p in bucket.parameters()))
+            if bucket.is_last():
+                layouts.append([])
+            return ddp.hook(state, bucket)
+
+        packed.register_comm_hook(state, hook)
+        train(dense, range(4))
+        train(packed, range(4))
+        assert equal(dense, packed)
+        assert len(layouts[1]) > 1, "one bucket only"
+        assert layouts[0] != layouts[1], "buckets were not rebuilt"
+        assert state.step == 4
+
+
+def check_residuals_are_kept_by_name() -> None:
+    model = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
+    state = ddp.register(model, Sign(32), algorithm="two_phase", bypass_numel=200)
+    # The same without DDP: each parameter reduced alone, in any bucket or none.
+    twin = network()
+    states = {name: ErrorFeedback() for name, _ in twin.named_parameters()}
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, step).backward()
+        twin.zero_grad()
+        loss_of(twin, step).backward()
+        for (name, parameter), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
+            assert parameter.grad is not None
+            small = parameter.numel() <= 200 or parameter.dim() < 2
+            algorithm = "dense" if small else "two_phase"
+            all_reduce_(parameter.grad, states[name], Sign(32), algorithm=algorithm)
+            assert same_bytes(parameter.grad, theirs.grad), name
+    # 47 * 33 and 40 * 47 elements; the last weight has 120, the others are biases.
+    assert sorted(state.residuals) == ["0.weight", "2.weight"]
+    for name, residuals in state.residuals.items():
+        assert residuals.worker is not None
+        assert residuals.worker.any()
+        assert same_bytes(residuals.worker, states[name].worker)
+        assert same_bytes(residuals.server, states[name].server)
+    assert_same_on_all_ranks(list(model.parameters()))
+
+
+def check_warm_up_is_dense() -> None:
+    dense, packed = DistributedDataParallel(network()), DistributedDataParallel(network())
+    state = ddp.register(packed, Sign(32), warmup_steps=2, **EVERYTHING)
+    train(dense, range(2))
+    train(packed, range(2))
+    assert equal(dense, packed)
+    assert len(state.residuals) == 0
+    train(dense, range(2, 3))
+    train(packed, range(2, 3))
+    assert not equal(dense, packed)
+    assert state.step == 3
+    assert len(state.residuals) == 6
+
+
+def check_no_sync() -> None:
+    """Error feedback sees the accumulated gradient, once."""
+    model, twin = DistributedDataParallel(network()), network()
+    state = ddp.register(model, TopK(ratio=0.1), algorithm="one_phase", **EVERYTHING)
+    states = [ErrorFeedback() for _ in twin.parameters()]
+    for step in range(2):
+        model.zero_grad()
+        with model.no_sync():
+            loss_of(model, 10 + step).backward()
+            assert state.step == step
+            assert step or len(state.residuals) == 0
+        loss_of(model, 20 + step).backward()
+        assert state.step == step + 1
+        twin.zero_grad()
+        loss_of(twin, 10 + step).backward()
+        loss_of(twin, 20 + step).backward()
+        for parameter, theirs, own in zip(twin.parameters(), model.parameters(), states, strict=True):
+            assert parameter.grad is not None
+            all_reduce_(parameter.grad, own, TopK(ratio=0.1), algorithm="one_phase")
+            assert same_bytes(parameter.grad, theirs.grad)
+
+
+def check_low_precision() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model, twin = DistributedDataParallel(network(dtype)), network(dtype)
+        ddp.register(model, Sign(64), algorithm="two_phase", **EVERYTHING)
+        loss_of(model, 0, dtype).backward()
+        loss_of(twin, 0, dtype).backward()
+        for parameter, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            assert parameter.grad is not None
+            all_reduce_(parameter.grad, ErrorFeedback(), Sign(64), algorithm="two_phase")
+            assert theirs.grad.dtype == dtype
+            assert same_bytes(parameter.grad, theirs.grad)
+
+
+def check_channels_last() -> None:
+    """Gradients whose memory order is not that of their indices."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    dense, packed = DistributedDataParallel(make()), DistributedDataParallel(make())
+    ddp.register(packed, TopK(ratio=1.0), algorithm="one_phase", **EVERYTHING)
+    for model in (dense, packed):
+        model(images.to(memory_format=torch.channels_last)).square().mean().backward()
+    for a, b in zip(dense.parameters(), packed.parameters(), strict=True):
+        assert same_bytes(a.grad, b.grad)
+
+
+def check_resume_is_as_if_never_stopped() -> None:
+    for compressor in (Sign(32), TopK(ratio=0.05)):
+        options: dict[str, Any] = {"warmup_steps": 1, "bypass_numel": 200}
+        whole = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
+        whole_state = ddp.register(whole, compressor, **options)
+        train(whole, range(5))
+
+        first = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
+        first_state = ddp.register(first, compressor, **options)
+        train(first, range(3))
+        file = io.BytesIO()
+        torch.save({"model": first.module.state_dict(), "gck": first_state.state_dict()}, file)
+        file.seek(0)
+        checkpoint = torch.load(file, weights_only=True)
+
+        inner = network()
+        inner.load_state_dict(checkpoint["model"])
+        second = DistributedDataParallel(inner, bucket_cap_mb=TINY_BUCKETS)
+        second_state = ddp.register(second, compressor, **options)
+        second_state.load_state_dict(checkpoint["gck"])
+        assert second_state.step == 3
+        train(second, range(3, 5))
+        assert equal(whole, second)
+        for name, residuals in whole_state.residuals.items():
+            assert same_bytes(residuals.worker, second_state.residuals[name].worker)
+
+        # Without the residuals it is another run: the comparison above can fail.
+        inner = network()
+        inner.load_state_dict(checkpoint["model"])
+        forgetful = DistributedDataParallel(inner, bucket_cap_mb=TINY_BUCKETS)
+        ddp.register(forgetful, compressor, **(options | {"warmup_steps": 0}))
+        train(forgetful, range(3, 5))
+        assert not equal(whole, forgetful)
+
+
+def check_states_that_do_not_fit() -> None:
+    model = DistributedDataParallel(network())
+    state = ddp.register(model, Sign(32), algorithm="two_phase", **EVERYTHING)
+    train(model, range(2))
+    saved = state.state_dict()
+    assert saved["rank"] == dist.get_rank()
+    assert saved["world_size"] == 2
+    stranger = ddp.HookState(Sign(32), model=nn.Linear(3, 3))
+    with pytest.raises(StateMismatchError, match="no parameter is named"):
+        stranger.load_state_dict(saved)
+    other = copy.deepcopy(saved)
+    for entry in other["residuals"]["tensors"].values():
+        entry["rank"] = 7
+    before = {name: residuals.worker for name, residuals in state.residuals.items()}
+    with pytest.raises(StateMismatchError, match=r"belongs to rank 7"):
+        state.load_state_dict(other)
+    assert {name: residuals.worker for name, residuals in state.residuals.items()} == before
+    assert state.step == 2
+    state.load_state_dict(other, reset_server=True)
+    assert all(residuals.server is None for _, residuals in state.residuals.items())
+
+
+def check_names_can_come_later() -> None:
+    model = DistributedDataParallel(network())
+    state = ddp.HookState(Sign(32), bypass_numel=200)
+    model.register_comm_hook(state, ddp.hook)
+    train(model, range(2))
+    with pytest.raises(ArgumentError, match=r"pass model= to HookState"):
+        state.state_dict()
+    with pytest.raises(ArgumentError, match=r"pass model= to HookState"):
+        state.load_state_dict({})
+    held = {id(residuals) for _, residuals in state.residuals.items()}
+    with pytest.raises(ArgumentError, match=r"model lacks 2 parameters"):
+        state.bind(network())
+    state.bind(model)
+    assert sorted(state.residuals) == ["0.weight", "2.weight"]
+    assert {id(residuals) for _, residuals in state.residuals.items()} == held
+    train(model, range(2, 3))
+    assert len(state.residuals) == 2
+    assert sorted(state.state_dict()["residuals"]["tensors"]) == ["0.weight", "2.weight"]
+
+
+def check_errors_reach_the_training_loop() -> None:
+    model = DistributedDataParallel(network())
+    # Configurations that the group has not agreed on before, see `handshake.agree`.
+    state = ddp.register(model, Sign(512 if dist.get_rank() else 1024), bypass_numel=200)
+    with pytest.raises(CollectiveMismatchError, match=r"rank 1 differs .* compressor"):
+        loss_of(model, 0).backward()
+    assert state.step == 0
+    assert all(residuals.worker is None for _, residuals in state.residuals.items())
+    again = DistributedDataParallel(network())  # on the same group
+    ddp.register(again, Sign(32), bypass_numel=200)
+    loss_of(again, 0).backward()
+    assert_same_on_all_ranks([parameter.grad for parameter in again.parameters()])
+
+
+if __name__ == "__main__":
+    directory, rank, _ = launcher.init()
+    results = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            try:
+                check()
+                results[name] = "passed"
+            except BaseException:
+                results[name] = traceback.format_exc()
+                break  # ranks may be out of step now
+    launcher.report(directory, rank, results)
+    launcher.leave()

@@ -1,0 +1,169 @@
+"""The DDP hook: on two real ranks (collectives/ddp_worker.py), and alone with made-up buckets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gck.collectives import SimulatedGroup, SimulatedMember
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.integrations import ddp
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from tests.cases import same_bytes
+from tests.collectives.fragile import Fragile
+from tests.collectives.launcher import run_ranks
+
+CHECKS = [
+    line[len("def ") : line.index("(")]
+    for line in (Path(__file__).parent / "collectives" / "ddp_worker.py").read_text().splitlines()
+    if line.startswith("def check_")
+]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_ranks("tests.collectives.ddp_worker", 2, tmp_path_factory.mktemp("ddp"), timeout=150)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_ranks(check: str, reports: list[dict[str, str]]) -> None:
+    for rank, report in enumerate(reports):
+        if check not in report:
+            pytest.fail(f"rank {rank} stopped before {check}")
+        assert report[check] == "passed", f"rank {rank}: {report[check]}"
+
+
+@dataclass
+class Bucket:
+    """What the hook uses of torch's GradBucket."""
+
+    held: list[Tensor]
+    flat: Tensor
+    last: bool = True
+
+    def index(self) -> int:
+        return 0
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def parameters(self) -> list[Tensor]:
+        return self.held
+
+    def is_last(self) -> bool:
+        return self.last
+
+
+def bucket_of(rank: int, *shapes: tuple[int, ...], last: bool = True) -> Bucket:
+    held = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    numel = sum(parameter.numel() for parameter in held)
+    return Bucket(held, torch.randn(numel, generator=torch.Generator().manual_seed(rank)), last)
+
+
+def test_steps_are_counted_by_last_buckets() -> None:
+    state = ddp.HookState(Sign(32), group=SimulatedGroup(1).members[0])
+    for last in (False, False, True, False, True):
+        ddp.hook(state, bucket_of(0, (40, 40), last=last))
+    assert state.step == 2
+
+
+def test_small_tensors_share_one_message() -> None:
+    shapes = [(5,), (40, 40), (3, 4), (2000,), (0, 7)]
+
+    def rank_main(member: SimulatedMember) -> tuple[Bucket, int]:
+        state = ddp.HookState(Sign(32), group=member, algorithm="two_phase", validate="off")
+        bucket = bucket_of(member.rank, *shapes)
+        future = ddp.hook(state, bucket)
+        assert future.done()
+        assert future.value().data_ptr() == bucket.flat.data_ptr()
+        # One dense message, and two phases.
+        assert member._tickets == ["all_reduce", "all_to_all", "all_gather"]
+        return bucket, len(state.residuals)
+
+    exact = (bucket_of(0, *shapes).flat + bucket_of(1, *shapes).flat) / 2
+    for bucket, residuals in SimulatedGroup(2, timeout=20).run(rank_main):
+        assert residuals == 1
+        assert same_bytes(bucket.flat[:5], exact[:5])
+        assert same_bytes(bucket.flat[1605:], exact[1605:])
+        assert not torch.equal(bucket.flat[5:1605], exact[5:1605])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [True, True, True, False]),
+        ({"bypass_numel": 0}, [True, True, False, False]),
+        ({"bypass_1d": False}, [True, False, True, False]),
+        ({"bypass_1d": False, "bypass_numel": 2000}, [True, True, True, True]),
+    ],
+)
+def test_which_parameters_are_bypassed(options: dict[str, Any], expected: list[bool]) -> None:
+    state = ddp.HookState(Sign(32), **options)
+    shapes = [(0,), (1025,), (32, 32), (25, 41)]
+    assert [state.bypassed(torch.zeros(shape)) for shape in shapes] == expected
+
+
+def test_error_leaves_the_bucket_as_it_was() -> None:
+    """The bypassed tensors are reduced first; the failure comes after."""
+
+    def rank_main(member: SimulatedMember) -> None:
+        state = ddp.HookState(Fragile(Sign(32), fail_at=2), group=member, algorithm="two_phase")
+        bucket = bucket_of(member.rank, (5,), (40, 40))
+        before = bucket.flat.clone()
+        with pytest.raises(MemoryError, match="call 2"):
+            ddp.hook(state, bucket)
+        assert member._tickets == ["all_gather", "all_reduce", "all_gather", "all_to_all"]
+        assert same_bytes(bucket.flat, before)
+        assert state.step == 0
+        residuals = state.feedback(bucket.held[1])
+        assert residuals is not None
+        assert residuals.worker is None
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
+
+
+def test_sizes_are_checked() -> None:
+    state = ddp.HookState(Sign(32), group=SimulatedGroup(1).members[0])
+    bucket = bucket_of(0, (40, 40))
+    bucket.flat = bucket.flat[:-1]
+    with pytest.raises(ShapeMismatchError, match="bucket 0 has 1599 elements, its 1 parameters 1600"):
+        ddp.hook(state, bucket)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: ddp.HookState("sign"), DtypeError, "compressor must be a Compressor, got str"),
+        (
+            lambda: ddp.HookState(Sign(), warmup_steps=-1),
+            ArgumentError,
+            "warmup_steps must be at least 0, got -1",
+        ),
+        (
+            lambda: ddp.HookState(Sign(), warmup_steps=1.5),
+            DtypeError,
+            "warmup_steps must be an int, got float",
+        ),
+        (
+            lambda: ddp.HookState(Sign(), bypass_numel=True),
+            DtypeError,
+            "bypass_numel must be an int, got bool",
+        ),
+        (lambda: ddp.register(nn.Linear(2, 2), Sign()), DtypeError, "must be a DistributedDataParallel"),
+    ],
+)
+def test_wrong_options(make: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_parameter_of_another_model() -> None:
+    state = ddp.HookState(TopK(ratio=0.1), model=nn.Linear(40, 40), group=SimulatedGroup(1).members[0])
+    with pytest.raises(ArgumentError, match=r"a parameter of shape \(40, 40\) is not in the bound model"):
+        ddp.hook(state, bucket_of(0, (40, 40)))  # type: ignore[arg-type]
