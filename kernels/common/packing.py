@@ -1,6 +1,6 @@
 """One bit an element, in 32-bit words: bit i of word w is element 32 * w + i."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl

@@ -4,7 +4,7 @@ The vector is cut into shards, each with a body of its own: row s of `bodies`. T
 shard, shards), so that no program spans two rows and none divides to find its row.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from typing import Any
 

@@ -9,7 +9,7 @@ Every decision is taken on the device. A kernel takes the decision that its pred
 itself, in each of its programs: that costs one small load, and spares both a launch and a ticket.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from typing import Any
 

@@ -104,6 +104,15 @@ def test_sign_shards(chunk_size: int, shards: int) -> None:
     check_case(gck.Sign(chunk_size), "interpreter", *make("gaussian", n, torch.float16), shards=shards)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_random_bits(dtype: torch.dtype) -> None:
+    n = 5000
+    grad = torch.arange(-(2**15), 2**15)[:: 2**16 // n][:n].to(torch.int16).view(dtype)
+    grad[:600] = torch.arange(600).to(torch.int16).view(dtype)  # denormals and the smallest normals
+    for compressor in (gck.TopK(k=n), gck.TopK(k=n // 2, value_dtype=dtype), gck.Sign(32)):
+        check_case(compressor, "interpreter", grad, torch.full((n,), -0.0))
+
+
 def test_sign_of_random_bits() -> None:
     n = 40_000
     check_case(gck.Sign(32), "interpreter", torch.full((n,), -0.0), bit_patterns(n, 2))
