@@ -161,15 +161,19 @@ std::vector<Slot> place(const std::vector<Segment>& segments, Threshold threshol
   return slots;
 }
 
-// Goes through candidates in order: winners to the payload, losers back to err.
-void emit(const Candidates& list, int64_t base, int32_t threshold, Slot& slot, float* err, Writer& writer) {
+// Goes through candidates in order: winners to the payload, losers back to err. Where the stream took
+// the candidates out of err, 0 is there already, and a winner that leaves nothing needs no write: each
+// would touch another cache line.
+void emit(const Candidates& list, int64_t base, bool taken_out, int32_t threshold, Slot& slot, float* err,
+          Writer& writer) {
   for (int64_t j = 0; j < list.count; ++j) {
     const float acc = list.values[j];
     const int64_t index = base + list.indices[j];
     const int32_t key = key_of(acc);
     if (key > threshold || (key == threshold && slot.quota > 0)) {
       slot.quota -= key == threshold;
-      err[index] = writer.put(slot.offset++, acc, index);
+      const float rest = writer.put(slot.offset++, acc, index);
+      if (!taken_out || rest != 0.0f) err[index] = rest;
     } else {
       err[index] = writer.residual(acc);
     }
@@ -233,7 +237,7 @@ int64_t topk_compress(const TopkJob& job) {
     for_each_part(parts, [&](int t) {
       const auto p = static_cast<size_t>(t);
       Writer writer{job};
-      emit(lists.parts[p], ranges[p].begin, threshold.key, slots[p], job.err, writer);
+      emit(lists.parts[p], ranges[p].begin, true, threshold.key, slots[p], job.err, writer);
       cleared[p] = writer.cleared;
     });
   } else {
@@ -253,7 +257,7 @@ int64_t topk_compress(const TopkJob& job) {
         tile.count = 0;
         isa.topk_collect(job.err + at, std::min(kTile, ranges[p].end - at), std::min(threshold.key, kInfKey),
                          &tile);
-        emit(tile, at, threshold.key, slots[p], job.err, writer);
+        emit(tile, at, false, threshold.key, slots[p], job.err, writer);
       }
       cleared[p] = writer.cleared;
     });

@@ -1,0 +1,84 @@
+"""Every instruction set gives the same bytes, not only the best one that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gck
+from gck._native import load
+from gck.kernels.topk import reference
+from tests.cases import same_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+def available() -> list[str]:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    has = [name for name, flag in (("avx512", "avx512bw"), ("avx2", "avx2")) if flag in flags.split()]
+    return [*has, "portable"]
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"GCK_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", available())
+def test_contract(isa: str) -> None:
+    chosen = "test_cpu and float32 and (nonfinite or ties) or test_halves or (test_shards and cpu)"
+    done = run(
+        isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "tests/test_contract.py", __file__
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("isa", available())
+def test_the_set_that_was_asked_for_runs(isa: str) -> None:
+    assert run(isa, "-c", "from gck._native import load; print(load().isa())").stdout.strip() == isa
+
+
+def test_the_best_set_is_chosen() -> None:
+    assert run("", "-c", "from gck._native import load; print(load().isa())").stdout.strip() == available()[0]
+
+
+def test_an_unknown_set_is_an_error() -> None:
+    done = run("sse9", "-c", "import torch, gck; gck.topk(torch.ones(4), k=1)")
+    assert done.returncode != 0
+    assert "GCK_ISA must be avx512, avx2 or portable, got sse9" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_widened_exactly(dtype: torch.dtype) -> None:
+    grad = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    payload = gck.topk(grad, ratio=1.0)
+    assert same_bytes(payload.values, reference.compress(gck.TopK(ratio=1.0), grad, torch.tensor(-0.0))[0][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    # Every value, every midpoint between neighbours, and one step to either side of those.
+    ordered = every.unique()
+    middle = ((ordered[1:].double() + ordered[:-1].double()) / 2).float()
+    points = torch.cat([ordered, middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)])
+    points = torch.cat(
+        [points, torch.tensor([65504.0, 65519.9, 65520.0, 3.4e38, float("inf"), float("nan")])]
+    )
+    payload = gck.topk(points, ratio=1.0, value_dtype=dtype)
+    wanted = torch.where(points.isnan(), float("nan"), points.to(dtype))
+    assert same_bytes(payload.values, wanted)
+    assert load().isa() in available()
