@@ -1,0 +1,1 @@
+"""Microbenchmarks: kernels as multiples of the memory floor and of their peers. `python -m bench`."""

@@ -1,0 +1,141 @@
+"""What one would write without gck. Each peer computes the same function, and is held to it: a peer
+whose result differs from that of gck is not timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import gck
+from bench.measure import Buffers, Pool
+
+try:
+    import cupy
+except ImportError:
+    cupy = None
+
+__all__ = [
+    "PeerMismatchError",
+    "cupy_topk_ef_",
+    "have_cupy",
+    "sign_ef_peer_",
+    "torch_topk",
+    "torch_topk_ef_",
+    "verify_sign",
+    "verify_topk",
+    "verify_torch_topk",
+]
+
+# Means are summed in another order than by gck's halving tree.
+SCALE_TOLERANCE = 1e-5
+
+
+class PeerMismatchError(Exception):
+    """A peer and gck disagree: one of them is wrong, and their times cannot be compared."""
+
+
+def have_cupy() -> bool:
+    return cupy is not None and cupy.cuda.is_available()
+
+
+def accumulate_(buffers: Buffers) -> Tensor:
+    """err += grad by the fastest way that torch has: on CPUs it mixes dtypes far below memory speed."""
+    grad = buffers.grad
+    return buffers.err.add_(grad if grad.is_cuda else grad.float())
+
+
+def torch_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
+    """Error-feedback top-k composed of torch operations. Indices in any order: it need not sort them."""
+    acc = accumulate_(buffers)
+    indices = torch.topk(acc.abs(), k, sorted=False).indices
+    values = acc[indices]
+    acc[indices] = 0
+    return values, indices
+
+
+def torch_topk(magnitude: Tensor, k: int) -> Tensor:
+    """The selection alone, on magnitudes made beforehand."""
+    return torch.topk(magnitude, k, sorted=False).values
+
+
+def cupy_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
+    """The composition with CuPy's argpartition for the selection. CuPy and torch both work on the
+    null stream here."""
+    acc = accumulate_(buffers)
+    order = cupy.argpartition(cupy.from_dlpack(acc.abs()), acc.numel() - k)
+    indices = torch.from_dlpack(order[acc.numel() - k :])
+    values = acc[indices]
+    acc[indices] = 0
+    return values, indices
+
+
+def sign_ef_peer_(buffers: Buffers, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Error-feedback sign composed of torch operations; bits packed by NumPy, on GPUs by torch.
+
+    Returns (uint8 bytes, little end first; scales).
+    """
+    acc = accumulate_(buffers)
+    n = acc.numel()
+    whole = n // chunk_size * chunk_size
+    positive = acc >= 0
+    magnitude = acc.abs()
+    scales = magnitude[:whole].view(-1, chunk_size).mean(1)
+    if whole < n:
+        scales = torch.cat([scales, magnitude[whole:].mean().view(1)])
+    rows = acc[:whole].view(-1, chunk_size)
+    scale = scales[: rows.shape[0], None]
+    rows.sub_(torch.where(positive[:whole].view_as(rows), scale, -scale))
+    if whole < n:
+        acc[whole:].sub_(torch.where(positive[whole:], scales[-1], -scales[-1]))
+    return _pack(positive), scales
+
+
+def _pack(positive: Tensor) -> Tensor:
+    if not positive.is_cuda:
+        return torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
+    padded = torch.nn.functional.pad(positive, (0, -positive.numel() % 8)).view(-1, 8)
+    weights = 2 ** torch.arange(8, device=positive.device, dtype=torch.uint8)
+    return (padded * weights).sum(1, dtype=torch.uint8)
+
+
+def verify_topk(peer: Any, pool: Pool, k: int) -> None:
+    """Same values, indices and residual, but for the choice among equal magnitudes."""
+    ours, theirs = pool.take(), pool.take()
+    acc = ours.grad32 + ours.err
+    payload = gck.topk_ef_(ours.grad, ours.err, k=k)
+    values, indices = peer(theirs, k)
+    order = indices.argsort()
+    values, indices = values[order], indices[order]
+    threshold = values.abs().min()
+    differ = ours.err != theirs.err
+    if (
+        not torch.equal(payload.values.abs().sort().values, values.abs().sort().values)
+        or not torch.equal(acc[indices], values)
+        or not bool((acc[differ].abs() == threshold).all())
+    ):
+        raise PeerMismatchError(f"topk_ef_: {peer.__name__} and gck disagree (n={pool.n}, k={k})")
+
+
+def verify_torch_topk(pool: Pool, k: int) -> None:
+    ours = pool.take()
+    values = gck.topk_ef_(ours.grad, ours.err, k=k).values.abs()
+    if not torch.equal(values.sort().values, torch_topk(pool.magnitude, k).sort().values):
+        raise PeerMismatchError(f"topk_ef_: torch.topk and gck disagree (n={pool.n}, k={k})")
+
+
+def verify_sign(pool: Pool, chunk_size: int) -> None:
+    """Same bits; scales and residual within the tolerance of another order of summation."""
+    ours, theirs = pool.take(), pool.take()
+    payload = gck.sign_ef_(ours.grad, ours.err, chunk_size)
+    packed, scales = sign_ef_peer_(theirs, chunk_size)
+    words = payload.words.view(torch.uint8)[: packed.numel()]
+    largest = float(payload.scales.max())
+    if (
+        not torch.equal(words, packed)
+        or not torch.allclose(payload.scales, scales, rtol=SCALE_TOLERANCE, atol=0)
+        or not torch.allclose(ours.err, theirs.err, rtol=0, atol=SCALE_TOLERANCE * largest)
+    ):
+        raise PeerMismatchError(f"sign_ef_: peer and gck disagree (n={pool.n}, chunk_size={chunk_size})")

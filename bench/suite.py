@@ -1,0 +1,124 @@
+"""What is measured: a plan (device, sizes), cases, and the record that a case leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.measure import Buffers, Driver, Pool, Trial, median_and_iqr, seconds_of
+
+__all__ = ["GCK", "Case", "Plan", "measure", "short"]
+
+GCK = "gck"
+# A slow peer is known well enough after a few rounds: its spread is small beside its distance.
+SLOW_SECONDS = 0.3
+SLOW_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of the suite."""
+
+    device: torch.device
+    quick: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        if self.quick:
+            return (100_000,)
+        return (1_000_000, 25_000_000) + ((100_000_000,) if self.device.type == "cuda" else ())
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return torch.float32, torch.bfloat16
+
+    def rounds(self, n: int) -> int:
+        """Rounds of a fast case."""
+        if self.quick:
+            return 3
+        return 15 if n > 10_000_000 and self.device.type == "cpu" else 50
+
+    def some(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of a kernel's option to measure; `values[0]` alone in a quick run."""
+        return values[:1] if self.quick else values
+
+
+@dataclass(frozen=True)
+class Case:
+    """One implementation of a kernel at one setting.
+
+    Attributes:
+        kernel: the public function measured.
+        option: name of the setting, and `value`, its value.
+        implementation: "gck", or the peer's name.
+        run: the call that is timed.
+        verify: raises unless this peer's result is that of gck; None for gck itself.
+    """
+
+    kernel: str
+    option: str
+    value: float
+    n: int
+    dtype: torch.dtype
+    implementation: str
+    run: Callable[[Buffers], Any]
+    verify: Callable[[Pool], None] | None = None
+
+    def __str__(self) -> str:
+        return f"{short(self.n)}-{dtype_name(self.dtype)}-{self.setting}-{self.implementation}"
+
+    @property
+    def setting(self) -> str:
+        return f"{self.value:.2%}" if self.option == "ratio" else str(self.value)
+
+
+def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any]:
+    """Verifies a case, times it and returns its record (plain numbers, ready for JSON)."""
+    if case.verify is not None:
+        case.verify(pool)
+    taken = pool.take()
+    first = seconds_of(lambda: case.run(taken), pool.device)
+    slow = first > SLOW_SECONDS and not plan.quick
+    trial = Trial(case.run, pool)
+    trial(driver, rounds=SLOW_ROUNDS if slow else plan.rounds(case.n), warmup_rounds=0 if slow else 3)
+    seconds, iqr = median_and_iqr(trial.kernel)
+    floor, floor_iqr = median_and_iqr(trial.floor)
+    floor_fp32, _ = median_and_iqr(trial.floor_fp32)
+    return {
+        "kernel": case.kernel,
+        "implementation": case.implementation,
+        "option": case.option,
+        "value": case.value,
+        "setting": case.setting,
+        "n": case.n,
+        "grad_dtype": dtype_name(case.dtype),
+        "verified_against_gck": None if case.verify is None else True,
+        "rounds": len(trial.kernel),
+        "seconds": seconds,
+        "iqr_seconds": iqr,
+        "floor_seconds": floor,
+        "floor_iqr_seconds": floor_iqr,
+        "floor_fp32_seconds": floor_fp32,
+        "multiple_of_floor": seconds / floor,
+        "multiple_of_fp32_floor": seconds / floor_fp32,
+        # What others do on the machine only ever adds time: the least of each is least disturbed.
+        "best_multiple_of_fp32_floor": min(trial.kernel) / min(trial.floor_fp32),
+        "samples": trial.kernel,
+        "floor_samples": trial.floor,
+        "floor_fp32_samples": trial.floor_fp32,
+    }
+
+
+def short(n: int) -> str:
+    """1_000_000 -> 1M."""
+    for unit, name in ((1_000_000, "M"), (1_000, "k")):
+        if n >= unit and n % unit == 0:
+            return f"{n // unit}{name}"
+    return str(n)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
