@@ -30,7 +30,7 @@ def demo(
         "results/demo"
     ),
     no_links: Annotated[bool, typer.Option("--no-links", help="Use bare loopback, not slowed down.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help="One configuration; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A configuration; may be repeated.")] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that one configuration may take.")] = 300,
 ) -> None:
     """Trains a small network over slow links, dense and compressed, and compares.
@@ -50,3 +50,16 @@ def demo(
             limit=limit,
         )
     )
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Says what works on this machine, what does not, and what to do about it.
+
+    The exit status is 0 if the CPU path works.
+    """
+    from gck.cli.doctor import main
+
+    raise typer.Exit(main(as_json))

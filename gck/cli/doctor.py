@@ -1,0 +1,266 @@
+"""`gck doctor`: what works on this machine, what does not, and what to do about it.
+
+Every check is a function that returns findings. One that raises becomes a finding itself, so that the
+doctor never fails because of what it looks for.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["Finding", "examine", "main"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table."""
+
+    name: str
+    works: bool
+    detail: str
+    advice: str = ""
+    required: bool = False  # for the CPU path
+
+
+def main(as_json: bool) -> int:
+    """Prints the findings; returns 0 if everything that the CPU path needs works, else 1."""
+    findings = examine()
+    healthy = all(finding.works for finding in findings if finding.required)
+    if as_json:
+        print(json.dumps({"cpu_path_works": healthy, "findings": [asdict(f) for f in findings]}, indent=2))
+        return 0 if healthy else 1
+    console = Console()
+    table = Table(title="gck doctor", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("works", no_wrap=True)
+    table.add_column("found, and what to do about it", overflow="fold")
+    for finding in findings:
+        mark = (
+            "[green]yes[/]" if finding.works else "[bold red]no[/]" if finding.required else "[yellow]no[/]"
+        )
+        advice = f"\n[yellow]{escape(finding.advice)}[/]" if finding.advice else ""
+        table.add_row(finding.name, mark, escape(finding.detail) + advice)
+    console.print(table)
+    if healthy:
+        console.print("The CPU path works. Rows that do not work are optional.")
+    else:
+        console.print("[bold red]The CPU path does not work:[/] see the rows above.")
+    return 0 if healthy else 1
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order in which they are shown."""
+    findings: list[Finding] = []
+    for title, required, check in CHECKS:
+        try:
+            findings.extend(check())
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            findings.append(
+                Finding(title, False, said, "this check itself failed; please report it", required)
+            )
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("gck", True, _version("gck") or "not installed, imported from its source folder")
+    yield Finding("Python", True, f"{platform.python_version()} on {platform.platform()}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    yield Finding("PyTorch", True, f"{torch.__version__} ({build})")
+
+
+def _compiled_module() -> Iterator[Finding]:
+    from gck._native import load
+    from gck.errors import BackendUnavailableError
+
+    try:
+        isa = load().isa()
+    except BackendUnavailableError as error:
+        yield Finding("CPU kernels", False, str(error), "build the package as said", required=True)
+        return
+    detail = f"instruction set {isa}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
+    slow = isa == "portable" and platform.machine() in ("x86_64", "AMD64")
+    advice = "this CPU has no AVX2: kernels work, but below their best speed" if slow else ""
+    yield Finding("CPU kernels", True, detail, advice, required=True)
+
+
+def _self_check(name: str) -> Callable[[], Iterator[Finding]]:
+    """Compares the CPU kernel with the oracle, byte by byte, on a vector with an odd tail."""
+
+    def check() -> Iterator[Finding]:
+        import gck
+        from gck.errors import BackendUnavailableError
+        from gck.kernels.sign import reference as sign
+        from gck.kernels.topk import reference as topk
+
+        title, n = f"{name} self-check", 100_003
+        generator = torch.Generator().manual_seed(7)
+        grad, err = (torch.randn(n, generator=generator) for _ in range(2))
+        ours = err.clone()
+        payload: gck.SparseGrad | gck.PackedSigns
+        try:
+            if name == "top-k":
+                fields, residual, _ = topk.compress(gck.TopK(ratio=0.01), grad, err)
+                payload = gck.topk_ef_(grad, ours, ratio=0.01)
+                found = (payload.values, payload.indices)
+            else:
+                fields, residual, _ = sign.compress(gck.Sign(), grad, err)
+                payload = gck.sign_ef_(grad, ours)
+                found = (payload.words, payload.scales)
+        except BackendUnavailableError:
+            yield Finding(title, False, "not run: there are no CPU kernels", required=True)
+            return
+        pairs = zip((*found, ours), (*fields, residual), strict=True)
+        same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+        if same:
+            yield Finding(title, True, f"{n:,} elements: same bytes as the reference", required=True)
+        else:
+            advice = "do not train with this build; please report it with the output of `gck doctor --json`"
+            yield Finding(title, False, f"{n:,} elements: differs from the reference", advice, required=True)
+
+    return check
+
+
+def _openmp() -> Iterator[Finding]:
+    # Whole paths: two copies often have the same file name.
+    runtimes = [str(path) for path in _mapped(r"lib(gomp|omp|iomp5)\b")]
+    if len(runtimes) == 1:
+        yield Finding("OpenMP", True, f"one runtime in the process: {runtimes[0]}")
+    elif not runtimes:
+        yield Finding(
+            "OpenMP", False, "no runtime in the process", "PyTorch without OpenMP runs on one thread"
+        )
+    else:
+        advice = "two thread pools get in each other's way; let one installer provide torch and its OpenMP"
+        yield Finding("OpenMP", False, f"several runtimes in the process: {', '.join(runtimes)}", advice)
+
+
+def _cuda() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        reason = (
+            "this PyTorch has no CUDA" if torch.version.cuda is None else "no device or driver is visible"
+        )
+        yield Finding("CUDA", False, reason, "GPU kernels are off; the CPU path does not need them")
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        memory = f"{facts.total_memory / 2**30:.0f} GiB"
+        yield Finding(f"CUDA device {index}", True, f"{facts.name}, sm_{facts.major}{facts.minor}, {memory}")
+
+
+def _triton() -> Iterator[Finding]:
+    try:
+        import triton
+    except ImportError as error:
+        yield Finding("Triton", False, str(error), "GPU kernels need it: `pip install triton`")
+        return
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    how = "interpreted, slowly (TRITON_INTERPRET=1)" if interpreted else "compiled"
+    if not torch.cuda.is_available() and not interpreted:
+        how = "no device to compile for; TRITON_INTERPRET=1 runs kernels on the CPU, slowly"
+    yield Finding("Triton", True, f"{triton.__version__}, {how}")
+
+
+def _nccl() -> Iterator[Finding]:
+    """Looks for the library as the binding will, without opening it."""
+    version = ""
+    if torch.version.cuda and torch.distributed.is_nccl_available():
+        version = ".".join(map(str, torch.cuda.nccl.version())) + ", "
+    chosen = os.environ.get("GCK_NCCL_LIBRARY")
+    loaded = _mapped(r"libnccl\.so")
+    wheel = [path for root in _wheel_folders("nvidia.nccl") for path in (root / "lib").glob("libnccl.so.2")]
+    system = ctypes.util.find_library("nccl")
+    if chosen:
+        exists = Path(chosen).exists()
+        advice = "" if exists else "GCK_NCCL_LIBRARY names a file that does not exist"
+        yield Finding("NCCL", exists, f"{version}GCK_NCCL_LIBRARY={chosen}", advice)
+    elif loaded:
+        yield Finding("NCCL", True, f"{version}loaded with PyTorch: {loaded[0]}")
+    elif wheel:
+        yield Finding("NCCL", True, f"{version}from the nvidia-nccl wheel: {wheel[0]}")
+    elif system:
+        yield Finding("NCCL", True, f"{version}from the system: {system}")
+    else:
+        advice = "needed between GPUs only: `pip install nvidia-nccl-cu12`"
+        yield Finding("NCCL", False, "libnccl.so.2 is nowhere: PyTorch, nvidia-nccl wheel, system", advice)
+
+
+def _cupy() -> Iterator[Finding]:
+    if find_spec("cupy") is None:
+        yield Finding(
+            "CuPy", False, "not installed", "only for CuPy arrays as arguments: `pip install cupy-cuda12x`"
+        )
+        return
+    import cupy
+
+    yield Finding("CuPy", True, cupy.__version__)
+
+
+def _gloo() -> Iterator[Finding]:
+    works = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    advice = "" if works else "CPU collectives need a PyTorch that is built with gloo"
+    yield Finding("gloo", works, "in PyTorch" if works else "not in this PyTorch", advice)
+
+
+def _links() -> Iterator[Finding]:
+    from gck.cli.links import unavailable_reason
+
+    reason = unavailable_reason()
+    advice = "`gck demo` then uses bare loopback; run it as root to see slow links"
+    detail = "network namespaces and token buckets can be made" if reason is None else reason
+    yield Finding("slow links", reason is None, detail, "" if reason is None else advice)
+
+
+CHECKS: list[tuple[str, bool, Callable[[], Iterator[Finding]]]] = [
+    ("versions", False, _versions),
+    ("CPU kernels", True, _compiled_module),
+    ("top-k self-check", True, _self_check("top-k")),
+    ("sign self-check", True, _self_check("sign")),
+    ("OpenMP", False, _openmp),
+    ("gloo", False, _gloo),
+    ("CUDA", False, _cuda),
+    ("Triton", False, _triton),
+    ("NCCL", False, _nccl),
+    ("CuPy", False, _cupy),
+    ("slow links", False, _links),
+]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def _wheel_folders(package: str) -> list[Path]:
+    try:
+        spec = find_spec(package)
+    except ImportError:  # the parent package is missing
+        return []
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _mapped(pattern: str) -> list[Path]:
+    """Shared libraries in this process whose file name starts so."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {Path(line.split(maxsplit=5)[5]) for line in lines if len(line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if re.match(pattern, path.name))
