@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -36,12 +37,15 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(FILES)}.")] = None,
     quick: Annotated[bool, typer.Option(help="Small and few: shows that the suite works.")] = False,
-    again: Annotated[Path | None, typer.Option(help="Report this bench.json; measure nothing.")] = None,
+    again: Annotated[
+        Path | None, typer.Option(help="Report this bench.json or gpu-check.json; measure nothing.")
+    ] = None,
 ) -> None:
     """Times gck's kernels against the memory floor and their peers, in one process."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     if again is not None:
         report = json.loads(again.read_text())
+        report = report.get("benchmark", report)
     else:
         report = _measure(out, device, only or list(FILES), quick)
     reporting.show(report, console)
@@ -79,6 +83,7 @@ def _measure(out: Path, device: str, only: list[str], quick: bool) -> reporting.
             arguments += ["--benchmark-quiet", f"--benchmark-json={out / 'pytest-benchmark.json'}"]
         if quick:
             arguments.append("--quick")
+        os.environ.pop("PYTEST_ADDOPTS", None)  # `-n 2`, say: cases side by side would time each other
         code = pytest.main(arguments, plugins=[failures])
         taken = json.loads(records.read_text()) if records.exists() else []
     if not taken:

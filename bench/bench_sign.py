@@ -9,7 +9,7 @@ import gck
 from bench import peers
 from bench.suite import GCK, Case, Plan
 
-CHUNK_SIZES = (256, 64, 1024, 4096)
+CHUNK_SIZES = (64, 256, 1024, 4096)
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -18,7 +18,7 @@ def cases(plan: Plan) -> list[Case]:
     made = []
     for n in plan.sizes:
         for dtype in plan.dtypes:
-            for chunk_size in plan.some(CHUNK_SIZES):
+            for chunk_size in plan.settings(CHUNK_SIZES, typical=256):
                 make = partial(Case, "sign_ef_", "chunk_size", chunk_size, n, dtype)
                 made.append(make(GCK, lambda b, c=chunk_size: gck.sign_ef_(b.grad, b.err, c)))
                 made.append(

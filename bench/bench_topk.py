@@ -14,7 +14,7 @@ from bench.measure import Buffers
 from bench.suite import GCK, Case, Plan
 from gck.kernels.topk import resolve_k
 
-RATIOS = (0.01, 0.0001, 0.001, 0.1)
+RATIOS = (0.0001, 0.001, 0.01, 0.1)
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -22,7 +22,7 @@ def cases(plan: Plan) -> list[Case]:
     made = []
     for n in plan.sizes:
         for dtype in plan.dtypes:
-            for ratio in plan.some(RATIOS):
+            for ratio in plan.settings(RATIOS, typical=0.01):
                 make = partial(Case, "topk_ef_", "ratio", ratio, n, dtype)
                 made.append(make(GCK, lambda b, r=ratio: gck.topk_ef_(b.grad, b.err, r)))
                 made += _peers(make, resolve_k("bench", n, ratio, None), dtype, plan)

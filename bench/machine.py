@@ -26,7 +26,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "modified": _output("git", "status", "--porcelain", "--untracked-files=no") not in (None, ""),
+        "modified": _modified(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "cache_bytes": cache_bytes(device),
@@ -60,6 +60,12 @@ def _cuda(device: torch.device) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit under test; GCK_COMMIT says it where the sources are a copy without history."""
     return os.environ.get("GCK_COMMIT") or _output("git", "rev-parse", "HEAD")
+
+
+def _modified() -> bool | None:
+    """Whether tracked files differ from the commit."""
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return None if changes is None else changes != ""
 
 
 def _output(*command: str) -> str | None:

@@ -22,7 +22,7 @@ __all__ = ["CLOCK", "Buffers", "Driver", "Pool", "Trial", "drive", "median_and_i
 
 # Keeps a GPU busy for a few milliseconds while the host queues what is timed: launch costs of the
 # host then do not count as time of the device.
-SLEEP_CYCLES = 10_000_000
+SLEEP_CYCLES = 5_000_000
 DEFAULT_CACHE_BYTES = 64 << 20
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "PeerMismatchError",
     "cupy_topk_ef_",
     "have_cupy",
+    "pack_with_torch",
     "sign_ef_peer_",
     "torch_topk",
     "torch_topk_ef_",
@@ -96,9 +97,14 @@ def sign_ef_peer_(buffers: Buffers, chunk_size: int) -> tuple[Tensor, Tensor]:
 def _pack(positive: Tensor) -> Tensor:
     if not positive.is_cuda:
         return torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
-    padded = torch.nn.functional.pad(positive, (0, -positive.numel() % 8)).view(-1, 8)
-    weights = 2 ** torch.arange(8, device=positive.device, dtype=torch.uint8)
-    return (padded * weights).sum(1, dtype=torch.uint8)
+    return pack_with_torch(positive)
+
+
+def pack_with_torch(positive: Tensor) -> Tensor:
+    """numpy.packbits(positive, bitorder="little") without leaving the device."""
+    octets = torch.nn.functional.pad(positive, (0, -positive.numel() % 8)).view(-1, 8).to(torch.uint8)
+    places = torch.arange(8, device=positive.device, dtype=torch.uint8)
+    return (octets << places).sum(1, dtype=torch.uint8)
 
 
 def verify_topk(peer: Any, pool: Pool, k: int) -> None:

@@ -133,7 +133,8 @@ def _panel(axes: Any, records: list[Record], title: str) -> None:
     colors = {**dict(zip((n for n in names if n != GCK), PEER_COLORS, strict=False)), **COLORS}
     for place, record in enumerate(records):
         value = record["multiple_of_fp32_floor"]
-        axes.barh(place, value, height=0.75, color=colors[record["implementation"]])
+        # Bars begin at the floor: on a logarithmic axis there is no zero to begin at.
+        axes.barh(place, value - 1, left=1, height=0.75, color=colors[record["implementation"]])
         axes.annotate(
             f"{value:.3g}",
             (value, place),
@@ -147,6 +148,7 @@ def _panel(axes: Any, records: list[Record], title: str) -> None:
     )
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.12)
     axes.set_title(title, fontsize=9)

@@ -39,11 +39,13 @@ class Plan:
         """Rounds of a fast case."""
         if self.quick:
             return 3
-        return 15 if n > 10_000_000 and self.device.type == "cpu" else 50
+        if self.device.type == "cuda":
+            return 30
+        return 15 if n > 10_000_000 else 50
 
-    def some(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The values of a kernel's option to measure; `values[0]` alone in a quick run."""
-        return values[:1] if self.quick else values
+    def settings(self, values: tuple[Any, ...], typical: Any) -> tuple[Any, ...]:
+        """The values of a kernel's option to measure: in a quick run the typical one alone."""
+        return (typical,) if self.quick else values
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ class Case:
 
     @property
     def setting(self) -> str:
-        return f"{self.value:.2%}" if self.option == "ratio" else str(self.value)
+        return f"{self.value * 100:g}%" if self.option == "ratio" else str(self.value)
 
 
 def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any]:
     """Verifies a case, times it and returns its record (plain numbers, ready for JSON)."""
-    if case.verify is not None:
+    # Either way the first call, which compiles kernels on a GPU, is not timed.
+    if case.verify is None:
+        case.run(pool.take())
+    else:
         case.verify(pool)
     taken = pool.take()
     first = seconds_of(lambda: case.run(taken), pool.device)

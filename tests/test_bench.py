@@ -1,0 +1,199 @@
+"""The benchmark suite and the GPU check work; no test here looks at how long anything took."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import gpu_check, peers
+from bench.measure import Buffers, Pool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.xdist_group("bench")  # share one run of the suite
+
+# Runs the suite as where pytest-benchmark is not installed, and with a peer that computes something else.
+BROKEN_PEER_WITHOUT_PLUGIN = """
+import importlib.metadata, importlib.util, runpy, sys
+distributions, find_spec = importlib.metadata.distributions, importlib.util.find_spec
+importlib.metadata.distributions = lambda **options: (
+    d for d in distributions(**options) if d.name != "pytest-benchmark")
+importlib.util.find_spec = lambda name, *rest: (
+    None if name == "pytest_benchmark" else find_spec(name, *rest))
+from bench import peers
+select = peers.torch_topk
+peers.torch_topk = lambda magnitude, k: select(magnitude, k) + 1
+runpy.run_module("bench", run_name="__main__", alter_sys=True)
+"""
+
+
+def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    out = tmp_path_factory.mktemp("bench")
+    return python("-m", "bench", "--quick", "--out", out), out
+
+
+@pytest.fixture(scope="module")
+def report(run: tuple[subprocess.CompletedProcess[str], Path]) -> dict[str, Any]:
+    done, out = run
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((out / "bench.json").read_text())
+
+
+def test_writes_table_json_and_chart(report: dict[str, Any], run: Any) -> None:
+    done, out = run
+    for word in ("topk_ef_", "sign_ef_", "torch composition", "torch + packbits", "x fp32 floor"):
+        assert word in done.stdout
+    assert (out / "bench-100k.png").read_bytes().startswith(b"\x89PNG")
+    assert report["failed"] == []
+    assert report["quick"] is True
+
+
+def test_machine_is_described(report: dict[str, Any]) -> None:
+    machine = report["machine"]
+    assert machine["device"] == "cpu"
+    assert machine["threads"] >= 1
+    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["instruction_set"] in ("avx512", "avx2", "portable")
+    assert machine["cpu_model"]
+
+
+def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
+    assert {(r["kernel"], r["grad_dtype"]) for r in report["records"] if r["implementation"] == "gck"} == {
+        (kernel, dtype) for kernel in ("topk_ef_", "sign_ef_") for dtype in ("fp32", "bf16")
+    }
+    for record in report["records"]:
+        assert record["seconds"] == statistics.median(record["samples"])
+        assert record["floor_seconds"] == statistics.median(record["floor_samples"])
+        assert record["multiple_of_floor"] == record["seconds"] / record["floor_seconds"]
+        assert record["multiple_of_fp32_floor"] == record["seconds"] / record["floor_fp32_seconds"]
+        assert len(record["samples"]) == len(record["floor_samples"]) == record["rounds"]
+        assert (record["floor_samples"] == record["floor_fp32_samples"]) == (record["grad_dtype"] == "fp32")
+
+
+def test_peers_are_verified_and_compared(report: dict[str, Any]) -> None:
+    for ours in (r for r in report["records"] if r["implementation"] == "gck"):
+        same = ("kernel", "n", "grad_dtype", "setting")
+        others = [r for r in report["records"] if r is not ours and all(r[key] == ours[key] for key in same)]
+        assert others
+        assert all(r["verified_against_gck"] is True for r in others)
+        assert ours["times_faster_than"] == {
+            r["implementation"]: r["seconds"] / ours["seconds"] for r in others
+        }
+
+
+def test_wrong_peer_is_not_timed_and_pytest_benchmark_is_optional(tmp_path: Path) -> None:
+    done = python("-c", BROKEN_PEER_WITHOUT_PLUGIN, "--quick", "--only", "topk", "--out", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "torch.topk and gck disagree (n=100000, k=1000)" in done.stdout
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert len(report["failed"]) == 1
+    assert "torch.topk alone" in report["failed"][0]
+    assert {r["implementation"] for r in report["records"]} == {"gck", "torch composition"}
+    assert not (tmp_path / "pytest-benchmark.json").exists()
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    done = python("-m", "bench", "--only", "nothing", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "'nothing'" in done.stderr
+
+
+@pytest.fixture
+def small_pool() -> Pool:
+    return Pool(5_003, torch.float32, torch.device("cpu"), beyond_cache=False)
+
+
+def _forgets_residual(buffers: Buffers, k: int) -> Any:
+    values, indices = peers.torch_topk_ef_(buffers, k)
+    buffers.err[indices] = values
+    return values, indices
+
+
+def _wrong_entries(buffers: Buffers, k: int) -> Any:
+    acc = peers.accumulate_(buffers)
+    values = acc[:k].clone()
+    acc[:k] = 0
+    return values, torch.arange(k)
+
+
+@pytest.mark.parametrize("peer", [_forgets_residual, _wrong_entries])
+def test_verification_notices_a_wrong_topk(peer: Any, small_pool: Pool) -> None:
+    peers.verify_topk(peers.torch_topk_ef_, small_pool, 50)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers.verify_topk(peer, small_pool, 50)
+
+
+@pytest.mark.parametrize("chunk_size", [64, 4096])
+@pytest.mark.parametrize("part", [0, 1])
+def test_verification_notices_wrong_signs(
+    chunk_size: int, part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers.verify_sign(small_pool, chunk_size)
+    right = peers.sign_ef_peer_
+
+    def wrong(buffers: Buffers, size: int) -> Any:
+        result = right(buffers, size)
+        result[part][-1] += 1
+        return result
+
+    monkeypatch.setattr(peers, "sign_ef_peer_", wrong)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers.verify_sign(small_pool, chunk_size)
+
+
+def test_pool_hands_out_fresh_residuals(small_pool: Pool) -> None:
+    seen = set()
+    for _ in range(12):
+        buffers = small_pool.take()
+        assert torch.equal(buffers.err, small_pool.saved)
+        buffers.err.zero_()
+        seen.add(buffers.err.data_ptr())
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("n", [0, 1, 8, 4097])
+def test_packing_on_the_device_is_that_of_numpy(n: int) -> None:
+    positive = torch.arange(n) % 3 == 1
+    packed = np.packbits(positive.numpy(), bitorder="little")
+    assert peers.pack_with_torch(positive).tolist() == packed.tolist()
+
+
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    done = python("-m", "bench.gpu_check", "--out", tmp_path)
+    assert done.returncode == 2
+    assert "gpu-check: no GPU: torch" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_check_counts_tests(tmp_path: Path) -> None:
+    results = tmp_path / "tests.xml"
+    results.write_text(
+        '<testsuites><testsuite tests="5" failures="1" errors="1" skipped="1">'
+        '<testcase classname="a" name="good"/><testcase classname="a" name="also"/>'
+        '<testcase classname="a" name="bad"><failure/></testcase>'
+        '<testcase classname="b" name="broken"><error/></testcase>'
+        '<testcase classname="b" name="not here"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert gpu_check.counts(results) == {
+        "passed": 2,
+        "failed": 2,
+        "skipped": 1,
+        "failed_tests": ["a::bad", "b::broken"],
+    }
+    assert gpu_check.counts(tmp_path / "missing.xml")["passed"] == 0
