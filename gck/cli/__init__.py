@@ -13,6 +13,7 @@ import typer
 
 __all__ = ["app"]
 
+# Commands have private names: `gck.cli.doctor` and `gck.cli.demo` are the modules.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -21,8 +22,8 @@ def _gck() -> None:
     """Gradient compression kernels."""
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def _demo(
     steps: Annotated[int, typer.Option(min=2, help="Training steps of each configuration.")] = 120,
     workers: Annotated[int, typer.Option(min=2, max=64, help="Worker processes.")] = 4,
     rate: Annotated[str, typer.Option(help="Rate of each link, such as 100mbit or 1gbit.")] = "100mbit",
@@ -52,8 +53,8 @@ def demo(
     )
 
 
-@app.command()
-def doctor(
+@app.command("doctor")
+def _doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Says what works on this machine, what does not, and what to do about it.
