@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
 
 from gck.errors import ArgumentError
-
-if TYPE_CHECKING:
-    Group: TypeAlias = "dist.ProcessGroup | Transport | None"
 
 __all__ = ["CallLog", "Transport", "check_timeout", "resolve"]
 

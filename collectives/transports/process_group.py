@@ -9,7 +9,8 @@ torch reports failures as RuntimeError with a text; gloo's texts, seen with torc
     any call after a timeout  "Application timeout caused pair closure"
 
 After a timeout gloo's threads may still write into the tensors of the operation, so the caller must
-never pass memory whose content matters after a failure.
+never pass memory whose content matters after a failure. They also hold up the end of the process until
+the group's own timeout has passed: give `init_process_group` a short one rather than each call.
 """
 
 from __future__ import annotations
@@ -126,10 +127,10 @@ class ProcessGroupTransport:
         self.all_reduce(torch.zeros(1))
 
     def abort(self, reason: str) -> None:
-        group = self._group("abort")
-        self._state.unusable = f"aborted: {reason}"
-        # torch >= 2.7 closes the connections, so that peers need not wait for their timeout.
-        if hasattr(group, "abort"):
+        group = self._state.group()
+        self._state.unusable = self._state.unusable or f"aborted: {reason}"
+        # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
+        if group is not None and hasattr(group, "abort"):
             group.abort()
 
     def _group(self, operation: str) -> dist.ProcessGroup:

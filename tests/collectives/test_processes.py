@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from gck.collectives import SimulatedGroup
+from gck.collectives import SimulatedGroup, Transport, all_reduce_, resolve
+from gck.errors import GroupUnusableError
+from gck.kernels.sign import Sign
 from tests.collectives import scenarios
 from tests.collectives.launcher import run_ranks
 
@@ -28,3 +32,24 @@ def test_same_bytes_as_simulated_ranks(world_size: int, tmp_path: Path) -> None:
         assert report["again"] == report["scenarios"]
         assert report["unchanged"]
         assert f"rank {world_size - 1} differs from most ranks in numel (501, not 500)" in report["mismatch"]
+
+
+def test_abort_makes_a_process_group_unusable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        transport = resolve()
+        assert isinstance(transport, Transport)
+        assert (transport.rank, transport.world_size) == (0, 1)
+        assert resolve(timeout=1e9).timeout == transport.timeout  # no longer than the group's own
+        assert transport.with_timeout(3).timeout == 3
+        transport.abort("no reason")
+        transport.abort("again")
+        for call in (transport.barrier, lambda: all_reduce_(torch.ones(9), None, Sign(32))):
+            with pytest.raises(GroupUnusableError, match="aborted: no reason"):
+                call()
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(GroupUnusableError):
+        transport.barrier()
