@@ -70,10 +70,8 @@ def sparse_all_gather(
     )
     agree(transport, "sparse_all_gather", signature, validate)
     body, layout = body_of(*tensors), layout_of(*tensors)
-    # Rows of no bytes have no address that is aligned to the fields.
-    rows = transport.all_gather_bytes(body) if body.numel() else [body] * transport.world_size
     gathered = []
-    for row in rows:
+    for row in transport.all_gather_bytes(body):
         views = iter(layout.views(row))
         fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in payload)
         gathered.append(type(payload)(*fields))

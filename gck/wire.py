@@ -67,7 +67,11 @@ class Layout:
             raise CorruptPayloadError(
                 f"payload body: expected {self.nbytes} bytes, got {tuple(body.shape)} of {body.dtype}"
             )
-        return tuple(body[f.offset : f.end].view(f.dtype) for f in self.fields)
+        # A field of nothing needs no address, and where there is nothing it may have no aligned one.
+        return tuple(
+            body[f.offset : f.end].view(f.dtype) if f.count else body.new_empty(0, dtype=f.dtype)
+            for f in self.fields
+        )
 
 
 def layout_of(*fields: Tensor) -> Layout:

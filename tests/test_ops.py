@@ -168,6 +168,17 @@ class TestDecompress:
             gck.decompress(3)  # type: ignore[arg-type]
 
 
+def test_a_compressor_can_be_subclassed() -> None:
+    class Mine(gck.Sign):
+        """A user's own compressor, in a module of theirs."""
+
+    grad, err = pair()
+    bodies = torch.zeros(2, 1, gck.Sign().layout(1000).nbytes, dtype=torch.uint8)
+    Mine().compress_(grad, err.clone(), bodies[0])
+    gck.Sign().compress_(grad, err, bodies[1])
+    assert torch.equal(bodies[0], bodies[1])
+
+
 TOPK_BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "ratio 0": (ArgumentError, r"topk_ef_: ratio must be in \(0, 1\], got 0", {"ratio": 0}),
     "ratio low": (ArgumentError, r"ratio must be in \(0, 1\], got -0.5", {"ratio": -0.5}),

@@ -44,6 +44,7 @@ class KernelCompressor:
     """Base of the compressors in this package; implements `gck.compressor.Compressor`."""
 
     name: ClassVar[str]
+    package: ClassVar[str]  # whose cpu and gpu modules hold the kernels
 
     @property
     def shard_unit(self) -> int | None:
@@ -96,7 +97,7 @@ class KernelCompressor:
                 f"{function}: bodies must be ({shards}, {nbytes}) uint8, "
                 f"got {tuple(bodies.shape)} of {bodies.dtype}"
             )
-        kernels = backend(function, type(self).__module__, grad.device)
+        kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.
             err = torch.full((grad.numel(),), -0.0, dtype=torch.float32, device=grad.device)
@@ -115,7 +116,7 @@ class KernelCompressor:
             checks.check_no_overlap(function, **{"out": out, f"payload field {index}": field})
         alpha = checks.check_alpha(function, alpha)
         self.check_fields(function, out.numel(), fields)
-        kernels = backend(function, type(self).__module__, out.device)
+        kernels = backend(function, self.package, out.device)
         if out.numel():
             kernels.decompress_(self, out.view(-1), fields, alpha, accumulate)
 

@@ -37,6 +37,7 @@ class Sign(KernelCompressor):
     chunk_size: int = 256
 
     name: ClassVar[str] = "sign"
+    package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_chunk_size("Sign", self.chunk_size)

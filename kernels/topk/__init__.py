@@ -46,6 +46,7 @@ class TopK(KernelCompressor):
     value_dtype: torch.dtype = torch.float32
 
     name: ClassVar[str] = "topk"
+    package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_options("TopK", self.ratio, self.k, self.value_dtype)
