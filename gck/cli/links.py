@@ -33,6 +33,7 @@ __all__ = [
     "LinksUnavailableError",
     "Node",
     "default_burst",
+    "format_rate",
     "links",
     "measure_rate",
     "parse_rate",
@@ -124,6 +125,14 @@ def parse_rate(text: str) -> int:
     if bits < 8000:
         raise ArgumentError(f"parse_rate: rate must be like 100mbit, 1gbit or 250kbit, got {text!r}")
     return bits
+
+
+def format_rate(bits_per_second: int) -> str:
+    """A rate for people: "100 Mbit/s"."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if bits_per_second >= size:
+            return f"{bits_per_second / size:g} {unit}bit/s"
+    return f"{bits_per_second} bit/s"
 
 
 def default_burst(bits_per_second: int) -> int:
@@ -304,6 +313,8 @@ def _run(*argv: str) -> str:
         ) from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        hint = "" if os.geteuid() == 0 else "; namespaces need root (CAP_SYS_ADMIN and CAP_NET_ADMIN)"
+        # Root in a container often lacks them too.
+        refused = re.search("not permitted|denied", said) is not None
+        hint = "; namespaces need root with CAP_SYS_ADMIN and CAP_NET_ADMIN" if refused else ""
         raise LinksUnavailableError(f"links: `{' '.join(argv)}` failed: {said}{hint}")
     return done.stdout

@@ -78,6 +78,7 @@ def training(demo: int) -> bool:
     return connected == 2
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
     names = ["dense", "powersgd", "gck-topk", "gck-sign"]
     demo = start("--steps", "6", "--out", str(tmp_path), *(f"--only={name}" for name in names))
@@ -102,7 +103,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     # Two workers send 4 bytes an element when they all-reduce 0.5 M elements in a ring.
     if report["network"]["kind"] == "namespaces":
         assert 2.04e6 < results["dense"]["bytes_per_step"] < 2.3e6
-        assert "100mbit/s link" in output
+        assert "100 Mbit/s link" in output
     for name in ("gck-topk", "gck-sign"):
         assert results[name]["bytes_per_step"] < results["dense"]["bytes_per_step"] / 8
     assert not workers(demo.pid)

@@ -9,6 +9,7 @@ from gck.cli import links as module
 from gck.cli.links import (
     LinksUnavailableError,
     default_burst,
+    format_rate,
     links,
     measure_rate,
     parse_rate,
@@ -39,6 +40,11 @@ def test_parse_rate(text: str, bits: int) -> None:
 def test_parse_rate_quotes_what_it_refuses(text: str) -> None:
     with pytest.raises(ArgumentError, match=r"parse_rate: rate must be like .* got"):
         parse_rate(text)
+
+
+def test_format_rate() -> None:
+    rates = (10**8, 15 * 10**8, 250_000, 900)
+    assert [format_rate(bits) for bits in rates] == ["100 Mbit/s", "1.5 Gbit/s", "250 kbit/s", "900 bit/s"]
 
 
 def test_default_burst_is_four_milliseconds() -> None:
@@ -109,15 +115,16 @@ def test_failure_while_building_removes_what_was_built(monkeypatch: pytest.Monke
 
 @needs_links
 def test_leftovers_of_a_killed_process_are_removed() -> None:
-    code = "import os\nfrom gck.cli.links import links\nwith links(2): os.kill(os.getpid(), 9)"
-    killed = subprocess.Popen([sys.executable, "-c", code])
-    assert killed.wait(60) == -signal.SIGKILL
-    left = [name for name in module._namespaces() if name.startswith(f"gck-{killed.pid}-")]
-    assert len(left) == 3
+    code = "import os\nfrom gck.cli.links import links\nwith links(2) as nodes:\n"
+    code += " print(*(node.namespace for node in nodes), flush=True)\n os.kill(os.getpid(), 9)"
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    left = killed.communicate(timeout=60)[0].split()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(left) == 2
     with links(1):
-        assert len(ours()) == 2
         assert not set(left) & set(module._namespaces())
-        assert remove_stale() == []  # a live process keeps its own
+        assert not set(remove_stale()) & set(ours())
+        assert len(ours()) == 2  # a live process keeps its own
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -133,7 +140,6 @@ def test_refusal_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         )
         (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(module.os, "geteuid", lambda: 1000)
     reason = unavailable_reason()
     assert reason is not None
     assert "Operation not permitted; namespaces need root" in reason

@@ -37,10 +37,9 @@ def _fp16(model: DistributedDataParallel, settings: Settings) -> None:
 def _powersgd(model: DistributedDataParallel, settings: Settings) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-    # Its documentation asks for some dense steps first, at least two; 1,000 of a long training, a tenth
-    # of this short one. Error feedback and warm start are its defaults.
-    first = max(2, settings.steps // 10)
-    state = PowerSGDState(process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=first)
+    state = PowerSGDState(  # with error feedback and warm start, its defaults
+        process_group=None, matrix_approximation_rank=4, start_powerSGD_iter=settings.powersgd_start
+    )
     model.register_comm_hook(state, powerSGD_hook)
 
 

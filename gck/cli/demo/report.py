@@ -16,6 +16,7 @@ from rich.table import Table
 
 from gck.cli.demo.configurations import BASELINE
 from gck.cli.demo.settings import Settings
+from gck.cli.links import format_rate, parse_rate
 from gck.errors import BackendUnavailableError
 
 __all__ = [
@@ -94,7 +95,7 @@ class Report:
 def network_sentence(workers: int, rate: str | None, reason: str | None) -> str:
     """Where the workers run."""
     if rate is not None:
-        return f"{workers} workers, each in a network namespace of its own behind a {rate}/s link."
+        return f"{workers} workers, each in a network namespace of its own behind a {_rate(rate)} link."
     return f"{workers} workers on bare loopback, not slowed down: {reason}."
 
 
@@ -102,8 +103,7 @@ def print_table(console: Console, report: Report) -> None:
     settings = report.settings
     total = settings.workers * settings.batch
     table = Table(
-        title=f"{settings.steps} steps of {total} images, {settings.workers} workers, "
-        + (f"{report.rate}/s links" if report.rate else "bare loopback"),
+        title=f"{settings.steps} steps of {total} images, {settings.workers} workers, " + _rate(report.rate),
         caption=_caption(report),
         caption_justify="left",
     )
@@ -190,8 +190,9 @@ def _draw(report: Report, path: Path) -> None:
             linewidth=1.6,
             label=f"{result.title}: {result.accuracy:.1%} after {result.training_seconds:.1f} s",
         )
-    network = f"{report.rate}/s links" if report.rate else "bare loopback"
-    axes.set_title(f"{report.settings.workers} workers, {network}, {report.settings.steps} steps each")
+    axes.set_title(
+        f"{report.settings.workers} workers, {_rate(report.rate)}, {report.settings.steps} steps each"
+    )
     axes.set_xlabel("training time, seconds")
     axes.set_ylabel("test accuracy, %")
     axes.set_xlim(left=0)
@@ -202,10 +203,17 @@ def _draw(report: Report, path: Path) -> None:
 
 def _caption(report: Report) -> str:
     if report.rate is None:
-        counted = "Sent: traffic of the whole loopback interface, divided by the workers"
+        caption = "Sent: traffic of the whole loopback interface, divided by the workers"
     else:
-        counted = "Sent: by each worker, from its interface's counter, headers included"
-    return f"{counted}; mean over all steps, dense warm-up steps too."
+        caption = "Sent: by each worker, from its interface's counter, headers included"
+    caption += "; mean over all steps"
+    if any(result.name == "powersgd" for result in report.results):
+        caption += f", of which PowerSGD's first {report.settings.powersgd_start} are dense"
+    return f"{caption}."
+
+
+def _rate(rate: str | None) -> str:
+    return "bare loopback" if rate is None else format_rate(parse_rate(rate))
 
 
 def _bytes(count: float) -> str:

@@ -22,6 +22,14 @@ class Settings:
     seed: int = 1
     evaluations: int = 12  # looks at the test images, the last one after the last step
 
+    @property
+    def powersgd_start(self) -> int:
+        """Dense steps before PyTorch's PowerSGD hook compresses.
+
+        Its documentation asks for at least two, and for 1,000 of a long training: a tenth of this one.
+        """
+        return max(2, self.steps // 10)
+
     def learning_rate_at(self, step: int) -> float:
         """Rate of step 1, 2, ...: rises over the first tenth of the steps, then falls evenly to zero."""
         rising = max(1, self.steps // 10)
