@@ -86,6 +86,7 @@ def _measure(out: Path, device: str, only: list[str], quick: bool) -> reporting.
         os.environ.pop("PYTEST_ADDOPTS", None)  # `-n 2`, say: cases side by side would time each other
         code = pytest.main(arguments, plugins=[failures])
         taken = json.loads(records.read_text()) if records.exists() else []
+    machine["load_average_after"] = list(os.getloadavg())
     if not taken:
         raise typer.Exit(int(code) or 1)
     if code and not failures.names:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import gck
 from bench import peers
+from bench.measure import Buffers
 from bench.suite import GCK, Case, Plan
 
 CHUNK_SIZES = (64, 256, 1024, 4096)
@@ -20,15 +22,23 @@ def cases(plan: Plan) -> list[Case]:
         for dtype in plan.dtypes:
             for chunk_size in plan.settings(CHUNK_SIZES, typical=256):
                 make = partial(Case, "sign_ef_", "chunk_size", chunk_size, n, dtype)
-                made.append(make(GCK, lambda b, c=chunk_size: gck.sign_ef_(b.grad, b.err, c)))
+                made.append(make(GCK, partial(_gck, chunk_size)))
                 made.append(
                     make(
                         name,
-                        lambda b, c=chunk_size: peers.sign_ef_peer_(b, c),
+                        partial(_peer, chunk_size),
                         partial(peers.verify_sign, chunk_size=chunk_size),
                     )
                 )
     return made
+
+
+def _gck(chunk_size: int, buffers: Buffers) -> Any:
+    return gck.sign_ef_(buffers.grad, buffers.err, chunk_size)
+
+
+def _peer(chunk_size: int, buffers: Buffers) -> Any:
+    return peers.sign_ef_peer_(buffers, chunk_size)
 
 
 def test_sign_ef(case: Case, measured: Callable[[Case], None]) -> None:

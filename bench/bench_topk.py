@@ -24,7 +24,7 @@ def cases(plan: Plan) -> list[Case]:
         for dtype in plan.dtypes:
             for ratio in plan.settings(RATIOS, typical=0.01):
                 make = partial(Case, "topk_ef_", "ratio", ratio, n, dtype)
-                made.append(make(GCK, lambda b, r=ratio: gck.topk_ef_(b.grad, b.err, r)))
+                made.append(make(GCK, partial(_gck, ratio)))
                 made += _peers(make, resolve_k("bench", n, ratio, None), dtype, plan)
     return made
 
@@ -46,6 +46,10 @@ def _peers(make: Callable[..., Case], k: int, dtype: torch.dtype, plan: Plan) ->
             )
         )
     return made
+
+
+def _gck(ratio: float, buffers: Buffers) -> Any:
+    return gck.topk_ef_(buffers.grad, buffers.err, ratio)
 
 
 def _call(peer: Callable[[Buffers, int], Any], k: int, buffers: Buffers) -> Any:

@@ -61,12 +61,13 @@ def main(
 def build() -> None:
     """Compiles gck/_C into the source tree. pybind11 and cmake must be there; nothing is downloaded."""
     folder = ROOT / "build/gpu-check"
-    configure = ["cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
-    for step in (
+    configure: list[str | Path] = ["cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+    steps: tuple[list[str | Path], ...] = (
         [*configure, "-DCMAKE_BUILD_TYPE=Release"],
         ["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)],
         ["cmake", "--install", folder, "--prefix", ROOT],
-    ):
+    )
+    for step in steps:
         if run("build", *step) != 0:
             CONSOLE.print("gpu-check: the build failed; the reason is above", style="bold red")
             raise typer.Exit(FAILED)

@@ -35,7 +35,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "instruction_set": load().isa(),
         "threads": num_threads(),
-        # A load above the number of threads in use says that others were computing as well.
         "load_average": list(os.getloadavg()),
         "system": platform.platform(),
         "versions": {

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 import gck
 from bench.measure import Buffers, Pool
@@ -67,7 +68,7 @@ def cupy_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
     null stream here."""
     acc = accumulate_(buffers)
     order = cupy.argpartition(cupy.from_dlpack(acc.abs()), acc.numel() - k)
-    indices = torch.from_dlpack(order[acc.numel() - k :])
+    indices = from_dlpack(order[acc.numel() - k :])
     values = acc[indices]
     acc[indices] = 0
     return values, indices

@@ -52,7 +52,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
 def report(run: tuple[subprocess.CompletedProcess[str], Path]) -> dict[str, Any]:
     done, out = run
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((out / "bench.json").read_text())
+    report: dict[str, Any] = json.loads((out / "bench.json").read_text())
+    return report
 
 
 def test_writes_table_json_and_chart(report: dict[str, Any], run: Any) -> None:
