@@ -1,4 +1,4 @@
-"""Every exception that gck raises on purpose.
+"""Every exception that the library raises on purpose; the command line adds its own beside its code.
 
 All derive from `GckError`, so ``except gck.errors.GckError`` catches whatever gck reports; each also
 derives from the built-in class a caller would expect (ValueError, TypeError, RuntimeError). They are
