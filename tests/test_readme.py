@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,12 +28,13 @@ ELSEWHERE = {
     "pip install --no-build-isolation --no-deps .": "tests/test_packaging.py",
     "gck doctor": "tests/cli",
     "gck demo": "tests/cli",
+    "torchrun --standalone --nproc-per-node=2 examples/train_ddp.py": "tests/cli/test_example.py",
 }
 
 
 def test_commands_are_known() -> None:
     lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    commands = [line for line in lines if line and not line.startswith("torchrun")]
+    commands = [line for line in lines if line]
     assert commands
     assert not [command for command in commands if command not in ELSEWHERE]
     targets = [command.removeprefix("make ") for command in commands if command.startswith("make ")]
@@ -74,18 +73,3 @@ def test_the_ten_line_example_prints_what_it_says(capsys: pytest.CaptureFixture[
     said = re.search(r"print\(.*\)\s+# (.*)", snippet)
     assert said is not None
     assert capsys.readouterr().out.strip() == said.group(1)
-
-
-def test_example_script() -> None:
-    command = next(
-        line for block in blocks("sh") for line in block.splitlines() if line.startswith("torchrun")
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *command.split()[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
