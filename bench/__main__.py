@@ -83,7 +83,9 @@ def _measure(out: Path, device: str, only: list[str], quick: bool) -> reporting.
             arguments += ["--benchmark-quiet", f"--benchmark-json={out / 'pytest-benchmark.json'}"]
         if quick:
             arguments.append("--quick")
-        os.environ.pop("PYTEST_ADDOPTS", None)  # `-n 2`, say: cases side by side would time each other
+        # Set by a pytest around this one, or to `-n 2`: cases side by side would time each other.
+        for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+            os.environ.pop(name, None)
         code = pytest.main(arguments, plugins=[failures])
         taken = json.loads(records.read_text()) if records.exists() else []
     machine["load_average_after"] = list(os.getloadavg())

@@ -64,8 +64,12 @@ class Pool:
         """|acc| of these inputs, for peers that only select."""
         return (self._sets[0].grad32 + self.saved).abs()
 
+    def apart(self) -> Buffers:
+        """A set outside the turn, for what is not timed; it may be kept."""
+        return Buffers(self, self._sets[0].grad, self._sets[0].grad32, self.saved.clone())
+
     def take(self) -> Buffers:
-        """A set with its residual as at first."""
+        """The next set, its residual as at first; to be done with before the next `take`."""
         if self._next == len(self._sets):
             for buffers in self._sets:
                 buffers.err.copy_(self.saved)

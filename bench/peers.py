@@ -110,7 +110,7 @@ def pack_with_torch(positive: Tensor) -> Tensor:
 
 def verify_topk(peer: Any, pool: Pool, k: int) -> None:
     """Same values, indices and residual, but for the choice among equal magnitudes."""
-    ours, theirs = pool.take(), pool.take()
+    ours, theirs = pool.apart(), pool.apart()
     acc = ours.grad32 + ours.err
     payload = gck.topk_ef_(ours.grad, ours.err, k=k)
     values, indices = peer(theirs, k)
@@ -127,7 +127,7 @@ def verify_topk(peer: Any, pool: Pool, k: int) -> None:
 
 
 def verify_torch_topk(pool: Pool, k: int) -> None:
-    ours = pool.take()
+    ours = pool.apart()
     values = gck.topk_ef_(ours.grad, ours.err, k=k).values.abs()
     if not torch.equal(values.sort().values, torch_topk(pool.magnitude, k).sort().values):
         raise PeerMismatchError(f"topk_ef_: torch.topk and gck disagree (n={pool.n}, k={k})")
@@ -135,7 +135,7 @@ def verify_torch_topk(pool: Pool, k: int) -> None:
 
 def verify_sign(pool: Pool, chunk_size: int) -> None:
     """Same bits; scales and residual within the tolerance of another order of summation."""
-    ours, theirs = pool.take(), pool.take()
+    ours, theirs = pool.apart(), pool.apart()
     payload = gck.sign_ef_(ours.grad, ours.err, chunk_size)
     packed, scales = sign_ef_peer_(theirs, chunk_size)
     words = payload.words.view(torch.uint8)[: packed.numel()]

@@ -83,7 +83,7 @@ def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
         assert record["floor_seconds"] == statistics.median(record["floor_samples"])
         assert record["multiple_of_floor"] == record["seconds"] / record["floor_seconds"]
         assert record["multiple_of_fp32_floor"] == record["seconds"] / record["floor_fp32_seconds"]
-        assert len(record["samples"]) == len(record["floor_samples"]) == record["rounds"]
+        assert len(record["samples"]) == len(record["floor_samples"]) == record["rounds"] == 3
         assert (record["floor_samples"] == record["floor_fp32_samples"]) == (record["grad_dtype"] == "fp32")
 
 
@@ -158,7 +158,11 @@ def test_verification_notices_wrong_signs(
         peers.verify_sign(small_pool, chunk_size)
 
 
-def test_pool_hands_out_fresh_residuals(small_pool: Pool) -> None:
+@pytest.mark.parametrize("taken_before", range(5))
+def test_pool_hands_out_fresh_residuals(taken_before: int, small_pool: Pool) -> None:
+    for _ in range(taken_before):
+        small_pool.take().err.zero_()
+    peers.verify_topk(peers.torch_topk_ef_, small_pool, 50)  # writes two residuals at once
     seen = set()
     for _ in range(12):
         buffers = small_pool.take()
