@@ -193,13 +193,12 @@ _library.define(
 def _compress(
     function: str, compressor: KernelCompressor, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None
 ) -> Tensor:
-    numel = grad.numel()
-    nbytes = compressor.layout(numel).nbytes
-    bodies = torch.zeros(1, nbytes, dtype=torch.uint8, device=grad.device)
-    compressor.compress(function, grad, err, bodies, nonfinite)
+    # Not zeroed as a whole: kernels write all of a single body's fields, and it may be large.
+    body = compressor.layout(grad.numel()).empty_body(grad.device)
+    compressor.compress(function, grad, err, body.unsqueeze(0), nonfinite)
     mutated = [t for t in (err, nonfinite) if t is not None]
     torch.autograd.graph.increment_version(mutated)
-    return bodies.view(-1)
+    return body
 
 
 def _topk_ef(grad: Tensor, err: Tensor, k: int, value_dtype: torch.dtype, nonfinite: Tensor | None) -> Tensor:

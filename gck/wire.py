@@ -57,6 +57,15 @@ class Layout:
         """Size of the body: a multiple of 16 bytes."""
         return _align(self.fields[-1].end)
 
+    def empty_body(self, device: torch.device) -> Tensor:
+        """A (nbytes,) uint8 body for a kernel that writes every field: only the padding is zero."""
+        body = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        ends = [*(f.offset for f in self.fields[1:]), self.nbytes]
+        for field, end in zip(self.fields, ends, strict=True):
+            if field.end < end:
+                body[field.end : end].zero_()
+        return body
+
     def views(self, body: Tensor) -> tuple[Tensor, ...]:
         """Typed views of a (nbytes,) uint8 body, one a field; nothing is copied.
 

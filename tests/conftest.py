@@ -1,6 +1,7 @@
 """Set before anything imports Triton: without a GPU its kernels run in the interpreter."""
 
 import os
+import signal
 
 import torch
 
@@ -8,6 +9,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+# A shell that starts a job in the background makes it ignore SIGINT, and every process of ours would
+# inherit that: the tests of Ctrl-C need it to arrive.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -118,6 +118,13 @@ class TestDecompress:
         assert packed.numel() == 32
         assert torch.equal(packed[16:32].view(torch.int64), payload.indices)
 
+    def test_padding_is_zero(self) -> None:
+        grad, err = pair(1001)
+        for payload in (gck.topk_ef_(grad, err, k=7, value_dtype=torch.bfloat16), gck.sign_ef_(grad, err)):
+            body = body_of(*payload.fields)
+            again = body_of(*(field.clone() for field in payload.fields))
+            assert torch.equal(body, again)
+
     def test_body_is_not_copied(self) -> None:
         payload = gck.topk_ef_(*pair(), 0.01)
         body = body_of(*payload.fields)

@@ -77,4 +77,4 @@ def test_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
     (site / "outer.pth").write_text(sysconfig.get_paths()["purelib"])
     assert str(site) in run(python, "-c", CHECK, cwd=tmp_path)
-    assert "topk" in run(tmp_path / "venv/bin/gck", "doctor", "--json", cwd=tmp_path)
+    assert '"cpu_path_works": true' in run(tmp_path / "venv/bin/gck", "doctor", "--json", cwd=tmp_path)

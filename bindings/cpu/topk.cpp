@@ -10,6 +10,7 @@
 
 #include "cpu/isa/leaves.hpp"
 #include "cpu/round.hpp"
+#include "cpu/select.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -21,53 +22,6 @@ constexpr int64_t kSampleFraction = 64;   // at most one element in this many is
 constexpr int64_t kMinSampled = 1 << 16;  // below this many elements, selecting from err costs as little
 constexpr int64_t kTile = 4096;           // elements that emit looks at together when it reads err
 constexpr int64_t kMaxPart = int64_t{1} << 31;  // list positions are 32 bits
-
-struct Segment {
-  const float* x;
-  int64_t count;
-};
-
-struct Threshold {
-  int32_t key;    // the k-th largest
-  int64_t quota;  // how many entries equal to it are taken
-};
-
-// The rank-th largest key (1 = largest) of all segments together, by 11 + 10 + 10 bits from the top.
-Threshold kth_largest(const std::vector<Segment>& segments, int64_t rank) {
-  constexpr int shifts[] = {20, 10, 0}, bins[] = {2048, 1024, 1024};
-  const int parts = static_cast<int>(segments.size());
-  std::vector<std::vector<int64_t>> counts(segments.size());
-  for (auto& c : counts) c.resize(2048);
-  uint32_t prefix = 0;
-  for (int digit = 0; digit < 3; ++digit) {
-    const int shift = shifts[digit];
-    const auto mask = static_cast<uint32_t>(bins[digit] - 1);
-    for_each_part(parts, [&](int t) {
-      int64_t* count = counts[static_cast<size_t>(t)].data();
-      std::fill_n(count, bins[digit], 0);
-      const auto [x, m] = segments[static_cast<size_t>(t)];
-      if (digit == 0) {
-        for (int64_t i = 0; i < m; ++i) ++count[static_cast<uint32_t>(key_of(x[i])) >> shift];
-      } else {
-        const uint32_t wanted = prefix >> shift;
-        for (int64_t i = 0; i < m; ++i) {
-          const uint32_t high = static_cast<uint32_t>(key_of(x[i])) >> shift;
-          if ((high & ~mask) == wanted) ++count[high & mask];
-        }
-      }
-    });
-    for (int bin = bins[digit] - 1;; --bin) {
-      int64_t here = 0;
-      for (const auto& c : counts) here += c[static_cast<size_t>(bin)];
-      if (here >= rank || bin == 0) {
-        prefix |= static_cast<uint32_t>(bin) << shift;
-        break;
-      }
-      rank -= here;
-    }
-  }
-  return {static_cast<int32_t>(prefix), rank};
-}
 
 uint64_t hash(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15u;
@@ -131,36 +85,6 @@ struct Writer {
   }
 };
 
-// Where a part's winners go, and how many of the ties it may take.
-struct Slot {
-  int64_t offset, quota;
-};
-
-std::vector<Slot> place(const std::vector<Segment>& segments, Threshold threshold) {
-  const int parts = static_cast<int>(segments.size());
-  std::vector<int64_t> above(segments.size()), equal(segments.size());
-  for_each_part(parts, [&](int t) {
-    const auto [x, m] = segments[static_cast<size_t>(t)];
-    int64_t gt = 0, eq = 0;
-    for (int64_t i = 0; i < m; ++i) {
-      const int32_t key = key_of(x[i]);
-      gt += key > threshold.key;
-      eq += key == threshold.key;
-    }
-    above[static_cast<size_t>(t)] = gt;
-    equal[static_cast<size_t>(t)] = eq;
-  });
-  std::vector<Slot> slots;
-  int64_t offset = 0, left = threshold.quota;
-  for (size_t t = 0; t < segments.size(); ++t) {
-    const int64_t taken = std::min(left, equal[t]);
-    slots.push_back({offset, taken});
-    offset += above[t] + taken;
-    left -= taken;
-  }
-  return slots;
-}
-
 // Goes through candidates in order: winners to the payload, losers back to err. Where the stream took
 // the candidates out of err, 0 is there already, and a winner that leaves nothing needs no write: each
 // would touch another cache line.
@@ -194,6 +118,8 @@ struct Lists {
       parts.push_back({values, reinterpret_cast<uint32_t*>(values + slots), capacity, 0, false});
     }
   }
+
+  int64_t capacity() const { return parts[0].capacity * static_cast<int64_t>(parts.size()); }
 };
 
 }  // namespace
@@ -213,6 +139,7 @@ int64_t topk_compress(const TopkJob& job) {
   // Twice k covers clustered gradients, where one part holds most winners; the constant, small k.
   Lists lists(parts, sampled ? std::min(longest, 2 * job.k + (1 << 14)) : 0);
   Lists tiles(parts, kTile + kLine);
+  const std::unique_ptr<int32_t[]> keys(new int32_t[static_cast<size_t>(lists.capacity())]);
   const int32_t guess = sampled ? guess_threshold(job, isa) : INT32_MAX;
 
   const int64_t size = job.grad_dtype == Dtype::fp32 ? 4 : 2;
@@ -232,10 +159,16 @@ int64_t topk_compress(const TopkJob& job) {
   std::vector<Segment> segments;
   if (listed >= job.k && !overflow) {
     for (const Candidates& list : lists.parts) segments.push_back({list.values, list.count});
-    const Threshold threshold = kth_largest(segments, job.k);
-    std::vector<Slot> slots = place(segments, threshold);
-    for_each_part(parts, [&](int t) {
+    auto [threshold, slots] = select_above(segments, job.k, guess, keys.get());
+    for_each_part(parts, [&, threshold = threshold, slots = slots.data()](int t) {
       const auto p = static_cast<size_t>(t);
+      if (job.value_dtype == Dtype::fp32 && !job.wide_indices) {
+        cleared[p] = isa.topk_emit(lists.parts[p], {threshold.key, slots[p].quota, job.err + ranges[p].begin,
+                                                    static_cast<float*>(job.values) + slots[p].offset,
+                                                    static_cast<int32_t*>(job.indices) + slots[p].offset,
+                                                    static_cast<int32_t>(ranges[p].begin), slots[p].winners});
+        return;
+      }
       Writer writer{job};
       emit(lists.parts[p], ranges[p].begin, true, threshold.key, slots[p], job.err, writer);
       cleared[p] = writer.cleared;
@@ -247,9 +180,8 @@ int64_t topk_compress(const TopkJob& job) {
       for (int64_t j = 0; j < list.count; ++j) job.err[ranges[p].begin + list.indices[j]] = list.values[j];
     });
     for (const Range& range : ranges) segments.push_back({job.err + range.begin, range.end - range.begin});
-    const Threshold threshold = kth_largest(segments, job.k);
-    std::vector<Slot> slots = place(segments, threshold);
-    for_each_part(parts, [&](int t) {
+    auto [threshold, slots] = select_largest(segments, job.k);
+    for_each_part(parts, [&, threshold = threshold, slots = slots.data()](int t) {
       const auto p = static_cast<size_t>(t);
       Writer writer{job};
       for (int64_t at = ranges[p].begin; at < ranges[p].end; at += kTile) {

@@ -9,7 +9,7 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{GCK_NAME(GCK_ISA), topk_stream,    topk_collect, add_to,
+  static constexpr Leaves table{GCK_NAME(GCK_ISA), topk_stream,    topk_collect, topk_emit, add_to,
                                 sign_compress,     sign_decompress};
   return table;
 }

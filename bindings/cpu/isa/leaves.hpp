@@ -17,6 +17,17 @@ struct Candidates {
   bool overflow;
 };
 
+// Where the winners among a run's candidates go.
+struct Winners {
+  int32_t threshold;  // keys above it win, and the first `quota` of those equal to it
+  int64_t quota;
+  float* err;        // of the run: losers go back to it
+  float* values;     // room for `count`
+  int32_t* indices;  // room for `count`
+  int32_t base;      // index of the run's first element
+  int64_t count;
+};
+
 struct SignChunks {
   const void* grad;
   Dtype grad_dtype;
@@ -44,6 +55,9 @@ struct Leaves {
                       Candidates* out);
   // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
   void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
+  // Puts winners out in order, and losers that are finite back. err holds 0 where candidates were, which
+  // is what winners leave there. Returns the number of entries that were not finite.
+  int64_t (*topk_emit)(const Candidates& list, const Winners& out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.

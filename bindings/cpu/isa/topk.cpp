@@ -63,6 +63,40 @@ void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* 
   }
 }
 
+int64_t topk_emit(const Candidates& list, const Winners& out) {
+  int64_t quota = out.quota, put = 0, nonfinite = 0;
+  for (int64_t j = 0; j < list.count; j += kLanes) {
+    const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
+    const Vec acc = load(list.values + j);
+    const Mask reach = key_ge(acc, out.threshold) & live;
+    Mask wins = key_ge(acc, out.threshold + 1) & live;
+    for (Mask ties = reach & ~wins; ties && quota; ties &= ties - 1, --quota) wins |= ties & -ties;
+    const Mask wild = key_ge(acc, kInfKey) & live;
+    nonfinite += __builtin_popcount(wild);
+    for (Mask lose = live & ~wins & ~wild; lose; lose &= lose - 1) {
+      const int lane = __builtin_ctz(lose);
+      out.err[list.indices[j + lane]] = list.values[j + lane];
+    }
+    const int taken = __builtin_popcount(wins);
+    auto* indices = reinterpret_cast<uint32_t*>(out.indices);
+    const auto base = static_cast<uint32_t>(out.base);
+    if (out.count - put >= kLanes) {
+      compress(out.values + put, wins, acc);
+      compress_words(indices + put, wins, list.indices + j, base);
+    } else if (taken) {
+      // Near the end of this part's room: the next part's thread writes behind it.
+      alignas(64) float values[2 * kLanes];
+      alignas(64) uint32_t words[2 * kLanes];
+      compress(values, wins, acc);
+      compress_words(words, wins, list.indices + j, base);
+      std::memcpy(out.values + put, values, sizeof(float) * static_cast<size_t>(taken));
+      std::memcpy(indices + put, words, sizeof(uint32_t) * static_cast<size_t>(taken));
+    }
+    put += taken;
+  }
+  return nonfinite;
+}
+
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out) {
   with_dtype(dtype, [&]<Dtype D>() { add_all<D>(grad, err, count, out); });
 }

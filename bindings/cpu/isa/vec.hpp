@@ -45,10 +45,16 @@ inline Vec select(Mask m, Vec yes, Vec no) {
 inline void compress(float* p, Mask m, Vec a) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(m), a.v));
 }
+// Lane numbers from base on, of the lanes in m.
 inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(base)));
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), index));
+}
+
+inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t plus) {
+  const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(words), _mm512_set1_epi32(static_cast<int>(plus)));
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), sum));
 }
 
 #elif defined(GCK_AVX2)
@@ -124,6 +130,17 @@ inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
   put(m >> 8, base + 8);
 }
 
+inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t plus) {
+  const auto put = [&](Mask half, const uint32_t* from) {
+    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i sum = _mm256_add_epi32(word, _mm256_set1_epi32(static_cast<int>(plus)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(sum, front_lanes(half)));
+    p += __builtin_popcount(half & 0xff);
+  };
+  put(m & 0xff, words);
+  put(m >> 8, words + 8);
+}
+
 #else  // portable: plain loops that any compiler turns into whatever the machine has
 
 struct Vec {
@@ -181,6 +198,10 @@ inline void compress(float* p, Mask m, Vec a) {
 }
 inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
   for (; m; m &= m - 1) *p++ = base + static_cast<uint32_t>(__builtin_ctz(m));
+}
+
+inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t plus) {
+  for (; m; m &= m - 1) *p++ = words[__builtin_ctz(m)] + plus;
 }
 
 #endif
