@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,8 @@ def main(
             soft_wrap=True,
         )
         raise typer.Exit(NO_GPU)
+    if not build_only:
+        preflight()
     build()
     if build_only:
         return
@@ -56,6 +59,25 @@ def main(
     counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped"))
     CONSOLE.print(f"tests: {counts}; benchmark: {len(benchmark['records'])} cases; wrote {path}")
     raise typer.Exit(0 if well else FAILED)
+
+
+def preflight() -> None:
+    """Names what the tests need and this Python lacks, before minutes are spent on building."""
+    needed = (
+        "triton",
+        "numpy",
+        "pytest",
+        "pytest_timeout",
+        "hypothesis",
+        "rich",
+        "typer",
+        "pybind11",
+        "matplotlib",
+    )
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        CONSOLE.print(f"gpu-check: this Python lacks {', '.join(missing)}", style="bold red")
+        raise typer.Exit(FAILED)
 
 
 def build() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck import interop
 from gck.compressor import compressor_class
-from gck.errors import DtypeError, ShapeMismatchError
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
 from gck.kernels.sign import Sign, check_chunk_size
@@ -143,9 +143,9 @@ def decompress(payload: Payload, out: Array | None = None) -> Tensor:
         CorruptPayloadError: the payload contradicts itself. On CUDA, where looking at the indices would
             stop the stream, those out of range are skipped instead.
     """
-    _check_payload("decompress", payload)
+    _, fields, _ = _parts("decompress", payload)
     if out is None:
-        out = torch.empty(payload.numel, dtype=torch.float32, device=payload.fields[0].device)
+        out = torch.empty(payload.numel, dtype=torch.float32, device=fields[0].device)
     return _decode("decompress", out, payload, 1.0, False)
 
 
@@ -154,16 +154,31 @@ def decompress_add_(out: Array, payload: Payload, alpha: float = 1.0) -> Tensor:
 
     Args and errors as for `decompress`; alpha must be finite. Returns out.
     """
-    _check_payload("decompress_add_", payload)
     return _decode("decompress_add_", out, payload, alpha, True)
 
 
-def _check_payload(function: str, payload: object) -> None:
-    if not isinstance(payload, SparseGrad | PackedSigns):
+def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]]:
+    """(compressor's name, fields, options) of a payload that is well formed as far as shapes tell."""
+    # Spelled out by type: older versions of torch.compile cannot trace a NamedTuple's properties.
+    if isinstance(payload, SparseGrad):
+        name, fields, options = "topk", [payload.values, payload.indices], []
+    elif isinstance(payload, PackedSigns):
+        name, fields, options = "sign", [payload.words, payload.scales], [payload.chunk_size]
+        check_chunk_size(function, payload.chunk_size)
+    else:
         raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
+    for index, field in enumerate(fields):
+        checks.check_tensor(function, f"payload field {index}", field)
+        checks.check_not_recorded(function, f"payload field {index}", field)
+    if isinstance(payload.numel, bool) or not isinstance(payload.numel, (int, torch.SymInt)):
+        raise DtypeError(f"{function}: payload.numel must be an int, got {type(payload.numel).__name__}")
+    if payload.numel < 0:
+        raise ArgumentError(f"{function}: payload.numel must be at least 0, got {payload.numel}")
+    return name, fields, options
 
 
 def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulate: bool) -> Tensor:
+    name, fields, options = _parts(function, payload)
     if not isinstance(out, Tensor):
         with interop.borrowed(function, ("out",), out=out) as (tensor,):
             return _decode(function, tensor, payload, alpha, accumulate)
@@ -173,8 +188,7 @@ def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulat
             f"{function}: out has {out.numel()} elements, the payload is of {payload.numel}"
         )
     alpha = checks.check_alpha(function, alpha)
-    chunk_size = payload.chunk_size if isinstance(payload, PackedSigns) else 0
-    torch.ops.gck.decompress_(out, payload.compressor, payload.fields, chunk_size, alpha, accumulate)
+    torch.ops.gck.decompress_(out, name, fields, options, alpha, accumulate)
     return out
 
 
@@ -185,7 +199,7 @@ _library.define(
 _library.define("topk(Tensor x, SymInt k, ScalarType value_dtype) -> Tensor")
 _library.define("sign_ef_(Tensor grad, Tensor(a!) err, int chunk_size, Tensor(b!)? nonfinite) -> Tensor")
 _library.define(
-    "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, int chunk_size, float alpha,"
+    "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, int[] options, float alpha,"
     " bool accumulate) -> ()"
 )
 
@@ -214,9 +228,9 @@ def _sign_ef(grad: Tensor, err: Tensor, chunk_size: int, nonfinite: Tensor | Non
 
 
 def _decompress(
-    out: Tensor, compressor: str, fields: list[Tensor], chunk_size: int, alpha: float, accumulate: bool
+    out: Tensor, compressor: str, fields: list[Tensor], options: list[int], alpha: float, accumulate: bool
 ) -> None:
-    decoder = compressor_class(compressor).for_fields(tuple(fields), chunk_size)
+    decoder = compressor_class(compressor).for_fields(tuple(fields), tuple(options))
     decoder.decompress(
         "decompress_add_" if accumulate else "decompress", out, tuple(fields), alpha, accumulate
     )
@@ -242,7 +256,7 @@ def _fake_body(compressor: KernelCompressor, grad: Tensor) -> Tensor:
 
 
 def _fake_decompress(
-    out: Tensor, compressor: str, fields: list[Tensor], chunk_size: int, alpha: float, accumulate: bool
+    out: Tensor, compressor: str, fields: list[Tensor], options: list[int], alpha: float, accumulate: bool
 ) -> None:
     return None
 

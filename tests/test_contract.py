@@ -22,6 +22,7 @@ from tests.cases import CASES, GRAD_DTYPES, Guarded, make, one_nan, same_bytes
 VARIANTS: dict[str, list[Any]] = {
     "topk": [
         gck.TopK(ratio=0.01),
+        gck.TopK(ratio=0.1, value_dtype=torch.bfloat16),
         gck.TopK(ratio=0.3, value_dtype=torch.bfloat16),
         gck.TopK(k=1, value_dtype=torch.float16),
         gck.TopK(ratio=1.0),
@@ -241,7 +242,10 @@ BAD: dict[str, tuple[type[Exception], Callable[[], dict[str, Any]]]] = {
     "grad requires grad": (gck.errors.AutogradError, lambda: {"grad": torch.ones(300, requires_grad=True)}),
     "err requires grad": (gck.errors.AutogradError, lambda: {"err": torch.ones(300, requires_grad=True)}),
     "nonfinite dtype": (gck.errors.DtypeError, lambda: {"nonfinite": torch.zeros(1)}),
-    "nonfinite size": (gck.errors.DtypeError, lambda: {"nonfinite": torch.zeros(2, dtype=torch.int64)}),
+    "nonfinite size": (
+        gck.errors.ShapeMismatchError,
+        lambda: {"nonfinite": torch.zeros(2, dtype=torch.int64)},
+    ),
 }
 
 
@@ -280,9 +284,39 @@ def test_wrong_body(compressor: Any) -> None:
     for body in (torch.zeros(1, nbytes + 16, dtype=torch.uint8), torch.zeros(1, nbytes, dtype=torch.int8)):
         with pytest.raises(gck.errors.ShapeMismatchError, match="bodies must be"):
             compressor.compress_(torch.ones(300), err, body)
+    wide = torch.zeros(2, 4 * nbytes, dtype=torch.uint8)
+    rows = {
+        "one byte": torch.zeros(1, 1, dtype=torch.uint8).expand(1, nbytes),
+        "unaligned": wide[:1, 8 : 8 + nbytes],
+        "every other": wide[:1, : 2 * nbytes : 2],
+    }
+    for bad in rows.values():
+        with pytest.raises(gck.errors.LayoutError, match="rows of bodies must be contiguous"):
+            compressor.compress_(torch.ones(300), err, bad)
+    for nothing in (torch.zeros(0, nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)):
+        with pytest.raises(gck.errors.ShapeMismatchError, match="at least one row"):
+            compressor.compress_(torch.ones(300), err, nothing)
+    with pytest.raises(gck.errors.DtypeError, match="bodies must be a tensor, got list"):
+        compressor.compress_(torch.ones(300), err, [0] * nbytes)
+    body = torch.zeros(1, nbytes, dtype=torch.uint8)
+    with pytest.raises(gck.errors.LayoutError, match="overlap"):
+        compressor.compress_(torch.ones(300), err, body, nonfinite=err[:2].view(torch.int64))
     assert torch.equal(err, torch.ones(300))
     with pytest.raises(gck.errors.CorruptPayloadError, match=f"expected {nbytes} bytes"):
         compressor.decompress_(torch.ones(300), torch.zeros(nbytes + 1, dtype=torch.uint8))
+
+
+def test_a_counter_of_inference_mode_changes_nothing() -> None:
+    with torch.inference_mode():
+        nonfinite = torch.zeros(1, dtype=torch.int64)
+    err = torch.ones(300)
+    for call in (
+        lambda: gck.topk_ef_(err * 2, err, k=3, nonfinite=nonfinite),
+        lambda: gck.sign_ef_(err * 2, err, nonfinite=nonfinite),
+    ):
+        with pytest.raises(gck.errors.AutogradError, match="nonfinite was made in inference mode"):
+            call()
+    assert torch.equal(err, torch.ones(300))
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+import gck
 
 ROOT = Path(__file__).parent.parent
 CORE = sorted(ROOT.glob("gck/*.py")) + sorted(ROOT.glob("kernels/**/*.py"))
@@ -70,6 +73,17 @@ def test_no_second_name(folder: str) -> None:
         check=False,
     )
     assert f"import gck.{folder}, not {folder}" in run.stderr
+
+
+def test_gpu_kernels_refuse_an_old_triton() -> None:
+    code = "import triton; triton.__version__ = '3.5.1'; import gck.kernels.topk.gpu"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "ImportError: gck needs Triton 3.6, found 3.5.1" in run.stderr
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == gck.__version__
 
 
 def test_import_is_light() -> None:

@@ -156,6 +156,16 @@ class TestDecompress:
             gck.decompress(gck.SparseGrad(torch.ones(1).double(), torch.tensor([1]), 64), out=out)
         with pytest.raises(ArgumentError, match="power of two"):
             gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, 33), out)
+        for field in (torch.zeros(2), [0.0, 0.0], np.zeros(2, dtype=np.float32)):
+            with pytest.raises(DtypeError):
+                gck.decompress(gck.SparseGrad(torch.ones(2), field, 64), out=out)  # type: ignore[arg-type]
+        with pytest.raises(AutogradError, match="payload field 0 requires grad"):
+            gck.decompress(gck.SparseGrad(torch.ones(1, requires_grad=True), torch.tensor([1]), 64), out)
+        for numel, error in ((-1, ArgumentError), (2.5, DtypeError), (True, DtypeError)):
+            with pytest.raises(error, match=r"payload\.numel must be"):
+                gck.decompress(gck.SparseGrad(torch.ones(1), torch.tensor([1]), numel))  # type: ignore[arg-type]
+        with pytest.raises(DtypeError, match="chunk_size must be an int, got NoneType"):
+            gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, None))  # type: ignore[arg-type]
         assert not out.any()
 
     def test_out_does_not_fit(self) -> None:
@@ -307,20 +317,23 @@ def test_opcheck() -> None:
     opcheck(ops.topk, (grad, 10, torch.float32))
     opcheck(ops.sign_ef_, (grad, err, 64, counter))
     sparse, signs = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64)
-    for payload, chunk_size in ((sparse, 0), (signs, 64)):
+    for payload, options in ((sparse, []), (signs, [64])):
         fields = [field.clone() for field in payload.fields]
-        opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, chunk_size, 2.0, True))
+        opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, options, 2.0, True))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_without_a_graph_break(dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own code generation
+def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
     def step(grad: torch.Tensor, err: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sparse = gck.topk_ef_(grad * 2, err, 0.01, value_dtype=torch.bfloat16)
         signs = gck.sign_ef_(grad, err, 64)
         out = gck.decompress(sparse)
         return gck.decompress_add_(out, signs, 0.5), sparse.values, sparse.indices, signs.words
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (1000, 2049):
         grad, err = pair(n)
         compiled_err = err.clone()

@@ -116,8 +116,8 @@ Selection select_above(const std::vector<Segment>& segments, int64_t k, int32_t 
     }
     inside[p] = found;
   });
-  int32_t* end = keys[0];
-  for (size_t t = 0; t < keys.size(); ++t) end = std::copy(keys[t], keys[t] + inside[t], end);
+  int32_t* end = keys[0] + inside[0];
+  for (size_t t = 1; t < keys.size(); ++t) end = std::copy(keys[t], keys[t] + inside[t], end);
   int32_t* kth = keys[0] + (rank - 1);
   std::nth_element(keys[0], kth, end, std::greater<>());
   const int32_t key = *kth;

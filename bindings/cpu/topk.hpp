@@ -18,7 +18,8 @@ struct TopkJob {
 };
 
 // Writes the k largest entries of grad + err, ascending by index, and leaves acc - decoded in err.
-// Returns the number of residuals cleared because not finite. May throw std::bad_alloc, before any write.
+// Returns the number of residuals cleared because not finite. Its large buffers are allocated before the
+// first write, so that std::bad_alloc from them leaves err as it was.
 int64_t topk_compress(const TopkJob& job);
 
 struct SparseDecode {

@@ -87,21 +87,20 @@ class KernelCompressor:
     ) -> None:
         """`compress_` on behalf of the public function that error texts shall name."""
         self.check_inputs(function, grad, err, nonfinite)
-        checks.check_device(function, "bodies", bodies, "grad", grad)
-        shards = bodies.shape[0]
+        shards = checks.check_bodies(function, bodies, grad)
         if shards > 1 and self.shard_unit is None:
             raise ArgumentError(f"{function}: {self} cannot be cut into shards, got {shards}")
         nbytes = self.layout(shard_numel(grad.numel(), self.shard_unit, shards)).nbytes
-        if bodies.dtype != torch.uint8 or bodies.dim() != 2 or bodies.shape[1] != nbytes:
+        if bodies.shape[1] != nbytes:
             raise ShapeMismatchError(
-                f"{function}: bodies must be ({shards}, {nbytes}) uint8, "
-                f"got {tuple(bodies.shape)} of {bodies.dtype}"
+                f"{function}: bodies must be ({shards}, {nbytes}), got {tuple(bodies.shape)}"
             )
         kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.
             err = torch.full((grad.numel(),), -0.0, dtype=torch.float32, device=grad.device)
-        checks.check_no_overlap(function, grad=grad, err=err)
+        counter = {} if nonfinite is None else {"nonfinite": nonfinite}
+        checks.check_no_overlap(function, grad=grad, err=err, **counter)
         if grad.numel():
             kernels.compress_(self, grad.view(-1), err.view(-1), bodies, nonfinite)
 
@@ -112,6 +111,7 @@ class KernelCompressor:
         checks.check_fp32(function, "out", out)
         for index, field in enumerate(fields):
             checks.check_tensor(function, f"payload field {index}", field)
+            checks.check_not_recorded(function, f"payload field {index}", field)
             checks.check_device(function, f"payload field {index}", field, "out", out)
             checks.check_no_overlap(function, **{"out": out, f"payload field {index}": field})
         alpha = checks.check_alpha(function, alpha)

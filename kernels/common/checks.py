@@ -90,15 +90,42 @@ def check_nonfinite(function: str, nonfinite: Tensor | None, grad: Tensor) -> No
     if nonfinite is None:
         return
     check_tensor(function, "nonfinite", nonfinite)
-    if nonfinite.dtype != torch.int64 or nonfinite.numel() != 1:
-        raise DtypeError(
-            f"{function}: nonfinite must be one int64, got {tuple(nonfinite.shape)} of {nonfinite.dtype}"
+    if nonfinite.dtype != torch.int64:
+        raise DtypeError(f"{function}: nonfinite must be int64, got {nonfinite.dtype}")
+    if nonfinite.numel() != 1:
+        raise ShapeMismatchError(
+            f"{function}: nonfinite must have one element, got shape {tuple(nonfinite.shape)}"
+        )
+    if nonfinite.is_inference() and not torch.is_inference_mode_enabled():
+        raise AutogradError(
+            f"{function}: nonfinite was made in inference mode, got a tensor that cannot be written to here"
         )
     check_device(function, "nonfinite", nonfinite, "grad", grad)
 
 
+def check_bodies(function: str, bodies: object, grad: Tensor) -> int:
+    """`bodies` must be rows of bytes that a kernel can write to as words; returns how many."""
+    if not isinstance(bodies, Tensor):
+        raise DtypeError(f"{function}: bodies must be a tensor, got {type(bodies).__name__}")
+    if bodies.dtype != torch.uint8 or bodies.dim() != 2 or bodies.shape[0] < 1:
+        raise ShapeMismatchError(
+            f"{function}: bodies must be (shards, nbytes) uint8 with at least one row, "
+            f"got {tuple(bodies.shape)} of {bodies.dtype}"
+        )
+    check_device(function, "bodies", bodies, "grad", grad)
+    rows, nbytes = bodies.shape
+    aligned = bodies.storage_offset() % 16 == 0 and (rows == 1 or bodies.stride(0) % 16 == 0)
+    apart = rows == 1 or bodies.stride(0) >= nbytes
+    if nbytes and not (bodies.stride(1) == 1 and apart and aligned):
+        raise LayoutError(
+            f"{function}: rows of bodies must be contiguous, apart, and start at multiples of 16 bytes, "
+            f"got strides {bodies.stride()} at offset {bodies.storage_offset()}"
+        )
+    return rows
+
+
 def check_ratio(function: str, ratio: object) -> float:
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise DtypeError(f"{function}: ratio must be a number, got {type(ratio).__name__}")
     if not 0 < ratio <= 1:  # False for NaN
         raise ArgumentError(f"{function}: ratio must be in (0, 1], got {ratio}")
@@ -106,7 +133,7 @@ def check_ratio(function: str, ratio: object) -> float:
 
 
 def check_alpha(function: str, alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ArgumentError(f"{function}: alpha must be a finite number, got {alpha!r}")
     return float(alpha)
 

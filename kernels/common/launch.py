@@ -6,7 +6,13 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
+
+# Before, tl.histogram takes no mask and a division flushes denormals.
+OLDEST_TRITON = (3, 6)
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+    raise ImportError(f"gck needs Triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}, found {triton.__version__}")
 
 # Contraction of a * b + c into one rounding would change bytes, and its default differs by version.
 EXACT = {"enable_fp_fusion": False}

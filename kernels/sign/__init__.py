@@ -50,9 +50,9 @@ class Sign(KernelCompressor):
         return Layout.of((torch.uint32, -(-numel // 32)), (torch.float32, -(-numel // self.chunk_size)))
 
     @classmethod
-    def for_fields(cls, fields: tuple[Tensor, ...], chunk_size: int) -> Sign:
-        """The compressor that decodes a payload with these fields."""
-        return cls(chunk_size)
+    def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> Sign:
+        """The compressor that decodes a payload with these fields; the option is chunk_size."""
+        return cls(*options)
 
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         words, scales = fields

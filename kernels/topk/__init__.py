@@ -60,8 +60,8 @@ class TopK(KernelCompressor):
         return Layout.of((self.value_dtype, k), (index_dtype(numel), k))
 
     @classmethod
-    def for_fields(cls, fields: tuple[Tensor, ...], chunk_size: int) -> TopK:
-        """The compressor that decodes a payload with these fields."""
+    def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> TopK:
+        """The compressor that decodes a payload with these fields; it has no options."""
         return cls(k=max(1, fields[0].numel()))
 
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
@@ -87,7 +87,7 @@ def check_options(
     if ratio is not None:
         checks.check_ratio(function, ratio)
     if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
             raise DtypeError(f"{function}: k must be an int, got {type(k).__name__}")
         if k < 1:
             raise ArgumentError(f"{function}: k must be at least 1, got {k}")

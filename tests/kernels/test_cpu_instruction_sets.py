@@ -13,7 +13,7 @@ import torch
 import gck
 from gck._native import load
 from gck.kernels.topk import reference
-from tests.cases import same_bytes
+from tests.cases import make, same_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("isa", available())
 def test_contract(isa: str) -> None:
-    chosen = "test_cpu and float32 and (nonfinite or ties) or test_halves or (test_shards and cpu)"
+    chosen = "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
     done = run(
         isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "tests/test_contract.py", __file__
     )
@@ -58,6 +58,19 @@ def test_an_unknown_set_is_an_error() -> None:
     done = run("sse9", "-c", "import torch, gck; gck.topk(torch.ones(4), k=1)")
     assert done.returncode != 0
     assert "GCK_ISA must be avx512, avx2 or portable, got sse9" in done.stderr
+
+
+@pytest.mark.parametrize("n", [1000, 100_003], ids=["small", "sampled"])
+def test_64_bit_indices(n: int) -> None:
+    """As vectors of more than 2**31 - 1 elements have them, without the memory."""
+    grad, err = make("ties", n, torch.float32)
+    (values, indices), residual, _ = reference.compress(gck.TopK(k=77), grad, err)
+    got_values, got = torch.full((77,), torch.nan), torch.full((77,), -1, dtype=torch.int64)
+    addresses = grad.data_ptr(), 0, err.data_ptr(), n, 77, got_values.data_ptr(), 0, got.data_ptr()
+    load().topk_compress(*addresses, True, 2)
+    assert torch.equal(got, indices.long())
+    assert same_bytes(got_values, values)
+    assert same_bytes(err, residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

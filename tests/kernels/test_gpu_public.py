@@ -1,0 +1,126 @@
+"""The public functions on CUDA tensors: what the kernels' own tests pass by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import gck
+from tests.cases import make, same_bytes
+
+pytestmark = pytest.mark.gpu
+
+N = 300_007
+
+
+def on_both(case: str = "gaussian", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    grad, err = make(case, N, dtype)
+    return (grad, err), (grad.cuda(), err.cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_public_functions_give_the_bytes_of_the_cpu(dtype: torch.dtype) -> None:
+    (grad, err), (cuda_grad, cuda_err) = on_both("few nonfinite", dtype)
+    for call in (
+        lambda g, e: gck.topk_ef_(g, e, 0.01, value_dtype=torch.bfloat16),
+        lambda g, e: gck.sign_ef_(g, e, 128),
+        lambda g, e: gck.topk(g, k=100),
+    ):
+        wanted, got = call(grad, err), call(cuda_grad, cuda_err)
+        assert all(same_bytes(a, b) for a, b in zip(got.fields, wanted.fields, strict=True))
+        assert same_bytes(cuda_err, err)
+        assert torch.equal(gck.decompress(got).cpu().nan_to_num(7.0), gck.decompress(wanted).nan_to_num(7.0))
+
+
+def test_public_functions_do_not_synchronise() -> None:
+    _, (grad, err) = on_both()
+    out = torch.zeros(N, device="cuda")
+
+    def step() -> None:
+        gck.decompress(gck.topk_ef_(grad, err, 0.01), out=out)
+        gck.decompress_add_(out, gck.sign_ef_(grad, err), 0.5)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_public_functions_in_a_graph() -> None:
+    (grad, err), (cuda_grad, cuda_err) = on_both()
+    out = torch.zeros(N, device="cuda")
+
+    def step() -> None:
+        gck.decompress(gck.topk_ef_(cuda_grad, cuda_err, 0.01), out=out)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    cuda_err.copy_(err)
+    for _ in range(3):
+        graph.replay()
+        dense = gck.decompress(gck.topk_ef_(grad, err, 0.01))
+        assert same_bytes(out, dense)
+        assert same_bytes(cuda_err, err)
+
+
+def test_public_operators_pass_opcheck() -> None:
+    grad, err = (x.cuda() for x in make("gaussian", 1000, torch.float32))
+    nonfinite = torch.zeros(1, dtype=torch.int64, device="cuda")
+    opcheck(torch.ops.gck.topk_ef_, (grad, err, 10, torch.float32, nonfinite))
+    opcheck(torch.ops.gck.sign_ef_, (grad, err, 64, None))
+
+
+def test_public_functions_compile() -> None:
+    def step(grad: torch.Tensor, err: torch.Tensor) -> torch.Tensor:
+        return gck.decompress(gck.topk_ef_(grad * 2, err, 0.01))
+
+    (grad, err), (cuda_grad, cuda_err) = on_both()
+    wanted = step(grad, err)
+    assert same_bytes(torch.compile(step, fullgraph=True)(cuda_grad, cuda_err), wanted)
+    assert same_bytes(cuda_err, err)
+
+
+@pytest.mark.parametrize("compressor", [gck.TopK(ratio=0.01), gck.Sign()], ids=str)
+def test_public_all_reduce_of_simulated_ranks(compressor: Any) -> None:
+    def reduce(member: Any, device: str) -> torch.Tensor:
+        grad, state = make("gaussian", N + member.rank, torch.float32)[0][:N].to(device), gck.ErrorFeedback()
+        for _ in range(2):
+            gck.all_reduce_(grad, state, compressor, member)
+        return grad.cpu()
+
+    wanted = gck.SimulatedGroup(3).run(reduce, "cpu")
+    got = gck.SimulatedGroup(3).run(reduce, "cuda")
+    assert all(same_bytes(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_public_functions_take_cupy_arrays_on_their_stream() -> None:
+    cupy = pytest.importorskip("cupy")
+    (grad, err), (cuda_grad, cuda_err) = on_both()
+    wanted = gck.topk_ef_(grad, err, 0.01)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        cupy_grad, cupy_err = cupy.asarray(cuda_grad), cupy.asarray(cuda_err)
+        payload = gck.topk_ef_(cupy_grad, cupy_err, 0.01)
+        residual = cupy_err.get()  # on this stream, so after the kernels
+        stream.synchronize()
+    assert all(same_bytes(a, b) for a, b in zip(payload.fields, wanted.fields, strict=True))
+    assert same_bytes(torch.from_numpy(residual), err)
+
+
+def test_public_devices_must_agree() -> None:
+    (grad, err), (cuda_grad, cuda_err) = on_both()
+    before = err.clone()
+    for g, e in ((cuda_grad, err), (grad, cuda_err)):
+        with pytest.raises(
+            gck.errors.DeviceMismatchError, match="topk_ef_: err must be on the device of grad"
+        ):
+            gck.topk_ef_(g, e, 0.01)
+    assert same_bytes(err, before)
