@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck.collectives.handshake import Signature, agree
 from gck.collectives.transports import Transport, resolve
-from gck.compressor import Compressor, shard_numel
+from gck.compressor import Compressor
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.wire import body_of, layout_of
@@ -93,21 +93,19 @@ def one_phase(
         2. All-gather the bodies.
         3. Decode and add in rank order, this rank's own message too; divide once for "avg".
     """
-    unit, world_size = compressor.shard_unit, transport.world_size
-    capacities = [shard_numel(grad.numel(), unit, 1) for grad in grads]
-    sizes = [compressor.layout(capacity).nbytes for capacity in capacities]
+    sizes = [compressor.layout(grad.numel()).nbytes for grad in grads]
     send = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=grads[0].device)
     for grad, err, counter, body in zip(grads, errs, counters, send.split(sizes, 1), strict=True):
         if grad.numel():
             compressor.compress_(grad, err, body, nonfinite=counter)
     rows = transport.all_gather_bytes(send[0])
     results = []
-    for grad, capacity, bodies in zip(grads, capacities, rows.split(sizes, 1), strict=True):
+    for grad, bodies in zip(grads, rows.split(sizes, 1), strict=True):
         result = torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)
         if grad.numel():
             for body in bodies:
-                compressor.decompress_(result, body, capacity=capacity, accumulate=True)
+                compressor.decompress_(result, body, accumulate=True)
             if op == "avg":
-                result.div_(world_size)
+                result.div_(transport.world_size)
         results.append(result)
     return results

@@ -37,8 +37,9 @@ def all_reduce_(
     """Averages a gradient over the group through a compressor, with error feedback.
 
     Every rank ends with the same bits. What the messages left out stays in `state` and is added to the
-    next gradient, so nothing is lost, only late. Sums are taken in fp32, in rank order, and rounded to
-    the gradient's dtype once.
+    next gradient, so nothing is lost, only late. Sums are taken in fp32 and rounded to the gradient's
+    dtype once. The compressed algorithms add in rank order. The order of the dense one is the
+    backend's: from three ranks on, the last bits may depend on the backend and on the message's size.
     Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes"
     (ICML 2019), Algorithm 2; the two-phase algorithm is that of "1-bit Adam" (ICML 2021).
 
@@ -66,7 +67,10 @@ def all_reduce_(
         PeerLostError, CollectiveTimeoutError: a peer died or did not answer; the group is unusable.
         GroupUnusableError: an earlier failure spoilt the group.
 
-        Whatever is raised, grad and state are as they were.
+        Whatever is raised, grad and state are as they were. Arguments are checked before ranks
+        exchange anything: a check that fails on one rank only (a gradient that is not contiguous there,
+        say) raises there, while its peers wait for it until their timeout, which spoils the group for
+        them.
     """
     states = None if state is None else [state]
     _all_reduce("all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate)
@@ -87,7 +91,10 @@ def all_reduce_many_(
     """`all_reduce_` of several tensors with one message a phase; all on one device.
 
     With "auto" each tensor takes the algorithm that it would take alone, and tensors of one algorithm
-    share messages: results do not depend on how tensors are grouped.
+    share messages. Tensors that are compressed get the bits that they would get alone, however they are
+    grouped. Dense ones get the same bits on every rank, but from three ranks on these may depend on the
+    grouping: the backend adds in an order that follows from the place in the message, as a ring does
+    whose chunks end elsewhere.
 
     Args:
         grads: tensors as for `all_reduce_`; must not overlap.
@@ -133,6 +140,7 @@ def packed_all_reduce_(
         Those of `all_reduce_`; grad, err, server_err and nonfinite are as they were.
     """
     function = "packed_all_reduce_"
+    # By name: this function is the sign format's own, and collectives do not import kernels.
     compressor: Compressor = compressor_class("sign")(chunk_size=chunk_size)
     transport = resolve(group, timeout)
     checks.check_grad(function, grad)
@@ -196,6 +204,7 @@ def _all_reduce(
 
     saved = [None if state is None else state.snapshot() for state in kept]
     flat = [grad.detach().view(-1) for grad in grads]
+    written: list[tuple[Tensor, Tensor]] = []
     try:
         results: list[tuple[Tensor, Tensor]] = []
         for chosen, members in plan.items():
@@ -206,9 +215,13 @@ def _all_reduce(
                 bound = [bindings[i] for i in members]
                 reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)
             results += zip(some, reduced, strict=True)
+        # Copies of all of them first: an interrupt may come between two writes, or within one.
+        written = [(grad, grad.clone()) for grad, _ in results]
         for grad, result in results:
             grad.copy_(result)
     except BaseException:
+        for grad, copy in written:
+            grad.copy_(copy)
         for state, snapshot in zip(kept, saved, strict=True):
             if state is not None and snapshot is not None:
                 state.restore(snapshot)
@@ -224,8 +237,8 @@ def _plan(
         for numel in numels if algorithm != "dense" else ():
             compressor.layout(numel)
         return {algorithm: list(range(len(numels)))}
-    # Each tensor by itself: its result must not depend on what it shares a message with, since DDP
-    # rebuilds its buckets after the first step, and again after a restart.
+    # Each tensor by itself: whether and how it is compressed must not depend on what it shares a message
+    # with, since DDP rebuilds its buckets after the first step, and again after a restart.
     plan: dict[str, list[int]] = {}
     for i, numel in enumerate(numels):
         plan.setdefault(choose_algorithm(compressor, [numel], world_size), []).append(i)

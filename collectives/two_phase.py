@@ -42,10 +42,6 @@ class Shards(NamedTuple):
         """Elements of the tensor that lie in the shard of `rank`."""
         return max(0, min(self.numel, self.total - rank * self.numel))
 
-    def capacity(self, rank: int) -> int:
-        """Elements that the owner's own body is laid out for."""
-        return shard_numel(self.valid(rank), self.unit, 1)
-
     def part(self, flat: Tensor, rank: int) -> Tensor:
         """The shard of `rank` as a view."""
         start = min(rank * self.numel, self.total)
@@ -107,7 +103,7 @@ def two_phase(
             owned.div_(world_size)
         residual = None if server_err is None else server_err[: shard.valid(rank)]
         # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
-        nbytes = compressor.layout(shard.capacity(rank)).nbytes
+        nbytes = compressor.layout(shard.valid(rank)).nbytes
         compressor.compress_(owned, residual, slot[:, :nbytes], nonfinite=counter)
 
     gathered = transport.all_gather_bytes(reduced[0]).split(sizes, 1)
@@ -117,8 +113,7 @@ def two_phase(
         result = torch.zeros(shard.total, dtype=torch.float32, device=device)
         for owner, slot in enumerate(slots):
             if shard.valid(owner):
-                capacity = shard.capacity(owner)
-                body = slot[: compressor.layout(capacity).nbytes]
-                compressor.decompress_(shard.part(result, owner), body, capacity=capacity)
+                body = slot[: compressor.layout(shard.valid(owner)).nbytes]
+                compressor.decompress_(shard.part(result, owner), body)
         results.append(result)
     return results

@@ -102,7 +102,15 @@ def shard_numel(numel: int, unit: int | None, shards: int) -> int:
 
     Every shard has this capacity; the last ones may be partly or wholly empty. A single shard is the
     vector itself, whose last unit may be cut short.
+
+    Raises:
+        ArgumentError: numel is negative, or unit or shards less than 1.
     """
+    if numel < 0 or shards < 1 or (unit is not None and unit < 1):
+        raise ArgumentError(
+            "shard_numel: numel must be at least 0, unit and shards at least 1, "
+            f"got {numel}, {unit}, {shards}"
+        )
     if unit is None or shards == 1:
         return numel
     units = -(-numel // unit)

@@ -21,6 +21,7 @@ from gck.collectives import (
 )
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
+from gck.errors import ArgumentError
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.collectives import oracle
@@ -95,6 +96,12 @@ def test_equals_oracle_random(
 ) -> None:
     algorithm = "two_phase" if two and compressor.shard_unit is not None else "one_phase"
     check_against_oracle(compressor, algorithm, world_size, n, dtype, op)
+
+
+@pytest.mark.parametrize("arguments", [(-1, 32, 2), (100, 32, 0), (100, 0, 2), (100, None, 0)])
+def test_shards_that_cannot_be(arguments: tuple[int, int | None, int]) -> None:
+    with pytest.raises(ArgumentError, match="shard_numel: numel must be at least 0"):
+        shard_numel(*arguments)
 
 
 def test_world_of_64() -> None:
