@@ -46,7 +46,8 @@ class ErrorFeedback:
             unless a two-phase all-reduce ran.
         binding: the rank, world size and unit that `server` belongs to.
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
-            cleared because they were not finite. Reading it synchronises; nothing here does.
+            cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
+            does, which turns it into an int.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,7 @@ class ErrorFeedback:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """A plain dict of tensors (not copies, as in torch.nn.Module) and ints."""
+        """A plain dict of tensors (not copies, as in torch.nn.Module) and ints; waits for the device."""
         state: dict[str, Any] = {"version": STATE_VERSION}
         if self.worker is not None:
             state["worker"] = self.worker
@@ -212,8 +213,11 @@ class ErrorFeedback:
                         f"{name} {present}; pass reset_server=True to start it from zero"
                     )
         if "nonfinite" in state:
+            count = state["nonfinite"]
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**63:
+                raise StateMismatchError(f"load_state_dict: nonfinite must be an int >= 0, got {count!r}")
             device = None if loaded.worker is None else loaded.worker.device
-            loaded.nonfinite = torch.tensor([int(state["nonfinite"])], dtype=torch.int64, device=device)
+            loaded.nonfinite = torch.tensor([count], dtype=torch.int64, device=device)
         return loaded
 
 

@@ -120,6 +120,10 @@ def test_state_survives_the_disk(make: Callable[[], ErrorFeedback]) -> None:
         ({"worker": torch.zeros(100).half()}, {}, "worker residual must be flat float32"),
         ({"worker": [0.0]}, {}, "worker residual must be flat float32, got list"),
         ({"unit": "x"}, {}, "saved server residual"),
+        ({"nonfinite": "many"}, {}, "nonfinite must be an int >= 0, got 'many'"),
+        ({"nonfinite": None}, {}, "nonfinite must be an int >= 0, got None"),
+        ({"nonfinite": -1}, {}, "nonfinite must be an int >= 0, got -1"),
+        ({"nonfinite": 2**63}, {}, "nonfinite must be an int >= 0"),
     ],
 )
 @pytest.mark.parametrize("fresh", [True, False])

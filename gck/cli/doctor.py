@@ -25,6 +25,8 @@ from rich.table import Table
 
 __all__ = ["Finding", "examine", "main"]
 
+OLDEST_TRITON = (3, 6)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -94,8 +96,11 @@ def _compiled_module() -> Iterator[Finding]:
         yield Finding("CPU kernels", False, str(error), "build the package as said", required=True)
         return
     detail = f"instruction set {isa}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
-    slow = isa == "portable" and platform.machine() in ("x86_64", "AMD64")
-    advice = "this CPU has no AVX2: kernels work, but below their best speed" if slow else ""
+    advice = ""
+    if isa == "portable" and platform.machine() in ("x86_64", "AMD64"):
+        asked = os.environ.get("GCK_ISA") == "portable"
+        why = "the environment asks for it (GCK_ISA=portable)" if asked else "this CPU has no AVX2"
+        advice = f"{why}: kernels work, but below their best speed"
     yield Finding("CPU kernels", True, detail, advice, required=True)
 
 
@@ -168,6 +173,11 @@ def _triton() -> Iterator[Finding]:
         import triton
     except ImportError as error:
         yield Finding("Triton", False, str(error), "GPU kernels need it: `pip install triton`")
+        return
+    if _release(triton.__version__) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        advice = f"GPU kernels need Triton {oldest} or newer: `pip install 'triton>={oldest}'`"
+        yield Finding("Triton", False, f"{triton.__version__}, too old", advice)
         return
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     how = "interpreted, slowly (TRITON_INTERPRET=1)" if interpreted else "compiled"
@@ -246,6 +256,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return getattr(sys.modules.get(package), "__version__", None)
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(major, minor), such as of "3.6.0+git1a2b"."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _wheel_folders(package: str) -> list[Path]:

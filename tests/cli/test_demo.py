@@ -22,17 +22,23 @@ pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
 START = 60.0  # seconds; workers import torch, on few cores
 
 
-def start(*options: str) -> subprocess.Popen[str]:
+def start(*options: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "gck.cli", "demo", "--workers", "2", *options]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | environment,
     )
 
 
 @pytest.fixture
 def long_demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A demo with more steps than it will live to see."""
-    demo = start("--steps", "100000", "--only", "gck-topk", "--out", str(tmp_path))
+    # What a demo that is killed cannot remove lies where pytest will.
+    demo = start("--steps", "100000", "--only", "gck-topk", "--out", str(tmp_path), TMPDIR=str(tmp_path))
     yield demo
     demo.kill()
     demo.communicate()
@@ -149,10 +155,11 @@ def test_killed_worker(long_demo: subprocess.Popen[str]) -> None:
     assert not namespaces(long_demo.pid)
 
 
-def test_killed_demo_takes_its_workers_along(long_demo: subprocess.Popen[str]) -> None:
+def test_killed_demo_takes_its_workers_along(long_demo: subprocess.Popen[str], tmp_path: Path) -> None:
     wait_for(lambda: training(long_demo.pid))
     long_demo.kill()
     long_demo.wait()
+    assert list(tmp_path.glob("gck-demo-*"))
     wait_for(lambda: not workers(long_demo.pid), 10)
     remove_stale()
     assert not namespaces(long_demo.pid)

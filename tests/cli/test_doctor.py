@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,30 @@ def test_wrong_bytes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found["top-k self-check"].works
     assert "do not train" in found["top-k self-check"].advice
     assert found["sign self-check"].works
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"), [("portable", "the environment asks for it"), ("", "this CPU has no AVX2")]
+)
+def test_why_kernels_are_portable(environment: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCK_ISA", environment)
+    monkeypatch.setattr(gck._native, "load", lambda: SimpleNamespace(isa=lambda: "portable"))
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    (found,) = doctor._compiled_module()
+    assert found.works
+    assert found.advice.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [("3.5.1", False), ("2.10.0", False), ("3.6.0", True), ("3.10.0+git1a2b", True), ("4.0", True)],
+)
+def test_triton_must_be_new_enough(version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))  # type: ignore[misc]
+    (found,) = doctor._triton()
+    assert found.works == works
+    assert found.detail.startswith(version)
+    assert works or "triton>=3.6" in found.advice
 
 
 def test_a_check_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

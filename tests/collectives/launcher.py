@@ -86,7 +86,8 @@ def report(directory: Path, rank: int, result: Any) -> None:
 
 
 def leave() -> None:
-    """In a rank: ends at once; the usual way out waits for operations that a lost peer left behind."""
+    """In a rank: ends at once; the usual way out waits for operations that a lost peer left behind, and
+    `destroy_process_group` may hang even without one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -26,4 +26,4 @@ if __name__ == "__main__":
     torch.distributed.barrier()
     result["again"] = scenarios.run(rank, world_size, None)
     launcher.report(directory, rank, result)
-    torch.distributed.destroy_process_group()
+    launcher.leave()

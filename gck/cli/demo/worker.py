@@ -42,21 +42,22 @@ def main(argv: list[str]) -> None:
     # The workers share one machine; more threads each would only get in each other's way.
     torch.set_num_threads(1)
     train_images, test_images = load_images(Path(assignment.data))
+    dist.init_process_group(
+        "gloo",
+        # A file and not a port: it needs no free port, and nobody else can connect to it.
+        init_method=(Path(assignment.rendezvous) / "rendezvous").as_uri(),
+        rank=assignment.rank,
+        world_size=assignment.settings.workers,
+        timeout=timedelta(seconds=assignment.timeout),
+    )
     for name in assignment.configurations:
-        dist.init_process_group(
-            "gloo",
-            # A file and not a port: it needs no free port, and nobody else can connect to it.
-            init_method=(Path(assignment.rendezvous) / name).as_uri(),
-            rank=assignment.rank,
-            world_size=assignment.settings.workers,
-            timeout=timedelta(seconds=assignment.timeout),
-        )
-        try:
-            train(assignment, name, train_images, test_images, events)
-            # Nobody may leave while another still talks to it.
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
+        train(assignment, name, train_images, test_images, events)
+        # Nobody may leave while another still talks to it.
+        dist.barrier()
+    # `destroy_process_group` sometimes hangs (torch 2.6), and so may the interpreter's own way out.
+    events.close()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def train(assignment: Assignment, name: str, images: Images, test: Images, events: TextIO) -> None:
