@@ -180,6 +180,24 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
 
 
+def check_algorithm(function: str, compressor: object, algorithm: object) -> None:
+    """Raises unless `compressor` is one and can run on `algorithm`.
+
+    Raises:
+        DtypeError: compressor is no Compressor.
+        ArgumentError: algorithm is unknown, or not for this compressor.
+    """
+    if algorithm not in ALGORITHMS:
+        names = ", ".join(f'"{name}"' for name in ALGORITHMS)
+        raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
+    if not isinstance(compressor, Compressor):
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {type(compressor).__name__}")
+    if algorithm == "two_phase" and compressor.shard_unit is None:
+        raise ArgumentError(
+            f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'
+        )
+
+
 def _all_reduce(
     function: str,
     grads: Sequence[Tensor],
@@ -278,15 +296,7 @@ def _check(
     """Everything that can be said without looking at memory or asking a peer."""
     if op not in OPS:
         raise ArgumentError(f'{function}: op must be "avg" or "sum", got {op!r}')
-    if algorithm not in ALGORITHMS:
-        names = ", ".join(f'"{name}"' for name in ALGORITHMS)
-        raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
-    if not isinstance(compressor, Compressor):
-        raise DtypeError(f"{function}: compressor must be a Compressor, got {type(compressor).__name__}")
-    if algorithm == "two_phase" and compressor.shard_unit is None:
-        raise ArgumentError(
-            f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'
-        )
+    check_algorithm(function, compressor, algorithm)
     if len(states) != len(grads):
         raise ShapeMismatchError(
             f"{function}: states must be as many as grads, got {len(states)} and {len(grads)}"

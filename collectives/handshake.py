@@ -26,7 +26,7 @@ import torch
 from gck.collectives.transports import Transport
 from gck.errors import ArgumentError, CollectiveMismatchError
 
-__all__ = ["VALIDATE", "Signature", "agree", "describe"]
+__all__ = ["VALIDATE", "Signature", "agree", "check_validate", "describe"]
 
 VALIDATE = ("first", "always", "off")
 HEADER = struct.Struct("<4sBBBBIIQQ16s16s")
@@ -95,6 +95,12 @@ def describe(compressor: object) -> str:
     return f"{type(compressor).__module__}.{type(compressor).__qualname__}"
 
 
+def check_validate(function: str, validate: object) -> None:
+    """Raises ArgumentError unless `validate` is one of `VALIDATE`."""
+    if validate not in VALIDATE:
+        raise ArgumentError(f'{function}: validate must be "first", "always" or "off", got {validate!r}')
+
+
 def agree(transport: Transport, function: str, signature: Signature, validate: str = "first") -> None:
     """Returns on every rank when all call the same, raises on every rank when not.
 
@@ -114,8 +120,7 @@ def agree(transport: Transport, function: str, signature: Signature, validate: s
         ArgumentError: validate is none of these.
         CollectiveMismatchError: ranks differ; the group stays usable.
     """
-    if validate not in VALIDATE:
-        raise ArgumentError(f'{function}: validate must be "first", "always" or "off", got {validate!r}')
+    check_validate(function, validate)
     calls = transport.calls
     calls.sequence += 1
     key = signature.header(transport.world_size, 0)

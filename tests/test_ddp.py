@@ -155,6 +155,19 @@ def test_sizes_are_checked() -> None:
             DtypeError,
             "bypass_numel must be an int, got bool",
         ),
+        (lambda: ddp.HookState(Sign(), bypass_1d="no"), DtypeError, "bypass_1d must be a bool, got str"),
+        (
+            lambda: ddp.HookState(Sign(), algorithm="ring"),
+            ArgumentError,
+            "HookState: algorithm must be one of",
+        ),
+        (
+            lambda: ddp.HookState(TopK(k=3), algorithm="two_phase"),
+            ArgumentError,
+            'HookState: algorithm "two_phase" needs a compressor that works on chunks',
+        ),
+        (lambda: ddp.HookState(Sign(), validate="never"), ArgumentError, "HookState: validate must be"),
+        (lambda: ddp.HookState(Sign(), timeout=0), ArgumentError, "timeout must be a positive number"),
         (lambda: ddp.register(nn.Linear(2, 2), Sign()), DtypeError, "must be a DistributedDataParallel"),
     ],
 )

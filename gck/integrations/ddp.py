@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gck.collectives import all_reduce_many_, resolve
-from gck.collectives.handshake import describe
+from gck.collectives.all_reduce import check_algorithm
+from gck.collectives.handshake import check_validate, describe
+from gck.collectives.transports import check_timeout
 from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_version
-from gck.errors import ArgumentError, DtypeError, ShapeMismatchError, StateMismatchError
+from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError, StateMismatchError
 
 __all__ = ["HookState", "hook", "register"]
 
@@ -46,7 +48,8 @@ class HookState:
         bypass_1d: so are parameters of less than two dimensions (biases, norms), whatever their size.
         model: the DDP module or the module inside, to key residuals by parameter name; `state_dict` needs
             it. May be given later with `bind`.
-        group: as for `gck.all_reduce_`; should be the group that DDP uses.
+        group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
+            is a DDP module, else WORLD.
         algorithm, validate, timeout: as for `gck.all_reduce_`.
 
     Attributes:
@@ -70,8 +73,12 @@ class HookState:
         validate: str = "first",
         timeout: float | None = None,
     ) -> None:
-        if not isinstance(compressor, Compressor):
-            raise DtypeError(f"HookState: compressor must be a Compressor, got {type(compressor).__name__}")
+        check_algorithm("HookState", compressor, algorithm)
+        check_validate("HookState", validate)
+        if timeout is not None:
+            check_timeout(timeout)
+        if not isinstance(bypass_1d, bool):
+            raise DtypeError(f"HookState: bypass_1d must be a bool, got {type(bypass_1d).__name__}")
         self.compressor = compressor
         self.warmup_steps = _count("warmup_steps", warmup_steps)
         self.bypass_numel = _count("bypass_numel", bypass_numel)
@@ -90,7 +97,8 @@ class HookState:
             self.bind(model)
 
     def bind(self, model: torch.nn.Module) -> None:
-        """Learns the parameters' names; residuals that exist already follow.
+        """Learns the parameters' names; residuals that exist already follow. Where no group was given,
+        that of a DDP module is taken.
 
         Raises:
             ArgumentError: residuals exist for a parameter that is not in `model`.
@@ -106,6 +114,8 @@ class HookState:
         self._names = named
         self._parameters = list(inner.parameters())
         self._bound = True
+        if self.group is None and isinstance(model, DistributedDataParallel):
+            self.group = model.process_group
 
     def feedback(self, parameter: Tensor, create: bool = True) -> ErrorFeedback | None:
         """The residuals of a parameter; None where it has none and `create` is false.
@@ -122,6 +132,10 @@ class HookState:
             name = self._names[id(parameter)] = f"<unnamed parameter {len(self._names)}>"
             self._parameters.append(parameter)
         return self.residuals[name] if create or name in self.residuals else None
+
+    def label(self, parameter: Tensor) -> str:
+        """How errors call a parameter: by its name, or by its shape where it has none."""
+        return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
 
     def bypassed(self, parameter: Tensor) -> bool:
         """Whether a parameter's gradient is reduced without compression."""
@@ -147,21 +161,37 @@ class HookState:
     def load_state_dict(self, state: Mapping[str, Any], *, reset_server: bool = False) -> None:
         """Continues from what `state_dict` returned on the same rank.
 
+        A worker residual is what one rank's messages left out: loaded on another rank as well, it would
+        be sent twice. So the rank must be the same, always. A world that grew starts the new ranks
+        without a state; in one that shrank, the residuals of the ranks that are gone are lost.
+
         Args:
             state: the dict of this rank.
-            reset_server: start server residuals from zero; needed when the world size changed.
+            reset_server: continue in a world of another size, or with another compressor: worker
+                residuals are gradients, which any compressor can send later, server residuals belong to
+                a shard and start from zero.
 
         Raises:
             ArgumentError: the parameters' names are not known.
-            StateMismatchError: the state does not fit the model, the rank or the world size; nothing
-                was changed.
+            StateMismatchError: the state is malformed or does not fit the model, the rank, or, without
+                reset_server, the world size or the compressor; nothing was changed.
         """
         self._check_bound("load_state_dict")
         check_version("HookState.load_state_dict", state)
         step = state.get("step")
-        if not isinstance(step, int) or step < 0:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
         transport = resolve(self.group)
+        fixed: dict[str, object] = {"rank": transport.rank}
+        if not reset_server:
+            fixed |= {"world_size": transport.world_size, "compressor": describe(self.compressor)}
+        for name, present in fixed.items():
+            if state.get(name) != present:
+                advice = "" if name == "rank" else "; pass reset_server=True to continue all the same"
+                raise StateMismatchError(
+                    f"HookState.load_state_dict: the saved state belongs to {name} {state.get(name)}, this "
+                    f"is {name} {present}{advice}"
+                )
         numels = {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
         self.residuals.load_state_dict(
             state.get("residuals", {}),
@@ -187,10 +217,30 @@ def hook(
 
     The mean is taken here, once. Collectives run to their end inside the hook, in the order of the
     buckets, which is the same on all ranks: chained from futures they would run in another order on
-    each. Errors reach the training loop from `loss.backward()` with their type; the bucket that failed
-    and its residuals are as they were, buckets of the same step that came before it are reduced.
+    each.
+
+    Errors reach the training loop from `loss.backward()` with their type; the bucket that failed and its
+    residuals are as they were, buckets of the same step that came before it are reduced. DDP itself does
+    not survive an error raised in a hook: its next backward stops at an internal assert of torch. Make a
+    new DDP module of the model inside, on a group that is usable, and register the hook on it with a new
+    state that loads `state_dict()` of this one, or with this one after `bind`: the residuals are intact.
+
+    With `find_unused_parameters=True`, what is averaged for a parameter that no rank used in this step is
+    discarded: DDP leaves its gradient alone, and does not tell the hook. The residual that was sent for
+    it in that step is lost.
+
+    Raises:
+        LayoutError: the bucket holds a sparse gradient.
+        ShapeMismatchError: the bucket's sizes contradict each other.
+        Those of `gck.all_reduce_`.
     """
     buffer, parameters = bucket.buffer(), bucket.parameters()
+    if buffer.layout != torch.strided:
+        raise LayoutError(
+            f"gck.ddp.hook: bucket {bucket.index()} holds the sparse gradient ({buffer.layout}) of "
+            f"{', '.join(map(state.label, parameters))}, which DDP gives to hooks as it is; make it dense, "
+            "as with nn.Embedding(sparse=False)"
+        )
     numels = [parameter.numel() for parameter in parameters]
     if buffer.numel() != sum(numels):
         raise ShapeMismatchError(
@@ -232,7 +282,6 @@ def register(model: DistributedDataParallel, compressor: Compressor, **options: 
         raise DtypeError(
             f"gck.ddp.register: model must be a DistributedDataParallel, got {type(model).__name__}"
         )
-    options.setdefault("group", model.process_group)
     state = HookState(compressor, model=model, **options)
     model.register_comm_hook(state, hook)
     return state

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gck.collectives import all_reduce_
 from gck.error_feedback import ErrorFeedback
-from gck.errors import ArgumentError, CollectiveMismatchError, StateMismatchError
+from gck.errors import ArgumentError, CollectiveMismatchError, LayoutError, StateMismatchError
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
@@ -82,6 +82,18 @@ def check_mean_is_taken_once_and_buckets_are_rebuilt() -> None:
         assert len(layouts[1]) > 1, "one bucket only"
         assert layouts[0] != layouts[1], "buckets were not rebuilt"
         assert state.step == 4
+
+
+def check_options_of_ddp_make_no_difference() -> None:
+    models, states = [], []
+    for options in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}):
+        models.append(DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS, **options))
+        states.append(ddp.register(models[-1], TopK(ratio=0.1), algorithm="one_phase", **EVERYTHING))
+        train(models[-1], range(4))
+    assert all(equal(models[0], model) for model in models)
+    assert [state.step for state in states] == [4, 4, 4]
+    for name, residuals in states[0].residuals.items():
+        assert all(same_bytes(residuals.worker, state.residuals[name].worker) for state in states)
 
 
 def check_residuals_are_kept_by_name() -> None:
@@ -233,6 +245,55 @@ def check_states_that_do_not_fit() -> None:
     assert all(residuals.server is None for _, residuals in state.residuals.items())
 
 
+def check_states_of_another_rank_world_or_compressor() -> None:
+    """Top-k has no server residual that would tell."""
+    model = DistributedDataParallel(network())
+    state = ddp.register(model, TopK(ratio=0.1), algorithm="one_phase", **EVERYTHING)
+    train(model, range(2))
+    saved = copy.deepcopy(state.state_dict())
+    other = ddp.HookState(TopK(ratio=0.2), model=model)
+    for change, text, overridden in (
+        ({"rank": 1 - dist.get_rank()}, f"belongs to rank {1 - dist.get_rank()}, this is", False),
+        ({"rank": None}, "belongs to rank None", False),
+        ({"world_size": 4}, "belongs to world_size 4, this is world_size 2; pass reset_server", True),
+        ({"compressor": "Sign(chunk_size=32)"}, r"belongs to compressor Sign\(.*; pass reset_server", True),
+    ):
+        for reset_server in (False, True):
+            if reset_server and overridden:
+                state.load_state_dict(saved | change, reset_server=True)
+            else:
+                with pytest.raises(StateMismatchError, match=text):
+                    other.load_state_dict(saved | change | {"step": 7}, reset_server=reset_server)
+                assert other.step == len(other.residuals) == 0
+    # Its own compressor is what counts.
+    with pytest.raises(StateMismatchError, match=r"belongs to compressor TopK\(ratio=0.1"):
+        other.load_state_dict(saved)
+    other.load_state_dict(saved, reset_server=True)
+    assert other.step == 2
+    assert same_bytes(other.residuals["0.weight"].worker, state.residuals["0.weight"].worker)
+
+
+def check_group_is_that_of_the_model() -> None:
+    own = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model, twin = DistributedDataParallel(network(), process_group=own), network()
+    state = ddp.HookState(TopK(ratio=1.0), algorithm="one_phase", model=model, **EVERYTHING)
+    model.register_comm_hook(state, ddp.hook)
+    loss_of(model, 0).backward()
+    loss_of(twin, 0).backward()
+    assert state.state_dict()["world_size"] == 1
+    for parameter, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        assert same_bytes(parameter.grad, theirs.grad)
+    other = ddp.HookState(TopK(ratio=1.0), model=model, group=dist.group.WORLD)
+    assert other.state_dict()["world_size"] == 2
+
+
+def check_sparse_gradients_are_refused() -> None:
+    model = DistributedDataParallel(nn.Sequential(nn.Embedding(50, 40, sparse=True), nn.Linear(40, 3)))
+    ddp.register(model, TopK(ratio=0.1))
+    with pytest.raises(LayoutError, match=r"sparse gradient \(torch.sparse_coo\) of 0.weight"):
+        model(torch.arange(5)).sum().backward()
+
+
 def check_names_can_come_later() -> None:
     model = DistributedDataParallel(network())
     state = ddp.HookState(Sign(32), bypass_numel=200)
@@ -261,7 +322,10 @@ def check_errors_reach_the_training_loop() -> None:
         loss_of(model, 0).backward()
     assert state.step == 0
     assert all(residuals.worker is None for _, residuals in state.residuals.items())
-    again = DistributedDataParallel(network())  # on the same group
+    # On the same group; DDP itself does not survive.
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
+        loss_of(model, 0).backward()
+    again = DistributedDataParallel(network())
     ddp.register(again, Sign(32), bypass_numel=200)
     loss_of(again, 0).backward()
     assert_same_on_all_ranks([parameter.grad for parameter in again.parameters()])
