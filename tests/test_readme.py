@@ -1,4 +1,8 @@
-"""Every command and snippet of the README is executed, here or by the test that this file names."""
+"""Every snippet of the README is executed here, and what its commands call by the test named beside each.
+
+The recipes behind `make` install into .venv, which a test must not: CI runs them, and the tests run what
+they call.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-# command -> the test that runs it; a `make` target's recipe is compared with the Makefile below.
+# command -> the test that runs what it calls.
 ELSEWHERE = {
     "make demo": "tests/cli",
     "make test": "this run",
