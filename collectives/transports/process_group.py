@@ -53,6 +53,10 @@ class _GroupState:
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
 _states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
+# CPU tensors of the last operation, on any group. gloo's threads let go of them some time after `wait`
+# returned; who lets go last needs the interpreter's lock, and in a process that is about to end, a thread
+# that waits for the lock aborts it.
+_last: list[Tensor] = []
 
 
 class ProcessGroupTransport:
@@ -102,7 +106,7 @@ class ProcessGroupTransport:
             return send.expand(self._world_size, -1).clone()
         local = _onto(group, send)
         recv = local.new_empty(self._world_size * local.numel())
-        self._wait("all_gather", lambda: _all_gather(recv, local, group=group, async_op=True))
+        self._wait("all_gather", lambda: _all_gather(recv, local, group=group, async_op=True), local, recv)
         return recv.view(self._world_size, -1).to(send.device)
 
     def all_to_all_bytes(self, send: Tensor) -> Tensor:
@@ -111,7 +115,12 @@ class ProcessGroupTransport:
             return send.clone()
         local = _onto(group, send)
         recv = torch.empty_like(local)
-        self._wait("all_to_all", lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
+        self._wait(
+            "all_to_all",
+            lambda: dist.all_to_all_single(recv, local, group=group, async_op=True),
+            local,
+            recv,
+        )
         return recv.to(send.device)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -119,7 +128,7 @@ class ProcessGroupTransport:
         if self._world_size == 1 or tensor.numel() == 0:
             return
         local = _onto(group, tensor)
-        self._wait("all_reduce", lambda: dist.all_reduce(local, group=group, async_op=True))
+        self._wait("all_reduce", lambda: dist.all_reduce(local, group=group, async_op=True), local)
         if local is not tensor:
             tensor.copy_(local)
 
@@ -144,8 +153,9 @@ class ProcessGroupTransport:
             raise GroupUnusableError(f"{operation}: the group was destroyed")
         return group
 
-    def _wait(self, operation: str, start: Any) -> None:
-        """Starts an operation and waits for it; failures become typed errors."""
+    def _wait(self, operation: str, start: Any, *tensors: Tensor) -> None:
+        """Starts an operation on `tensors` and waits for it; failures become typed errors."""
+        _last[:] = [tensor for tensor in tensors if tensor.device.type == "cpu"]
         began = time.monotonic()
         try:
             work = start()
