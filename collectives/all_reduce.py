@@ -52,9 +52,11 @@ def all_reduce_(
         op: "avg" or "sum".
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
-            the one that sends least, see `choose_algorithm`.
+            the one that sends least, see `gck.collectives.choose_algorithm`.
         validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
-            "off". The same on all ranks.
+            "off". The same on all ranks. With "first", ranks that later mix up configurations which they
+            have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
+            "always" (a small message more a call) where configurations change during training.
         timeout: seconds that each wait may take. Default: the group's own.
 
     Returns:
@@ -70,7 +72,8 @@ def all_reduce_(
         Whatever is raised, grad and state are as they were. Arguments are checked before ranks
         exchange anything: a check that fails on one rank only (a gradient that is not contiguous there,
         say) raises there, while its peers wait for it until their timeout, which spoils the group for
-        them.
+        them. The rank that raised must not go on with the group either: its next message would be taken
+        for the one that is missing.
     """
     states = None if state is None else [state]
     _all_reduce("all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate)
@@ -127,7 +130,7 @@ def packed_all_reduce_(
     Args:
         grad: fp32, bf16 or fp16, contiguous, any shape; overwritten by the decoded average.
         err: fp32, numel elements; this rank's residual, overwritten.
-        server_err: fp32, `gck.compressor.shard_numel(numel, chunk_size, world_size)` elements; the
+        server_err: fp32, `gck.shard_numel(numel, chunk_size, world_size)` elements; the
             residual of the shard that this rank owns, overwritten.
         chunk_size: elements a scale, a power of two in [32, 8192].
         group, op, validate, timeout: as for `all_reduce_`.

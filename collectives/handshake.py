@@ -8,7 +8,7 @@ The header, little-endian:
 
     4  magic "GCKH"       1  version       1  algorithm     1  dtype      1  reduction
     4  world size         4  tensors       8  sequence      8  numel, all tensors together
-    16 blake2b of the compressor's configuration            16 blake2b of every tensor's numel and dtype
+    16 blake2b of the compressor's configuration   16 blake2b of every numel (and dtype, if mixed)
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Signature:
             sequence,
             sum(self.numels),
             _digest(self.compressor),
-            _digest(repr(list(zip(names, self.numels, strict=True)))),
+            # Names are here only where the dtype field cannot say them.
+            _digest(repr((self.numels, names if dtype == "mixed" else None))),
         )
 
 
@@ -139,7 +140,9 @@ def agree(transport: Transport, function: str, signature: Signature, validate: s
 
 def _differences(headers: Sequence[bytes]) -> str:
     """Which ranks differ from what most ranks sent, and in which fields."""
-    common = _Header._make(HEADER.unpack(Counter(headers).most_common(1)[0][0]))
+    most = Counter(headers).most_common(1)[0][0]
+    common = _Header._make(HEADER.unpack(most))
+    others = "most ranks" if len(headers) > 2 else f"rank {headers.index(most)}"
     texts = []
     for rank, packed in enumerate(headers):
         header = _Header._make(HEADER.unpack(packed))
@@ -149,7 +152,7 @@ def _differences(headers: Sequence[bytes]) -> str:
             if mine != theirs
         ]
         if fields:
-            texts.append(f"rank {rank} differs from most ranks in {', '.join(fields)}")
+            texts.append(f"rank {rank} differs from {others} in {', '.join(fields)}")
     return "; ".join(texts)
 
 

@@ -55,20 +55,21 @@ def test_extras() -> None:
         assert names == {"triton", f"cupy-cuda{cuda}x", f"nvidia-nccl-cu{cuda}"}
 
 
-def test_snippets(tmp_path: Path) -> None:
+def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
     assert len(snippets) == 3
     ten_lines, ddp, collectives = snippets
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        scope = {"net": torch.nn.Linear(4, 4), "world_size": 1}
+        scope = {"net": torch.nn.Linear(4, 4), "world_size": 1, "rank": 0}
         for snippet in (ten_lines, ddp, collectives):
             exec(snippet, scope)
     finally:
         dist.destroy_process_group()
     assert scope["payload"].nbytes == 80000
     assert len(scope["payloads"]) == 1
-    assert scope["checkpoint"]["gck"]
+    assert torch.load(tmp_path / "checkpoint-0.pt")["gck"]["rank"] == 0
 
 
 def test_the_ten_line_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,7 +187,11 @@ class HookState:
             fixed |= {"world_size": transport.world_size, "compressor": describe(self.compressor)}
         for name, present in fixed.items():
             if state.get(name) != present:
-                advice = "" if name == "rank" else "; pass reset_server=True to continue all the same"
+                advice = (
+                    "; every rank saves and loads its own"
+                    if name == "rank"
+                    else "; reset_server=True keeps the worker residuals and starts the server's from zero"
+                )
                 raise StateMismatchError(
                     f"HookState.load_state_dict: the saved state belongs to {name} {state.get(name)}, this "
                     f"is {name} {present}{advice}"
@@ -264,25 +268,48 @@ def hook(
     return future
 
 
-def register(model: DistributedDataParallel, compressor: Compressor, **options: Any) -> HookState:
+def register(
+    model: DistributedDataParallel,
+    compressor: Compressor,
+    warmup_steps: int = 0,
+    bypass_numel: int = 1024,
+    bypass_1d: bool = True,
+    group: Any = None,
+    *,
+    algorithm: str = "auto",
+    validate: str = "first",
+    timeout: float | None = None,
+) -> HookState:
     """Makes a `HookState` for `model` and registers the hook.
 
     Args:
         model: not yet with a communication hook.
-        compressor: see `HookState`.
-        options: those of `HookState`, except model.
+        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout: as for
+            `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
 
     Raises:
-        DtypeError: model is no DistributedDataParallel.
+        DtypeError: model is no DistributedDataParallel, or an option has a wrong type.
+        ArgumentError: an option is out of range.
+        RuntimeError: by torch, where the model has a communication hook already.
     """
     if not isinstance(model, DistributedDataParallel):
         raise DtypeError(
             f"gck.ddp.register: model must be a DistributedDataParallel, got {type(model).__name__}"
         )
-    state = HookState(compressor, model=model, **options)
+    state = HookState(
+        compressor,
+        warmup_steps,
+        bypass_numel,
+        bypass_1d,
+        model,
+        group,
+        algorithm=algorithm,
+        validate=validate,
+        timeout=timeout,
+    )
     model.register_comm_hook(state, hook)
     return state
 

