@@ -255,8 +255,8 @@ def check_states_of_another_rank_world_or_compressor() -> None:
     for change, text, overridden in (
         ({"rank": 1 - dist.get_rank()}, f"belongs to rank {1 - dist.get_rank()}, this is", False),
         ({"rank": None}, "belongs to rank None", False),
-        ({"world_size": 4}, "belongs to world_size 4, this is world_size 2; pass reset_server", True),
-        ({"compressor": "Sign(chunk_size=32)"}, r"belongs to compressor Sign\(.*; pass reset_server", True),
+        ({"world_size": 4}, "belongs to world_size 4, this is world_size 2; reset_server", True),
+        ({"compressor": "Sign(chunk_size=32)"}, r"belongs to compressor Sign\(.*; reset_server", True),
     ):
         for reset_server in (False, True):
             if reset_server and overridden:
