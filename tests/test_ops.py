@@ -325,7 +325,7 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own code generation
+@pytest.mark.filterwarnings("ignore")  # inductor warns of its own inner life
 def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
     def step(grad: torch.Tensor, err: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sparse = gck.topk_ef_(grad * 2, err, 0.01, value_dtype=torch.bfloat16)
