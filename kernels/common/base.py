@@ -13,6 +13,7 @@ and `reference`, the oracle, which shares no code with them,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -40,18 +41,18 @@ def backend(function: str, package: str, device: torch.device) -> Any:
     raise DeviceMismatchError(f"{function}: no kernel for device {device}; use cpu or cuda")
 
 
-class KernelCompressor:
+class KernelCompressor(ABC):
     """Base of the compressors in this package; implements `gck.compressor.Compressor`."""
 
     name: ClassVar[str]
     package: ClassVar[str]  # whose cpu and gpu modules hold the kernels
 
     @property
-    def shard_unit(self) -> int | None:
-        raise NotImplementedError
+    @abstractmethod
+    def shard_unit(self) -> int | None: ...
 
-    def layout(self, numel: int) -> Layout:
-        raise NotImplementedError
+    @abstractmethod
+    def layout(self, numel: int) -> Layout: ...
 
     def compress_(
         self, grad: Tensor, err: Tensor | None, bodies: Tensor, *, nonfinite: Tensor | None = None
@@ -120,6 +121,6 @@ class KernelCompressor:
         if out.numel():
             kernels.decompress_(self, out.view(-1), fields, alpha, accumulate)
 
+    @abstractmethod
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         """Dtypes and lengths of a payload that decodes to `numel` elements."""
-        raise NotImplementedError
