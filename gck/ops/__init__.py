@@ -1,0 +1,12 @@
+"""The functional API, registered as torch.library operators: a file a family of compressors.
+
+Each operator returns the payload's body, one uint8 buffer; the public functions check what can be checked
+without looking at memory and give the body its typed views. So they trace under
+`torch.compile(fullgraph=True)`, and in eager mode cost one dispatch.
+"""
+
+from gck.ops.decode import decompress, decompress_add_
+from gck.ops.sign import sign_ef_
+from gck.ops.topk import topk, topk_ef_
+
+__all__ = ["decompress", "decompress_add_", "sign_ef_", "topk", "topk_ef_"]

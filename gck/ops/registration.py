@@ -1,0 +1,47 @@
+"""How a function becomes an operator of the `gck` namespace, and what operators that compress share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gck.kernels.common.base import KernelCompressor
+
+__all__ = ["Array", "compress", "fake_body", "register"]
+
+_library = torch.library.Library("gck", "DEF")
+
+
+class Array(Protocol):
+    """A torch tensor, or anything that speaks DLPack: NumPy and CuPy arrays among them."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines an operator: `kernel` runs on the CPU and on CUDA, `fake` tells shapes while tracing."""
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _library.impl(name, kernel, "CPU")
+    _library.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"gck::{name}", fake, lib=_library)
+
+
+def compress(
+    function: str, compressor: KernelCompressor, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None
+) -> Tensor:
+    """The new body that `compressor` makes of grad and err, on behalf of a public function."""
+    # Not zeroed as a whole: kernels write all of a single body's fields, and it may be large.
+    body = compressor.layout(grad.numel()).empty_body(grad.device)
+    compressor.compress(function, grad, err, body.unsqueeze(0), nonfinite)
+    mutated = [t for t in (err, nonfinite) if t is not None]
+    torch.autograd.graph.increment_version(mutated)
+    return body
+
+
+def fake_body(compressor: KernelCompressor, grad: Tensor) -> Tensor:
+    """What `compress` returns, as far as tracing needs to know."""
+    return grad.new_empty((compressor.layout(grad.numel()).nbytes,), dtype=torch.uint8)

@@ -1,0 +1,61 @@
+"""Signs with one scale a chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gck import interop
+from gck.kernels.sign import Sign, check_chunk_size
+from gck.ops.registration import Array, compress, fake_body, register
+from gck.payload import PackedSigns
+
+__all__ = ["sign_ef_"]
+
+
+def sign_ef_(
+    grad: Array, err: Array, chunk_size: int = 256, *, nonfinite: Tensor | None = None
+) -> PackedSigns:
+    """Packs the signs of acc = grad + err with the mean |acc| of each chunk; the rest stays in err.
+
+    Args:
+        grad: fp32, bf16 or fp16, contiguous, any shape, CPU or CUDA; read only.
+        err: the residual: fp32, contiguous, same numel and device; becomes acc - decompress(result).
+            A chunk whose scale is not finite travels as such and leaves zeros.
+        chunk_size: elements a scale, a power of two in [32, 8192].
+        nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+
+    Returns:
+        PackedSigns(words (ceil(numel / 32),) uint32, scales (ceil(numel / chunk_size),) fp32, numel,
+        chunk_size).
+
+    Raises:
+        ArgumentError, DtypeError, ShapeMismatchError, DeviceMismatchError, LayoutError (not contiguous,
+        overlapping), AutogradError; before anything is written.
+
+    Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), Algorithm 1.
+    """
+    if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
+        with interop.borrowed("sign_ef_", ("err",), grad=grad, err=err) as (g, e):
+            return sign_ef_(g, e, chunk_size, nonfinite=nonfinite)
+    check_chunk_size("sign_ef_", chunk_size)
+    compressor = Sign(chunk_size)
+    compressor.check_inputs("sign_ef_", grad, err, nonfinite)
+    body = torch.ops.gck.sign_ef_(grad, err, chunk_size, nonfinite)
+    words, scales = compressor.layout(grad.numel()).views(body)
+    return PackedSigns(words, scales, grad.numel(), chunk_size)
+
+
+def _sign_ef(grad: Tensor, err: Tensor, chunk_size: int, nonfinite: Tensor | None) -> Tensor:
+    return compress("sign_ef_", Sign(chunk_size), grad, err, nonfinite)
+
+
+def _fake_sign_ef(grad: Tensor, err: Tensor, chunk_size: int, nonfinite: Tensor | None) -> Tensor:
+    return fake_body(Sign(chunk_size), grad)
+
+
+register(
+    "sign_ef_(Tensor grad, Tensor(a!) err, int chunk_size, Tensor(b!)? nonfinite) -> Tensor",
+    _sign_ef,
+    _fake_sign_ef,
+)

@@ -1,0 +1,106 @@
+"""Top-k with and without error feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gck import interop
+from gck.kernels.common import checks
+from gck.kernels.topk import TopK, check_options, resolve_k
+from gck.ops.registration import Array, compress, fake_body, register
+from gck.payload import SparseGrad
+
+__all__ = ["topk", "topk_ef_"]
+
+
+def topk_ef_(
+    grad: Array,
+    err: Array,
+    ratio: float | None = None,
+    *,
+    k: int | None = None,
+    value_dtype: torch.dtype = torch.float32,
+    nonfinite: Tensor | None = None,
+) -> SparseGrad:
+    """Selects the k largest entries of acc = grad + err; the rest stays in err.
+
+    Exactly k entries by magnitude (NaN > Inf > finite), the lowest index wins a tie, indices ascend.
+    Deterministic; no host synchronisation on CUDA. Runs on torch's current stream.
+
+    Args:
+        grad: fp32, bf16 or fp16, contiguous, any shape, CPU or CUDA; read only.
+        err: the residual: fp32, contiguous, same numel and device; becomes acc - decompress(result).
+            Entries that would not be finite become 0: what is not finite travels and never stays.
+        ratio: density in (0, 1]; k = max(1, ceil(ratio * numel)).
+        k: entries kept, in [1, numel]; instead of ratio.
+        value_dtype: float32, bfloat16 or float16 for the values that travel (rounded to nearest even);
+            the rounding error stays in err.
+        nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+
+    Returns:
+        SparseGrad(values (k,), indices (k,) int32, numel); int64 indices when numel > 2**31 - 1.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeMismatchError, DeviceMismatchError, LayoutError (not contiguous,
+        overlapping), AutogradError; before anything is written.
+
+    Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
+    """
+    if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
+        with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
+            return topk_ef_(g, e, ratio, k=k, value_dtype=value_dtype, nonfinite=nonfinite)
+    check_options("topk_ef_", ratio, k, value_dtype)
+    checks.check_grad("topk_ef_", grad)
+    count = resolve_k("topk_ef_", grad.numel(), ratio, k)
+    compressor = TopK(k=max(1, count), value_dtype=value_dtype)
+    compressor.check_inputs("topk_ef_", grad, err, nonfinite)
+    body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite)
+    values, indices = compressor.layout(grad.numel()).views(body)
+    return SparseGrad(values, indices, grad.numel())
+
+
+def topk(
+    x: Array, ratio: float | None = None, *, k: int | None = None, value_dtype: torch.dtype = torch.float32
+) -> SparseGrad:
+    """The k largest entries of x by magnitude, without error feedback; x is read only.
+
+    Arguments, result and errors as for `topk_ef_`.
+    """
+    if not isinstance(x, Tensor):
+        with interop.borrowed("topk", (), x=x) as (tensor,):
+            return topk(tensor, ratio, k=k, value_dtype=value_dtype)
+    check_options("topk", ratio, k, value_dtype)
+    checks.check_grad("topk", x, "x")
+    count = resolve_k("topk", x.numel(), ratio, k)
+    body = torch.ops.gck.topk(x, count, value_dtype)
+    compressor = TopK(k=max(1, count), value_dtype=value_dtype)
+    values, indices = compressor.layout(x.numel()).views(body)
+    return SparseGrad(values, indices, x.numel())
+
+
+def _topk_ef(grad: Tensor, err: Tensor, k: int, value_dtype: torch.dtype, nonfinite: Tensor | None) -> Tensor:
+    return compress("topk_ef_", TopK(k=max(1, k), value_dtype=value_dtype), grad, err, nonfinite)
+
+
+def _topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:
+    return compress("topk", TopK(k=max(1, k), value_dtype=value_dtype), x, None, None)
+
+
+def _fake_topk_ef(
+    grad: Tensor, err: Tensor, k: int, value_dtype: torch.dtype, nonfinite: Tensor | None
+) -> Tensor:
+    return fake_body(TopK(k=max(1, k), value_dtype=value_dtype), grad)
+
+
+def _fake_topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:
+    return fake_body(TopK(k=max(1, k), value_dtype=value_dtype), x)
+
+
+register(
+    "topk_ef_(Tensor grad, Tensor(a!) err, SymInt k, ScalarType value_dtype, Tensor(b!)? nonfinite)"
+    " -> Tensor",
+    _topk_ef,
+    _fake_topk_ef,
+)
+register("topk(Tensor x, SymInt k, ScalarType value_dtype) -> Tensor", _topk, _fake_topk)
