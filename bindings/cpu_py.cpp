@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/sign.hpp"
+#include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
 
 namespace py = pybind11;
@@ -25,18 +26,32 @@ void bind_cpu(py::module_& m) {
   m.def(
       "topk_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values, int value_dtype,
-         Address indices, bool wide_indices, int threads) {
-        return topk_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, k, at<void>(values),
-                              Dtype{value_dtype}, at<void>(indices), wide_indices, threads});
+         Address indices, bool wide_indices, Address hint, int threads) {
+        return topk_compress({{{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel}},
+                              numel,
+                              k,
+                              at<void>(values),
+                              Dtype{value_dtype},
+                              at<void>(indices),
+                              wide_indices,
+                              at<int32_t>(hint),
+                              threads});
       },
       nogil);
 
   m.def(
-      "topk_decompress",
-      [](Address values, int value_dtype, Address indices, bool wide_indices, int64_t k, Address out,
-         int64_t numel, float alpha, bool accumulate, int threads) {
-        return topk_decompress({at<void>(values), Dtype{value_dtype}, at<void>(indices), wide_indices, k,
-                                at<float>(out), numel, alpha, accumulate, threads});
+      "sparse_decompress",
+      [](Address bodies, int64_t rows, int64_t row_stride, int64_t count, int value_dtype,
+         int64_t indices_offset, bool wide_indices, Address out, int64_t numel, float alpha, bool accumulate,
+         int threads) {
+        SparseJob job{{},    count, Dtype{value_dtype}, wide_indices, at<float>(out),
+                      numel, alpha, accumulate,         threads};
+        for (int64_t row = 0; row < rows; ++row) {
+          const auto* body = at<char>(bodies) + row * row_stride;
+          job.rows.push_back({body, body + indices_offset});
+        }
+        const BadIndex bad = sparse_decompress(job);
+        return std::pair(bad.row, bad.position);
       },
       nogil);
 

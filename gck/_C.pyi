@@ -11,20 +11,23 @@ def topk_compress(
     value_dtype: int,
     indices: int,
     wide_indices: bool,
+    hint: int,
     threads: int,
 ) -> int: ...
-def topk_decompress(
-    values: int,
+def sparse_decompress(
+    bodies: int,
+    rows: int,
+    row_stride: int,
+    count: int,
     value_dtype: int,
-    indices: int,
+    indices_offset: int,
     wide_indices: bool,
-    k: int,
     out: int,
     numel: int,
     alpha: float,
     accumulate: bool,
     threads: int,
-) -> int: ...
+) -> tuple[int, int]: ...
 def sign_compress(
     grad: int,
     grad_dtype: int,

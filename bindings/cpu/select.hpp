@@ -12,29 +12,41 @@ struct Segment {
   int64_t count;
 };
 
+// What one thread looks through; groups follow each other in the order of indices.
+using Group = std::vector<Segment>;
+
 struct Threshold {
   int32_t key;    // of the k-th largest entry
   int64_t quota;  // how many of the entries equal to it are among the k largest
 };
 
-// Where a part's winners go in the payload, how many there are, and how many of them may be ties.
-struct Slot {
-  int64_t offset, winners, quota;
+// How many entries of a group lie above the threshold, and how many equal it.
+struct Share {
+  int64_t above, ties;
 };
 
 struct Selection {
   Threshold threshold;
-  std::vector<Slot> slots;  // one a segment
+  std::vector<Share> shares;  // one a group
 };
 
-// The rank-th largest key (1 = largest) of all segments together, by 11 + 10 + 10 bits from the top.
-Threshold kth_largest(const std::vector<Segment>& segments, int64_t rank);
+// Where a group's winners go in the payload, how many there are, and how many of them may be ties.
+struct Slot {
+  int64_t offset, winners, quota;
+};
 
-// The threshold of the k largest entries, and each segment's share of them.
-Selection select_largest(const std::vector<Segment>& segments, int64_t k);
+// The rank-th largest key (1 = largest) of all groups together, by 11 + 10 + 10 bits from the top.
+Threshold kth_largest(const std::vector<Group>& groups, int64_t rank);
 
-// The same for lists of entries whose keys are all >= floor, most of them just above it, in two passes.
-// `scratch` has room for as many keys as there are entries.
-Selection select_above(const std::vector<Segment>& segments, int64_t k, int32_t floor, int32_t* scratch);
+// The threshold of the k largest entries, and each group's share of them.
+Selection select_largest(const std::vector<Group>& groups, int64_t k);
+
+// The same for one list a group, of entries whose keys are all >= floor, in two passes; fast where the k-th
+// key lies within 4095 << shift of it. `scratch` has room for as many keys as there are entries.
+Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t floor, int shift,
+                      int32_t* scratch);
+
+// Hands the quota of ties out to the groups in order.
+std::vector<Slot> slots_of(const Selection& selection);
 
 }  // namespace gck

@@ -1,234 +1,344 @@
-// Guess a low threshold from a sample, stream acc once and move what is above it to a list, refine the
-// threshold on the list, emit the k winners in order and put the losers back. Where the guess was too
-// high, or the list overflowed, the same refine and emit read err, which then holds all of acc.
+// Guess a low threshold, stream acc once and move what is above it to a list, refine the threshold on the
+// list, emit the k winners in order and put the losers back. Where the guess was wrong the list goes back
+// to err, which then holds all of acc, and a second guess or the full selection works on that.
 #include "cpu/topk.hpp"
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <vector>
+#include <optional>
 
 #include "cpu/isa/leaves.hpp"
 #include "cpu/round.hpp"
+#include "cpu/scratch.hpp"
 #include "cpu/select.hpp"
 #include "cpu/threads.hpp"
+#include "cpu/topk_guess.hpp"
 
 namespace gck {
 namespace {
 
-constexpr int64_t kLine = 16;             // elements of a sampled line: one cache line of fp32
-constexpr int64_t kMaxLines = 4096;       // lines in the sample
-constexpr int64_t kSampleFraction = 64;   // at most one element in this many is sampled
-constexpr int64_t kMinSampled = 1 << 16;  // below this many elements, selecting from err costs as little
-constexpr int64_t kTile = 4096;           // elements that emit looks at together when it reads err
+constexpr int64_t kMinSampled = 1 << 16;        // below, the whole vector is as near as a sample
+constexpr int64_t kLanes = 16;                  // that topk_maxima keeps apart
+constexpr int64_t kTile = 4096;                 // entries looked at together where err itself is emitted from
 constexpr int64_t kMaxPart = int64_t{1} << 31;  // list positions are 32 bits
+// A list is full when another block might not fit: it needs room for one more than what it is to hold, and
+// behind that for the rest of a vector.
+constexpr int64_t kSpare = 32, kBehind = 32;
 
-uint64_t hash(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-  return x ^ x >> 31;
-}
+// A stretch of one run, inside one part.
+struct Piece {
+  const void* grad;
+  Dtype dtype;
+  float* err;
+  int64_t begin, count;  // begin: index in the concatenation
+  Candidates list;
+};
 
-// A threshold that at least k entries very probably reach, and few more: the sample's entry of rank
-// f + 5 sqrt(sum of squared hits a line) + 8, where f is the expected rank of the k-th. Lines are
-// hashed, so that a periodic gradient cannot align with them; hits a line measure how clustered it is.
-int32_t guess_threshold(const TopkJob& job, const Leaves& isa) {
-  const int64_t lines = std::min(kMaxLines, job.numel / (kLine * kSampleFraction));
-  const int64_t stride = job.numel / kLine / lines;
-  const int64_t size = job.grad_dtype == Dtype::fp32 ? 4 : 2;
-  std::vector<float> sample(static_cast<size_t>(lines * kLine));
-  for (int64_t line = 0; line < lines; ++line) {
-    const int64_t jitter =
-        static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
-    const int64_t at = (line * stride + jitter) * kLine;
-    isa.add(static_cast<const char*>(job.grad) + at * size, job.grad_dtype, job.err + at, kLine,
-            sample.data() + line * kLine);
-  }
-  const std::vector<Segment> all{{sample.data(), lines * kLine}};
-  const double expected =
-      static_cast<double>(job.k) / static_cast<double>(job.numel) * static_cast<double>(lines * kLine);
-  const auto rank_of = [&](double rank) {
-    return static_cast<int64_t>(std::min(std::ceil(rank), static_cast<double>(lines * kLine)));
-  };
-  const int32_t middle = kth_largest(all, std::max<int64_t>(1, rank_of(expected))).key;
-  double squares = 0;
-  for (int64_t line = 0; line < lines; ++line) {
-    const float* x = sample.data() + line * kLine;
-    const auto hits =
-        static_cast<double>(std::count_if(x, x + kLine, [&](float v) { return key_of(v) >= middle; }));
-    squares += hits * hits;
-  }
-  const int32_t low = kth_largest(all, rank_of(expected + 5 * std::sqrt(squares) + 8)).key;
-  return std::min(low, kInfKey);  // whatever is not finite always reaches the list
-}
-
-// Writes one winner and returns its residual, cleared (and counted) if not finite.
-struct Writer {
-  const TopkJob& job;
+// What one thread works on.
+struct Part {
+  std::vector<Piece> pieces;
+  int64_t count = 0, listed = 0, ties = 0;
+  bool overflow = false;
   int64_t cleared = 0;
+};
 
+std::vector<Part> parts_of(const TopkJob& job) {
+  const int count =
+      std::max(parts_for(job.numel, job.threads), static_cast<int>((job.numel + kMaxPart - 1) / kMaxPart));
+  std::vector<Part> parts(static_cast<size_t>(count));
+  auto run = job.runs.begin();
+  int64_t begin = 0;  // of the run
+  for (int t = 0; t < count; ++t) {
+    Part& part = parts[static_cast<size_t>(t)];
+    const auto [first, last] = part_of(job.numel, count, t, 64);
+    part.count = last - first;
+    for (int64_t at = first; at < last;) {
+      for (; at >= begin + run->numel; ++run) begin += run->numel;
+      const int64_t end = std::min(last, begin + run->numel), inside = at - begin;
+      const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2;
+      part.pieces.push_back({static_cast<const char*>(run->grad) + inside * size,
+                             run->grad_dtype,
+                             run->err + inside,
+                             at,
+                             end - at,
+                             {}});
+      at = end;
+    }
+  }
+  return parts;
+}
+
+// Memory of the lists: one a part, shared by its pieces, and keys for refining.
+class Lists {
+ public:
+  Lists(const std::vector<Part>& parts, int64_t capacity) : scratch_(bytes(parts, capacity)) {
+    for (const Part& part : parts) {
+      const int64_t room = std::min(part.count, capacity) + kSpare;
+      const auto slots = static_cast<size_t>(room + kBehind);
+      rooms_.push_back({static_cast<float*>(scratch_.region(slots * sizeof(float))),
+                        static_cast<uint32_t*>(scratch_.region(slots * sizeof(uint32_t))), room, 0, 0,
+                        false});
+      total_ += slots;
+    }
+    keys_ = static_cast<int32_t*>(scratch_.region(total_ * sizeof(int32_t)));
+  }
+
+  const Candidates& room(size_t part) const { return rooms_[part]; }
+  int32_t* keys() const { return keys_; }
+
+ private:
+  static size_t bytes(const std::vector<Part>& parts, int64_t capacity) {
+    size_t sum = 0, slots = 0;
+    for (const Part& part : parts) {
+      const auto room = static_cast<size_t>(std::min(part.count, capacity) + kSpare + kBehind);
+      sum += 2 * Scratch::padded(room * sizeof(float));
+      slots += room;
+    }
+    return sum + Scratch::padded(slots * sizeof(int32_t));
+  }
+
+  Scratch scratch_;
+  std::vector<Candidates> rooms_;
+  int32_t* keys_;
+  size_t total_ = 0;
+};
+
+// acc = err + list afterwards, whatever the guess was.
+void stream(std::vector<Part>& parts, const Lists& lists, Guess guess, bool first) {
+  const Leaves& isa = leaves();
+  for_each_part(static_cast<int>(parts.size()), [&](int t) {
+    Part& part = parts[static_cast<size_t>(t)];
+    const Candidates& room = lists.room(static_cast<size_t>(t));
+    part.listed = part.ties = 0;
+    part.overflow = false;
+    for (Piece& piece : part.pieces) {
+      piece.list = {
+          room.values + part.listed, room.indices + part.listed, room.capacity - part.listed, 0, 0, false};
+      isa.topk_stream(first ? piece.grad : nullptr, piece.dtype, piece.err, piece.count, guess, &piece.list);
+      part.listed += piece.list.count;
+      part.ties += piece.list.ties;
+      part.overflow |= piece.list.overflow;
+    }
+  });
+}
+
+void restore(std::vector<Part>& parts) {
+  for_each_part(static_cast<int>(parts.size()), [&](int t) {
+    for (const Piece& piece : parts[static_cast<size_t>(t)].pieces) {
+      for (int64_t j = 0; j < piece.list.count; ++j) piece.err[piece.list.indices[j]] = piece.list.values[j];
+    }
+  });
+}
+
+// Puts winners of one part to the payload in order, and what is left of each candidate to err.
+class Emitter {
+ public:
+  Emitter(const TopkJob& job, int32_t threshold, const Slot& slot)
+      : job_(job),
+        threshold_(threshold),
+        offset_(slot.offset),
+        end_(slot.offset + slot.winners),
+        quota_(slot.quota) {}
+
+  // Candidates that were taken out of err, a run that begins at index `base`. 0 is there already, so that a
+  // winner that leaves nothing needs no write: each would touch another cache line.
+  void emit(const Candidates& list, float* err, int64_t base) {
+    if (job_.value_dtype == Dtype::fp32 && !job_.wide_indices) {
+      Winners winners{threshold_, quota_, static_cast<float*>(job_.values) + offset_,
+                      static_cast<int32_t*>(job_.indices) + offset_, end_ - offset_};
+      cleared_ += leaves().topk_emit(list, err, static_cast<int32_t>(base), &winners);
+      offset_ = end_ - winners.left;
+      quota_ = winners.quota;
+      return;
+    }
+    for (int64_t j = 0; j < list.count; ++j) {
+      const float acc = list.values[j];
+      float& place = err[list.indices[j]];
+      const int32_t key = key_of(acc);
+      if (key > threshold_ || (key == threshold_ && quota_ > 0)) {
+        quota_ -= key == threshold_;
+        const float rest = put(acc, base + list.indices[j]);
+        if (rest != 0.0f) place = rest;
+      } else {
+        place = residual(acc);
+      }
+    }
+  }
+
+  // The entries of err[begin, end) itself, of a run whose first entry has index `base`. A tile is taken
+  // out and put back like a list, which is fast even where most of it wins or is not finite.
+  void scan(float* err, int64_t begin, int64_t end, int64_t base) {
+    float values[kTile + kSpare + kBehind];
+    uint32_t indices[kTile + kSpare + kBehind];
+    for (int64_t at = begin; at < end; at += kTile) {
+      Candidates tile{values, indices, kTile + kSpare, 0, 0, false};
+      const int32_t wanted = quota_ > 0 ? threshold_ : threshold_ + 1;
+      leaves().topk_stream(nullptr, Dtype::fp32, err + at, std::min(kTile, end - at),
+                           {std::min(wanted, kInfKey), false}, &tile);
+      emit(tile, err + at, base + at);
+    }
+  }
+
+  bool ties_left() const { return quota_ > 0; }
+  int64_t cleared() const { return cleared_; }
+
+ private:
   float residual(float r) {
     if (std::isfinite(r)) return r;
-    ++cleared;
+    ++cleared_;
     return 0.0f;
   }
 
-  float put(int64_t slot, float acc, int64_t index) {
-    const float sent = store_rounded(job.values, job.value_dtype, slot, acc);
-    if (job.wide_indices) {
-      static_cast<int64_t*>(job.indices)[slot] = index;
+  float put(float acc, int64_t index) {
+    const float sent = store_rounded(job_.values, job_.value_dtype, offset_, acc);
+    if (job_.wide_indices) {
+      static_cast<int64_t*>(job_.indices)[offset_++] = index;
     } else {
-      static_cast<int32_t*>(job.indices)[slot] = static_cast<int32_t>(index);
+      static_cast<int32_t*>(job_.indices)[offset_++] = static_cast<int32_t>(index);
     }
     return residual(acc - sent);
   }
+
+  const TopkJob& job_;
+  int32_t threshold_;
+  int64_t offset_, end_, quota_, cleared_ = 0;
 };
 
-// Goes through candidates in order: winners to the payload, losers back to err. Where the stream took
-// the candidates out of err, 0 is there already, and a winner that leaves nothing needs no write: each
-// would touch another cache line.
-void emit(const Candidates& list, int64_t base, bool taken_out, int32_t threshold, Slot& slot, float* err,
-          Writer& writer) {
-  for (int64_t j = 0; j < list.count; ++j) {
-    const float acc = list.values[j];
-    const int64_t index = base + list.indices[j];
-    const int32_t key = key_of(acc);
-    if (key > threshold || (key == threshold && slot.quota > 0)) {
-      slot.quota -= key == threshold;
-      const float rest = writer.put(slot.offset++, acc, index);
-      if (!taken_out || rest != 0.0f) err[index] = rest;
-    } else {
-      err[index] = writer.residual(acc);
-    }
-  }
+template <typename F>
+void emit_parts(const TopkJob& job, std::vector<Part>& parts, const Selection& selection, F each_piece) {
+  const std::vector<Slot> slots = slots_of(selection);
+  for_each_part(static_cast<int>(parts.size()), [&](int t) {
+    const auto p = static_cast<size_t>(t);
+    Emitter emitter(job, selection.threshold.key, slots[p]);
+    for (Piece& piece : parts[p].pieces) each_piece(piece, emitter);
+    parts[p].cleared = emitter.cleared();
+  });
 }
 
-// Scratch memory that nothing is written to before it is used: the kernel gives pages as they fill.
-struct Lists {
-  std::vector<std::unique_ptr<char[]>> memory;
-  std::vector<Candidates> parts;
-
-  Lists(int count, int64_t capacity) {
-    capacity = (capacity + kLine - 1) / kLine * kLine;
-    const auto slots = static_cast<size_t>(capacity + kLine);
-    for (int t = 0; t < count; ++t) {
-      memory.emplace_back(new char[slots * (sizeof(float) + sizeof(uint32_t))]);
-      auto* values = reinterpret_cast<float*>(memory.back().get());
-      parts.push_back({values, reinterpret_cast<uint32_t*>(values + slots), capacity, 0, false});
+// All that is listed wins, and ties fill up from err, where they were left.
+void emit_with_ties(const TopkJob& job, std::vector<Part>& parts, const Selection& selection) {
+  emit_parts(job, parts, selection, [](Piece& piece, Emitter& emitter) {
+    const Candidates& list = piece.list;
+    int64_t taken = 0, at = 0;
+    for (; at < piece.count && emitter.ties_left(); at += kTile) {
+      const int64_t end = std::min(at + kTile, piece.count);
+      for (; taken < list.count && list.indices[taken] < end; ++taken) {
+        piece.err[list.indices[taken]] = list.values[taken];
+      }
+      emitter.scan(piece.err, at, end, piece.begin);
     }
-  }
+    const Candidates rest{list.values + taken, list.indices + taken, 0, list.count - taken, 0, false};
+    emitter.emit(rest, piece.err, piece.begin);
+  });
+}
 
-  int64_t capacity() const { return parts[0].capacity * static_cast<int64_t>(parts.size()); }
-};
+// Winners and all, err holds all of acc.
+void emit_from_err(const TopkJob& job, std::vector<Part>& parts, const Selection& selection) {
+  emit_parts(job, parts, selection,
+             [](Piece& piece, Emitter& emitter) { emitter.scan(piece.err, 0, piece.count, piece.begin); });
+}
+
+std::vector<Group> groups_of(const std::vector<Part>& parts) {
+  std::vector<Group> groups;
+  for (const Part& part : parts) {
+    groups.emplace_back();
+    for (const Piece& piece : part.pieces) groups.back().push_back({piece.err, piece.count});
+  }
+  return groups;
+}
+
+// Selects with the help of a guess; nothing where the guess was wrong: err then holds all of acc.
+std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts, const Lists& lists,
+                                   const Sampled& sampled, bool first) {
+  const Guess guess = sampled.guess;
+  stream(parts, lists, guess, first);
+  int64_t listed = 0, ties = 0;
+  bool overflow = false;
+  for (const Part& part : parts) {
+    listed += part.listed;
+    ties += part.ties;
+    overflow |= part.overflow;
+  }
+  // Above infinity the list would leave out entries that must not stay in err.
+  const bool all_wild_listed = guess.threshold <= kInfKey;
+  if (!overflow && listed >= job.k && all_wild_listed) {
+    std::vector<Segment> segments;
+    for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
+    const Selection selection = select_near(segments, job.k, guess.threshold, sampled.shift, lists.keys());
+    emit_parts(job, parts, selection,
+               [](Piece& piece, Emitter& emitter) { emitter.emit(piece.list, piece.err, piece.begin); });
+    return selection.threshold.key;
+  }
+  const bool known = !overflow && listed < job.k && job.k <= listed + ties;
+  Selection selection{{guess.threshold - 1, job.k - listed}, {}};
+  for (const Part& part : parts) selection.shares.push_back({part.listed, part.ties});
+  if (known && all_wild_listed) {
+    emit_with_ties(job, parts, selection);
+    return selection.threshold.key;
+  }
+  restore(parts);
+  if (!known) return std::nullopt;
+  emit_from_err(job, parts, selection);
+  return selection.threshold.key;
+}
+
+// Few entries, one thread: the k-th largest of the maxima of at least k groups is a threshold that k entries
+// reach, and with four times k groups few more do.
+int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
+  const Lists lists(parts, job.numel);
+  const int64_t size = std::max<int64_t>(1, job.numel / (4 * job.k));  // entries a group
+  int64_t groups = 0;
+  for (const Piece& piece : parts[0].pieces) groups += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
+  Scratch scratch(static_cast<size_t>(groups) * sizeof(float));
+  auto* maxima = static_cast<float*>(scratch.region(static_cast<size_t>(groups) * sizeof(float)));
+  float* next = maxima;
+  for (const Piece& piece : parts[0].pieces) {
+    leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
+    next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
+  }
+  const int32_t low = kth_largest({{{maxima, groups}}}, job.k).key;
+  const auto threshold = select_with(job, parts, lists, {{std::min(low, kInfKey), false}, 0}, false);
+  return *threshold;
+}
+
+int32_t select(const TopkJob& job, std::vector<Part>& parts) {
+  if (job.k == job.numel) {
+    stream(parts, Lists(parts, 0), {INT32_MAX, false}, true);
+    Selection all{{-1, 0}, {}};
+    for (const Part& part : parts) all.shares.push_back({part.count, 0});
+    emit_from_err(job, parts, all);
+    return 0;
+  }
+  if (job.numel < kMinSampled) return select_small(job, parts);
+  if (job.k <= job.numel / 2) {
+    // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
+    const Lists lists(parts, 4 * job.k + kMinSampled);
+    const bool hinted = job.hint != nullptr && *job.hint > 0;
+    const Sampled first =
+        hinted ? guess_by_hint(*job.hint) : guess_by_sample(job.runs, job.numel, job.k, job.threads);
+    if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
+    std::vector<TopkRun> runs = job.runs;
+    for (TopkRun& run : runs) run.grad = nullptr;
+    const Sampled second = guess_by_sample(runs, job.numel, job.k, job.threads);
+    if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
+  } else {
+    stream(parts, Lists(parts, 0), {INT32_MAX, false}, true);
+  }
+  const Selection selection = select_largest(groups_of(parts), job.k);
+  emit_from_err(job, parts, selection);
+  return selection.threshold.key;
+}
 
 }  // namespace
 
 int64_t topk_compress(const TopkJob& job) {
-  const Leaves& isa = leaves();
-  const int64_t n = job.numel;
-  const int parts = std::max(parts_for(n, job.threads), static_cast<int>((n + kMaxPart - 1) / kMaxPart));
-  std::vector<Range> ranges;
-  int64_t longest = 0;
-  for (int t = 0; t < parts; ++t) {
-    ranges.push_back(part_of(n, parts, t, 64));
-    longest = std::max(longest, ranges.back().end - ranges.back().begin);
-  }
   const KeepDenormals guard;
-  const bool sampled = n >= kMinSampled && job.k <= n / 4;
-  // Twice k covers clustered gradients, where one part holds most winners; the constant, small k.
-  Lists lists(parts, sampled ? std::min(longest, 2 * job.k + (1 << 14)) : 0);
-  Lists tiles(parts, kTile + kLine);
-  const std::unique_ptr<int32_t[]> keys(new int32_t[static_cast<size_t>(lists.capacity())]);
-  const int32_t guess = sampled ? guess_threshold(job, isa) : INT32_MAX;
-
-  const int64_t size = job.grad_dtype == Dtype::fp32 ? 4 : 2;
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = ranges[static_cast<size_t>(t)];
-    isa.topk_stream(static_cast<const char*>(job.grad) + begin * size, job.grad_dtype, job.err + begin,
-                    end - begin, guess, &lists.parts[static_cast<size_t>(t)]);
-  });
-  int64_t listed = 0;
-  bool overflow = false;
-  for (const Candidates& list : lists.parts) {
-    listed += list.count;
-    overflow |= list.overflow;
-  }
-
-  std::vector<int64_t> cleared(static_cast<size_t>(parts));
-  std::vector<Segment> segments;
-  if (listed >= job.k && !overflow) {
-    for (const Candidates& list : lists.parts) segments.push_back({list.values, list.count});
-    auto [threshold, slots] = select_above(segments, job.k, guess, keys.get());
-    for_each_part(parts, [&, threshold = threshold, slots = slots.data()](int t) {
-      const auto p = static_cast<size_t>(t);
-      if (job.value_dtype == Dtype::fp32 && !job.wide_indices) {
-        cleared[p] = isa.topk_emit(lists.parts[p], {threshold.key, slots[p].quota, job.err + ranges[p].begin,
-                                                    static_cast<float*>(job.values) + slots[p].offset,
-                                                    static_cast<int32_t*>(job.indices) + slots[p].offset,
-                                                    static_cast<int32_t>(ranges[p].begin), slots[p].winners});
-        return;
-      }
-      Writer writer{job};
-      emit(lists.parts[p], ranges[p].begin, true, threshold.key, slots[p], job.err, writer);
-      cleared[p] = writer.cleared;
-    });
-  } else {
-    for_each_part(parts, [&](int t) {
-      const auto p = static_cast<size_t>(t);
-      const Candidates& list = lists.parts[p];
-      for (int64_t j = 0; j < list.count; ++j) job.err[ranges[p].begin + list.indices[j]] = list.values[j];
-    });
-    for (const Range& range : ranges) segments.push_back({job.err + range.begin, range.end - range.begin});
-    auto [threshold, slots] = select_largest(segments, job.k);
-    for_each_part(parts, [&, threshold = threshold, slots = slots.data()](int t) {
-      const auto p = static_cast<size_t>(t);
-      Writer writer{job};
-      for (int64_t at = ranges[p].begin; at < ranges[p].end; at += kTile) {
-        Candidates& tile = tiles.parts[p];
-        tile.count = 0;
-        isa.topk_collect(job.err + at, std::min(kTile, ranges[p].end - at), std::min(threshold.key, kInfKey),
-                         &tile);
-        emit(tile, at, false, threshold.key, slots[p], job.err, writer);
-      }
-      cleared[p] = writer.cleared;
-    });
-  }
-  int64_t total = 0;
-  for (int64_t c : cleared) total += c;
-  return total;
-}
-
-int64_t topk_decompress(const SparseDecode& job) {
-  const auto* narrow = static_cast<const int32_t*>(job.indices);
-  const auto* wide = static_cast<const int64_t*>(job.indices);
-  const auto index = [&](int64_t j) { return job.wide_indices ? wide[j] : narrow[j]; };
-  int64_t before = -1;
-  for (int64_t j = 0; j < job.k; ++j) {
-    const int64_t i = index(j);
-    if (i <= before || i >= job.numel) return j;
-    before = i;
-  }
-  const int parts = parts_for(job.numel, job.threads);
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(job.numel, parts, t, 64);
-    if (!job.accumulate) std::fill(job.out + begin, job.out + end, 0.0f);
-    int64_t low = 0, high = job.k;  // first position with an index >= begin
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (index(middle) < begin) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    for (int64_t j = low; j < job.k && index(j) < end; ++j) {
-      const float value = job.alpha * load_widened(job.values, job.value_dtype, j);
-      float& out = job.out[index(j)];
-      out = job.accumulate ? out + value : value;
-    }
-  });
-  return -1;
+  std::vector<Part> parts = parts_of(job);
+  const int32_t threshold = select(job, parts);
+  if (job.hint != nullptr) *job.hint = threshold;
+  int64_t cleared = 0;
+  for (const Part& part : parts) cleared += part.cleared;
+  return cleared;
 }
 
 }  // namespace gck

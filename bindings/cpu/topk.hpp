@@ -1,19 +1,28 @@
 // Exact top-k with error feedback on the CPU.
 #pragma once
 
+#include <vector>
+
 #include "cpu/types.hpp"
 
 namespace gck {
 
-struct TopkJob {
+// One tensor of those that are selected from together.
+struct TopkRun {
   const void* grad;
   Dtype grad_dtype;
   float* err;
-  int64_t numel, k;  // 1 <= k <= numel
+  int64_t numel;
+};
+
+struct TopkJob {
+  std::vector<TopkRun> runs;  // end to end: indices are those of their concatenation
+  int64_t numel, k;           // of all runs; 1 <= k <= numel
   void* values;
   Dtype value_dtype;
   void* indices;
   bool wide_indices;  // int64, else int32
+  int32_t* hint;      // null, or the key of the last call's threshold (0: none), replaced by this one's
   int threads;
 };
 
@@ -21,22 +30,5 @@ struct TopkJob {
 // Returns the number of residuals cleared because not finite. Its large buffers are allocated before the
 // first write, so that std::bad_alloc from them leaves err as it was.
 int64_t topk_compress(const TopkJob& job);
-
-struct SparseDecode {
-  const void* values;
-  Dtype value_dtype;
-  const void* indices;
-  bool wide_indices;
-  int64_t k;
-  float* out;
-  int64_t numel;
-  float alpha;
-  bool accumulate;
-  int threads;
-};
-
-// out (+)= alpha * decoded. Returns -1, or the position of the first index that is out of range or not
-// above the one before it; then nothing was written.
-int64_t topk_decompress(const SparseDecode& job);
 
 }  // namespace gck

@@ -1,4 +1,4 @@
-"""The CPU twin of top-k: hands addresses to the compiled kernel (bindings/cpu/topk.cpp)."""
+"""The CPU twin of top-k: hands addresses to the compiled kernels (bindings/cpu/topk.cpp, sparse.cpp)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from gck.kernels.topk import TopK
 
 
-def compress_(compressor: TopK, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+def compress_(
+    compressor: TopK,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    hint: Tensor | None = None,
+) -> None:
     values, indices = compressor.layout(grad.numel()).views(bodies[0])
     cleared = load().topk_compress(
         grad.data_ptr(),
@@ -27,6 +34,7 @@ def compress_(compressor: TopK, grad: Tensor, err: Tensor, bodies: Tensor, nonfi
         DTYPE_CODE[values.dtype],
         indices.data_ptr(),
         indices.dtype == torch.int64,
+        0 if hint is None else hint.data_ptr(),
         num_threads(),
     )
     if nonfinite is not None:
@@ -37,12 +45,14 @@ def decompress_(
     compressor: TopK, out: Tensor, fields: tuple[Tensor, Tensor], alpha: float, accumulate: bool
 ) -> None:
     values, indices = fields
-    bad = load().topk_decompress(
+    _, bad = load().sparse_decompress(
         values.data_ptr(),
-        DTYPE_CODE[values.dtype],
-        indices.data_ptr(),
-        indices.dtype == torch.int64,
+        1,
+        0,
         values.numel(),
+        DTYPE_CODE[values.dtype],
+        indices.data_ptr() - values.data_ptr(),
+        indices.dtype == torch.int64,
         out.data_ptr(),
         out.numel(),
         alpha,

@@ -8,24 +8,30 @@
 
 namespace gck {
 
+// What the stream lists: entries with key >= threshold. With `ties`, it counts those just below, too: where
+// very many entries are equal, listing them all would be in vain.
+struct Guess {
+  int32_t threshold;
+  bool ties;
+};
+
 // Entries taken out of a run of err: acc and position relative to the run.
 struct Candidates {
   float* values;
   uint32_t* indices;
-  int64_t capacity;  // a multiple of 16; the arrays have room for 16 more
+  int64_t capacity;  // the arrays have room for 32 more
   int64_t count;
+  int64_t ties;
   bool overflow;
 };
 
-// Where the winners among a run's candidates go.
+// Where winners among candidates go; moves along as they are put there.
 struct Winners {
   int32_t threshold;  // keys above it win, and the first `quota` of those equal to it
   int64_t quota;
-  float* err;        // of the run: losers go back to it
-  float* values;     // room for `count`
-  int32_t* indices;  // room for `count`
-  int32_t base;      // index of the run's first element
-  int64_t count;
+  float* values;     // room for `left`
+  int32_t* indices;  // room for `left`
+  int64_t left;
 };
 
 struct SignChunks {
@@ -49,17 +55,24 @@ struct SignDecode {
 struct Leaves {
   const char* name;
 
-  // err[i] += grad[i] for `count` entries; those with key >= threshold move to the candidates and leave
-  // 0 behind. When the list is full the rest stay in err, and overflow is set: acc = err + list, always.
-  void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, int32_t threshold,
-                      Candidates* out);
+  // err[i] += grad[i] for `count` entries (no grad: err as it is); those with key >= threshold move to the
+  // candidates and leave 0 behind. When the list is full the rest stay in err, and overflow is set:
+  // acc = err + list, always.
+  void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess, Candidates* out);
+  // err[i] += grad[i]; maxima[16 * b + lane] becomes the largest magnitude of that lane in the
+  // b-th run of `vectors` vectors of 16 entries; every NaN becomes the one that gck lets out.
+  void (*topk_maxima)(const void* grad, Dtype dtype, float* err, int64_t count, int64_t vectors,
+                      float* maxima);
   // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
   void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
-  // Puts winners out in order, and losers that are finite back. err holds 0 where candidates were, which
-  // is what winners leave there. Returns the number of entries that were not finite.
-  int64_t (*topk_emit)(const Candidates& list, const Winners& out);
+  // Puts winners out in order, and losers that are finite back. err, of the run that the candidates come
+  // from and whose first entry has index `base`, holds 0 where they were, which is what winners leave there.
+  // Returns the number of entries that were not finite.
+  int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
+  // out[0, count) = x, past the caches where `out` allows: for results too large to stay there.
+  void (*copy_out)(const float* x, float* out, int64_t count);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
   void (*sign_decompress)(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end);

@@ -5,33 +5,91 @@
 namespace gck::GCK_ISA {
 namespace {
 
-// Appends the lanes in `m`; false where the list is full.
-inline bool append(Candidates& out, Mask m, Vec acc, int64_t at) {
-  if (out.count + kLanes > out.capacity) {
-    out.overflow = true;
-    return false;
+constexpr int kBlock = 2 * kLanes;  // entries between two looks whether any of them is wanted
+// Far enough for memory to answer. Where a block holds candidates, the processor mispredicts and forgets
+// what it had begun to load.
+constexpr int64_t kPrefetchBytes = 2048;
+
+inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes); }
+
+// Appends the lanes in `m`; there is room for a vector.
+inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_t at) {
+  compress(out.values + count, m, canonical(acc));
+  compress_index(out.indices + count, m, static_cast<uint32_t>(at));
+  return count + __builtin_popcount(m);
+}
+
+template <Dtype D, bool kGrad>
+inline Vec accumulated(const void* grad, const float* err, int64_t i) {
+  if constexpr (kGrad) return add(load_as<D>(grad, i), load(err + i));
+  return load(err + i);
+}
+
+template <Dtype D, bool kGrad, bool kTies>
+void stream(const void* grad, float* err, int64_t count, int32_t threshold, Candidates& out) {
+  constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
+  const Vec zero = set1(0.0f);
+  int64_t listed = out.count, ties = 0, i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    if constexpr (kGrad) prefetch(static_cast<const char*>(grad) + i * size);
+    prefetch(err + i);
+    prefetch(err + i + kLanes);
+    Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
+    if constexpr (kTies) a = canonical(a), b = canonical(b);
+    const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
+    if constexpr (kTies) {
+      ties += __builtin_popcount(key_ge(a, threshold - 1) ^ in_a);
+      ties += __builtin_popcount(key_ge(b, threshold - 1) ^ in_b);
+    }
+    if (in_a | in_b) {
+      if (listed + kBlock > out.capacity) {
+        out.overflow = true;
+      } else {
+        listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
+        a = select(in_a, zero, a);
+        b = select(in_b, zero, b);
+      }
+    }
+    store(err + i, a);
+    store(err + i + kLanes, b);
   }
-  compress(out.values + out.count, m, select(is_nan(acc), set1(float_of(kNanKey)), acc));
-  compress_index(out.indices + out.count, m, static_cast<uint32_t>(at));
-  out.count += __builtin_popcount(m);
-  return true;
+  for (; i < count; i += kLanes) {
+    const int rest = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    const Mask live = (1u << rest) - 1;
+    Vec acc = load_part<Dtype::fp32>(err, i, rest);
+    if constexpr (kGrad) acc = add(load_part<D>(grad, i, rest), acc);
+    if constexpr (kTies) acc = canonical(acc);
+    const Mask in = key_ge(acc, threshold) & live;
+    if constexpr (kTies) ties += __builtin_popcount((key_ge(acc, threshold - 1) & live) ^ in);
+    if (in && listed + kBlock > out.capacity) {
+      out.overflow = true;
+    } else if (in) {
+      listed = put(out, listed, in, acc, i);
+      acc = select(in, zero, acc);
+    }
+    store_part(err + i, acc, rest);
+  }
+  out.count = listed;
+  out.ties += ties;
 }
 
 template <Dtype D>
-void stream(const void* grad, float* err, int64_t count, int32_t threshold, Candidates& out) {
-  const Vec zero = set1(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    Vec acc = add(load_as<D>(grad, i), load(err + i));
-    const Mask m = key_ge(acc, threshold);
-    if (m && append(out, m, acc, i)) acc = select(m, zero, acc);
-    store(err + i, acc);
-  }
-  if (const int rest = static_cast<int>(count - i)) {
-    Vec acc = add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest));
-    const Mask m = key_ge(acc, threshold) & ((1u << rest) - 1);
-    if (m && append(out, m, acc, i)) acc = select(m, zero, acc);
-    store_part(err + i, acc, rest);
+void maxima_of(const void* grad, float* err, int64_t count, int64_t vectors, float* maxima) {
+  for (int64_t first = 0; first < count; first += vectors * kLanes, maxima += kLanes) {
+    const int64_t end = first + vectors * kLanes < count ? first + vectors * kLanes : count;
+    Keys largest = no_keys();
+    int64_t i = first;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Vec acc = add(load_as<D>(grad, i), load(err + i));
+      store(err + i, acc);
+      largest = larger(largest, acc);
+    }
+    if (const int rest = static_cast<int>(end - i)) {
+      const Vec acc = add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest));
+      store_part(err + i, acc, rest);
+      largest = larger(largest, acc);
+    }
+    store_keys(maxima, largest);
   }
 }
 
@@ -46,55 +104,80 @@ void add_all(const void* grad, const float* err, int64_t count, float* out) {
 
 }  // namespace
 
-void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, int32_t threshold,
-                 Candidates* out) {
-  with_dtype(dtype, [&]<Dtype D>() { stream<D>(grad, err, count, threshold, *out); });
+void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess, Candidates* out) {
+  with_dtype(dtype, [&]<Dtype D>() {
+    if (grad == nullptr) {
+      guess.ties ? stream<Dtype::fp32, false, true>(nullptr, err, count, guess.threshold, *out)
+                 : stream<Dtype::fp32, false, false>(nullptr, err, count, guess.threshold, *out);
+    } else {
+      guess.ties ? stream<D, true, true>(grad, err, count, guess.threshold, *out)
+                 : stream<D, true, false>(grad, err, count, guess.threshold, *out);
+    }
+  });
+}
+
+void topk_maxima(const void* grad, Dtype dtype, float* err, int64_t count, int64_t vectors, float* maxima) {
+  with_dtype(dtype, [&]<Dtype D>() { maxima_of<D>(grad, err, count, vectors, maxima); });
 }
 
 void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* out) {
-  int64_t i = 0;
+  int64_t listed = out->count, i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Vec acc = load(x + i);
-    if (const Mask m = key_ge(acc, threshold)) append(*out, m, acc, i);
+    if (const Mask m = key_ge(acc, threshold)) listed = put(*out, listed, m, acc, i);
   }
   if (const int rest = static_cast<int>(count - i)) {
     const Vec acc = load_part<Dtype::fp32>(x, i, rest);
-    if (const Mask m = key_ge(acc, threshold) & ((1u << rest) - 1)) append(*out, m, acc, i);
+    if (const Mask m = key_ge(acc, threshold) & ((1u << rest) - 1)) listed = put(*out, listed, m, acc, i);
   }
+  out->count = listed;
 }
 
-int64_t topk_emit(const Candidates& list, const Winners& out) {
-  int64_t quota = out.quota, put = 0, nonfinite = 0;
+int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out) {
+  Winners to = *out;
+  auto* indices = reinterpret_cast<uint32_t*>(to.indices);
+  int64_t nonfinite = 0;
   for (int64_t j = 0; j < list.count; j += kLanes) {
     const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
     const Vec acc = load(list.values + j);
-    const Mask reach = key_ge(acc, out.threshold) & live;
-    Mask wins = key_ge(acc, out.threshold + 1) & live;
-    for (Mask ties = reach & ~wins; ties && quota; ties &= ties - 1, --quota) wins |= ties & -ties;
+    const Mask reach = key_ge(acc, to.threshold) & live;
+    Mask wins = key_ge(acc, to.threshold + 1) & live;
+    for (Mask ties = reach & ~wins; ties && to.quota; ties &= ties - 1, --to.quota) wins |= ties & -ties;
     const Mask wild = key_ge(acc, kInfKey) & live;
     nonfinite += __builtin_popcount(wild);
     for (Mask lose = live & ~wins & ~wild; lose; lose &= lose - 1) {
       const int lane = __builtin_ctz(lose);
-      out.err[list.indices[j + lane]] = list.values[j + lane];
+      err[list.indices[j + lane]] = list.values[j + lane];
     }
     const int taken = __builtin_popcount(wins);
-    auto* indices = reinterpret_cast<uint32_t*>(out.indices);
-    const auto base = static_cast<uint32_t>(out.base);
-    if (out.count - put >= kLanes) {
-      compress(out.values + put, wins, acc);
-      compress_words(indices + put, wins, list.indices + j, base);
+    if (to.left >= kLanes) {
+      compress(to.values, wins, acc);
+      compress_words(indices, wins, list.indices + j, static_cast<uint32_t>(base));
     } else if (taken) {
       // Near the end of this part's room: the next part's thread writes behind it.
       alignas(64) float values[2 * kLanes];
       alignas(64) uint32_t words[2 * kLanes];
       compress(values, wins, acc);
-      compress_words(words, wins, list.indices + j, base);
-      std::memcpy(out.values + put, values, sizeof(float) * static_cast<size_t>(taken));
-      std::memcpy(indices + put, words, sizeof(uint32_t) * static_cast<size_t>(taken));
+      compress_words(words, wins, list.indices + j, static_cast<uint32_t>(base));
+      std::memcpy(to.values, values, sizeof(float) * static_cast<size_t>(taken));
+      std::memcpy(indices, words, sizeof(uint32_t) * static_cast<size_t>(taken));
     }
-    put += taken;
+    to.values += taken;
+    indices += taken;
+    to.left -= taken;
   }
+  to.indices = reinterpret_cast<int32_t*>(indices);
+  *out = to;
   return nonfinite;
+}
+
+void copy_out(const float* x, float* out, int64_t count) {
+  int64_t i = 0;
+  if (reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0) {
+    for (; i + kLanes <= count; i += kLanes) store_past_caches(out + i, load(x + i));
+    order_stores();
+  }
+  std::memcpy(out + i, x + i, sizeof(float) * static_cast<size_t>(count - i));
 }
 
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out) {

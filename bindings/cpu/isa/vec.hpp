@@ -28,12 +28,18 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 inline Vec load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(load_half(p))}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store_past_caches(float* p, Vec a) { _mm512_stream_ps(p, a.v); }  // p aligned to a Vec
+inline void order_stores() { _mm_sfence(); }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Mask ge_zero(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ); }
 inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
+inline Vec canonical(Vec a) {
+  return {_mm512_mask_mov_ps(a.v, static_cast<__mmask16>(is_nan(a)),
+                             _mm512_castsi512_ps(_mm512_set1_epi32(kNanKey)))};
+}
 inline Mask key_ge(Vec a, int32_t threshold) {
   const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
   return _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(threshold));
@@ -41,6 +47,13 @@ inline Mask key_ge(Vec a, int32_t threshold) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(m), no.v, yes.v)};
 }
+using Keys = __m512i;
+inline Keys no_keys() { return _mm512_setzero_si512(); }
+inline Keys larger(Keys keys, Vec a) {
+  const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_max_epi32(keys, _mm512_min_epi32(key, _mm512_set1_epi32(kNanKey)));
+}
+inline void store_keys(float* p, Keys keys) { _mm512_storeu_si512(p, keys); }
 // Compress in a register, then store all lanes: compressing stores are slow on Zen 4.
 inline void compress(float* p, Mask m, Vec a) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(m), a.v));
@@ -76,6 +89,11 @@ inline void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
 }
+inline void store_past_caches(float* p, Vec a) {  // p aligned to a Vec
+  _mm256_stream_ps(p, a.lo);
+  _mm256_stream_ps(p + 8, a.hi);
+}
+inline void order_stores() { _mm_sfence(); }
 inline Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -92,6 +110,11 @@ inline Mask ge_zero(Vec a) {
 }
 inline Mask is_nan(Vec a) {
   return join(_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q));
+}
+inline Vec canonical(Vec a) {
+  const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(kNanKey));
+  const auto one = [&](__m256 x) { return _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)); };
+  return {one(a.lo), one(a.hi)};
 }
 inline Mask key_ge(Vec a, int32_t threshold) {
   const __m256i below = _mm256_set1_epi32(threshold - 1);  // threshold >= 0: no overflow
@@ -110,10 +133,38 @@ inline Vec select(Mask m, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, widen_mask(m)),
           _mm256_blendv_ps(no.hi, yes.hi, widen_mask(m >> 8))};
 }
+struct Keys {
+  __m256i lo, hi;
+};
+inline Keys no_keys() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Keys larger(Keys keys, Vec a) {
+  const auto one = [](__m256i most, __m256 x) {
+    const __m256i key = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_max_epi32(most, _mm256_min_epi32(key, _mm256_set1_epi32(kNanKey)));
+  };
+  return {one(keys.lo, a.lo), one(keys.hi, a.hi)};
+}
+inline void store_keys(float* p, Keys keys) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), keys.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), keys.hi);
+}
+// For each byte, the positions of its set bits. A table, because the instruction that could compute it
+// (pext) takes hundreds of cycles on some processors with AVX2.
+struct FrontLanes {
+  uint64_t of[256];
+};
+constexpr FrontLanes front_lanes_table() {
+  FrontLanes table{};
+  for (int byte = 0; byte < 256; ++byte) {
+    for (int bit = 0, slot = 0; bit < 8; ++bit) {
+      if (byte >> bit & 1) table.of[byte] |= static_cast<uint64_t>(bit) << 8 * slot++;
+    }
+  }
+  return table;
+}
+static constexpr FrontLanes kFrontLanes = front_lanes_table();
 inline __m256i front_lanes(Mask m) {  // positions of the set bits of m, as a permutation
-  const uint64_t bytes = _pdep_u64(m & 0xff, 0x0101010101010101u) * 0xff;
-  const uint64_t lanes = _pext_u64(0x0706050403020100u, bytes);
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes)));
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kFrontLanes.of[m & 0xff])));
 }
 inline void compress(float* p, Mask m, Vec a) {
   _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(a.lo, front_lanes(m)));
@@ -169,6 +220,8 @@ inline Vec load_fp16(const uint16_t* p) {
   return each([&](int i) { return from_fp16(p[i]); });
 }
 inline void store(float* p, Vec a) { std::memcpy(p, a.x, sizeof a.x); }
+inline void store_past_caches(float* p, Vec a) { store(p, a); }
+inline void order_stores() {}
 inline Vec set1(float x) {
   return each([&](int) { return x; });
 }
@@ -187,12 +240,27 @@ inline Mask ge_zero(Vec a) {
 inline Mask is_nan(Vec a) {
   return where([&](int i) { return a.x[i] != a.x[i]; });
 }
+inline Vec canonical(Vec a) {
+  return each([&](int i) { return a.x[i] == a.x[i] ? a.x[i] : float_of(kNanKey); });
+}
 inline Mask key_ge(Vec a, int32_t threshold) {
   return where([&](int i) { return static_cast<int32_t>(bits_of(a.x[i]) & 0x7fffffffu) >= threshold; });
 }
 inline Vec select(Mask m, Vec yes, Vec no) {
   return each([&](int i) { return (m >> i & 1) ? yes.x[i] : no.x[i]; });
 }
+struct Keys {
+  int32_t x[kLanes];
+};
+inline Keys no_keys() { return {}; }
+inline Keys larger(Keys keys, Vec a) {
+  for (int i = 0; i < kLanes; ++i) {
+    const int32_t key = key_of(a.x[i]);
+    keys.x[i] = keys.x[i] < key ? key : keys.x[i];
+  }
+  return keys;
+}
+inline void store_keys(float* p, Keys keys) { std::memcpy(p, keys.x, sizeof keys.x); }
 inline void compress(float* p, Mask m, Vec a) {
   for (; m; m &= m - 1) *p++ = a.x[__builtin_ctz(m)];
 }

@@ -1,0 +1,38 @@
+// Scratch memory that outlives a call: giving pages to the system and asking for them again, zeroed,
+// would cost more than the selection that they are for.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+namespace gck {
+
+// A run of memory that is mapped but not touched: pages come as they are written to. The process keeps one
+// run between calls; whoever calls while it is in use gets a fresh one.
+class Scratch {
+ public:
+  // Throws std::bad_alloc where there is no address space left.
+  explicit Scratch(size_t bytes);
+  // Keeps the run for the next call, but gives back the pages beyond the first kKept bytes of a region.
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // The next `bytes` of the run, at a page of their own. All regions together: the constructor's bytes,
+  // each rounded up by `padded`.
+  void* region(size_t bytes);
+
+  static size_t padded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+  static constexpr size_t kKept = size_t{32} << 20;
+
+ private:
+  static constexpr size_t kPage = 4096;
+
+  std::pair<void*, size_t> run_;
+  size_t used_ = 0;
+  std::vector<std::pair<size_t, size_t>> regions_;  // offset, bytes
+};
+
+}  // namespace gck

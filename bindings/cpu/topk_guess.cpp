@@ -1,0 +1,131 @@
+#include "cpu/topk_guess.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <functional>
+
+#include "cpu/threads.hpp"
+
+namespace gck {
+namespace {
+
+constexpr int64_t kLine = 16;            // elements of a sampled line: one cache line of fp32
+constexpr int64_t kMaxLines = 4096;      // lines in the sample
+constexpr int64_t kSampleFraction = 64;  // at most one element in this many is sampled
+constexpr int kCoarseShift = 17;         // sampled keys are first counted in 2^14 bins
+constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
+constexpr int kReach = 2048;  // bins of select_near that the expected range of the k-th key is spread over
+constexpr float kHintMargin = 0.96f;
+
+uint64_t hash(uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+int shift_for(int32_t low, int32_t high) {
+  return std::bit_width(static_cast<uint32_t>(std::max(high - low, 0)) / kReach);
+}
+
+struct Sample {
+  int64_t lines;
+  std::vector<float> acc;              // kLine a line; zeros where a line lies past its run's end
+  std::vector<uint32_t> coarse_count;  // by key >> kCoarseShift
+};
+
+Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int threads) {
+  const Leaves& isa = leaves();
+  Sample sample{std::min(kMaxLines, std::max<int64_t>(1, numel / (kLine * kSampleFraction))), {}, {}};
+  const int64_t lines = sample.lines, stride = std::max<int64_t>(1, numel / kLine / lines);
+  sample.acc.resize(static_cast<size_t>(lines * kLine));
+  const int parts = static_cast<int>(std::min<int64_t>(threads, 1 + lines / 512));
+  std::vector<std::vector<uint32_t>> counts(static_cast<size_t>(parts));
+  for_each_part(parts, [&](int t) {
+    auto& count = counts[static_cast<size_t>(t)];
+    count.resize(kCoarseBins);
+    const auto [first, last] = part_of(lines, parts, t, 1);
+    auto run = runs.begin();
+    int64_t begin = 0;  // of the run
+    for (int64_t line = first; line < last; ++line) {
+      const auto jitter =
+          static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
+      const int64_t at = (line * stride + jitter) * kLine;
+      for (; at >= begin + run->numel; ++run) begin += run->numel;
+      const int64_t inside = std::max<int64_t>(0, std::min(at - begin, run->numel - kLine));
+      const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2, length = std::min(kLine, run->numel);
+      float* acc = sample.acc.data() + line * kLine;
+      if (run->grad == nullptr) {
+        std::copy_n(run->err + inside, length, acc);
+      } else {
+        isa.add(static_cast<const char*>(run->grad) + inside * size, run->grad_dtype, run->err + inside,
+                length, acc);
+      }
+      for (int64_t i = 0; i < kLine; ++i) ++count[static_cast<size_t>(key_of(acc[i]) >> kCoarseShift)];
+    }
+  });
+  sample.coarse_count = std::move(counts[0]);
+  for (size_t t = 1; t < counts.size(); ++t) {
+    for (size_t bin = 0; bin < kCoarseBins; ++bin) sample.coarse_count[bin] += counts[t][bin];
+  }
+  return sample;
+}
+
+}  // namespace
+
+// The sample's entry of rank f + 5 sqrt(sum of c^2) + 8, where f is the expected rank of the k-th entry and
+// c the number of entries that a line has above rank f: entries of a line are not independent, and c^2
+// measures how clustered they are. Lines are hashed, so that no period of the gradient aligns with them.
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int threads) {
+  const Sample sample = take_sample(runs, numel, threads);
+  const int64_t size = sample.lines * kLine;
+  const double expected = static_cast<double>(k) / static_cast<double>(numel) * static_cast<double>(size);
+  const auto clamped = [&](double rank) {
+    return static_cast<int64_t>(std::clamp(std::ceil(rank), 1.0, static_cast<double>(size)));
+  };
+  // No line has more than kLine above rank f, so that no rank beyond this one will be asked for.
+  const int64_t farthest = clamped(expected + 5 * std::sqrt((expected + 1) * kLine) + 8);
+  int bin = kCoarseBins - 1;
+  for (int64_t above = 0; bin > 0; --bin) {
+    above += sample.coarse_count[static_cast<size_t>(bin)];
+    if (above >= farthest) break;
+  }
+  std::vector<float> values(sample.acc.size() + 32);
+  std::vector<uint32_t> positions(sample.acc.size() + 32);
+  Candidates top{values.data(), positions.data(), size, 0, 0, false};
+  leaves().topk_collect(sample.acc.data(), size, static_cast<int32_t>(bin) << kCoarseShift, &top);
+
+  std::vector<int32_t> keys(static_cast<size_t>(top.count));
+  std::transform(values.begin(), values.begin() + top.count, keys.begin(), key_of);
+  const auto key_of_rank = [&](int64_t rank) {
+    const auto place = keys.begin() + (std::clamp<int64_t>(rank, 1, top.count) - 1);
+    std::nth_element(keys.begin(), place, keys.end(), std::greater<>());
+    return *place;
+  };
+  const int32_t middle = key_of_rank(clamped(expected));
+  double squares = 0;
+  for (int64_t j = 0; j < top.count;) {
+    const uint32_t line = positions[static_cast<size_t>(j)] / kLine;
+    double hits = 0;
+    for (; j < top.count && positions[static_cast<size_t>(j)] / kLine == line; ++j) {
+      hits += key_of(values[static_cast<size_t>(j)]) >= middle;
+    }
+    squares += hits * hits;
+  }
+  const double margin = 5 * std::sqrt(squares) + 8;
+  const int64_t rank = clamped(expected + margin);
+  const int32_t low = key_of_rank(rank), high = key_of_rank(clamped(expected - margin));
+  const int64_t equal = std::count(keys.begin(), keys.end(), low);
+  const int shift = shift_for(low, high);
+  if (equal > rank / 4 + kLine) return {{low + 1, true}, shift};
+  return {{std::min(low, kInfKey), false}, shift};  // whatever is not finite always reaches the list
+}
+
+Sampled guess_by_hint(int32_t key) {
+  const int32_t last = std::min(key, kInfKey);
+  const int32_t low = key_of(float_of(static_cast<uint32_t>(last)) * kHintMargin);
+  return {{low, false}, shift_for(low, last + (last - low))};
+}
+
+}  // namespace gck

@@ -1,0 +1,20 @@
+// Guessing, from a sample, a threshold that at least k entries reach and few more.
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+#include "cpu/topk.hpp"
+
+namespace gck {
+
+struct Sampled {
+  Guess guess;
+  int shift;  // for select_near: puts the k-th key in reach
+};
+
+// What to list for the k largest of all runs. A run without grad is sampled from err alone.
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int threads);
+
+// The same from the threshold of the last step, unseen.
+Sampled guess_by_hint(int32_t key);
+
+}  // namespace gck
