@@ -1,4 +1,8 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
 
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
@@ -15,6 +19,11 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// (grad, grad_dtype, err, numel) of each tensor of a list, and (k, values, indices, wide_indices) of its
+// payload.
+using Runs = std::vector<std::tuple<Address, int, Address, int64_t>>;
+using Place = std::tuple<int64_t, Address, Address, bool>;
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -27,7 +36,8 @@ void bind_cpu(py::module_& m) {
       "topk_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values, int value_dtype,
          Address indices, bool wide_indices, Address hint, int threads) {
-        return topk_compress({{{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel}},
+        const TopkRun run{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel};
+        return topk_compress({{run},
                               numel,
                               k,
                               at<void>(values),
@@ -36,6 +46,44 @@ void bind_cpu(py::module_& m) {
                               wide_indices,
                               at<int32_t>(hint),
                               threads});
+      },
+      nogil);
+
+  m.def(
+      "topk_compress_flat",
+      [](const Runs& runs, int64_t k, Address values, int value_dtype, Address indices, bool wide_indices,
+         int threads) {
+        TopkJob job{{},           0,       k,      at<void>(values), Dtype{value_dtype}, at<void>(indices),
+                    wide_indices, nullptr, threads};
+        for (const auto& [grad, grad_dtype, err, numel] : runs) {
+          if (numel == 0) continue;
+          job.runs.push_back({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel});
+          job.numel += numel;
+        }
+        return topk_compress(job);
+      },
+      nogil);
+
+  m.def(
+      "topk_compress_each",
+      [](const Runs& runs, const std::vector<Place>& places, int value_dtype, int threads) {
+        std::vector<TopkJob> jobs;
+        for (size_t i = 0; i < runs.size(); ++i) {
+          const auto [grad, grad_dtype, err, numel] = runs[i];
+          const auto [k, values, indices, wide_indices] = places[i];
+          if (numel == 0) continue;
+          const TopkRun run{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel};
+          jobs.push_back({{run},
+                          numel,
+                          k,
+                          at<void>(values),
+                          Dtype{value_dtype},
+                          at<void>(indices),
+                          wide_indices,
+                          nullptr,
+                          1});
+        }
+        return topk_compress_each(std::move(jobs), threads);
       },
       nogil);
 

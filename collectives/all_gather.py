@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck.collectives.handshake import Signature, agree
 from gck.collectives.transports import Transport, resolve
-from gck.compressor import Compressor
+from gck.compressor import Compressor, decompress_sum_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.wire import body_of, layout_of
@@ -101,10 +101,9 @@ def one_phase(
     rows = transport.all_gather_bytes(send[0])
     results = []
     for grad, bodies in zip(grads, rows.split(sizes, 1), strict=True):
-        result = torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)
+        result = torch.empty(grad.numel(), dtype=torch.float32, device=grad.device)
         if grad.numel():
-            for body in bodies:
-                compressor.decompress_(result, body, accumulate=True)
+            decompress_sum_(compressor, result, bodies)
             if op == "avg":
                 result.div_(transport.world_size)
         results.append(result)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gck.collectives.transports import Transport
-from gck.compressor import Compressor, shard_numel
+from gck.compressor import Compressor, decompress_sum_, shard_numel
 
 __all__ = ["Shards", "two_phase"]
 
@@ -96,9 +96,8 @@ def two_phase(
     ):
         if not shard.valid(rank):
             continue
-        owned = torch.zeros(shard.valid(rank), dtype=torch.float32, device=device)
-        for body in bodies:
-            compressor.decompress_(owned, body, capacity=shard.numel, accumulate=True)
+        owned = torch.empty(shard.valid(rank), dtype=torch.float32, device=device)
+        decompress_sum_(compressor, owned, bodies, capacity=shard.numel)
         if op == "avg":
             owned.div_(world_size)
         residual = None if server_err is None else server_err[: shard.valid(rank)]

@@ -14,6 +14,21 @@ def topk_compress(
     hint: int,
     threads: int,
 ) -> int: ...
+def topk_compress_flat(
+    runs: list[tuple[int, int, int, int]],
+    k: int,
+    values: int,
+    value_dtype: int,
+    indices: int,
+    wide_indices: bool,
+    threads: int,
+) -> int: ...
+def topk_compress_each(
+    runs: list[tuple[int, int, int, int]],
+    places: list[tuple[int, int, int, bool]],
+    value_dtype: int,
+    threads: int,
+) -> int: ...
 def sparse_decompress(
     bodies: int,
     rows: int,

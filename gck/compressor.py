@@ -15,7 +15,7 @@ from torch import Tensor
 from gck.errors import ArgumentError
 from gck.wire import Layout
 
-__all__ = ["REGISTRY", "Compressor", "compressor_class", "shard_numel"]
+__all__ = ["REGISTRY", "Compressor", "compressor_class", "decompress_sum_", "shard_numel"]
 
 # One line a compressor: registry name -> module and class. Imported on first use, never before, so
 # that this module stays below the kernels.
@@ -81,6 +81,28 @@ class Compressor(Protocol):
             CorruptPayloadError: before anything is written, where the check costs no host sync.
         """
         ...
+
+
+def decompress_sum_(
+    compressor: Compressor, out: Tensor, bodies: Tensor, *, capacity: int | None = None
+) -> None:
+    """out = the sum of what the rows of `bodies` decode to, added in order to zeros.
+
+    A compressor that can do it in one pass has a method `decompress_sum_` (see
+    `gck.kernels.common.base.KernelCompressor`); any other decodes one row after the other.
+
+    Args:
+        out: (numel,) fp32 contiguous; overwritten.
+        bodies: (W, nbytes) uint8, rows contiguous.
+        capacity: see `Compressor.decompress_`.
+    """
+    fused = getattr(compressor, "decompress_sum_", None)
+    if fused is not None:
+        fused(out, bodies, capacity=capacity)
+        return
+    out.zero_()
+    for body in bodies:
+        compressor.decompress_(out, body, capacity=capacity, accumulate=True)
 
 
 def compressor_class(name: str) -> Any:

@@ -17,6 +17,7 @@ from gck.errors import CorruptPayloadError
 __all__ = ["ALIGNMENT", "Field", "Layout", "body_of", "layout_of"]
 
 ALIGNMENT = 16
+SMALL = 1 << 14  # bytes
 
 
 def _align(nbytes: int) -> int:
@@ -59,8 +60,11 @@ class Layout:
 
     def empty_body(self, device: torch.device) -> Tensor:
         """A (nbytes,) uint8 body for a kernel that writes every field: only the padding is zero."""
-        body = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        ends = [*(f.offset for f in self.fields[1:]), self.nbytes]
+        nbytes = self.nbytes
+        if nbytes < SMALL:  # zeroing all of it is quicker than asking where the padding is
+            return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        body = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        ends = [*(f.offset for f in self.fields[1:]), nbytes]
         for field, end in zip(self.fields, ends, strict=True):
             if field.end < end:
                 body[field.end : end].zero_()
@@ -78,8 +82,10 @@ class Layout:
             )
         # A field of nothing needs no address, and where there is nothing it may have no aligned one.
         return tuple(
-            body[f.offset : f.end].view(f.dtype) if f.count else body.new_empty(0, dtype=f.dtype)
-            for f in self.fields
+            [
+                body[f.offset : f.end].view(f.dtype) if f.count else body.new_empty(0, dtype=f.dtype)
+                for f in self.fields
+            ]
         )
 
 

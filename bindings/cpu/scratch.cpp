@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -11,15 +12,22 @@ namespace {
 
 using Run = std::pair<void*, size_t>;
 
-// One slot: whoever takes the run out owns it until it is put back.
-std::atomic<Run*> kept{nullptr};
+// Whoever takes a run out of its slot owns it until it is put into one.
+std::array<std::atomic<Run*>, 8> kept{};
+
+std::unique_ptr<Run> take() {
+  for (auto& slot : kept) {
+    if (auto* run = slot.exchange(nullptr)) return std::unique_ptr<Run>(run);
+  }
+  return nullptr;
+}
 
 void unmap(const Run& run) { ::munmap(run.first, run.second); }
 
 }  // namespace
 
 Scratch::Scratch(size_t bytes) {
-  if (const std::unique_ptr<Run> run{kept.exchange(nullptr)}) {
+  if (const auto run = take()) {
     if (run->second >= bytes) {
       run_ = *run;
       return;
@@ -39,12 +47,14 @@ Scratch::~Scratch() {
       ::madvise(static_cast<char*>(run_.first) + offset + kKept, bytes - kKept, MADV_DONTNEED);
     }
   }
-  auto* mine = new (std::nothrow) Run(run_);
-  if (mine == nullptr) {
-    unmap(run_);
-    return;
+  if (auto* mine = new (std::nothrow) Run(run_)) {
+    for (auto& slot : kept) {
+      Run* none = nullptr;
+      if (slot.compare_exchange_strong(none, mine)) return;
+    }
+    delete mine;
   }
-  if (const std::unique_ptr<Run> other{kept.exchange(mine)}) unmap(*other);
+  unmap(run_);
 }
 
 void* Scratch::region(size_t bytes) {

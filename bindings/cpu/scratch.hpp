@@ -8,13 +8,13 @@
 
 namespace gck {
 
-// A run of memory that is mapped but not touched: pages come as they are written to. The process keeps one
-// run between calls; whoever calls while it is in use gets a fresh one.
+// A run of memory that is mapped but not touched: pages come as they are written to. The process keeps a few
+// runs between calls, one for each thread that calls at the same time.
 class Scratch {
  public:
   // Throws std::bad_alloc where there is no address space left.
   explicit Scratch(size_t bytes);
-  // Keeps the run for the next call, but gives back the pages beyond the first kKept bytes of a region.
+  // Keeps the run for a next call, but gives back the pages beyond the first kKept bytes of a region.
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -1,17 +1,19 @@
 #include "cpu/select.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
+#include <iterator>
 
+#include "cpu/isa/leaves.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
 namespace {
 
-constexpr int64_t kFew = 4096;  // entries
-constexpr int kBins = 4096;     // of select_near, from the floor up; the last one holds the rest
-
-int bin_of(int32_t key, int32_t floor, int shift) { return std::min((key - floor) >> shift, kBins - 1); }
+constexpr int64_t kFew = 4096;  // entries that a histogram does not pay for
+constexpr int kBinBits = 11;    // of the histogram that select_near makes of [low, high)
+constexpr int64_t kLanes = 16;  // that a leaf may write beyond its count
 
 Share count_share(const float* x, int64_t count, int32_t threshold) {
   Share share{0, 0};
@@ -103,60 +105,65 @@ Selection select_largest(const std::vector<Group>& groups, int64_t k) {
   return {threshold, shares_of(groups, threshold.key)};
 }
 
-Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t floor, int shift,
+Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low, int32_t high,
                       int32_t* scratch) {
   const size_t parts = lists.size();
   int64_t total = 0;
   for (const Segment& list : lists) total += list.count;
   if (total <= kFew) return select_few(lists, k);
-  std::vector<std::vector<int64_t>> counts(parts, std::vector<int64_t>(kBins));
+
+  // Keys in [low, high), and how many lie above.
+  std::vector<int32_t*> keys(parts);
+  std::vector<int64_t> inside(parts);
+  std::vector<Share> shares(parts);
+  for (size_t p = 0; p < parts; ++p) {
+    keys[p] = scratch;
+    scratch += lists[p].count + kLanes;
+  }
   for_each_part(static_cast<int>(parts), [&](int t) {
-    int64_t* count = counts[static_cast<size_t>(t)].data();
-    const auto [x, m] = lists[static_cast<size_t>(t)];
-    for (int64_t i = 0; i < m; ++i) ++count[bin_of(key_of(x[i]), floor, shift)];
+    const auto p = static_cast<size_t>(t);
+    shares[p].above = leaves().topk_split(lists[p].x, lists[p].count, low, high, keys[p], &inside[p]);
   });
-  int64_t rank = k;
-  const int bin = bin_of_rank(counts, kBins, rank);
-  if (bin == kBins - 1) {
+  int64_t rank = k, within = 0;
+  for (size_t p = 0; p < parts; ++p) {
+    rank -= shares[p].above;
+    within += inside[p];
+  }
+  if (rank < 1 || rank > within) {
     std::vector<Group> groups;
     for (const Segment& list : lists) groups.push_back({list});
     return select_largest(groups, k);
   }
 
-  // The bin of the k-th entry holds few keys, unless many entries are equal.
-  std::vector<int32_t*> keys(parts);
-  std::vector<Share> shares(parts);
-  for (size_t p = 0; p < parts; ++p) {
-    keys[p] = scratch;
-    scratch += counts[p][static_cast<size_t>(bin)] + 1;  // one past the end is written to
-    for (int above = bin + 1; above < kBins; ++above)
-      shares[p].above += counts[p][static_cast<size_t>(above)];
-  }
+  // The histogram of these, and what lies in the bin of the k-th.
+  const int bits = std::bit_width(static_cast<uint32_t>(high - low - 1));
+  const int shift = std::max(bits - kBinBits, 0);
+  std::vector<std::vector<int64_t>> counts(parts, std::vector<int64_t>(size_t{1} << kBinBits));
   for_each_part(static_cast<int>(parts), [&](int t) {
     const auto p = static_cast<size_t>(t);
-    const auto [x, m] = lists[p];
-    int32_t* next = keys[p];
-    for (int64_t i = 0; i < m; ++i) {
-      const int32_t key = key_of(x[i]);
-      *next = key;
-      next += bin_of(key, floor, shift) == bin;
-    }
+    for (int64_t i = 0; i < inside[p]; ++i) ++counts[p][static_cast<size_t>((keys[p][i] - low) >> shift)];
   });
-  std::vector<int32_t> inside;
+  const int bin = bin_of_rank(counts, 1 << kBinBits, rank);
+  std::vector<int32_t> last;
   for (size_t p = 0; p < parts; ++p) {
-    inside.insert(inside.end(), keys[p], keys[p] + counts[p][static_cast<size_t>(bin)]);
+    std::copy_if(keys[p], keys[p] + inside[p], std::back_inserter(last),
+                 [&](int32_t key) { return (key - low) >> shift == bin; });
   }
-  std::nth_element(inside.begin(), inside.begin() + (rank - 1), inside.end(), std::greater<>());
-  const int32_t kth = inside[static_cast<size_t>(rank - 1)];
-  int64_t above = 0;
-  for (size_t p = 0; p < parts; ++p) {
-    for (int64_t i = 0; i < counts[p][static_cast<size_t>(bin)]; ++i) {
-      shares[p].above += keys[p][i] > kth;
-      shares[p].ties += keys[p][i] == kth;
+  std::nth_element(last.begin(), last.begin() + (rank - 1), last.end(), std::greater<>());
+  const int32_t kth = last[static_cast<size_t>(rank - 1)];
+  int64_t quota = k;
+  for_each_part(static_cast<int>(parts), [&](int t) {
+    const auto p = static_cast<size_t>(t);
+    int64_t above = 0, ties = 0;
+    for (int64_t i = 0; i < inside[p]; ++i) {
       above += keys[p][i] > kth;
+      ties += keys[p][i] == kth;
     }
-  }
-  return {{kth, rank - above}, shares};
+    shares[p].above += above;
+    shares[p].ties = ties;
+  });
+  for (const Share& share : shares) quota -= share.above;
+  return {{kth, quota}, shares};
 }
 
 std::vector<Slot> slots_of(const Selection& selection) {

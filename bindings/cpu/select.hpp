@@ -41,9 +41,9 @@ Threshold kth_largest(const std::vector<Group>& groups, int64_t rank);
 // The threshold of the k largest entries, and each group's share of them.
 Selection select_largest(const std::vector<Group>& groups, int64_t k);
 
-// The same for one list a group, of entries whose keys are all >= floor, in two passes; fast where the k-th
-// key lies within 4095 << shift of it. `scratch` has room for as many keys as there are entries.
-Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t floor, int shift,
+// The same for one list a group, each with room for a vector more. Fast where the k-th key lies in [low,
+// high) and few others do. `scratch` has room for as many keys as there are entries, and 16 more a list.
+Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low, int32_t high,
                       int32_t* scratch);
 
 // Hands the quota of ties out to the groups in order.

@@ -4,7 +4,9 @@
 #include "cpu/topk.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <new>
 #include <optional>
 
 #include "cpu/isa/leaves.hpp"
@@ -20,6 +22,7 @@ namespace {
 constexpr int64_t kMinSampled = 1 << 16;        // below, the whole vector is as near as a sample
 constexpr int64_t kLanes = 16;                  // that topk_maxima keeps apart
 constexpr int64_t kTile = 4096;                 // entries looked at together where err itself is emitted from
+constexpr int64_t kAlone = 1 << 19;             // entries of a tensor that all threads work on together
 constexpr int64_t kMaxPart = int64_t{1} << 31;  // list positions are 32 bits
 // A list is full when another block might not fit: it needs room for one more than what it is to hold, and
 // behind that for the rest of a vector.
@@ -71,20 +74,25 @@ std::vector<Part> parts_of(const TopkJob& job) {
 // Memory of the lists: one a part, shared by its pieces, and keys for refining.
 class Lists {
  public:
-  Lists(const std::vector<Part>& parts, int64_t capacity) : scratch_(bytes(parts, capacity)) {
+  // `more`: floats of memory for whoever needs some.
+  Lists(const std::vector<Part>& parts, int64_t capacity, int64_t more = 0)
+      : scratch_(bytes(parts, capacity) + Scratch::padded(static_cast<size_t>(more) * sizeof(float))) {
+    size_t total = 0;
     for (const Part& part : parts) {
       const int64_t room = std::min(part.count, capacity) + kSpare;
       const auto slots = static_cast<size_t>(room + kBehind);
       rooms_.push_back({static_cast<float*>(scratch_.region(slots * sizeof(float))),
                         static_cast<uint32_t*>(scratch_.region(slots * sizeof(uint32_t))), room, 0, 0,
                         false});
-      total_ += slots;
+      total += slots;
     }
-    keys_ = static_cast<int32_t*>(scratch_.region(total_ * sizeof(int32_t)));
+    keys_ = static_cast<int32_t*>(scratch_.region(total * sizeof(int32_t)));
+    more_ = static_cast<float*>(scratch_.region(static_cast<size_t>(more) * sizeof(float)));
   }
 
   const Candidates& room(size_t part) const { return rooms_[part]; }
   int32_t* keys() const { return keys_; }
+  float* more() const { return more_; }
 
  private:
   static size_t bytes(const std::vector<Part>& parts, int64_t capacity) {
@@ -100,7 +108,7 @@ class Lists {
   Scratch scratch_;
   std::vector<Candidates> rooms_;
   int32_t* keys_;
-  size_t total_ = 0;
+  float* more_;
 };
 
 // acc = err + list afterwards, whatever the guess was.
@@ -174,7 +182,7 @@ class Emitter {
       Candidates tile{values, indices, kTile + kSpare, 0, 0, false};
       const int32_t wanted = quota_ > 0 ? threshold_ : threshold_ + 1;
       leaves().topk_stream(nullptr, Dtype::fp32, err + at, std::min(kTile, end - at),
-                           {std::min(wanted, kInfKey), false}, &tile);
+                           {std::min(wanted, kInfKey), false, true}, &tile);
       emit(tile, err + at, base + at);
     }
   }
@@ -264,7 +272,7 @@ std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts,
   if (!overflow && listed >= job.k && all_wild_listed) {
     std::vector<Segment> segments;
     for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
-    const Selection selection = select_near(segments, job.k, guess.threshold, sampled.shift, lists.keys());
+    const Selection selection = select_near(segments, job.k, guess.threshold, sampled.high, lists.keys());
     emit_parts(job, parts, selection,
                [](Piece& piece, Emitter& emitter) { emitter.emit(piece.list, piece.err, piece.begin); });
     return selection.threshold.key;
@@ -285,25 +293,24 @@ std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts,
 // Few entries, one thread: the k-th largest of the maxima of at least k groups is a threshold that k entries
 // reach, and with four times k groups few more do.
 int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
-  const Lists lists(parts, job.numel);
   const int64_t size = std::max<int64_t>(1, job.numel / (4 * job.k));  // entries a group
   int64_t groups = 0;
   for (const Piece& piece : parts[0].pieces) groups += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
-  Scratch scratch(static_cast<size_t>(groups) * sizeof(float));
-  auto* maxima = static_cast<float*>(scratch.region(static_cast<size_t>(groups) * sizeof(float)));
-  float* next = maxima;
+  const Lists lists(parts, job.numel, groups);
+  float* next = lists.more();
   for (const Piece& piece : parts[0].pieces) {
     leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
     next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
   }
-  const int32_t low = kth_largest({{{maxima, groups}}}, job.k).key;
-  const auto threshold = select_with(job, parts, lists, {{std::min(low, kInfKey), false}, 0}, false);
+  const int32_t low = kth_largest({{{lists.more(), groups}}}, job.k).key;
+  const auto threshold =
+      select_with(job, parts, lists, {{std::min(low, kInfKey), false, false}, INT32_MAX}, false);
   return *threshold;
 }
 
 int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   if (job.k == job.numel) {
-    stream(parts, Lists(parts, 0), {INT32_MAX, false}, true);
+    stream(parts, Lists(parts, 0), {INT32_MAX, false, false}, true);
     Selection all{{-1, 0}, {}};
     for (const Part& part : parts) all.shares.push_back({part.count, 0});
     emit_from_err(job, parts, all);
@@ -314,15 +321,15 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
     // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
     const Lists lists(parts, 4 * job.k + kMinSampled);
     const bool hinted = job.hint != nullptr && *job.hint > 0;
-    const Sampled first =
-        hinted ? guess_by_hint(*job.hint) : guess_by_sample(job.runs, job.numel, job.k, job.threads);
+    const Sampled first = hinted ? guess_by_hint(*job.hint, job.numel, job.k)
+                                 : guess_by_sample(job.runs, job.numel, job.k, job.threads);
     if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
     std::vector<TopkRun> runs = job.runs;
     for (TopkRun& run : runs) run.grad = nullptr;
     const Sampled second = guess_by_sample(runs, job.numel, job.k, job.threads);
     if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
   } else {
-    stream(parts, Lists(parts, 0), {INT32_MAX, false}, true);
+    stream(parts, Lists(parts, 0), {INT32_MAX, false, false}, true);
   }
   const Selection selection = select_largest(groups_of(parts), job.k);
   emit_from_err(job, parts, selection);
@@ -338,6 +345,31 @@ int64_t topk_compress(const TopkJob& job) {
   if (job.hint != nullptr) *job.hint = threshold;
   int64_t cleared = 0;
   for (const Part& part : parts) cleared += part.cleared;
+  return cleared;
+}
+
+int64_t topk_compress_each(std::vector<TopkJob> jobs, int threads) {
+  int64_t cleared = 0;
+  std::vector<TopkJob> small;
+  for (TopkJob& job : jobs) {
+    job.threads = job.numel < kAlone ? 1 : threads;
+    if (job.numel < kAlone) {
+      small.push_back(job);
+    } else {
+      cleared += topk_compress(job);
+    }
+  }
+  std::atomic<bool> out_of_memory{false};
+  const int count = static_cast<int>(small.size());
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(+ : cleared) if (count > 1)
+  for (int i = 0; i < count; ++i) {
+    try {
+      cleared += topk_compress(small[static_cast<size_t>(i)]);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
   return cleared;
 }
 

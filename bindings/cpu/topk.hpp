@@ -31,4 +31,8 @@ struct TopkJob {
 // first write, so that std::bad_alloc from them leaves err as it was.
 int64_t topk_compress(const TopkJob& job);
 
+// The same for jobs of their own, with `threads` threads for all: large ones in turn, with all threads, small
+// ones side by side.
+int64_t topk_compress_each(std::vector<TopkJob> jobs, int threads);
+
 }  // namespace gck

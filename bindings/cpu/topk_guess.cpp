@@ -1,7 +1,6 @@
 #include "cpu/topk_guess.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <functional>
 
@@ -15,8 +14,19 @@ constexpr int64_t kMaxLines = 4096;      // lines in the sample
 constexpr int64_t kSampleFraction = 64;  // at most one element in this many is sampled
 constexpr int kCoarseShift = 17;         // sampled keys are first counted in 2^14 bins
 constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
-constexpr int kReach = 2048;  // bins of select_near that the expected range of the k-th key is spread over
+constexpr int64_t kDense = 25;  // one entry in this many to list is many
+constexpr size_t kAhead = 24;   // lines asked for before one is looked at
 constexpr float kHintMargin = 0.96f;
+
+// As many lines as pay: a line costs about a dozen times what it takes to list an entry and to put it back.
+// With L lines about n sqrt(ratio / L) such entries are listed for the margin's root, and n / 2 L for its
+// constant.
+int64_t lines_for(int64_t numel, int64_t k) {
+  const auto n = static_cast<double>(numel), r = static_cast<double>(k) / n;
+  const double lines = std::max(std::pow(n * std::sqrt(r) / 18, 2.0 / 3), std::sqrt(n / 23));
+  const int64_t most = std::min(kMaxLines, numel / (kLine * kSampleFraction));
+  return std::clamp<int64_t>(static_cast<int64_t>(lines), 1, std::max<int64_t>(1, most));
+}
 
 uint64_t hash(uint64_t x) {  // splitmix64
   x += 0x9e3779b97f4a7c15u;
@@ -25,9 +35,12 @@ uint64_t hash(uint64_t x) {  // splitmix64
   return x ^ x >> 31;
 }
 
-int shift_for(int32_t low, int32_t high) {
-  return std::bit_width(static_cast<uint32_t>(std::max(high - low, 0)) / kReach);
-}
+struct Line {
+  const char* grad;
+  Dtype dtype;
+  const float* err;
+  int64_t length;
+};
 
 struct Sample {
   int64_t lines;
@@ -35,10 +48,10 @@ struct Sample {
   std::vector<uint32_t> coarse_count;  // by key >> kCoarseShift
 };
 
-Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int threads) {
+Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines, int threads) {
   const Leaves& isa = leaves();
-  Sample sample{std::min(kMaxLines, std::max<int64_t>(1, numel / (kLine * kSampleFraction))), {}, {}};
-  const int64_t lines = sample.lines, stride = std::max<int64_t>(1, numel / kLine / lines);
+  Sample sample{lines, {}, {}};
+  const int64_t stride = std::max<int64_t>(1, numel / kLine / lines);
   sample.acc.resize(static_cast<size_t>(lines * kLine));
   const int parts = static_cast<int>(std::min<int64_t>(threads, 1 + lines / 512));
   std::vector<std::vector<uint32_t>> counts(static_cast<size_t>(parts));
@@ -46,6 +59,8 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int threads)
     auto& count = counts[static_cast<size_t>(t)];
     count.resize(kCoarseBins);
     const auto [first, last] = part_of(lines, parts, t, 1);
+    // Where each line lies, first of all: memory answers while others are being asked for.
+    std::vector<Line> places;
     auto run = runs.begin();
     int64_t begin = 0;  // of the run
     for (int64_t line = first; line < last; ++line) {
@@ -54,15 +69,24 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int threads)
       const int64_t at = (line * stride + jitter) * kLine;
       for (; at >= begin + run->numel; ++run) begin += run->numel;
       const int64_t inside = std::max<int64_t>(0, std::min(at - begin, run->numel - kLine));
-      const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2, length = std::min(kLine, run->numel);
-      float* acc = sample.acc.data() + line * kLine;
-      if (run->grad == nullptr) {
-        std::copy_n(run->err + inside, length, acc);
-      } else {
-        isa.add(static_cast<const char*>(run->grad) + inside * size, run->grad_dtype, run->err + inside,
-                length, acc);
+      const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2;
+      const auto* grad = static_cast<const char*>(run->grad);
+      places.push_back({grad == nullptr ? nullptr : grad + inside * size, run->grad_dtype, run->err + inside,
+                        std::min(kLine, run->numel)});
+    }
+    float* acc = sample.acc.data() + first * kLine;
+    for (size_t i = 0; i < places.size(); ++i, acc += kLine) {
+      if (i + kAhead < places.size()) {
+        __builtin_prefetch(places[i + kAhead].grad);
+        __builtin_prefetch(places[i + kAhead].err);
       }
-      for (int64_t i = 0; i < kLine; ++i) ++count[static_cast<size_t>(key_of(acc[i]) >> kCoarseShift)];
+      const Line& line = places[i];
+      if (line.grad == nullptr) {
+        std::copy_n(line.err, line.length, acc);
+      } else {
+        isa.add(line.grad, line.dtype, line.err, line.length, acc);
+      }
+      for (int64_t j = 0; j < kLine; ++j) ++count[static_cast<size_t>(key_of(acc[j]) >> kCoarseShift)];
     }
   });
   sample.coarse_count = std::move(counts[0]);
@@ -78,7 +102,7 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int threads)
 // c the number of entries that a line has above rank f: entries of a line are not independent, and c^2
 // measures how clustered they are. Lines are hashed, so that no period of the gradient aligns with them.
 Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int threads) {
-  const Sample sample = take_sample(runs, numel, threads);
+  const Sample sample = take_sample(runs, numel, lines_for(numel, k), threads);
   const int64_t size = sample.lines * kLine;
   const double expected = static_cast<double>(k) / static_cast<double>(numel) * static_cast<double>(size);
   const auto clamped = [&](double rank) {
@@ -115,17 +139,19 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
   }
   const double margin = 5 * std::sqrt(squares) + 8;
   const int64_t rank = clamped(expected + margin);
-  const int32_t low = key_of_rank(rank), high = key_of_rank(clamped(expected - margin));
+  const int32_t low = key_of_rank(rank), highest = key_of_rank(clamped(expected - margin));
+  // Too few of the sample lie above for a bound: none.
+  const int32_t high = expected > margin + 1 ? highest + 1 : INT32_MAX;
   const int64_t equal = std::count(keys.begin(), keys.end(), low);
-  const int shift = shift_for(low, high);
-  if (equal > rank / 4 + kLine) return {{low + 1, true}, shift};
-  return {{std::min(low, kInfKey), false}, shift};  // whatever is not finite always reaches the list
+  if (equal > rank / 4 + kLine) return {{low + 1, true, false}, std::max(high, low + 2)};
+  return {{std::min(low, kInfKey), false, k > numel / kDense},
+          high};  // whatever is not finite always reaches the list
 }
 
-Sampled guess_by_hint(int32_t key) {
+Sampled guess_by_hint(int32_t key, int64_t numel, int64_t k) {
   const int32_t last = std::min(key, kInfKey);
   const int32_t low = key_of(float_of(static_cast<uint32_t>(last)) * kHintMargin);
-  return {{low, false}, shift_for(low, last + (last - low))};
+  return {{low, false, k > numel / kDense}, last + (last - low)};
 }
 
 }  // namespace gck

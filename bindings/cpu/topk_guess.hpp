@@ -8,13 +8,13 @@ namespace gck {
 
 struct Sampled {
   Guess guess;
-  int shift;  // for select_near: puts the k-th key in reach
+  int32_t high;  // the k-th key is very probably below it
 };
 
 // What to list for the k largest of all runs. A run without grad is sampled from err alone.
 Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int threads);
 
 // The same from the threshold of the last step, unseen.
-Sampled guess_by_hint(int32_t key);
+Sampled guess_by_hint(int32_t key, int64_t numel, int64_t k);
 
 }  // namespace gck

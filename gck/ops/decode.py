@@ -10,7 +10,7 @@ from gck.compressor import compressor_class
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 from gck.kernels.sign import check_chunk_size
-from gck.ops.registration import Array, register
+from gck.ops.registration import Array, plain, register
 from gck.payload import PackedSigns, Payload, SparseGrad
 
 __all__ = ["decompress", "decompress_add_"]
@@ -76,7 +76,8 @@ def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulat
             f"{function}: out has {out.numel()} elements, the payload is of {payload.numel}"
         )
     alpha = checks.check_alpha(function, alpha)
-    torch.ops.gck.decompress_(out, name, fields, options, alpha, accumulate)
+    call = _decompress if plain(out, *fields) else torch.ops.gck.decompress_
+    call(out, name, fields, options, alpha, accumulate)
     return out
 
 

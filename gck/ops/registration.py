@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gck.kernels.common.base import KernelCompressor
 
-__all__ = ["Array", "compress", "fake_body", "register"]
+__all__ = ["Array", "compress", "fake_body", "plain", "register"]
 
 _library = torch.library.Library("gck", "DEF")
 
@@ -30,15 +31,39 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     torch.library.register_fake(f"gck::{name}", fake, lib=_library)
 
 
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether dispatching an operator on these tensors would do nothing but call its kernel.
+
+    That is: nobody traces, no mode looks on, no tensor is of a class of its own. Calling the kernel directly
+    then spares more than a small kernel's own time.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(tensor) in _PLAIN for tensor in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, NoneType)
+
+
 def compress(
-    function: str, compressor: KernelCompressor, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None
+    function: str,
+    compressor: KernelCompressor,
+    grad: Tensor,
+    err: Tensor | None,
+    nonfinite: Tensor | None,
+    **options: Tensor | None,
 ) -> Tensor:
-    """The new body that `compressor` makes of grad and err, on behalf of a public function."""
+    """The new body that `compressor` makes of grad and err, on behalf of a public function.
+
+    Inputs must have passed `compressor.check_inputs`.
+    """
     # Not zeroed as a whole: kernels write all of a single body's fields, and it may be large.
     body = compressor.layout(grad.numel()).empty_body(grad.device)
-    compressor.compress(function, grad, err, body.unsqueeze(0), nonfinite)
-    mutated = [t for t in (err, nonfinite) if t is not None]
-    torch.autograd.graph.increment_version(mutated)
+    compressor.run(function, grad, err, body.unsqueeze(0), nonfinite, **options)
+    torch.autograd.graph.increment_version([t for t in (err, nonfinite, *options.values()) if t is not None])
     return body
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gck import interop
 from gck.kernels.sign import Sign, check_chunk_size
-from gck.ops.registration import Array, compress, fake_body, register
+from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import PackedSigns
 
 __all__ = ["sign_ef_"]
@@ -41,7 +41,8 @@ def sign_ef_(
     check_chunk_size("sign_ef_", chunk_size)
     compressor = Sign(chunk_size)
     compressor.check_inputs("sign_ef_", grad, err, nonfinite)
-    body = torch.ops.gck.sign_ef_(grad, err, chunk_size, nonfinite)
+    call = _sign_ef if plain(grad, err, nonfinite) else torch.ops.gck.sign_ef_
+    body = call(grad, err, chunk_size, nonfinite)
     words, scales = compressor.layout(grad.numel()).views(body)
     return PackedSigns(words, scales, grad.numel(), chunk_size)
 

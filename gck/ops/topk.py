@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from gck import interop
 from gck.kernels.common import checks
 from gck.kernels.topk import TopK, check_options, resolve_k
-from gck.ops.registration import Array, compress, fake_body, register
+from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import SparseGrad
 
 __all__ = ["topk", "topk_ef_"]
@@ -22,6 +24,7 @@ def topk_ef_(
     k: int | None = None,
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
+    hint: Tensor | None = None,
 ) -> SparseGrad:
     """Selects the k largest entries of acc = grad + err; the rest stays in err.
 
@@ -37,6 +40,9 @@ def topk_ef_(
         value_dtype: float32, bfloat16 or float16 for the values that travel (rounded to nearest even);
             the rounding error stays in err.
         nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+        hint: (1,) int32 on the same device, zero at first and then kept from step to step: holds the
+            threshold of the last call (the bits of its magnitude), replaced by that of this one. Spares the
+            sample that the threshold is guessed from. Whatever it holds, the result is the same.
 
     Returns:
         SparseGrad(values (k,), indices (k,) int32, numel); int64 indices when numel > 2**31 - 1.
@@ -49,13 +55,15 @@ def topk_ef_(
     """
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
-            return topk_ef_(g, e, ratio, k=k, value_dtype=value_dtype, nonfinite=nonfinite)
+            return topk_ef_(g, e, ratio, k=k, value_dtype=value_dtype, nonfinite=nonfinite, hint=hint)
     check_options("topk_ef_", ratio, k, value_dtype)
     checks.check_grad("topk_ef_", grad)
     count = resolve_k("topk_ef_", grad.numel(), ratio, k)
-    compressor = TopK(k=max(1, count), value_dtype=value_dtype)
+    compressor = _compressor(count, value_dtype)
     compressor.check_inputs("topk_ef_", grad, err, nonfinite)
-    body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite)
+    checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
+    call = _topk_ef if plain(grad, err, nonfinite, hint) else torch.ops.gck.topk_ef_
+    body = call(grad, err, count, value_dtype, nonfinite, hint)
     values, indices = compressor.layout(grad.numel()).views(body)
     return SparseGrad(values, indices, grad.numel())
 
@@ -73,33 +81,57 @@ def topk(
     check_options("topk", ratio, k, value_dtype)
     checks.check_grad("topk", x, "x")
     count = resolve_k("topk", x.numel(), ratio, k)
-    body = torch.ops.gck.topk(x, count, value_dtype)
-    compressor = TopK(k=max(1, count), value_dtype=value_dtype)
+    call = _topk if plain(x) else torch.ops.gck.topk
+    body = call(x, count, value_dtype)
+    compressor = _compressor(count, value_dtype)
     values, indices = compressor.layout(x.numel()).views(body)
     return SparseGrad(values, indices, x.numel())
 
 
-def _topk_ef(grad: Tensor, err: Tensor, k: int, value_dtype: torch.dtype, nonfinite: Tensor | None) -> Tensor:
-    return compress("topk_ef_", TopK(k=max(1, k), value_dtype=value_dtype), grad, err, nonfinite)
+def _compressor(k: int, value_dtype: torch.dtype) -> TopK:
+    # Tracing may bring a symbolic k, which has no hash.
+    make = _cached if type(k) is int and not torch.compiler.is_compiling() else _cached.__wrapped__
+    return make(k, value_dtype)
+
+
+@lru_cache(maxsize=1024)
+def _cached(k: int, value_dtype: torch.dtype) -> TopK:
+    return TopK(k=max(1, k), value_dtype=value_dtype)  # of an empty vector nothing is kept
+
+
+def _topk_ef(
+    grad: Tensor,
+    err: Tensor,
+    k: int,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+    hint: Tensor | None = None,
+) -> Tensor:
+    return compress("topk_ef_", _compressor(k, value_dtype), grad, err, nonfinite, hint=hint)
 
 
 def _topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:
-    return compress("topk", TopK(k=max(1, k), value_dtype=value_dtype), x, None, None)
+    return compress("topk", _compressor(k, value_dtype), x, None, None)
 
 
 def _fake_topk_ef(
-    grad: Tensor, err: Tensor, k: int, value_dtype: torch.dtype, nonfinite: Tensor | None
+    grad: Tensor,
+    err: Tensor,
+    k: int,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+    hint: Tensor | None = None,
 ) -> Tensor:
-    return fake_body(TopK(k=max(1, k), value_dtype=value_dtype), grad)
+    return fake_body(_compressor(k, value_dtype), grad)
 
 
 def _fake_topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:
-    return fake_body(TopK(k=max(1, k), value_dtype=value_dtype), x)
+    return fake_body(_compressor(k, value_dtype), x)
 
 
 register(
-    "topk_ef_(Tensor grad, Tensor(a!) err, SymInt k, ScalarType value_dtype, Tensor(b!)? nonfinite)"
-    " -> Tensor",
+    "topk_ef_(Tensor grad, Tensor(a!) err, SymInt k, ScalarType value_dtype, Tensor(b!)? nonfinite,"
+    " Tensor(c!)? hint=None) -> Tensor",
     _topk_ef,
     _fake_topk_ef,
 )

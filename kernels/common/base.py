@@ -5,6 +5,10 @@ A compressor's folder has three backends, `reference`, `cpu` and `gpu`. `cpu` an
     compress_(compressor, grad, err, bodies, nonfinite)          # flat tensors, already checked
     decompress_(compressor, out, fields, alpha, accumulate)      # fields: the payload's typed tensors
 
+may define, where one pass over `out` is possible for all ranks' payloads together,
+
+    decompress_sum_(compressor, out, bodies, alpha, accumulate, capacity)    # bodies: (W, nbytes)
+
 and `reference`, the oracle, which shares no code with them,
 
     compress(compressor, grad, err) -> (fields, new_err, cleared)
@@ -14,6 +18,7 @@ and `reference`, the oracle, which shares no code with them,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -21,24 +26,35 @@ import torch
 from torch import Tensor
 
 from gck.compressor import shard_numel
-from gck.errors import ArgumentError, BackendUnavailableError, DeviceMismatchError, ShapeMismatchError
+from gck.errors import (
+    ArgumentError,
+    BackendUnavailableError,
+    CorruptPayloadError,
+    DeviceMismatchError,
+    ShapeMismatchError,
+)
 from gck.kernels.common import checks
 from gck.wire import Layout
 
 
 def backend(function: str, package: str, device: torch.device) -> Any:
     """The module with the kernels of `package` for `device`."""
-    if device.type == "cpu":
-        return import_module(f"{package}.cpu")
-    if device.type == "cuda":
-        try:
-            return import_module(f"{package}.gpu")
-        except ImportError as error:
-            raise BackendUnavailableError(
-                f"{function}: tensors on {device} need Triton, which cannot be imported ({error}); "
-                "`pip install triton`, or move the tensors to the CPU"
-            ) from error
-    raise DeviceMismatchError(f"{function}: no kernel for device {device}; use cpu or cuda")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceMismatchError(f"{function}: no kernel for device {device}; use cpu or cuda")
+    try:
+        return _module(package, device.type)
+    except ImportError as error:
+        if device.type == "cpu":
+            raise
+        raise BackendUnavailableError(
+            f"{function}: tensors on {device} need Triton, which cannot be imported ({error}); "
+            "`pip install triton`, or move the tensors to the CPU"
+        ) from error
+
+
+@cache
+def _module(package: str, device_type: str) -> Any:
+    return import_module(f"{package}.{'cpu' if device_type == 'cpu' else 'gpu'}")
 
 
 class KernelCompressor(ABC):
@@ -73,6 +89,49 @@ class KernelCompressor(ABC):
         fields = self.layout(out.numel() if capacity is None else capacity).views(body)
         self.decompress(f"{type(self).__name__}.decompress_", out, fields, alpha, accumulate)
 
+    def decompress_sum_(
+        self,
+        out: Tensor,
+        bodies: Tensor,
+        *,
+        capacity: int | None = None,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+    ) -> None:
+        """Writes the sum of alpha * decoded over the rows of bodies to `out`, or adds it when `accumulate`.
+
+        The same bits as `decompress_` with accumulate of one row after the other, to zeros or to `out`; for
+        all rows in one pass over `out` where the kernels can.
+
+        Args:
+            out: (numel,) fp32 contiguous; overwritten.
+            bodies: (W, nbytes) uint8, rows contiguous and aligned to 16 bytes.
+            capacity, alpha: see `decompress_`.
+
+        Raises:
+            CorruptPayloadError: before anything is written, where the check costs no host sync and the
+                kernels take all rows in one pass.
+        """
+        function = f"{type(self).__name__}.decompress_sum_"
+        capacity = out.numel() if capacity is None else capacity
+        checks.check_fp32(function, "out", out)
+        rows = checks.check_bodies(function, bodies, out, "out")
+        kernels = backend(function, self.package, out.device)
+        nbytes = self.layout(capacity).nbytes
+        if bodies.shape[1] != nbytes:
+            raise CorruptPayloadError(
+                f"{function}: bodies must be ({rows}, {nbytes}), got {tuple(bodies.shape)}"
+            )
+        checks.check_no_overlap(function, out=out, bodies=bodies)
+        alpha = checks.check_alpha(function, alpha)
+        if out.numel() and hasattr(kernels, "decompress_sum_"):
+            kernels.decompress_sum_(self, _flat(out), bodies, alpha, accumulate, capacity)
+            return
+        if not accumulate:
+            out.zero_()
+        for body in bodies:
+            self.decompress_(out, body, capacity=capacity, alpha=alpha, accumulate=True)
+
     def check_inputs(
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None
     ) -> None:
@@ -96,14 +155,30 @@ class KernelCompressor(ABC):
             raise ShapeMismatchError(
                 f"{function}: bodies must be ({shards}, {nbytes}), got {tuple(bodies.shape)}"
             )
+        self.run(function, grad, err, bodies, nonfinite)
+
+    def run(
+        self,
+        function: str,
+        grad: Tensor,
+        err: Tensor | None,
+        bodies: Tensor,
+        nonfinite: Tensor | None,
+        **options: Tensor | None,
+    ) -> None:
+        """`compress` of what `check_inputs` has passed, into bodies that fit.
+
+        Args:
+            options: further tensors that this compressor's kernels know, by name; None: not given.
+        """
         kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.
             err = torch.full((grad.numel(),), -0.0, dtype=torch.float32, device=grad.device)
-        counter = {} if nonfinite is None else {"nonfinite": nonfinite}
-        checks.check_no_overlap(function, grad=grad, err=err, **counter)
+        tensors = {"grad": grad, "err": err, "nonfinite": nonfinite, **options}
+        checks.check_no_overlap(function, **{name: t for name, t in tensors.items() if t is not None})
         if grad.numel():
-            kernels.compress_(self, grad.view(-1), err.view(-1), bodies, nonfinite)
+            kernels.compress_(self, _flat(grad), _flat(err), bodies, nonfinite, **options)
 
     def decompress(
         self, function: str, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
@@ -119,8 +194,12 @@ class KernelCompressor(ABC):
         self.check_fields(function, out.numel(), fields)
         kernels = backend(function, self.package, out.device)
         if out.numel():
-            kernels.decompress_(self, out.view(-1), fields, alpha, accumulate)
+            kernels.decompress_(self, _flat(out), fields, alpha, accumulate)
 
     @abstractmethod
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         """Dtypes and lengths of a payload that decodes to `numel` elements."""
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 1 else tensor.view(-1)

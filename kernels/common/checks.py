@@ -23,7 +23,7 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_tensor(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise DtypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or not value.is_contiguous():
+    if value.layout is not torch.strided or not value.is_contiguous():
         raise LayoutError(
             f"{function}: {name} must be contiguous, got shape {tuple(value.shape)} "
             + (f"with strides {value.stride()}" if value.layout == torch.strided else f"as {value.layout}")
@@ -71,40 +71,46 @@ def check_device(function: str, name: str, value: Tensor, like_name: str, like: 
 
 def check_no_overlap(function: str, **tensors: Tensor) -> None:
     """Contiguous tensors must not share memory. Fake tensors have none and always pass."""
+    if torch.compiler.is_compiling():
+        return
     spans = []
     for name, tensor in tensors.items():
-        if tensor.numel() == 0 or tensor.device.type == "meta" or torch.compiler.is_compiling():
+        nbytes = tensor.nbytes
+        if nbytes == 0 or tensor.is_meta:
             continue
         try:
             start = tensor.data_ptr()
         except RuntimeError:  # a fake tensor
             continue
-        spans.append((start, start + tensor.numel() * tensor.element_size(), name, tensor.device))
-    spans.sort(key=lambda span: span[:3])
-    for (_, end, first, device), (start, _, second, other) in pairwise(spans):
-        if start < end and device == other:
+        spans.append((start, start + nbytes, name))
+    spans.sort()
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end and tensors[first].device == tensors[second].device:
             raise LayoutError(f"{function}: {first} and {second} overlap in memory")
 
 
 def check_nonfinite(function: str, nonfinite: Tensor | None, grad: Tensor) -> None:
-    if nonfinite is None:
+    check_scalar(function, "nonfinite", nonfinite, torch.int64, grad)
+
+
+def check_scalar(function: str, name: str, value: Tensor | None, dtype: torch.dtype, grad: Tensor) -> None:
+    """`value`, which a kernel writes to, must be one element of dtype on the device of grad, or None."""
+    if value is None:
         return
-    check_tensor(function, "nonfinite", nonfinite)
-    if nonfinite.dtype != torch.int64:
-        raise DtypeError(f"{function}: nonfinite must be int64, got {nonfinite.dtype}")
-    if nonfinite.numel() != 1:
-        raise ShapeMismatchError(
-            f"{function}: nonfinite must have one element, got shape {tuple(nonfinite.shape)}"
-        )
-    if nonfinite.is_inference() and not torch.is_inference_mode_enabled():
+    check_tensor(function, name, value)
+    if value.dtype != dtype:
+        raise DtypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+    if value.numel() != 1:
+        raise ShapeMismatchError(f"{function}: {name} must have one element, got shape {tuple(value.shape)}")
+    if value.is_inference() and not torch.is_inference_mode_enabled():
         raise AutogradError(
-            f"{function}: nonfinite was made in inference mode, got a tensor that cannot be written to here"
+            f"{function}: {name} was made in inference mode, got a tensor that cannot be written to here"
         )
-    check_device(function, "nonfinite", nonfinite, "grad", grad)
+    check_device(function, name, value, "grad", grad)
 
 
-def check_bodies(function: str, bodies: object, grad: Tensor) -> int:
-    """`bodies` must be rows of bytes that a kernel can write to as words; returns how many."""
+def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "grad") -> int:
+    """`bodies` must be rows of bytes, usable as words, on the device of `like`; returns how many."""
     if not isinstance(bodies, Tensor):
         raise DtypeError(f"{function}: bodies must be a tensor, got {type(bodies).__name__}")
     if bodies.dtype != torch.uint8 or bodies.dim() != 2 or bodies.shape[0] < 1:
@@ -112,7 +118,7 @@ def check_bodies(function: str, bodies: object, grad: Tensor) -> int:
             f"{function}: bodies must be (shards, nbytes) uint8 with at least one row, "
             f"got {tuple(bodies.shape)} of {bodies.dtype}"
         )
-    check_device(function, "bodies", bodies, "grad", grad)
+    check_device(function, "bodies", bodies, like_name, like)
     rows, nbytes = bodies.shape
     aligned = bodies.storage_offset() % 16 == 0 and (rows == 1 or bodies.stride(0) % 16 == 0)
     apart = rows == 1 or bodies.stride(0) >= nbytes

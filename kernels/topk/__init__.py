@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -56,8 +57,9 @@ class TopK(KernelCompressor):
         return None
 
     def layout(self, numel: int) -> Layout:
-        k = resolve_k("TopK", numel, self.ratio, self.k)
-        return Layout.of((self.value_dtype, k), (index_dtype(numel), k))
+        # Tracing may bring symbolic sizes, which have no hash.
+        place = _layout if type(numel) is int else _layout.__wrapped__
+        return place(self, numel)
 
     @classmethod
     def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> TopK:
@@ -76,6 +78,12 @@ class TopK(KernelCompressor):
                 f"{function}: payload of {tuple(values.shape)} values and {tuple(indices.shape)} indices "
                 f"does not fit {numel} elements"
             )
+
+
+@lru_cache(maxsize=1024)
+def _layout(compressor: TopK, numel: int) -> Layout:
+    k = resolve_k("TopK", numel, compressor.ratio, compressor.k)
+    return Layout.of((compressor.value_dtype, k), (index_dtype(numel), k))
 
 
 def check_options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,22 +24,74 @@ def compress_(
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
 ) -> None:
-    values, indices = compressor.layout(grad.numel()).views(bodies[0])
+    values, indices = compressor.layout(grad.numel()).fields
+    body = bodies.data_ptr()
     cleared = load().topk_compress(
         grad.data_ptr(),
         DTYPE_CODE[grad.dtype],
         err.data_ptr(),
         grad.numel(),
-        values.numel(),
-        values.data_ptr(),
+        values.count,
+        body,
         DTYPE_CODE[values.dtype],
-        indices.data_ptr(),
+        body + indices.offset,
         indices.dtype == torch.int64,
         0 if hint is None else hint.data_ptr(),
         num_threads(),
     )
     if nonfinite is not None:
         nonfinite += cleared
+
+
+def compress_flat_(
+    compressor: TopK,
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+) -> None:
+    """Selects from all tensors together; indices are those of their concatenation."""
+    numel = sum(grad.numel() for grad in grads)
+    values, indices = compressor.layout(numel).fields
+    body = bodies.data_ptr()
+    cleared = load().topk_compress_flat(
+        _runs(grads, errs),
+        values.count,
+        body,
+        DTYPE_CODE[values.dtype],
+        body + indices.offset,
+        indices.dtype == torch.int64,
+        num_threads(),
+    )
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def compress_list_(
+    compressors: Sequence[TopK],
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    bodies: Sequence[Tensor],
+    nonfinite: Tensor | None,
+) -> None:
+    """Selects from each tensor by itself; all compressors have one value_dtype."""
+    places = []
+    for compressor, grad, body in zip(compressors, grads, bodies, strict=True):
+        values, indices = compressor.layout(grad.numel()).fields
+        start = body.data_ptr()
+        places.append((values.count, start, start + indices.offset, indices.dtype == torch.int64))
+    cleared = load().topk_compress_each(
+        _runs(grads, errs), places, DTYPE_CODE[compressors[0].value_dtype], num_threads()
+    )
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def _runs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> list[tuple[int, int, int, int]]:
+    return [
+        (grad.data_ptr(), DTYPE_CODE[grad.dtype], err.data_ptr(), grad.numel())
+        for grad, err in zip(grads, errs, strict=True)
+    ]
 
 
 def decompress_(
@@ -60,7 +113,35 @@ def decompress_(
         num_threads(),
     )
     if bad >= 0:
-        raise CorruptPayloadError(
-            f"decompress: indices must ascend within [0, {out.numel()}), got {int(indices[bad])} "
-            f"at position {bad}"
-        )
+        raise _corrupt("", out, bad, indices)
+
+
+def decompress_sum_(
+    compressor: TopK, out: Tensor, bodies: Tensor, alpha: float, accumulate: bool, capacity: int
+) -> None:
+    """out (+)= alpha * decoded, for each row of bodies (W, nbytes) in turn; `capacity` is out.numel()."""
+    layout = compressor.layout(capacity)
+    values, indices = layout.fields
+    row, bad = load().sparse_decompress(
+        bodies.data_ptr(),
+        bodies.shape[0],
+        bodies.stride(0),
+        values.count,
+        DTYPE_CODE[values.dtype],
+        indices.offset,
+        indices.dtype == torch.int64,
+        out.data_ptr(),
+        out.numel(),
+        alpha,
+        accumulate,
+        num_threads(),
+    )
+    if bad >= 0:
+        raise _corrupt(f"payload {row}: ", out, bad, layout.views(bodies[row])[1])
+
+
+def _corrupt(which: str, out: Tensor, position: int, indices: Tensor) -> CorruptPayloadError:
+    return CorruptPayloadError(
+        f"decompress: {which}indices must ascend within [0, {out.numel()}), got {int(indices[position])} "
+        f"at position {position}"
+    )

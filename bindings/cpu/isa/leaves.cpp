@@ -9,9 +9,8 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{GCK_NAME(GCK_ISA), topk_stream,   topk_maxima,
-                                topk_collect,      topk_emit,     add_to,
-                                copy_out,          sign_compress, sign_decompress};
+  static constexpr Leaves table{GCK_NAME(GCK_ISA), topk_stream, topk_maxima, topk_collect,  topk_split,
+                                topk_emit,         add_to,      copy_out,    sign_compress, sign_decompress};
   return table;
 }
 

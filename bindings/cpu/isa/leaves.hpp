@@ -9,10 +9,10 @@
 namespace gck {
 
 // What the stream lists: entries with key >= threshold. With `ties`, it counts those just below, too: where
-// very many entries are equal, listing them all would be in vain.
+// very many entries are equal, listing them all would be in vain. `dense`: most vectors hold some to list.
 struct Guess {
   int32_t threshold;
-  bool ties;
+  bool ties, dense;
 };
 
 // Entries taken out of a run of err: acc and position relative to the run.
@@ -65,6 +65,9 @@ struct Leaves {
                       float* maxima);
   // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
   void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
+  // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more.
+  int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
+                        int64_t* inside);
   // Puts winners out in order, and losers that are finite back. err, of the run that the candidates come
   // from and whose first entry has index `base`, holds 0 where they were, which is what winners leave there.
   // Returns the number of entries that were not finite.

@@ -6,17 +6,24 @@ namespace gck::GCK_ISA {
 namespace {
 
 constexpr int kBlock = 2 * kLanes;  // entries between two looks whether any of them is wanted
-// Far enough for memory to answer. Where a block holds candidates, the processor mispredicts and forgets
-// what it had begun to load.
-constexpr int64_t kPrefetchBytes = 2048;
-
-inline void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kPrefetchBytes); }
-
 // Appends the lanes in `m`; there is room for a vector.
 inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_t at) {
   compress(out.values + count, m, canonical(acc));
   compress_index(out.indices + count, m, static_cast<uint32_t>(at));
   return count + __builtin_popcount(m);
+}
+
+// The same for entries of a block that lies in err already, one by one: the fastest where there is hardly
+// ever more than one.
+inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err, int64_t at) {
+  for (; m; m &= m - 1, ++count) {
+    const int lane = __builtin_ctz(m);
+    const float acc = err[lane];
+    out.values[count] = acc == acc ? acc : float_of(kNanKey);
+    out.indices[count] = static_cast<uint32_t>(at + lane);
+    err[lane] = 0;
+  }
+  return count;
 }
 
 template <Dtype D, bool kGrad>
@@ -25,29 +32,32 @@ inline Vec accumulated(const void* grad, const float* err, int64_t i) {
   return load(err + i);
 }
 
-template <Dtype D, bool kGrad, bool kTies>
+template <Dtype D, bool kGrad, bool kTies, bool kDense>
 void stream(const void* grad, float* err, int64_t count, int32_t threshold, Candidates& out) {
-  constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
   const Vec zero = set1(0.0f);
   int64_t listed = out.count, ties = 0, i = 0;
   for (; i + kBlock <= count; i += kBlock) {
-    if constexpr (kGrad) prefetch(static_cast<const char*>(grad) + i * size);
-    prefetch(err + i);
-    prefetch(err + i + kLanes);
     Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
     if constexpr (kTies) a = canonical(a), b = canonical(b);
-    const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
     if constexpr (kTies) {
-      ties += __builtin_popcount(key_ge(a, threshold - 1) ^ in_a);
-      ties += __builtin_popcount(key_ge(b, threshold - 1) ^ in_b);
+      ties += __builtin_popcount(key_ge(a, threshold - 1) ^ key_ge(a, threshold));
+      ties += __builtin_popcount(key_ge(b, threshold - 1) ^ key_ge(b, threshold));
     }
-    if (in_a | in_b) {
+    if (any_key_ge(a, b, threshold)) {
       if (listed + kBlock > out.capacity) {
         out.overflow = true;
       } else {
-        listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
-        a = select(in_a, zero, a);
-        b = select(in_b, zero, b);
+        const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
+        if constexpr (kDense) {
+          listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
+          a = select(in_a, zero, a);
+          b = select(in_b, zero, b);
+        } else {
+          store(err + i, a);
+          store(err + i + kLanes, b);
+          listed = put_few(out, listed, in_a | in_b << kLanes, err + i, i);
+          continue;
+        }
       }
     }
     store(err + i, a);
@@ -106,13 +116,13 @@ void add_all(const void* grad, const float* err, int64_t count, float* out) {
 
 void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess, Candidates* out) {
   with_dtype(dtype, [&]<Dtype D>() {
-    if (grad == nullptr) {
-      guess.ties ? stream<Dtype::fp32, false, true>(nullptr, err, count, guess.threshold, *out)
-                 : stream<Dtype::fp32, false, false>(nullptr, err, count, guess.threshold, *out);
-    } else {
-      guess.ties ? stream<D, true, true>(grad, err, count, guess.threshold, *out)
-                 : stream<D, true, false>(grad, err, count, guess.threshold, *out);
-    }
+    const auto run = [&]<bool kGrad>() {
+      // Where ties are counted few entries are listed, or a vector's worth at a time.
+      guess.ties    ? stream<D, kGrad, true, false>(grad, err, count, guess.threshold, *out)
+      : guess.dense ? stream<D, kGrad, false, true>(grad, err, count, guess.threshold, *out)
+                    : stream<D, kGrad, false, false>(grad, err, count, guess.threshold, *out);
+    };
+    grad == nullptr ? run.template operator()<false>() : run.template operator()<true>();
   });
 }
 
@@ -131,6 +141,22 @@ void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* 
     if (const Mask m = key_ge(acc, threshold) & ((1u << rest) - 1)) listed = put(*out, listed, m, acc, i);
   }
   out->count = listed;
+}
+
+int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys, int64_t* inside) {
+  int64_t above = 0, listed = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Mask live = count - i >= kLanes ? 0xffffu : (1u << (count - i)) - 1;
+    const Vec acc = load(x + i);  // lists have room for a whole vector
+    const Mask over = key_ge(acc, high) & live, in = key_ge(acc, low) & live & ~over;
+    above += __builtin_popcount(over);
+    if (in) {
+      compress(reinterpret_cast<float*>(keys + listed), in, abs(acc));
+      listed += __builtin_popcount(in);
+    }
+  }
+  *inside = listed;
+  return above;
 }
 
 int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out) {

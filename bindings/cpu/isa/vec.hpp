@@ -44,6 +44,9 @@ inline Mask key_ge(Vec a, int32_t threshold) {
   const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
   return _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(threshold));
 }
+inline bool any_key_ge(Vec a, Vec b, int32_t threshold) {
+  return key_ge(a, threshold) | key_ge(b, threshold);
+}
 inline Vec select(Mask m, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(m), no.v, yes.v)};
 }
@@ -123,6 +126,16 @@ inline Mask key_ge(Vec a, int32_t threshold) {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below));
   };
   return join(ge(a.lo), ge(a.hi));
+}
+inline bool any_key_ge(Vec a, Vec b, int32_t threshold) {
+  const __m256i below = _mm256_set1_epi32(threshold - 1);
+  const auto ge = [&](__m256 x) {
+    const __m256i key = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_cmpgt_epi32(key, below);
+  };
+  const __m256i any =
+      _mm256_or_si256(_mm256_or_si256(ge(a.lo), ge(a.hi)), _mm256_or_si256(ge(b.lo), ge(b.hi)));
+  return !_mm256_testz_si256(any, any);
 }
 inline __m256 widen_mask(Mask m) {  // bit i -> all bits of lane i
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -245,6 +258,9 @@ inline Vec canonical(Vec a) {
 }
 inline Mask key_ge(Vec a, int32_t threshold) {
   return where([&](int i) { return static_cast<int32_t>(bits_of(a.x[i]) & 0x7fffffffu) >= threshold; });
+}
+inline bool any_key_ge(Vec a, Vec b, int32_t threshold) {
+  return key_ge(a, threshold) | key_ge(b, threshold);
 }
 inline Vec select(Mask m, Vec yes, Vec no) {
   return each([&](int i) { return (m >> i & 1) ? yes.x[i] : no.x[i]; });
