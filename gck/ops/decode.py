@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -12,37 +15,50 @@ from gck.kernels.common import checks
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register
 from gck.payload import PackedSigns, Payload, SparseGrad
+from gck.wire import body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
 
 
-def decompress(payload: Payload, out: Array | None = None) -> Tensor:
-    """The dense vector that a receiver of `payload` sees.
+def decompress(payload: Payload | Sequence[Payload], out: Array | None = None) -> Tensor:
+    """The dense vector that a receiver of `payload` sees; of several payloads, the sum of theirs.
 
     Args:
-        payload: any payload of gck.
+        payload: any payload of gck, or a list of them, such as `gck.sparse_all_gather` returns: at least one,
+            all made by one compressor from vectors of one size. They are added in their order, to zeros, one
+            rounding each: the same bits on every rank and device.
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
         out, or a new (numel,) fp32 tensor.
 
     Raises:
-        ShapeMismatchError: out has another number of elements than the payload.
+        ShapeMismatchError: out has another number of elements than the payload, or payloads differ.
         CorruptPayloadError: the payload contradicts itself. On CUDA, where looking at the indices would
             stop the stream, those out of range are skipped instead.
     """
-    _, fields, _ = _parts("decompress", payload)
+    _, fields, _ = _parts("decompress", _first("decompress", payload))
     if out is None:
-        out = torch.empty(payload.numel, dtype=torch.float32, device=fields[0].device)
+        out = torch.empty(_first("decompress", payload).numel, dtype=torch.float32, device=fields[0].device)
     return _decode("decompress", out, payload, 1.0, False)
 
 
-def decompress_add_(out: Array, payload: Payload, alpha: float = 1.0) -> Tensor:
+def decompress_add_(out: Array, payload: Payload | Sequence[Payload], alpha: float = 1.0) -> Tensor:
     """Adds alpha * decompress(payload) to out: one product and one sum in fp32 an element.
+
+    Of several payloads, one product and one sum each, in their order.
 
     Args and errors as for `decompress`; alpha must be finite. Returns out.
     """
     return _decode("decompress_add_", out, payload, alpha, True)
+
+
+def _first(function: str, payload: Payload | Sequence[Payload]) -> Payload:
+    if not isinstance(payload, list):
+        return cast(Payload, payload)
+    if not payload:
+        raise ArgumentError(f"{function}: payload must be a payload or a list of at least one, got []")
+    return cast(Payload, payload[0])
 
 
 def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]]:
@@ -65,20 +81,61 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     return name, fields, options
 
 
-def _decode(function: str, out: Array, payload: Payload, alpha: float, accumulate: bool) -> Tensor:
-    name, fields, options = _parts(function, payload)
+def _decode(
+    function: str, out: Array, payload: Payload | Sequence[Payload], alpha: float, accumulate: bool
+) -> Tensor:
+    first = _first(function, payload)
+    name, fields, options = _parts(function, first)
     if not isinstance(out, Tensor):
         with interop.borrowed(function, ("out",), out=out) as (tensor,):
             return _decode(function, tensor, payload, alpha, accumulate)
     checks.check_fp32(function, "out", out)
-    if out.numel() != payload.numel:
+    if out.numel() != first.numel:
         raise ShapeMismatchError(
-            f"{function}: out has {out.numel()} elements, the payload is of {payload.numel}"
+            f"{function}: out has {out.numel()} elements, the payload is of {first.numel}"
         )
     alpha = checks.check_alpha(function, alpha)
-    call = _decompress if plain(out, *fields) else torch.ops.gck.decompress_
-    call(out, name, fields, options, alpha, accumulate)
+    if isinstance(payload, list):
+        bodies = _bodies(function, payload, fields, options)
+        add = _decompress_sum if plain(out, bodies, *fields) else torch.ops.gck.decompress_sum_
+        add(out, bodies, name, fields, options, alpha, accumulate)
+    else:
+        call = _decompress if plain(out, *fields) else torch.ops.gck.decompress_
+        call(out, name, fields, options, alpha, accumulate)
     return out
+
+
+def _bodies(function: str, payloads: Sequence[Payload], fields: list[Tensor], options: list[int]) -> Tensor:
+    """(W, nbytes) uint8: the payloads' bodies, in one buffer. Copied unless they lie in one already."""
+    bodies = []
+    for index, payload in enumerate(payloads):
+        _, own, own_options = _parts(function, payload)
+        alike = type(payload) is type(payloads[0]) and own_options == options
+        if not alike or payload.numel != payloads[0].numel or layout_of(*own) != layout_of(*fields):
+            raise ShapeMismatchError(
+                f"{function}: payload {index} must be of the kind, options and size of payload 0, got "
+                f"{_described(payload)} and {_described(payloads[0])}"
+            )
+        checks.check_device(function, f"payload {index}", own[0], "payload 0", fields[0])
+        bodies.append(body_of(*own))
+    stride = bodies[1].data_ptr() - bodies[0].data_ptr() if len(bodies) > 1 else 0
+    storage = bodies[0].untyped_storage()
+    in_place = stride >= bodies[0].numel() and all(
+        body.untyped_storage().data_ptr() == storage.data_ptr()
+        and body.data_ptr() - bodies[0].data_ptr() == index * stride
+        for index, body in enumerate(bodies)
+    )
+    if not in_place:
+        return torch.stack(bodies)
+    return bodies[0].as_strided((len(bodies), bodies[0].numel()), (stride, 1))
+
+
+def _described(payload: Payload) -> str:
+    parts = (
+        f"{name}={tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"{name}={value}"
+        for name, value in zip(payload._fields, payload, strict=True)
+    )
+    return f"{type(payload).__name__}({', '.join(parts)})"
 
 
 def _decompress(
@@ -97,6 +154,40 @@ def _fake_decompress(
     return None
 
 
+def _decompress_sum(
+    out: Tensor,
+    bodies: Tensor,
+    compressor: str,
+    fields: list[Tensor],
+    options: list[int],
+    alpha: float,
+    accumulate: bool,
+) -> None:
+    """`fields` are those of one payload, and tell what the bodies hold."""
+    function = "decompress_add_" if accumulate else "decompress"
+    decoder = compressor_class(compressor).for_fields(tuple(fields), tuple(options))
+    decoder.decompress_sum(function, out, bodies, layout_of(*fields), alpha, accumulate)
+    torch.autograd.graph.increment_version(out)
+
+
+def _fake_decompress_sum(
+    out: Tensor,
+    bodies: Tensor,
+    compressor: str,
+    fields: list[Tensor],
+    options: list[int],
+    alpha: float,
+    accumulate: bool,
+) -> None:
+    return None
+
+
+register(
+    "decompress_sum_(Tensor(a!) out, Tensor bodies, str compressor, Tensor[] fields, int[] options,"
+    " float alpha, bool accumulate) -> ()",
+    _decompress_sum,
+    _fake_decompress_sum,
+)
 register(
     "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, int[] options, float alpha,"
     " bool accumulate) -> ()",

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from gck import interop
+from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.kernels.topk import TopK, check_options, resolve_k
 from gck.ops.registration import Array, compress, fake_body, plain, register
+from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
 
 __all__ = ["topk", "topk_ef_"]
 
 
+@overload
 def topk_ef_(
     grad: Array,
     err: Array,
@@ -25,7 +30,46 @@ def topk_ef_(
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
     hint: Tensor | None = None,
-) -> SparseGrad:
+) -> SparseGrad: ...
+
+
+@overload
+def topk_ef_(
+    grad: Sequence[Array],
+    err: Sequence[Array],
+    ratio: float | None = None,
+    *,
+    k: int | Sequence[int] | None = None,
+    value_dtype: torch.dtype = torch.float32,
+    nonfinite: Tensor | None = None,
+    flat: Literal[False] = False,
+) -> list[SparseGrad]: ...
+
+
+@overload
+def topk_ef_(
+    grad: Sequence[Array],
+    err: Sequence[Array],
+    ratio: float | None = None,
+    *,
+    k: int | None = None,
+    value_dtype: torch.dtype = torch.float32,
+    nonfinite: Tensor | None = None,
+    flat: Literal[True],
+) -> SparseGrad: ...
+
+
+def topk_ef_(
+    grad: Array | Sequence[Array],
+    err: Array | Sequence[Array],
+    ratio: float | None = None,
+    *,
+    k: int | Sequence[int] | None = None,
+    value_dtype: torch.dtype = torch.float32,
+    nonfinite: Tensor | None = None,
+    hint: Tensor | None = None,
+    flat: bool = False,
+) -> SparseGrad | list[SparseGrad]:
     """Selects the k largest entries of acc = grad + err; the rest stays in err.
 
     Exactly k entries by magnitude (NaN > Inf > finite), the lowest index wins a tie, indices ascend.
@@ -42,10 +86,18 @@ def topk_ef_(
         nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
         hint: (1,) int32 on the same device, zero at first and then kept from step to step: holds the
             threshold of the last call (the bits of its magnitude), replaced by that of this one. Spares the
-            sample that the threshold is guessed from. Whatever it holds, the result is the same.
+            sample that the threshold is guessed from. Whatever it holds, the result is the same. Not for
+            lists.
+        flat: for lists: select from all tensors together.
+
+    Lists of tensors, as grad and err, are worked on in a number of launches that does not depend on their
+    number. By default each tensor keeps its own k entries (`k` may then be a list), and a list of payloads
+    comes back; with `flat`, k is of all together, and one payload has indices into their concatenation. All
+    payloads of a call lie in one buffer.
 
     Returns:
         SparseGrad(values (k,), indices (k,) int32, numel); int64 indices when numel > 2**31 - 1.
+        Of lists: one a tensor, or one for all.
 
     Raises:
         ArgumentError, DtypeError, ShapeMismatchError, DeviceMismatchError, LayoutError (not contiguous,
@@ -53,9 +105,30 @@ def topk_ef_(
 
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
     """
+    if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
+        if hint is not None:
+            raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
+        g, e = cast(Sequence[Array], grad), cast(Sequence[Array], err)
+        return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
+    if flat:
+        raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
+    return _topk_ef_one(
+        cast(Array, grad), cast(Array, err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
+    )
+
+
+def _topk_ef_one(
+    grad: Array,
+    err: Array,
+    ratio: float | None,
+    k: int | None,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+    hint: Tensor | None,
+) -> SparseGrad:
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
-            return topk_ef_(g, e, ratio, k=k, value_dtype=value_dtype, nonfinite=nonfinite, hint=hint)
+            return _topk_ef_one(g, e, ratio, k, value_dtype, nonfinite, hint)
     check_options("topk_ef_", ratio, k, value_dtype)
     checks.check_grad("topk_ef_", grad)
     count = resolve_k("topk_ef_", grad.numel(), ratio, k)

@@ -7,7 +7,7 @@ A compressor's folder has three backends, `reference`, `cpu` and `gpu`. `cpu` an
 
 may define, where one pass over `out` is possible for all ranks' payloads together,
 
-    decompress_sum_(compressor, out, bodies, alpha, accumulate, capacity)    # bodies: (W, nbytes)
+    decompress_sum_(compressor, out, bodies, layout, alpha, accumulate)      # bodies: (W, layout.nbytes)
 
 and `reference`, the oracle, which shares no code with them,
 
@@ -113,24 +113,8 @@ class KernelCompressor(ABC):
                 kernels take all rows in one pass.
         """
         function = f"{type(self).__name__}.decompress_sum_"
-        capacity = out.numel() if capacity is None else capacity
-        checks.check_fp32(function, "out", out)
-        rows = checks.check_bodies(function, bodies, out, "out")
-        kernels = backend(function, self.package, out.device)
-        nbytes = self.layout(capacity).nbytes
-        if bodies.shape[1] != nbytes:
-            raise CorruptPayloadError(
-                f"{function}: bodies must be ({rows}, {nbytes}), got {tuple(bodies.shape)}"
-            )
-        checks.check_no_overlap(function, out=out, bodies=bodies)
-        alpha = checks.check_alpha(function, alpha)
-        if out.numel() and hasattr(kernels, "decompress_sum_"):
-            kernels.decompress_sum_(self, _flat(out), bodies, alpha, accumulate, capacity)
-            return
-        if not accumulate:
-            out.zero_()
-        for body in bodies:
-            self.decompress_(out, body, capacity=capacity, alpha=alpha, accumulate=True)
+        layout = self.layout(out.numel() if capacity is None else capacity)
+        self.decompress_sum(function, out, bodies, layout, alpha, accumulate)
 
     def check_inputs(
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None
@@ -195,6 +179,35 @@ class KernelCompressor(ABC):
         kernels = backend(function, self.package, out.device)
         if out.numel():
             kernels.decompress_(self, _flat(out), fields, alpha, accumulate)
+
+    def decompress_sum(
+        self,
+        function: str,
+        out: Tensor,
+        bodies: Tensor,
+        layout: Layout,
+        alpha: float,
+        accumulate: bool,
+    ) -> None:
+        """`decompress_sum_` of bodies with this layout, on behalf of a public function."""
+        checks.check_fp32(function, "out", out)
+        rows = checks.check_bodies(function, bodies, out, "out")
+        if bodies.shape[1] != layout.nbytes:
+            raise CorruptPayloadError(
+                f"{function}: bodies must be ({rows}, {layout.nbytes}), got {tuple(bodies.shape)}"
+            )
+        self.check_fields(function, out.numel(), layout.views(bodies[0]))
+        checks.check_no_overlap(function, out=out, bodies=bodies)
+        alpha = checks.check_alpha(function, alpha)
+        kernels = backend(function, self.package, out.device)
+        if out.numel() and hasattr(kernels, "decompress_sum_"):
+            kernels.decompress_sum_(self, _flat(out), bodies, layout, alpha, accumulate)
+            return
+        # Nothing is written to out before all rows have been accepted.
+        total = out.clone() if accumulate else torch.zeros_like(out)
+        for body in bodies:
+            self.decompress(function, total, layout.views(body), alpha, True)
+        out.copy_(total)
 
     @abstractmethod
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:

@@ -14,6 +14,7 @@ from gck.kernels.common.native import DTYPE_CODE
 
 if TYPE_CHECKING:
     from gck.kernels.topk import TopK
+    from gck.wire import Layout
 
 
 def compress_(
@@ -117,10 +118,9 @@ def decompress_(
 
 
 def decompress_sum_(
-    compressor: TopK, out: Tensor, bodies: Tensor, alpha: float, accumulate: bool, capacity: int
+    compressor: TopK, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
 ) -> None:
-    """out (+)= alpha * decoded, for each row of bodies (W, nbytes) in turn; `capacity` is out.numel()."""
-    layout = compressor.layout(capacity)
+    """out (+)= alpha * decoded, for each row of bodies (W, layout.nbytes) in turn."""
     values, indices = layout.fields
     row, bad = load().sparse_decompress(
         bodies.data_ptr(),

@@ -1,0 +1,170 @@
+"""Top-k of a list of tensors, in a number of launches that does not depend on their number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from gck import interop
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.kernels.common import checks
+from gck.kernels.common.base import backend
+from gck.kernels.topk import TopK, check_options, resolve_k
+from gck.ops.registration import Array, plain, register
+from gck.payload import SparseGrad
+from gck.wire import Layout
+
+__all__ = ["topk_ef_list_"]
+
+FUNCTION = "topk_ef_"
+
+
+def topk_ef_list_(
+    grads: Sequence[Array],
+    errs: Sequence[Array],
+    ratio: float | None = None,
+    *,
+    k: int | Sequence[int] | None = None,
+    flat: bool = False,
+    value_dtype: torch.dtype = torch.float32,
+    nonfinite: Tensor | None = None,
+) -> list[SparseGrad] | SparseGrad:
+    """What `gck.topk_ef_` does with lists; see there."""
+    for name, value in (("grad", grads), ("err", errs)):
+        if not isinstance(value, (list, tuple)):
+            raise DtypeError(
+                f"{FUNCTION}: grad and err must both be lists, got {name} of type {type(value).__name__}"
+            )
+    if len(grads) != len(errs):
+        raise ShapeMismatchError(
+            f"{FUNCTION}: lists must be of one length, got {len(grads)} gradients and {len(errs)} residuals"
+        )
+    tensors = [array for array in grads if isinstance(array, Tensor)]
+    residuals = [array for array in errs if isinstance(array, Tensor)]
+    if len(tensors) + len(residuals) < 2 * len(grads):
+        with interop.borrowed(FUNCTION, tuple(_named(errs, "err")), **_named(grads, "grad"),
+                              **_named(errs, "err")) as borrowed:  # fmt: skip
+            g, e = borrowed[: len(grads)], borrowed[len(grads) :]
+            return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
+    _check_tensors(tensors, residuals, nonfinite)
+    sizes = [grad.numel() for grad in tensors]
+    counts = _counts(sizes, ratio, k, flat, value_dtype)
+    if not tensors:
+        return _nothing(value_dtype) if flat else []
+    call = _topk_ef_list if plain(*tensors, *residuals, nonfinite) else torch.ops.gck.topk_ef_list_
+    body = call(tensors, residuals, counts, flat, value_dtype, nonfinite)
+    layouts = _layouts(sizes, counts, flat, value_dtype)
+    parts = body.split([layout.nbytes for layout in layouts])
+    payloads = []
+    for layout, part, size in zip(layouts, parts, [sum(sizes)] if flat else sizes, strict=True):
+        values, indices = layout.views(part)
+        payloads.append(SparseGrad(values, indices, size))
+    return payloads[0] if flat else payloads
+
+
+def _nothing(value_dtype: torch.dtype) -> SparseGrad:
+    return SparseGrad(torch.empty(0, dtype=value_dtype), torch.empty(0, dtype=torch.int32), 0)
+
+
+A = TypeVar("A", bound=Array)
+
+
+def _named(arrays: Sequence[A], name: str) -> dict[str, A]:
+    return {f"{name}[{i}]": array for i, array in enumerate(arrays)}
+
+
+def _check_tensors(grads: list[Tensor], errs: list[Tensor], nonfinite: Tensor | None) -> None:
+    for i, (grad, err) in enumerate(zip(grads, errs, strict=True)):
+        checks.check_grad(FUNCTION, grad, f"grad[{i}]")
+        checks.check_fp32(FUNCTION, f"err[{i}]", err)
+        checks.check_same(FUNCTION, f"err[{i}]", err, f"grad[{i}]", grad)
+        checks.check_device(FUNCTION, f"grad[{i}]", grad, "grad[0]", grads[0])
+    if grads:
+        checks.check_nonfinite(FUNCTION, nonfinite, grads[0])
+
+
+def _counts(
+    sizes: list[int],
+    ratio: float | None,
+    k: int | Sequence[int] | None,
+    flat: bool,
+    value_dtype: torch.dtype,
+) -> list[int]:
+    """How many entries each payload keeps: one number where they are selected together, else one a tensor."""
+    if isinstance(k, (list, tuple)):
+        if flat or len(k) != len(sizes) or ratio is not None:
+            wanted = "one int for a flat list" if flat else f"an int or {len(sizes)} ints, without a ratio"
+            raise ArgumentError(f"{FUNCTION}: k must be {wanted}, got {list(k)}")
+        check_options(FUNCTION, None, 1, value_dtype)
+        each: list[int | None] = list(k)
+    else:
+        one = None if k is None else cast(int, k)
+        check_options(FUNCTION, ratio, one, value_dtype)
+        if flat:
+            return [resolve_k(FUNCTION, sum(sizes), ratio, one)]
+        each = [one] * len(sizes)
+    counts = []
+    for i, (size, count) in enumerate(zip(sizes, each, strict=True)):
+        if size:  # of an empty tensor nothing is kept, whatever was asked for
+            check_options(f"{FUNCTION}: grad[{i}]", ratio, count, value_dtype)
+        counts.append(resolve_k(f"{FUNCTION}: grad[{i}]", size, ratio, count))
+    return counts
+
+
+def _compressors(counts: Sequence[int], value_dtype: torch.dtype) -> list[TopK]:
+    return [TopK(k=max(1, count), value_dtype=value_dtype) for count in counts]
+
+
+def _layouts(
+    sizes: Sequence[int], counts: Sequence[int], flat: bool, value_dtype: torch.dtype
+) -> list[Layout]:
+    numels = [sum(sizes)] if flat else sizes
+    return [c.layout(n) for c, n in zip(_compressors(counts, value_dtype), numels, strict=True)]
+
+
+def _topk_ef_list(
+    grads: list[Tensor],
+    errs: list[Tensor],
+    ks: list[int],
+    flat: bool,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+) -> Tensor:
+    others = {} if nonfinite is None else {"nonfinite": nonfinite}
+    checks.check_no_overlap(FUNCTION, **_named(grads, "grad"), **_named(errs, "err"), **others)
+    sizes = [grad.numel() for grad in grads]
+    compressors, layouts = _compressors(ks, value_dtype), _layouts(sizes, ks, flat, value_dtype)
+    # Zeroed as a whole: to zero the padding of each payload would take a launch each.
+    body = torch.zeros(sum(layout.nbytes for layout in layouts), dtype=torch.uint8, device=grads[0].device)
+    bodies = body.split([layout.nbytes for layout in layouts])
+    kernels = backend(FUNCTION, TopK.package, grads[0].device)
+    g, e = [grad.view(-1) for grad in grads], [err.view(-1) for err in errs]
+    if sum(sizes) and flat:
+        kernels.compress_flat_(compressors[0], g, e, bodies[0].unsqueeze(0), nonfinite)
+    elif sum(sizes):
+        kernels.compress_list_(compressors, g, e, [part.unsqueeze(0) for part in bodies], nonfinite)
+    torch.autograd.graph.increment_version([*errs, *others.values()])
+    return body
+
+
+def _fake_topk_ef_list(
+    grads: list[Tensor],
+    errs: list[Tensor],
+    ks: list[int],
+    flat: bool,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+) -> Tensor:
+    layouts = _layouts([grad.numel() for grad in grads], ks, flat, value_dtype)
+    return grads[0].new_empty((sum(layout.nbytes for layout in layouts),), dtype=torch.uint8)
+
+
+register(
+    "topk_ef_list_(Tensor[] grads, Tensor(a!)[] errs, SymInt[] ks, bool flat, ScalarType value_dtype,"
+    " Tensor(b!)? nonfinite) -> Tensor",
+    _topk_ef_list,
+    _fake_topk_ef_list,
+)
