@@ -4,6 +4,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <new>
 
@@ -63,6 +64,13 @@ void* Scratch::region(size_t bytes) {
   void* start = static_cast<char*>(run_.first) + used_;
   used_ += bytes;
   return start;
+}
+
+void prefer_large_pages(void* start, size_t bytes) {
+  constexpr size_t kLarge = size_t{2} << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(start) + kLarge - 1) / kLarge * kLarge;
+  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kLarge * kLarge;
+  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace gck

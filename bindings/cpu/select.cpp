@@ -53,9 +53,17 @@ int bin_of_rank(const std::vector<std::vector<int64_t>>& counts, int bins, int64
   }
 }
 
-std::vector<Share> shares_of(const std::vector<Group>& groups, int32_t threshold) {
+int64_t entries_of(const std::vector<Group>& groups) {
+  int64_t sum = 0;
+  for (const Group& group : groups) {
+    for (const Segment& segment : group) sum += segment.count;
+  }
+  return sum;
+}
+
+std::vector<Share> shares_of(const std::vector<Group>& groups, int32_t threshold, int threads) {
   std::vector<Share> shares(groups.size());
-  for_each_part(static_cast<int>(groups.size()), [&](int t) {
+  share_parts(static_cast<int>(groups.size()), threads, entries_of(groups), [&](int t) {
     Share sum{0, 0};
     for (const auto& [x, count] : groups[static_cast<size_t>(t)]) {
       const Share share = count_share(x, count, threshold);
@@ -69,18 +77,19 @@ std::vector<Share> shares_of(const std::vector<Group>& groups, int32_t threshold
 
 }  // namespace
 
-Threshold kth_largest(const std::vector<Group>& groups, int64_t rank) {
+Threshold kth_largest(const std::vector<Group>& groups, int64_t rank, int threads) {
   constexpr int shifts[] = {20, 10, 0}, bins[] = {2048, 1024, 1024};
   if (groups.size() == 1 && groups[0].size() == 1 && groups[0][0].count <= kFew) {
     return select_few(groups[0], rank).threshold;
   }
   const int parts = static_cast<int>(groups.size());
+  const int64_t entries = entries_of(groups);
   std::vector<std::vector<int64_t>> counts(groups.size(), std::vector<int64_t>(2048));
   uint32_t prefix = 0;
   for (int digit = 0; digit < 3; ++digit) {
     const int shift = shifts[digit];
     const auto mask = static_cast<uint32_t>(bins[digit] - 1);
-    for_each_part(parts, [&](int t) {
+    share_parts(parts, threads, entries, [&](int t) {
       int64_t* count = counts[static_cast<size_t>(t)].data();
       std::fill_n(count, bins[digit], 0);
       const uint32_t wanted = prefix >> shift;
@@ -100,13 +109,13 @@ Threshold kth_largest(const std::vector<Group>& groups, int64_t rank) {
   return {static_cast<int32_t>(prefix), rank};
 }
 
-Selection select_largest(const std::vector<Group>& groups, int64_t k) {
-  const Threshold threshold = kth_largest(groups, k);
-  return {threshold, shares_of(groups, threshold.key)};
+Selection select_largest(const std::vector<Group>& groups, int64_t k, int threads) {
+  const Threshold threshold = kth_largest(groups, k, threads);
+  return {threshold, shares_of(groups, threshold.key, threads)};
 }
 
 Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low, int32_t high,
-                      int32_t* scratch) {
+                      int32_t* scratch, int threads) {
   const size_t parts = lists.size();
   int64_t total = 0;
   for (const Segment& list : lists) total += list.count;
@@ -120,7 +129,7 @@ Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low,
     keys[p] = scratch;
     scratch += lists[p].count + kLanes;
   }
-  for_each_part(static_cast<int>(parts), [&](int t) {
+  share_parts(static_cast<int>(parts), threads, total, [&](int t) {
     const auto p = static_cast<size_t>(t);
     shares[p].above = leaves().topk_split(lists[p].x, lists[p].count, low, high, keys[p], &inside[p]);
   });
@@ -132,17 +141,16 @@ Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low,
   if (rank < 1 || rank > within) {
     std::vector<Group> groups;
     for (const Segment& list : lists) groups.push_back({list});
-    return select_largest(groups, k);
+    return select_largest(groups, k, threads);
   }
 
   // The histogram of these, and what lies in the bin of the k-th.
   const int bits = std::bit_width(static_cast<uint32_t>(high - low - 1));
   const int shift = std::max(bits - kBinBits, 0);
-  std::vector<std::vector<int64_t>> counts(parts, std::vector<int64_t>(size_t{1} << kBinBits));
-  for_each_part(static_cast<int>(parts), [&](int t) {
-    const auto p = static_cast<size_t>(t);
-    for (int64_t i = 0; i < inside[p]; ++i) ++counts[p][static_cast<size_t>((keys[p][i] - low) >> shift)];
-  });
+  std::vector<std::vector<int64_t>> counts(1, std::vector<int64_t>(size_t{1} << kBinBits));
+  for (size_t p = 0; p < parts; ++p) {
+    for (int64_t i = 0; i < inside[p]; ++i) ++counts[0][static_cast<size_t>((keys[p][i] - low) >> shift)];
+  }
   const int bin = bin_of_rank(counts, 1 << kBinBits, rank);
   std::vector<int32_t> last;
   for (size_t p = 0; p < parts; ++p) {
@@ -152,8 +160,7 @@ Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low,
   std::nth_element(last.begin(), last.begin() + (rank - 1), last.end(), std::greater<>());
   const int32_t kth = last[static_cast<size_t>(rank - 1)];
   int64_t quota = k;
-  for_each_part(static_cast<int>(parts), [&](int t) {
-    const auto p = static_cast<size_t>(t);
+  for (size_t p = 0; p < parts; ++p) {
     int64_t above = 0, ties = 0;
     for (int64_t i = 0; i < inside[p]; ++i) {
       above += keys[p][i] > kth;
@@ -161,8 +168,8 @@ Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low,
     }
     shares[p].above += above;
     shares[p].ties = ties;
-  });
-  for (const Share& share : shares) quota -= share.above;
+    quota -= shares[p].above;
+  }
   return {{kth, quota}, shares};
 }
 

@@ -12,7 +12,7 @@ struct Segment {
   int64_t count;
 };
 
-// What one thread looks through; groups follow each other in the order of indices.
+// What a thread looks through in one go; groups follow each other in the order of indices.
 using Group = std::vector<Segment>;
 
 struct Threshold {
@@ -36,15 +36,15 @@ struct Slot {
 };
 
 // The rank-th largest key (1 = largest) of all groups together, by 11 + 10 + 10 bits from the top.
-Threshold kth_largest(const std::vector<Group>& groups, int64_t rank);
+Threshold kth_largest(const std::vector<Group>& groups, int64_t rank, int threads);
 
 // The threshold of the k largest entries, and each group's share of them.
-Selection select_largest(const std::vector<Group>& groups, int64_t k);
+Selection select_largest(const std::vector<Group>& groups, int64_t k, int threads);
 
 // The same for one list a group, each with room for a vector more. Fast where the k-th key lies in [low,
 // high) and few others do. `scratch` has room for as many keys as there are entries, and 16 more a list.
 Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low, int32_t high,
-                      int32_t* scratch);
+                      int32_t* scratch, int threads);
 
 // Hands the quota of ties out to the groups in order.
 std::vector<Slot> slots_of(const Selection& selection);

@@ -43,6 +43,24 @@ void for_each_part(int parts, F f) {
   }
 }
 
+// Calls f(t) for t in [0, parts) on `threads` threads, which take the next part when they are done with one:
+// a thread that shares its processor with others then takes fewer. On this thread alone where the entries to
+// look at are few: waiting for the others costs little on an idle machine, and milliseconds on a busy one.
+template <typename F>
+void share_parts(int parts, int threads, int64_t entries, F f) {
+  constexpr int64_t kWorthWaiting = 1 << 18;
+  if (parts == 1 || threads == 1 || entries < kWorthWaiting) {
+    const KeepDenormals guard;
+    for (int t = 0; t < parts; ++t) f(t);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int t = 0; t < parts; ++t) {
+    const KeepDenormals guard;
+    f(t);
+  }
+}
+
 // Below this many elements a thread's start costs more than its work.
 constexpr int64_t kGrain = 32768;
 

@@ -19,10 +19,13 @@
 namespace gck {
 namespace {
 
-constexpr int64_t kMinSampled = 1 << 16;        // below, the whole vector is as near as a sample
-constexpr int64_t kLanes = 16;                  // that topk_maxima keeps apart
-constexpr int64_t kTile = 4096;                 // entries looked at together where err itself is emitted from
-constexpr int64_t kAlone = 1 << 19;             // entries of a tensor that all threads work on together
+constexpr int64_t kMinSampled = 1 << 16;  // below, the whole vector is as near as a sample
+constexpr int64_t kLanes = 16;            // that topk_maxima keeps apart
+constexpr int64_t kTile = 4096;           // entries looked at together where err itself is emitted from
+constexpr int64_t kAlone = 1 << 19;       // entries of a tensor that all threads work on together
+constexpr int64_t kFinelyCut = 1 << 20;   // entries of a vector with kShares parts a thread
+constexpr int kShares = 4;
+constexpr int64_t kMany = INT64_MAX;            // for share_parts: worth all threads
 constexpr int64_t kMaxPart = int64_t{1} << 31;  // list positions are 32 bits
 // A list is full when another block might not fit: it needs room for one more than what it is to hold, and
 // behind that for the rest of a vector.
@@ -37,7 +40,7 @@ struct Piece {
   Candidates list;
 };
 
-// What one thread works on.
+// What a thread works on in one go.
 struct Part {
   std::vector<Piece> pieces;
   int64_t count = 0, listed = 0, ties = 0;
@@ -46,8 +49,9 @@ struct Part {
 };
 
 std::vector<Part> parts_of(const TopkJob& job) {
-  const int count =
-      std::max(parts_for(job.numel, job.threads), static_cast<int>((job.numel + kMaxPart - 1) / kMaxPart));
+  const int threads = parts_for(job.numel, job.threads);
+  const int shares = threads > 1 && job.numel >= kFinelyCut ? kShares * threads : threads;
+  const int count = std::max(shares, static_cast<int>((job.numel + kMaxPart - 1) / kMaxPart));
   std::vector<Part> parts(static_cast<size_t>(count));
   auto run = job.runs.begin();
   int64_t begin = 0;  // of the run
@@ -111,10 +115,10 @@ class Lists {
   float* more_;
 };
 
-// acc = err + list afterwards, whatever the guess was.
-void stream(std::vector<Part>& parts, const Lists& lists, Guess guess, bool first) {
+// What is listed has left err but for what a winner leaves; all else is acc in err.
+void stream(const TopkJob& job, std::vector<Part>& parts, const Lists& lists, Guess guess, bool first) {
   const Leaves& isa = leaves();
-  for_each_part(static_cast<int>(parts.size()), [&](int t) {
+  share_parts(static_cast<int>(parts.size()), job.threads, kMany, [&](int t) {
     Part& part = parts[static_cast<size_t>(t)];
     const Candidates& room = lists.room(static_cast<size_t>(t));
     part.listed = part.ties = 0;
@@ -122,7 +126,8 @@ void stream(std::vector<Part>& parts, const Lists& lists, Guess guess, bool firs
     for (Piece& piece : part.pieces) {
       piece.list = {
           room.values + part.listed, room.indices + part.listed, room.capacity - part.listed, 0, 0, false};
-      isa.topk_stream(first ? piece.grad : nullptr, piece.dtype, piece.err, piece.count, guess, &piece.list);
+      isa.topk_stream(first ? piece.grad : nullptr, piece.dtype, piece.err, piece.count, guess,
+                      job.value_dtype, &piece.list);
       part.listed += piece.list.count;
       part.ties += piece.list.ties;
       part.overflow |= piece.list.overflow;
@@ -130,8 +135,8 @@ void stream(std::vector<Part>& parts, const Lists& lists, Guess guess, bool firs
   });
 }
 
-void restore(std::vector<Part>& parts) {
-  for_each_part(static_cast<int>(parts.size()), [&](int t) {
+void restore(const TopkJob& job, std::vector<Part>& parts) {
+  share_parts(static_cast<int>(parts.size()), job.threads, kMany, [&](int t) {
     for (const Piece& piece : parts[static_cast<size_t>(t)].pieces) {
       for (int64_t j = 0; j < piece.list.count; ++j) piece.err[piece.list.indices[j]] = piece.list.values[j];
     }
@@ -148,12 +153,17 @@ class Emitter {
         end_(slot.offset + slot.winners),
         quota_(slot.quota) {}
 
-  // Candidates that were taken out of err, a run that begins at index `base`. 0 is there already, so that a
-  // winner that leaves nothing needs no write: each would touch another cache line.
+  // Candidates that were taken out of err, a run that begins at index `base`. What a winner leaves is there
+  // already: to write it now would touch another cache line for each.
   void emit(const Candidates& list, float* err, int64_t base) {
-    if (job_.value_dtype == Dtype::fp32 && !job_.wide_indices) {
-      Winners winners{threshold_, quota_, static_cast<float*>(job_.values) + offset_,
-                      static_cast<int32_t*>(job_.indices) + offset_, end_ - offset_};
+    if (!job_.wide_indices) {
+      const int64_t size = job_.value_dtype == Dtype::fp32 ? 4 : 2;
+      Winners winners{threshold_,
+                      quota_,
+                      static_cast<char*>(job_.values) + offset_ * size,
+                      job_.value_dtype,
+                      static_cast<int32_t*>(job_.indices) + offset_,
+                      end_ - offset_};
       cleared_ += leaves().topk_emit(list, err, static_cast<int32_t>(base), &winners);
       offset_ = end_ - winners.left;
       quota_ = winners.quota;
@@ -165,8 +175,7 @@ class Emitter {
       const int32_t key = key_of(acc);
       if (key > threshold_ || (key == threshold_ && quota_ > 0)) {
         quota_ -= key == threshold_;
-        const float rest = put(acc, base + list.indices[j]);
-        if (rest != 0.0f) place = rest;
+        put(acc, base + list.indices[j]);
       } else {
         place = residual(acc);
       }
@@ -182,8 +191,34 @@ class Emitter {
       Candidates tile{values, indices, kTile + kSpare, 0, 0, false};
       const int32_t wanted = quota_ > 0 ? threshold_ : threshold_ + 1;
       leaves().topk_stream(nullptr, Dtype::fp32, err + at, std::min(kTile, end - at),
-                           {std::min(wanted, kInfKey), false, true}, &tile);
+                           {std::min(wanted, kInfKey), false, true}, job_.value_dtype, &tile);
       emit(tile, err + at, base + at);
+    }
+  }
+
+  // All of a piece, without looking for winners.
+  void put_all(const Piece& piece) {
+    const int64_t size = piece.dtype == Dtype::fp32 ? 4 : 2;
+    float acc[kTile];
+    for (int64_t at = 0; at < piece.count; at += kTile) {
+      const int64_t count = std::min(kTile, piece.count - at);
+      leaves().add(static_cast<const char*>(piece.grad) + at * size, piece.dtype, piece.err + at, count, acc);
+      if (job_.value_dtype != Dtype::fp32 || job_.wide_indices) {
+        for (int64_t i = 0; i < count; ++i) piece.err[at + i] = put(acc[i], piece.begin + at + i);
+        continue;
+      }
+      auto* values = static_cast<float*>(job_.values) + offset_;
+      auto* indices = static_cast<int32_t*>(job_.indices) + offset_;
+      const auto first = static_cast<int32_t>(piece.begin + at);
+      int32_t wild = 0;
+      for (int32_t i = 0; i < count; ++i) {
+        values[i] = acc[i] == acc[i] ? acc[i] : float_of(kNanKey);
+        indices[i] = first + i;
+        wild += static_cast<int32_t>(bits_of(acc[i]) & 0x7fffffffu) >= kInfKey;
+      }
+      std::fill_n(piece.err + at, count, 0.0f);
+      cleared_ += wild;
+      offset_ += count;
     }
   }
 
@@ -213,9 +248,10 @@ class Emitter {
 };
 
 template <typename F>
-void emit_parts(const TopkJob& job, std::vector<Part>& parts, const Selection& selection, F each_piece) {
+void emit_parts(const TopkJob& job, std::vector<Part>& parts, const Selection& selection, int64_t entries,
+                F each_piece) {
   const std::vector<Slot> slots = slots_of(selection);
-  for_each_part(static_cast<int>(parts.size()), [&](int t) {
+  share_parts(static_cast<int>(parts.size()), job.threads, entries, [&](int t) {
     const auto p = static_cast<size_t>(t);
     Emitter emitter(job, selection.threshold.key, slots[p]);
     for (Piece& piece : parts[p].pieces) each_piece(piece, emitter);
@@ -225,7 +261,7 @@ void emit_parts(const TopkJob& job, std::vector<Part>& parts, const Selection& s
 
 // All that is listed wins, and ties fill up from err, where they were left.
 void emit_with_ties(const TopkJob& job, std::vector<Part>& parts, const Selection& selection) {
-  emit_parts(job, parts, selection, [](Piece& piece, Emitter& emitter) {
+  emit_parts(job, parts, selection, kMany, [](Piece& piece, Emitter& emitter) {
     const Candidates& list = piece.list;
     int64_t taken = 0, at = 0;
     for (; at < piece.count && emitter.ties_left(); at += kTile) {
@@ -242,7 +278,7 @@ void emit_with_ties(const TopkJob& job, std::vector<Part>& parts, const Selectio
 
 // Winners and all, err holds all of acc.
 void emit_from_err(const TopkJob& job, std::vector<Part>& parts, const Selection& selection) {
-  emit_parts(job, parts, selection,
+  emit_parts(job, parts, selection, kMany,
              [](Piece& piece, Emitter& emitter) { emitter.scan(piece.err, 0, piece.count, piece.begin); });
 }
 
@@ -259,7 +295,7 @@ std::vector<Group> groups_of(const std::vector<Part>& parts) {
 std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts, const Lists& lists,
                                    const Sampled& sampled, bool first) {
   const Guess guess = sampled.guess;
-  stream(parts, lists, guess, first);
+  stream(job, parts, lists, guess, first);
   int64_t listed = 0, ties = 0;
   bool overflow = false;
   for (const Part& part : parts) {
@@ -272,8 +308,9 @@ std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts,
   if (!overflow && listed >= job.k && all_wild_listed) {
     std::vector<Segment> segments;
     for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
-    const Selection selection = select_near(segments, job.k, guess.threshold, sampled.high, lists.keys());
-    emit_parts(job, parts, selection,
+    const Selection selection =
+        select_near(segments, job.k, guess.threshold, sampled.high, lists.keys(), job.threads);
+    emit_parts(job, parts, selection, listed,
                [](Piece& piece, Emitter& emitter) { emitter.emit(piece.list, piece.err, piece.begin); });
     return selection.threshold.key;
   }
@@ -284,7 +321,7 @@ std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts,
     emit_with_ties(job, parts, selection);
     return selection.threshold.key;
   }
-  restore(parts);
+  restore(job, parts);
   if (!known) return std::nullopt;
   emit_from_err(job, parts, selection);
   return selection.threshold.key;
@@ -302,7 +339,7 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
     leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
     next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
   }
-  const int32_t low = kth_largest({{{lists.more(), groups}}}, job.k).key;
+  const int32_t low = kth_largest({{{lists.more(), groups}}}, job.k, 1).key;
   const auto threshold =
       select_with(job, parts, lists, {{std::min(low, kInfKey), false, false}, INT32_MAX}, false);
   return *threshold;
@@ -310,10 +347,9 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
 
 int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   if (job.k == job.numel) {
-    stream(parts, Lists(parts, 0), {INT32_MAX, false, false}, true);
     Selection all{{-1, 0}, {}};
     for (const Part& part : parts) all.shares.push_back({part.count, 0});
-    emit_from_err(job, parts, all);
+    emit_parts(job, parts, all, job.numel, [](Piece& piece, Emitter& emitter) { emitter.put_all(piece); });
     return 0;
   }
   if (job.numel < kMinSampled) return select_small(job, parts);
@@ -321,17 +357,17 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
     // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
     const Lists lists(parts, 4 * job.k + kMinSampled);
     const bool hinted = job.hint != nullptr && *job.hint > 0;
-    const Sampled first = hinted ? guess_by_hint(*job.hint, job.numel, job.k)
-                                 : guess_by_sample(job.runs, job.numel, job.k, job.threads);
+    const Sampled first =
+        hinted ? guess_by_hint(*job.hint, job.numel, job.k) : guess_by_sample(job.runs, job.numel, job.k);
     if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
     std::vector<TopkRun> runs = job.runs;
     for (TopkRun& run : runs) run.grad = nullptr;
-    const Sampled second = guess_by_sample(runs, job.numel, job.k, job.threads);
+    const Sampled second = guess_by_sample(runs, job.numel, job.k);
     if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
   } else {
-    stream(parts, Lists(parts, 0), {INT32_MAX, false, false}, true);
+    stream(job, parts, Lists(parts, 0), {INT32_MAX, false, false}, true);
   }
-  const Selection selection = select_largest(groups_of(parts), job.k);
+  const Selection selection = select_largest(groups_of(parts), job.k, job.threads);
   emit_from_err(job, parts, selection);
   return selection.threshold.key;
 }
@@ -340,6 +376,9 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
 
 int64_t topk_compress(const TopkJob& job) {
   const KeepDenormals guard;
+  const auto k = static_cast<size_t>(job.k);
+  prefer_large_pages(job.values, k * (job.value_dtype == Dtype::fp32 ? 4 : 2));
+  prefer_large_pages(job.indices, k * (job.wide_indices ? 8 : 4));
   std::vector<Part> parts = parts_of(job);
   const int32_t threshold = select(job, parts);
   if (job.hint != nullptr) *job.hint = threshold;

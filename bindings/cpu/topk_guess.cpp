@@ -4,8 +4,6 @@
 #include <cmath>
 #include <functional>
 
-#include "cpu/threads.hpp"
-
 namespace gck {
 namespace {
 
@@ -48,50 +46,42 @@ struct Sample {
   std::vector<uint32_t> coarse_count;  // by key >> kCoarseShift
 };
 
-Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines, int threads) {
+Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines) {
   const Leaves& isa = leaves();
   Sample sample{lines, {}, {}};
   const int64_t stride = std::max<int64_t>(1, numel / kLine / lines);
   sample.acc.resize(static_cast<size_t>(lines * kLine));
-  const int parts = static_cast<int>(std::min<int64_t>(threads, 1 + lines / 512));
-  std::vector<std::vector<uint32_t>> counts(static_cast<size_t>(parts));
-  for_each_part(parts, [&](int t) {
-    auto& count = counts[static_cast<size_t>(t)];
-    count.resize(kCoarseBins);
-    const auto [first, last] = part_of(lines, parts, t, 1);
-    // Where each line lies, first of all: memory answers while others are being asked for.
-    std::vector<Line> places;
-    auto run = runs.begin();
-    int64_t begin = 0;  // of the run
-    for (int64_t line = first; line < last; ++line) {
-      const auto jitter =
-          static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
-      const int64_t at = (line * stride + jitter) * kLine;
-      for (; at >= begin + run->numel; ++run) begin += run->numel;
-      const int64_t inside = std::max<int64_t>(0, std::min(at - begin, run->numel - kLine));
-      const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2;
-      const auto* grad = static_cast<const char*>(run->grad);
-      places.push_back({grad == nullptr ? nullptr : grad + inside * size, run->grad_dtype, run->err + inside,
-                        std::min(kLine, run->numel)});
+  sample.coarse_count.resize(kCoarseBins);
+  // Where each line lies, first of all: memory answers while others are being asked for.
+  std::vector<Line> places;
+  auto run = runs.begin();
+  int64_t begin = 0;  // of the run
+  for (int64_t line = 0; line < lines; ++line) {
+    const auto jitter =
+        static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
+    const int64_t at = (line * stride + jitter) * kLine;
+    for (; at >= begin + run->numel; ++run) begin += run->numel;
+    const int64_t inside = std::max<int64_t>(0, std::min(at - begin, run->numel - kLine));
+    const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2;
+    const auto* grad = static_cast<const char*>(run->grad);
+    places.push_back({grad == nullptr ? nullptr : grad + inside * size, run->grad_dtype, run->err + inside,
+                      std::min(kLine, run->numel)});
+  }
+  float* acc = sample.acc.data();
+  for (size_t i = 0; i < places.size(); ++i, acc += kLine) {
+    if (i + kAhead < places.size()) {
+      __builtin_prefetch(places[i + kAhead].grad);
+      __builtin_prefetch(places[i + kAhead].err);
     }
-    float* acc = sample.acc.data() + first * kLine;
-    for (size_t i = 0; i < places.size(); ++i, acc += kLine) {
-      if (i + kAhead < places.size()) {
-        __builtin_prefetch(places[i + kAhead].grad);
-        __builtin_prefetch(places[i + kAhead].err);
-      }
-      const Line& line = places[i];
-      if (line.grad == nullptr) {
-        std::copy_n(line.err, line.length, acc);
-      } else {
-        isa.add(line.grad, line.dtype, line.err, line.length, acc);
-      }
-      for (int64_t j = 0; j < kLine; ++j) ++count[static_cast<size_t>(key_of(acc[j]) >> kCoarseShift)];
+    const Line& line = places[i];
+    if (line.grad == nullptr) {
+      std::copy_n(line.err, line.length, acc);
+    } else {
+      isa.add(line.grad, line.dtype, line.err, line.length, acc);
     }
-  });
-  sample.coarse_count = std::move(counts[0]);
-  for (size_t t = 1; t < counts.size(); ++t) {
-    for (size_t bin = 0; bin < kCoarseBins; ++bin) sample.coarse_count[bin] += counts[t][bin];
+    for (int64_t j = 0; j < kLine; ++j) {
+      ++sample.coarse_count[static_cast<size_t>(key_of(acc[j]) >> kCoarseShift)];
+    }
   }
   return sample;
 }
@@ -101,8 +91,8 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
 // The sample's entry of rank f + 5 sqrt(sum of c^2) + 8, where f is the expected rank of the k-th entry and
 // c the number of entries that a line has above rank f: entries of a line are not independent, and c^2
 // measures how clustered they are. Lines are hashed, so that no period of the gradient aligns with them.
-Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int threads) {
-  const Sample sample = take_sample(runs, numel, lines_for(numel, k), threads);
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k) {
+  const Sample sample = take_sample(runs, numel, lines_for(numel, k));
   const int64_t size = sample.lines * kLine;
   const double expected = static_cast<double>(k) / static_cast<double>(numel) * static_cast<double>(size);
   const auto clamped = [&](double rank) {

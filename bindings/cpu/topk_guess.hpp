@@ -12,7 +12,7 @@ struct Sampled {
 };
 
 // What to list for the k largest of all runs. A run without grad is sampled from err alone.
-Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int threads);
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k);
 
 // The same from the threshold of the last step, unseen.
 Sampled guess_by_hint(int32_t key, int64_t numel, int64_t k);

@@ -29,7 +29,8 @@ struct Candidates {
 struct Winners {
   int32_t threshold;  // keys above it win, and the first `quota` of those equal to it
   int64_t quota;
-  float* values;     // room for `left`
+  void* values;  // room for `left`
+  Dtype value_dtype;
   int32_t* indices;  // room for `left`
   int64_t left;
 };
@@ -55,10 +56,11 @@ struct SignDecode {
 struct Leaves {
   const char* name;
 
-  // err[i] += grad[i] for `count` entries (no grad: err as it is); those with key >= threshold move to the
-  // candidates and leave 0 behind. When the list is full the rest stay in err, and overflow is set:
-  // acc = err + list, always.
-  void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess, Candidates* out);
+  // err[i] += grad[i] for `count` entries (no grad: err as it is). Those with key >= threshold move to the
+  // candidates, and what a winner leaves stays in err: the rounding error of value_dtype, 0 where that is not
+  // finite. When the list is full the rest stay as they are, and overflow is set.
+  void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess,
+                      Dtype value_dtype, Candidates* out);
   // err[i] += grad[i]; maxima[16 * b + lane] becomes the largest magnitude of that lane in the
   // b-th run of `vectors` vectors of 16 entries; every NaN becomes the one that gck lets out.
   void (*topk_maxima)(const void* grad, Dtype dtype, float* err, int64_t count, int64_t vectors,
@@ -68,9 +70,8 @@ struct Leaves {
   // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more.
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
                         int64_t* inside);
-  // Puts winners out in order, and losers that are finite back. err, of the run that the candidates come
-  // from and whose first entry has index `base`, holds 0 where they were, which is what winners leave there.
-  // Returns the number of entries that were not finite.
+  // Puts winners out in order, and losers that are finite back to err, a run that the candidates come from
+  // and whose first entry has index `base`. Returns the number of entries that left what is not finite.
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);

@@ -13,15 +13,30 @@ inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_
   return count + __builtin_popcount(m);
 }
 
-// The same for entries of a block that lies in err already, one by one: the fastest where there is hardly
-// ever more than one.
-inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err, int64_t at) {
+// What a winner leaves in err.
+inline Vec left_by(Vec acc, Dtype value_dtype) {
+  if (value_dtype == Dtype::fp32) return set1(0.0f);
+  const Vec rest = sub(acc, rounded(acc, value_dtype));
+  return select(key_ge(rest, kInfKey), set1(0.0f), rest);
+}
+
+inline float left_by(float acc, Dtype value_dtype) {
+  if (value_dtype == Dtype::fp32) return 0.0f;
+  uint16_t sent;
+  const float rest = acc - store_rounded(&sent, value_dtype, 0, acc);
+  return key_of(rest) < kInfKey ? rest : 0.0f;
+}
+
+// `put` for entries of a block that lies in err already, one by one: the fastest where there is hardly ever
+// more than one.
+inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err, int64_t at,
+                       Dtype value_dtype) {
   for (; m; m &= m - 1, ++count) {
     const int lane = __builtin_ctz(m);
     const float acc = err[lane];
     out.values[count] = acc == acc ? acc : float_of(kNanKey);
     out.indices[count] = static_cast<uint32_t>(at + lane);
-    err[lane] = 0;
+    err[lane] = left_by(acc, value_dtype);
   }
   return count;
 }
@@ -33,8 +48,8 @@ inline Vec accumulated(const void* grad, const float* err, int64_t i) {
 }
 
 template <Dtype D, bool kGrad, bool kTies, bool kDense>
-void stream(const void* grad, float* err, int64_t count, int32_t threshold, Candidates& out) {
-  const Vec zero = set1(0.0f);
+void stream(const void* grad, float* err, int64_t count, int32_t threshold, Dtype value_dtype,
+            Candidates& out) {
   int64_t listed = out.count, ties = 0, i = 0;
   for (; i + kBlock <= count; i += kBlock) {
     Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
@@ -50,12 +65,12 @@ void stream(const void* grad, float* err, int64_t count, int32_t threshold, Cand
         const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
         if constexpr (kDense) {
           listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
-          a = select(in_a, zero, a);
-          b = select(in_b, zero, b);
+          a = select(in_a, left_by(canonical(a), value_dtype), a);
+          b = select(in_b, left_by(canonical(b), value_dtype), b);
         } else {
           store(err + i, a);
           store(err + i + kLanes, b);
-          listed = put_few(out, listed, in_a | in_b << kLanes, err + i, i);
+          listed = put_few(out, listed, in_a | in_b << kLanes, err + i, i, value_dtype);
           continue;
         }
       }
@@ -75,7 +90,7 @@ void stream(const void* grad, float* err, int64_t count, int32_t threshold, Cand
       out.overflow = true;
     } else if (in) {
       listed = put(out, listed, in, acc, i);
-      acc = select(in, zero, acc);
+      acc = select(in, left_by(canonical(acc), value_dtype), acc);
     }
     store_part(err + i, acc, rest);
   }
@@ -114,13 +129,14 @@ void add_all(const void* grad, const float* err, int64_t count, float* out) {
 
 }  // namespace
 
-void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess, Candidates* out) {
+void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess, Dtype value_dtype,
+                 Candidates* out) {
   with_dtype(dtype, [&]<Dtype D>() {
     const auto run = [&]<bool kGrad>() {
       // Where ties are counted few entries are listed, or a vector's worth at a time.
-      guess.ties    ? stream<D, kGrad, true, false>(grad, err, count, guess.threshold, *out)
-      : guess.dense ? stream<D, kGrad, false, true>(grad, err, count, guess.threshold, *out)
-                    : stream<D, kGrad, false, false>(grad, err, count, guess.threshold, *out);
+      guess.ties    ? stream<D, kGrad, true, false>(grad, err, count, guess.threshold, value_dtype, *out)
+      : guess.dense ? stream<D, kGrad, false, true>(grad, err, count, guess.threshold, value_dtype, *out)
+                    : stream<D, kGrad, false, false>(grad, err, count, guess.threshold, value_dtype, *out);
     };
     grad == nullptr ? run.template operator()<false>() : run.template operator()<true>();
   });
@@ -161,6 +177,9 @@ int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int
 
 int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out) {
   Winners to = *out;
+  const Dtype dtype = to.value_dtype;
+  const size_t size = dtype == Dtype::fp32 ? sizeof(float) : sizeof(uint16_t);
+  auto* values = static_cast<char*>(to.values);
   auto* indices = reinterpret_cast<uint32_t*>(to.indices);
   int64_t nonfinite = 0;
   for (int64_t j = 0; j < list.count; j += kLanes) {
@@ -170,28 +189,44 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
     Mask wins = key_ge(acc, to.threshold + 1) & live;
     for (Mask ties = reach & ~wins; ties && to.quota; ties &= ties - 1, --to.quota) wins |= ties & -ties;
     const Mask wild = key_ge(acc, kInfKey) & live;
-    nonfinite += __builtin_popcount(wild);
+    // Rounding makes some finite winners infinite.
+    const Mask grown = dtype == Dtype::fp32 ? wild : (key_ge(rounded(acc, dtype), kInfKey) & wins) | wild;
+    nonfinite += __builtin_popcount(grown);
     for (Mask lose = live & ~wins & ~wild; lose; lose &= lose - 1) {
       const int lane = __builtin_ctz(lose);
       err[list.indices[j + lane]] = list.values[j + lane];
     }
-    const int taken = __builtin_popcount(wins);
-    if (to.left >= kLanes) {
-      compress(to.values, wins, acc);
+    const auto taken = static_cast<size_t>(__builtin_popcount(wins));
+    const bool room = to.left >= kLanes;
+    if (room && dtype == Dtype::fp32) {
+      compress(reinterpret_cast<float*>(values), wins, acc);
       compress_words(indices, wins, list.indices + j, static_cast<uint32_t>(base));
     } else if (taken) {
-      // Near the end of this part's room: the next part's thread writes behind it.
-      alignas(64) float values[2 * kLanes];
+      // Narrow values, or near the end of this part's room: the next part's thread writes behind it.
+      alignas(64) float front[2 * kLanes] = {};
       alignas(64) uint32_t words[2 * kLanes];
-      compress(values, wins, acc);
+      alignas(64) uint16_t narrow[kLanes];
+      compress(front, wins, acc);
       compress_words(words, wins, list.indices + j, static_cast<uint32_t>(base));
-      std::memcpy(to.values, values, sizeof(float) * static_cast<size_t>(taken));
-      std::memcpy(indices, words, sizeof(uint32_t) * static_cast<size_t>(taken));
+      const void* from = front;
+      if (dtype != Dtype::fp32) {
+        dtype == Dtype::bf16 ? store_bf16(narrow, load(front)) : store_fp16(narrow, load(front));
+        from = narrow;
+      }
+      // Copies of a fixed size are single instructions.
+      if (room) {
+        std::memcpy(values, from, sizeof narrow);
+        std::memcpy(indices, words, sizeof(uint32_t) * kLanes);
+      } else {
+        std::memcpy(values, from, size * taken);
+        std::memcpy(indices, words, sizeof(uint32_t) * taken);
+      }
     }
-    to.values += taken;
+    values += size * taken;
     indices += taken;
-    to.left -= taken;
+    to.left -= static_cast<int64_t>(taken);
   }
+  to.values = values;
   to.indices = reinterpret_cast<int32_t*>(indices);
   *out = to;
   return nonfinite;

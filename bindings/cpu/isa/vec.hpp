@@ -50,6 +50,25 @@ inline bool any_key_ge(Vec a, Vec b, int32_t threshold) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(m), no.v, yes.v)};
 }
+// Canonical fp32 rounded to bf16 or fp16, nearest even: back in fp32, and as 16 narrow numbers.
+inline __m512i bf16_bits(Vec a) {  // in the upper halves
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+inline __m256i fp16_bits(Vec a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec round_bf16(Vec a) { return {_mm512_castsi512_ps(bf16_bits(a))}; }
+inline Vec round_fp16(Vec a) { return {_mm512_cvtph_ps(fp16_bits(a))}; }
+inline void store_bf16(uint16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(a), 16)));
+}
+inline void store_fp16(uint16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), fp16_bits(a));
+}
 using Keys = __m512i;
 inline Keys no_keys() { return _mm512_setzero_si512(); }
 inline Keys larger(Keys keys, Vec a) {
@@ -145,6 +164,29 @@ inline __m256 widen_mask(Mask m) {  // bit i -> all bits of lane i
 inline Vec select(Mask m, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, widen_mask(m)),
           _mm256_blendv_ps(no.hi, yes.hi, widen_mask(m >> 8))};
+}
+// Canonical fp32 rounded to bf16 or fp16, nearest even: back in fp32, and as 16 narrow numbers.
+inline __m256i bf16_bits(__m256 x) {  // in the upper halves
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+inline __m128i fp16_bits(__m256 x) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline Vec round_bf16(Vec a) {
+  return {_mm256_castsi256_ps(bf16_bits(a.lo)), _mm256_castsi256_ps(bf16_bits(a.hi))};
+}
+inline Vec round_fp16(Vec a) { return {_mm256_cvtph_ps(fp16_bits(a.lo)), _mm256_cvtph_ps(fp16_bits(a.hi))}; }
+inline void store_bf16(uint16_t* p, Vec a) {
+  const __m256i lo = _mm256_srli_epi32(bf16_bits(a.lo), 16), hi = _mm256_srli_epi32(bf16_bits(a.hi), 16);
+  const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+}
+inline void store_fp16(uint16_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16_bits(a.lo));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), fp16_bits(a.hi));
 }
 struct Keys {
   __m256i lo, hi;
@@ -265,6 +307,19 @@ inline bool any_key_ge(Vec a, Vec b, int32_t threshold) {
 inline Vec select(Mask m, Vec yes, Vec no) {
   return each([&](int i) { return (m >> i & 1) ? yes.x[i] : no.x[i]; });
 }
+// Canonical fp32 rounded to bf16 or fp16, nearest even: back in fp32, and as 16 narrow numbers.
+inline Vec round_bf16(Vec a) {
+  return each([&](int i) { return float_of(static_cast<uint32_t>(to_bf16(a.x[i])) << 16); });
+}
+inline Vec round_fp16(Vec a) {
+  return each([&](int i) { return from_fp16(to_fp16(a.x[i])); });
+}
+inline void store_bf16(uint16_t* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(a.x[i]);
+}
+inline void store_fp16(uint16_t* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = to_fp16(a.x[i]);
+}
 struct Keys {
   int32_t x[kLanes];
 };
@@ -311,6 +366,11 @@ inline void store_part(float* p, Vec a, int count) {
   alignas(64) float whole[kLanes];
   store(whole, a);
   std::memcpy(p, whole, sizeof(float) * static_cast<size_t>(count));
+}
+
+// Canonical fp32 as a receiver of `dtype` will see it.
+inline Vec rounded(Vec a, Dtype dtype) {
+  return dtype == Dtype::fp32 ? a : dtype == Dtype::bf16 ? round_bf16(a) : round_fp16(a);
 }
 
 // Calls f.template operator()<D>() for the run-time dtype.
