@@ -33,17 +33,11 @@ def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
     return numpy.errstate(all="ignore")
 
 
-def spans(tensor: Tensor, tiles: int) -> tuple[int, int]:
-    """(programs, tiles a program) for kernels whose programs each own one run of tiles.
-
-    Depends on the number of tiles and on the device, never on values.
-    """
+def most_programs(tensor: Tensor) -> int:
+    """How many programs fill the device, for kernels whose programs share the tiles of a vector."""
     if tensor.device.type == "cuda":
-        programs = min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _processors(tensor.device))
-    else:
-        programs = INTERPRETED_PROGRAMS
-    span = -(-tiles // programs)
-    return -(-tiles // span), span
+        return min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _processors(tensor.device))
+    return INTERPRETED_PROGRAMS
 
 
 @lru_cache

@@ -1,17 +1,9 @@
-"""Runs of tiles: one long vector cut between programs, each of which walks its own run in order."""
+"""Tiles: a long vector cut into equal parts, of which only the last may be shorter."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def run_of_tiles(i_program, tiles, n, TILE: tl.constexpr):
-    """(first tile, end of its whole tiles, end of all its tiles) of a program's run of `tiles` tiles."""
-    first = i_program.to(tl.int64) * tiles
-    stop = tl.minimum((first + tiles) * TILE, tl.cast(n, tl.int64))
-    return first, tl.maximum(stop // TILE, first), tl.cdiv(stop, TILE)
 
 
 @triton.jit

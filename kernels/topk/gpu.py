@@ -1,12 +1,15 @@
-"""Exact top-k with error feedback on the GPU.
+"""Exact top-k with error feedback on the GPU: guess, stream, refine, emit.
 
-`stream` moves acc = grad + err into err and counts the exponents; three `refine` passes count the next
-bits of the elements that share the bits found so far, most significant digit first, which gives the exact
-key of the k-th largest element; `count` finds how many winners each program's run of tiles holds, and
-`emit` writes them in order and leaves their rounding errors in err.
+`sample` and `guess` find a low threshold; `stream` reads grad and err once, writes acc = grad + err to err,
+and moves what reaches the threshold to a list; `restore` puts the list back where it was no help; `refine`
+counts keys digit by digit, most significant first, which gives the exact key of the k-th largest element;
+`count` finds how many winners each run of tiles holds, and `emit` writes them in order, and to err what
+they and the losers leave there.
 
-Every decision is taken on the device. A kernel takes the decision that its predecessor's counts imply by
-itself, in each of its programs: that costs one small load, and spares both a launch and a ticket.
+Grids follow from the number of elements alone. Every decision is taken on the device (see `gpu_control`), and
+each kernel that has nothing to do in the mode it finds ends at once. Atomic additions of integers place
+and count; no result depends on their order, because a tile's candidates are in order, and tiles are read in
+the order of the vector.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -18,150 +21,161 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gck.kernels.common.keys import INFINITY, accumulate, is_finite, magnitude_key, round_to, widen
-from gck.kernels.common.launch import EXACT, MAX_PROGRAMS, launching_on, spans
-from gck.kernels.common.tiles import load_tile, run_of_tiles, tile_offsets
+from gck.kernels.common.launch import EXACT, launching_on, most_programs
+from gck.kernels.topk import gpu_control, gpu_guess
+from gck.kernels.topk.gpu_control import (
+    BINS,
+    DIGITS,
+    KNOWN,
+    LIST,
+    LISTED,
+    NONFINITE,
+    QUOTA,
+    THRESHOLD,
+    TIE,
+    decide,
+    mode_of,
+    note,
+)
+from gck.kernels.topk.gpu_decode import decompress_, decompress_sum_
+from gck.kernels.topk.gpu_guess import (
+    BIN_SHIFT,
+    BLOCK_LINES,
+    GUESS_BLOCK,
+    GUESS_WARPS,
+    LINE,
+    SAMPLE_BINS,
+    guess_by_hint,
+    guess_by_sample,
+    hinted,
+    place_of_line,
+    sample_block,
+)
+from gck.kernels.topk.gpu_select import (
+    BLOCK,
+    GROUP,
+    REFINE_WARPS,
+    ROWS,
+    RUN_WARPS,
+    count_run,
+    emit_run,
+    refine_part,
+)
+from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, restore_run, stream_tile
 
-TILE = 4096
-EMIT_TILE = 2048  # needs more registers an element; divides TILE
-BLOCK = 1024  # payload entries a program of the scatter
-# Digits of the 31-bit key as (lowest bit, bits). Histograms of more than 256 bins cost some versions of
-# Triton more time than the pass that they would save.
-DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
-BINS = 256
-# Control block, int64: a (key prefix, winners still to find among its keys) pair a digit, of which the
-# last is the k-th key itself and the number of its ties that win; then a histogram a digit.
-DECISION = tl.constexpr(2 * len(DIGITS))
-HISTOGRAMS = tl.constexpr(2 * len(DIGITS) + 8)
+__all__ = ["compress_", "decompress_", "decompress_sum_"]
 
-
-@triton.jit
-def _decide(p_control, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """Extends the prefix by the digit that the histogram of DIGIT gives; program 0 notes the result."""
-    prefix = tl.load(p_control + 2 * DIGIT)
-    wanted = tl.load(p_control + 2 * DIGIT + 1)
-    b_bin = tl.arange(0, BINS)
-    b_count = tl.load(p_control + HISTOGRAMS + DIGIT * BINS + b_bin)
-    b_at_least = tl.cumsum(b_count, 0, reverse=True)
-    digit = tl.sum((b_at_least >= wanted).to(tl.int32), 0) - 1
-    prefix |= digit.to(tl.int64) << SHIFT
-    wanted -= tl.sum(tl.where(b_bin > digit, b_count, 0), 0)
-    if tl.program_id(0) == 0:
-        tl.store(p_control + 2 * DIGIT + 2, prefix)
-        tl.store(p_control + 2 * DIGIT + 3, wanted)
-    return prefix.to(tl.int32)
-
-
-@triton.jit
-def _add_histogram(p_control, b_count, DIGIT: tl.constexpr, BINS: tl.constexpr):
-    b_bin = tl.arange(0, BINS)
-    p_histogram = p_control + HISTOGRAMS + DIGIT * BINS
-    tl.atomic_add(p_histogram + b_bin, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
-
-
-@triton.jit
-def _stream_tile(p_grad, p_err, i_tile, n, TILE: tl.constexpr, BINS: tl.constexpr, WHOLE: tl.constexpr):
-    b_offset = tile_offsets(i_tile, TILE)
-    b_acc = accumulate(load_tile(p_grad, b_offset, n, WHOLE), load_tile(p_err, b_offset, n, WHOLE))
-    b_digit = magnitude_key(b_acc) >> 23
-    if WHOLE:
-        tl.store(p_err + b_offset, b_acc)
-        return tl.histogram(b_digit, BINS)
-    else:
-        tl.store(p_err + b_offset, b_acc, mask=b_offset < n)
-        return tl.histogram(b_digit, BINS, mask=b_offset < n)
+LONG_RUNS_FROM = 4096  # tiles from which a run is ROWS of them, for there are programs enough
 
 
-@triton.jit
-def _refine_tile(
-    p_source,
-    i_tile,
-    n,
-    prefix,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    TILE: tl.constexpr,
-    BINS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    b_offset = tile_offsets(i_tile, TILE)
-    b_key = magnitude_key(load_tile(p_source, b_offset, n, WHOLE))
-    b_match = (b_key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS))
-    if not WHOLE:
-        b_match &= b_offset < n
-    return tl.histogram((b_key >> SHIFT) & ((1 << BITS) - 1), BINS, mask=b_match)
-
-
-@triton.jit
-def _classify(b_acc, b_offset, n, threshold, WHOLE: tl.constexpr):
-    """1 for each element above the threshold, 65536 for each tie, else 0: one sum counts both."""
-    b_key = magnitude_key(b_acc)
-    b_class = tl.where(b_key > threshold, 1, tl.where(b_key == threshold, 65536, 0))
-    if not WHOLE:
-        b_class = tl.where(b_offset < n, b_class, 0)
-    return b_class
-
-
-@triton.jit
-def _emit_tile(
+@triton.jit(do_not_specialize=["n", "lines", "stride"])
+def sample_kernel(
+    p_grad,
     p_err,
-    p_values,
-    p_indices,
-    p_nonfinite,
-    i_tile,
+    p_keys,
+    p_bins,
+    p_hint,
     n,
-    threshold,
-    position,
-    quota,
-    TILE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    lines,
+    stride,
+    HINT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):
-    """Writes the winners of a tile from `position` on; at most `quota` ties win. Returns both, moved."""
-    b_offset = tile_offsets(i_tile, TILE)
-    b_acc = load_tile(p_err, b_offset, n, WHOLE)
-    b_class = _classify(b_acc, b_offset, n, threshold, WHOLE)
-    both = tl.sum(b_class, 0)
-    ties = tl.minimum((both >> 16).to(tl.int64), quota).to(tl.int32)
-    # Infinities that lose to NaN are no winners, but must not stay in err.
-    if (both > 0) | (threshold > INFINITY):
-        b_rank = tl.cumsum(b_class, 0)  # one scan ranks both classes
-        b_tie_rank = b_rank >> 16
-        b_wins = (b_class == 1) | ((b_class > 1) & (b_tie_rank <= ties))
-        b_slot = (b_rank & 0xFFFF) + tl.minimum(b_tie_rank, ties) - 1
-        b_value = round_to(b_acc, p_values.dtype.element_ty)
-        tl.store(p_values + position + b_slot, b_value, mask=b_wins)
-        tl.store(p_indices + position + b_slot, b_offset.to(p_indices.dtype.element_ty), mask=b_wins)
-        b_residual = tl.where(b_wins, b_acc - widen(b_value), b_acc)
-        b_cleared = is_finite(b_residual) == 0
-        if not WHOLE:
-            b_cleared &= b_offset < n
-        tl.store(p_err + b_offset, tl.where(b_cleared, 0.0, b_residual), mask=b_wins | b_cleared)
-        cleared = tl.sum(b_cleared.to(tl.int32), 0)
-        if cleared > 0:
-            tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")
-    return position + (both & 0xFFFF) + ties, quota - ties
+    if hinted(p_hint, HINT) <= 0:
+        first = tl.program_id(0) * BLOCK
+        b_line = first + tl.arange(0, BLOCK)
+        b_at = place_of_line(b_line, stride) * LINE
+        b_length = tl.where(b_line < lines, LINE, 0)
+        sample_block(p_grad + b_at, p_err + b_at, b_length, p_keys + first * LINE, p_bins, BLOCK, LINE, SHIFT)
 
 
-@triton.jit(do_not_specialize=["n", "k", "tiles"])
-def stream_kernel(p_grad, p_err, p_control, n, k, tiles, TILE: tl.constexpr, BINS: tl.constexpr):
-    i_program = tl.program_id(0)
-    if i_program == 0:
-        tl.store(p_control + 1, tl.cast(k, tl.int64))
-    first, whole, stop = run_of_tiles(i_program, tiles, n, TILE)
-    b_count = tl.zeros((BINS,), tl.int32)
-    for i_tile in range(first, whole):
-        b_count += _stream_tile(p_grad, p_err, i_tile, n, TILE, BINS, True)
-    if whole < stop:
-        b_count += _stream_tile(p_grad, p_err, whole, n, TILE, BINS, False)
-    _add_histogram(p_control, b_count, 0, BINS)
+@triton.jit(do_not_specialize=["n", "capacity", "lines"])
+def guess_kernel(
+    p_control,
+    p_keys,
+    p_bins,
+    p_hint,
+    n,
+    density,
+    capacity,
+    lines,
+    HINT: tl.constexpr,
+    BINS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    hint = hinted(p_hint, HINT)
+    if hint > 0:
+        guess_by_hint(p_control, hint)
+    else:
+        guess_by_sample(p_control, p_keys, p_bins, lines, n, density, capacity, BINS, SHIFT, BLOCK, LINE)
 
 
-@triton.jit(do_not_specialize=["n", "tiles"])
-def refine_kernel(
-    p_source,
+@triton.jit(do_not_specialize=["n", "capacity", "first_tile"])
+def stream_kernel(
+    p_grad,
+    p_err,
+    p_list,
+    p_locals,
+    p_tile,
     p_control,
     n,
+    capacity,
+    first_tile,
+    TILE: tl.constexpr,
+    LISTING: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """A tile a program, from first_tile on; all of them are WHOLE, or any may be the last.
+
+    The many whole tiles take fewer registers when the last one is left to a launch of its own.
+    """
+    i_tile = first_tile + tl.program_id(0)
+    if WHOLE:
+        stream_tile(
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, capacity),
+            *(TILE, LISTING),
+        )
+    else:
+        left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
+        stream_tile(
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, capacity),
+            *(TILE, LISTING),
+        )
+
+
+@triton.jit(do_not_specialize=["k", "capacity", "tiles", "run_tiles"])
+def restore_kernel(
+    p_err,
+    p_list,
+    p_locals,
+    p_tile,
+    p_control,
+    k,
+    capacity,
     tiles,
+    run_tiles,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if mode_of(p_control, k, capacity) != LIST:
+        first = tl.program_id(0) * run_tiles
+        count = tl.minimum(tiles - first, run_tiles)
+        restore_run(p_err, p_list, p_locals, p_tile, first, count, TILE, ROWS, BLOCK)
+
+
+@triton.jit(do_not_specialize=["n", "k", "capacity"])
+def refine_kernel(
+    p_err,
+    p_list,
+    p_control,
+    n,
+    k,
+    capacity,
     DIGIT: tl.constexpr,
     LAST_SHIFT: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -170,129 +184,218 @@ def refine_kernel(
     BINS: tl.constexpr,
 ):
     """Counts digit DIGIT, the BITS bits from SHIFT on, of the keys that begin with the prefix so far."""
-    prefix = _decide(p_control, DIGIT - 1, LAST_SHIFT, BINS)
-    first, whole, stop = run_of_tiles(tl.program_id(0), tiles, n, TILE)
-    b_count = tl.zeros((BINS,), tl.int32)
-    for i_tile in range(first, whole):
-        b_count += _refine_tile(p_source, i_tile, n, prefix, SHIFT, BITS, TILE, BINS, True)
-    if whole < stop:
-        b_count += _refine_tile(p_source, whole, n, prefix, SHIFT, BITS, TILE, BINS, False)
-    _add_histogram(p_control, b_count, DIGIT, BINS)
+    mode = mode_of(p_control, k, capacity)
+    if mode != KNOWN:
+        i_program = tl.program_id(0)
+        prefix = tl.cast(0, tl.int32)
+        if DIGIT > 0:
+            prefix, wanted = decide(p_control, k, DIGIT - 1, LAST_SHIFT, BINS)
+            if i_program == 0:
+                note(p_control, prefix, wanted, DIGIT - 1)
+        p_source = p_err
+        length = tl.cast(n, tl.int64)
+        if mode == LIST:
+            p_source = p_list
+            length = tl.load(p_control + LISTED)
+        refine_part(
+            p_source,
+            p_control,
+            length,
+            i_program,
+            tl.num_programs(0),
+            prefix,
+            DIGIT,
+            SHIFT,
+            BITS,
+            TILE,
+            BINS,
+        )
 
 
-@triton.jit(do_not_specialize=["n", "tiles"])
+@triton.jit
+def last_decision(p_control, k, mode, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """(the k-th key, how many of its ties win)"""
+    if mode == KNOWN:
+        threshold = tl.load(p_control + TIE).to(tl.int32) - 1
+        quota = k - tl.load(p_control + LISTED)
+    else:
+        threshold, quota = decide(p_control, k, DIGIT, SHIFT, BINS)
+    return threshold, quota
+
+
+@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles"])
 def count_kernel(
-    p_source,
+    p_err,
+    p_list,
+    p_tile,
+    p_rows,
+    p_runs,
+    p_groups,
     p_control,
-    p_counts,
     n,
+    k,
+    capacity,
     tiles,
+    run_tiles,
     DIGIT: tl.constexpr,
     SHIFT: tl.constexpr,
-    TILE: tl.constexpr,
     BINS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Takes the last decision; counts what lies above it and ties with it in each program's run."""
-    threshold = _decide(p_control, DIGIT, SHIFT, BINS)
-    i_program = tl.program_id(0)
-    first, whole, stop = run_of_tiles(i_program, tiles, n, TILE)
-    b_above = tl.zeros((TILE,), tl.int32)
-    b_ties = tl.zeros((TILE,), tl.int32)
-    for i_tile in range(first, whole):
-        b_offset = tile_offsets(i_tile, TILE)
-        b_class = _classify(load_tile(p_source, b_offset, n, True), b_offset, n, threshold, True)
-        b_above += b_class & 0xFFFF
-        b_ties += b_class >> 16
-    if whole < stop:
-        b_offset = tile_offsets(whole, TILE)
-        b_class = _classify(load_tile(p_source, b_offset, n, False), b_offset, n, threshold, False)
-        b_above += b_class & 0xFFFF
-        b_ties += b_class >> 16
-    tl.store(p_counts + 2 * i_program, tl.sum(b_above, 0).to(tl.int64))
-    tl.store(p_counts + 2 * i_program + 1, tl.sum(b_ties, 0).to(tl.int64))
+    """Takes the last decision; counts what lies above it and ties with it."""
+    i_run = tl.program_id(0)
+    mode = mode_of(p_control, k, capacity)
+    threshold, quota = last_decision(p_control, k, mode, DIGIT, SHIFT, BINS)
+    if i_run == 0:
+        note(p_control, threshold, quota, DIGIT)
+    first = i_run * run_tiles
+    stop = tl.minimum(first + run_tiles, tiles)
+    count_run(
+        *(p_list, p_err, p_tile, p_rows, p_runs, p_groups, i_run, first, stop, run_tiles, n),
+        *(mode == LIST, threshold, TILE, ROWS, BLOCK, GROUP),
+    )
 
 
-@triton.jit(do_not_specialize=["n", "tiles"])
+@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles"])
 def emit_kernel(
     p_err,
+    p_list,
+    p_locals,
+    p_tile,
+    p_rows,
+    p_runs,
+    p_groups,
     p_control,
-    p_counts,
     p_values,
     p_indices,
     p_nonfinite,
+    p_hint,
     n,
+    k,
+    capacity,
     tiles,
+    run_tiles,
+    HINT: tl.constexpr,
     TILE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """Writes the winners in order of index, and what they leave behind to err."""
-    threshold = tl.load(p_control + DECISION).to(tl.int32)
-    quota = tl.load(p_control + DECISION + 1)
-    i_program = tl.program_id(0)
-    b_program = tl.arange(0, PROGRAMS)
-    b_before = b_program < i_program
-    above = tl.sum(tl.load(p_counts + 2 * b_program, mask=b_before, other=0), 0)
-    ties = tl.minimum(tl.sum(tl.load(p_counts + 2 * b_program + 1, mask=b_before, other=0), 0), quota)
-    position = above + ties
-    quota -= ties
-    first, whole, stop = run_of_tiles(i_program, tiles, n, TILE)
-    for i_tile in range(first, whole):
-        position, quota = _emit_tile(
-            p_err, p_values, p_indices, p_nonfinite, i_tile, n, threshold, position, quota, TILE, True
-        )
-    if whole < stop:
-        _emit_tile(p_err, p_values, p_indices, p_nonfinite, whole, n, threshold, position, quota, TILE, False)
+    """Writes the winners in order of index, and what they and the losers leave behind to err."""
+    i_run = tl.program_id(0)
+    in_list = mode_of(p_control, k, capacity) == LIST
+    threshold = tl.load(p_control + THRESHOLD).to(tl.int32)
+    quota = tl.load(p_control + QUOTA)
+    if HINT and i_run == 0:
+        tl.store(p_hint, threshold)
+    first = i_run * run_tiles
+    stop = tl.minimum(first + run_tiles, tiles)
+    emit_run(
+        *(p_list, p_locals, p_err, p_tile, p_rows, p_runs, p_groups, p_values, p_indices, p_nonfinite),
+        *(i_run, first, stop, run_tiles, n, 0, in_list, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+    )
 
 
-@triton.jit(do_not_specialize=["n", "k"])
-def scatter_kernel(p_out, p_values, p_indices, n, k, alpha, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
-    """Indices are unique, so that no two programs meet at an element."""
-    b_entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_index = tl.load(p_indices + b_entry, mask=b_entry < k, other=-1).to(tl.int64)
-    b_valid = (b_index >= 0) & (b_index < n)  # a payload from elsewhere must not write out of bounds
-    b_value = widen(tl.load(p_values + b_entry, mask=b_entry < k, other=0.0)) * alpha
-    if ACCUMULATE:
-        b_value = tl.load(p_out + b_index, mask=b_valid, other=0.0) + b_value
-    tl.store(p_out + b_index, b_value, mask=b_valid)
+def compress_(
+    compressor: Any,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    hint: Tensor | None = None,
+) -> None:
+    """See `kernels.common.base`.
 
-
-def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+    Args:
+        hint: (1,) int32, the key (bits of |x|) of the threshold of the last step, or 0: there is none.
+            Spares the sample, and is set to this step's. It never changes the result.
+    """
     n = grad.numel()
     values, indices = compressor.layout(n).views(bodies[0])
-    programs, tiles = spans(grad, triton.cdiv(n, TILE))
-    control = torch.zeros(HISTOGRAMS.value + len(DIGITS) * BINS, dtype=torch.int64, device=grad.device)
-    counts = torch.empty(2 * programs, dtype=torch.int64, device=grad.device)
-    if nonfinite is None:
-        nonfinite = control[DECISION.value + 2 :]  # counted, and forgotten
-    grid, shape = (programs,), {"TILE": TILE, "BINS": BINS, "num_warps": 8, **EXACT}
-    with launching_on(grad):
-        stream_kernel[grid](grad, err, control, n, values.numel(), tiles, **shape)
-        for digit in range(1, len(DIGITS)):
-            (last, _), (shift, bits) = DIGITS[digit - 1 : digit + 1]
-            refine_kernel[grid](
-                err, control, n, tiles, DIGIT=digit, LAST_SHIFT=last, SHIFT=shift, BITS=bits, **shape
-            )
-        last, _ = DIGITS[-1]
-        count_kernel[grid](err, control, counts, n, tiles, DIGIT=len(DIGITS) - 1, SHIFT=last, **shape)
-        emit_kernel[grid](
-            *(err, control, counts, values, indices, nonfinite, n, tiles * (TILE // EMIT_TILE)),
-            TILE=EMIT_TILE,
-            PROGRAMS=MAX_PROGRAMS,
-            num_warps=8,
-            **EXACT,
-        )
-
-
-def decompress_(
-    compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
-) -> None:
-    values, indices = fields
     k = values.numel()
-    if not accumulate:
-        out.zero_()
-    if k == 0:
-        return
-    with launching_on(out):
-        scatter_kernel[(triton.cdiv(k, BLOCK),)](
-            out, values, indices, out.numel(), k, alpha, ACCUMULATE=accumulate, BLOCK=BLOCK, **EXACT
+    tiles = triton.cdiv(n, TILE)
+    run_tiles = ROWS if tiles >= LONG_RUNS_FROM else 1
+    runs = triton.cdiv(tiles, run_tiles)
+    groups = triton.cdiv(runs, GROUP)
+    listing = gpu_guess.listing(n, k)
+    capacity = gpu_guess.list_capacity(n, k) if listing else 0
+    lines = gpu_guess.sample_lines(n) if listing else 0
+    blocks = gpu_guess.sample_blocks(lines)
+
+    def scratch(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=grad.device)
+
+    bins_at = gpu_control.WORDS + 2 * groups
+    control = torch.zeros(bins_at + listing * SAMPLE_BINS // 2, dtype=torch.int64, device=grad.device)
+    group_counts, bins = control[gpu_control.WORDS :], control[bins_at:].view(torch.int32)
+    keys = scratch(blocks * BLOCK_LINES * LINE, torch.int32)
+    list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
+    tile_words = scratch(tiles * listing)
+    rows, run_counts = scratch(runs * ROWS, torch.int32), scratch(2 * runs)
+    if nonfinite is None:
+        nonfinite = control[NONFINITE.value :]
+    hinting = {"HINT": hint is not None}
+    p_hint = control if hint is None else hint
+    line = {"LINE": LINE, "SHIFT": BIN_SHIFT, **EXACT}
+    run = {"TILE": TILE, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": RUN_WARPS, **EXACT}
+    sizes = (n, k, capacity, tiles, run_tiles)
+    with launching_on(grad):
+        if listing:
+            sample_kernel[(blocks,)](
+                *(grad, err, keys, bins, p_hint, n, lines, n // LINE // lines),
+                **(hinting | line),
+                BLOCK=BLOCK_LINES,
+                num_warps=4,
+            )
+            guess_kernel[(1,)](
+                *(control, keys, bins, p_hint, n, k / n, capacity, blocks * BLOCK_LINES),
+                **(hinting | line),
+                BINS=SAMPLE_BINS,
+                BLOCK=GUESS_BLOCK,
+                num_warps=GUESS_WARPS,
+            )
+        whole = n // TILE if listing else 0
+        for first, count in ((0, whole), (whole, tiles - whole)):
+            if count:
+                stream_kernel[(count,)](
+                    *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
+                    TILE=TILE,
+                    LISTING=listing,
+                    WHOLE=first < whole,
+                    num_warps=STREAM_WARPS,
+                    **EXACT,
+                )
+        if listing:
+            restore_kernel[(runs,)](
+                err, list_, locals_, tile_words, control, k, capacity, tiles, run_tiles, **run
+            )
+        refining = (min(tiles, most_programs(grad)),)
+        for digit, (shift, bits) in enumerate(DIGITS):
+            refine_kernel[refining](
+                *(err, list_, control, n, k, capacity),
+                DIGIT=digit,
+                LAST_SHIFT=DIGITS[max(digit - 1, 0)][0],
+                SHIFT=shift,
+                BITS=bits,
+                TILE=TILE,
+                BINS=BINS,
+                num_warps=REFINE_WARPS,
+                **EXACT,
+            )
+        count_kernel[(runs,)](
+            *(err, list_, tile_words, rows, run_counts, group_counts, control, *sizes),
+            DIGIT=len(DIGITS) - 1,
+            SHIFT=DIGITS[-1][0],
+            BINS=BINS,
+            GROUP=GROUP,
+            **run,
+        )
+        emit_kernel[(runs,)](
+            *(err, list_, locals_, tile_words, rows, run_counts, group_counts, control),
+            *(values, indices, nonfinite, p_hint, *sizes),
+            GROUP=GROUP,
+            **(hinting | run),
         )

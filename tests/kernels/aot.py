@@ -15,9 +15,11 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from inspect import getsource
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gck.kernels
+from tests.kernels import aot_sign, aot_topk
+from tests.kernels.aot_variant import Variant
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -27,142 +29,27 @@ TARGETS = {
 }
 
 
-class Variant(NamedTuple):
-    """One specialisation of a kernel: types of its arguments by name, and its compile-time values."""
-
-    module: str
-    kernel: str
-    label: str
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}.{self.kernel}[{self.label}]"
+def variants() -> list[Variant]:
+    return [*aot_topk.variants(), *aot_sign.variants()]
 
 
-def modules() -> dict[str, Any]:
-    """The module with the GPU kernels of each compressor that has one."""
-    folder = Path(gck.kernels.__file__).parent
-    names = sorted(path.parent.name for path in folder.glob("*/gpu.py"))
-    return {name: import_module(f"gck.kernels.{name}.gpu") for name in names}
-
-
-def kernels(module: Any) -> list[str]:
-    """Names of the kernels that `module` launches: its jitted functions that no other one calls."""
+def kernels() -> list[str]:
+    """Names of the kernels that each compressor launches: jitted functions that no other one calls."""
     from triton import JITFunction
 
-    jitted = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    own = {name: value for name, value in jitted.items() if value.fn.__module__ == module.__name__}
-    sources = {name: getsource(value.fn) for name, value in own.items()}
+    own: dict[str, dict[str, str]] = {}
+    for path in sorted(Path(gck.kernels.__file__).parent.glob("*/gpu*.py")):
+        compressor = path.parent.name
+        module = import_module(f"gck.kernels.{compressor}.{path.stem}")
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__:
+                own.setdefault(compressor, {})[name] = getsource(value.fn)
     return [
-        name
-        for name in own
+        f"{compressor}.{name}"
+        for compressor, sources in own.items()
+        for name in sources
         if not any(re.search(rf"\b{name}\(", text) for other, text in sources.items() if other != name)
     ]
-
-
-def variants() -> list[Variant]:
-    return [*_topk(), *_sign()]
-
-
-def _topk() -> list[Variant]:
-    from gck.kernels.topk import gpu
-
-    vector = {"n": "i32", "tiles": "i32", "p_control": "*i64", "p_counts": "*i64"}
-    tile = {"TILE": gpu.TILE}
-    made = [
-        Variant(
-            "topk",
-            "stream_kernel",
-            grad,
-            {**vector, "p_grad": f"*{grad}", "p_err": "*fp32", "k": "i32"},
-            {**tile, "BINS": gpu.BINS},
-            8,
-        )
-        for grad in ("fp32", "bf16", "fp16")
-    ]
-    for digit in range(1, len(gpu.DIGITS)):
-        shift, bits = gpu.DIGITS[digit]
-        constants = {"DIGIT": digit, "LAST_SHIFT": gpu.DIGITS[digit - 1][0], "SHIFT": shift, "BITS": bits}
-        made.append(
-            Variant(
-                "topk",
-                "refine_kernel",
-                f"digit {digit}",
-                {**vector, "p_source": "*fp32"},
-                {**tile, **constants, "BINS": gpu.BINS},
-                8,
-            )
-        )
-    constants = {"DIGIT": len(gpu.DIGITS) - 1, "SHIFT": gpu.DIGITS[-1][0], "BINS": gpu.BINS}
-    made.append(
-        Variant("topk", "count_kernel", "fp32", {**vector, "p_source": "*fp32"}, {**tile, **constants}, 8)
-    )
-    for value, index in (("fp32", "i32"), ("bf16", "i32"), ("fp16", "i64")):
-        payload = {"p_values": f"*{value}", "p_indices": f"*{index}"}
-        emit = {"p_err": "*fp32", "p_nonfinite": "*i64"}
-        made.append(
-            Variant(
-                "topk",
-                "emit_kernel",
-                f"{value}, {index}",
-                {**vector, **payload, **emit},
-                {"TILE": gpu.EMIT_TILE, "PROGRAMS": gpu.MAX_PROGRAMS},
-                8,
-            )
-        )
-        made.append(
-            Variant(
-                "topk",
-                "scatter_kernel",
-                f"{value}, {index}",
-                {**payload, "p_out": "*fp32", "n": "i32", "k": "i32", "alpha": "fp32"},
-                {"ACCUMULATE": value == "fp32", "BLOCK": gpu.BLOCK},
-                4,
-            )
-        )
-    return made
-
-
-def _sign() -> list[Variant]:
-    from gck.kernels.sign import gpu
-
-    payload = {"p_words": "*i32", "p_scales": "*fp32"}
-    made = []
-    for grad, chunk in (("fp32", 32), ("fp32", 256), ("bf16", 256), ("fp32", 1024), ("fp32", 8192)):
-        chunks = max(gpu.WARP_ELEMENTS // chunk, 1)
-        made.append(
-            Variant(
-                "sign",
-                "compress_kernel",
-                f"{grad}, {chunk}",
-                {
-                    **payload,
-                    "p_grad": f"*{grad}",
-                    "p_err": "*fp32",
-                    "p_nonfinite": "*i64",
-                    "n": "i32",
-                    "shard_chunks": "i32",
-                    "row_units": "i32",
-                },
-                {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1},
-                chunks * chunk // gpu.WARP_ELEMENTS,
-            )
-        )
-    for accumulate in (False, True):
-        made.append(
-            Variant(
-                "sign",
-                "decompress_kernel",
-                "add" if accumulate else "write",
-                {**payload, "p_out": "*fp32", "n": "i32", "alpha": "fp32"},
-                {"LEVELS": 8, "ACCUMULATE": accumulate, "TILE": gpu.TILE},
-                4,
-            )
-        )
-    return made
 
 
 def cost(index: int, target: str) -> tuple[str, str, dict[str, Any]]:
@@ -170,7 +57,7 @@ def cost(index: int, target: str) -> tuple[str, str, dict[str, Any]]:
     variant = variants()[index]
     try:
         compiled = _compile(variant, target)
-        figures = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+        figures = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, variant.elements)
     except Exception:
         return variant.name, target, {"error": traceback.format_exc(limit=-3)}
     return variant.name, target, figures
@@ -183,7 +70,7 @@ def _compile(variant: Variant, target: str) -> Any:
 
     from gck.kernels.common.launch import EXACT
 
-    kernel = getattr(modules()[variant.module], variant.kernel)
+    kernel = variant.function()
     names = kernel.arg_names
     signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
     # What a launch finds of aligned tensors; every integer is do_not_specialize.
@@ -196,7 +83,7 @@ def _compile(variant: Variant, target: str) -> Any:
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
-def _nvidia(compiled: Any) -> dict[str, Any]:
+def _nvidia(compiled: Any, elements: int) -> dict[str, Any]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -209,13 +96,35 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
     if found is None:
         raise ValueError(f"cuobjdump printed no resource usage: {usage}")
     ptx = compiled.asm["ptx"]
+    counted = _by_element(sass, elements) if elements else {}
     return {
+        **counted,
         "registers": int(found[1]),
         "spills": int(found[2]) + int(found[3]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", sass)),
         # What would change bytes: contraction, flushed denormals, approximate division.
         "inexact": sorted(set(re.findall(r"fma\.rn\.f32|\S+\.ftz\S*|div\.full\S*|\S+\.approx\S*", ptx))),
+    }
+
+
+def _by_element(sass: str, elements: int) -> dict[str, float]:
+    """Figures of straight code in which a thread moves `elements` elements: every instruction counts
+    once, on whatever branch it is, and padding not at all."""
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
+    moved = {"LDG": 0, "STG": 0}
+    for name in code:
+        # What is 16 bytes wide is of the tile, and 8 bytes of a narrow gradient; the list is written by
+        # element.
+        if name[:3] in moved and ".128" in name:
+            moved[name[:3]] += 16
+        elif name.startswith("LDG.E.64"):
+            moved["LDG"] += 8
+    return {
+        "instructions_an_element": round(sum(name != "NOP" for name in code) / elements, 1),
+        "bytes_read_an_element": moved["LDG"] / elements,
+        "bytes_written_an_element": moved["STG"] / elements,
+        "list_stores_an_element": sum(bool(re.fullmatch(r"STG\.E(\.U16)?", n)) for n in code) / elements,
     }
 
 
@@ -238,12 +147,10 @@ def _run(*command: str) -> str:
 
 
 def main() -> None:
-    known = variants()
-    jobs = [(index, target) for index in range(len(known)) for target in TARGETS]
-    report: dict[str, Any] = {
-        "kernels": [f"{name}.{kernel}" for name, module in modules().items() for kernel in kernels(module)],
-        "variants": {},
-    }
+    pattern = sys.argv[1] if sys.argv[1:] else ""
+    chosen = [i for i, variant in enumerate(variants()) if re.search(pattern, variant.name)]
+    jobs = [(index, target) for index in chosen for target in TARGETS]
+    report: dict[str, Any] = {"kernels": kernels(), "variants": {}}
     with ProcessPoolExecutor(2) as pool:
         for name, target, figures in pool.map(cost, *zip(*jobs, strict=True), chunksize=4):
             report["variants"].setdefault(name, {})[target] = figures

@@ -6,7 +6,6 @@ hostile payloads, and what the interpreter cannot check about a launch.
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -15,78 +14,19 @@ import torch
 from torch import Tensor
 
 import gck
-from tests.cases import CASES, GRAD_DTYPES, Guarded, make, one_nan, same_bytes
+from tests.cases import Guarded, make, one_nan, same_bytes
+from tests.kernels.bits import bit_patterns
+from tests.kernels.launches import recorded
 from tests.test_contract import check_case
 
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
 from gck.compressor import shard_numel
-from gck.kernels.common.launch import INTERPRETED_PROGRAMS
 from gck.kernels.sign import gpu as sign
 from gck.kernels.sign import reference as sign_reference
 from gck.kernels.topk import gpu as topk
 from gck.kernels.topk import reference as topk_reference
-
-# Programs own runs of two or three tiles, the last one a shorter run that ends in part of a tile.
-N = (2 * INTERPRETED_PROGRAMS + 1) * topk.TILE + 5
-
-
-def bit_patterns(n: int, seed: int) -> Tensor:
-    """fp32 of random bits: every exponent, denormals, and NaNs of many payloads."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31, (n,), generator=generator).to(torch.int32).view(torch.float32)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_topk_over_many_tiles(case: str) -> None:
-    turn = list(CASES).index(case)
-    compressor = [
-        gck.TopK(ratio=0.01),
-        gck.TopK(ratio=0.3, value_dtype=torch.bfloat16),
-        gck.TopK(k=700, value_dtype=torch.float16),
-        gck.TopK(k=N),
-    ][turn % 4]
-    check_case(compressor, "interpreter", *make(case, N, GRAD_DTYPES[turn % 3]))
-
-
-TIE_COUNTS = [1, topk.EMIT_TILE, topk.TILE + 1, 2 * topk.TILE, 3 * topk.TILE - 1, N - 1]
-
-
-@pytest.mark.parametrize("k", TIE_COUNTS)
-def test_topk_ties_end_anywhere_in_a_run(k: int) -> None:
-    check_case(gck.TopK(k=k), "interpreter", torch.ones(N), torch.zeros(N))
-
-
-def test_topk_takes_winners_before_ties() -> None:
-    grad = torch.full((N,), 0.5)
-    grad[-3:] = 2.0  # the last program's; every tie lies before them
-    check_case(gck.TopK(k=topk.TILE + 9), "interpreter", grad, torch.zeros(N))
-
-
-@pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
-def test_topk_of_random_bits(value_dtype: torch.dtype) -> None:
-    n = 2 * topk.TILE + 77
-    err = bit_patterns(n, 1)
-    for k in (1, 100, n):
-        check_case(gck.TopK(k=k, value_dtype=value_dtype), "interpreter", torch.full((n,), -0.0), err)
-
-
-@pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
-def test_topk_rounding(value_dtype: torch.dtype) -> None:
-    """Halfway cases of both narrow types, their largest values and just beyond, denormals of fp16."""
-    odd = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65504.0, 65519.0, 65520.0, 3.3895e38]
-    tiny = [2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-149, 2.0**-133, 2.0**-134, 3 * 2.0**-134]
-    err = torch.tensor([*odd, *tiny, 3.4028235e38, 3.39e38, 0.0, math.inf, math.nan])
-    err = torch.cat([err, -err])
-    check_case(gck.TopK(ratio=1.0, value_dtype=value_dtype), "interpreter", torch.zeros(len(err)), err)
-
-
-def test_topk_clears_what_loses_to_nan() -> None:
-    grad, err = make("gaussian", N, torch.float32)
-    grad[7 : N : topk.TILE // 2] = math.inf  # in tiles with no winner at all
-    grad[5] = err[6] = math.nan
-    check_case(gck.TopK(k=2), "interpreter", grad, err)
 
 
 @pytest.mark.parametrize("chunk_size", [32, 64, 256, 512, 1024, 8192])
@@ -141,28 +81,6 @@ def test_decode_scales_in_one_rounding_and_adds_in_another(alpha: float) -> None
             assert out.intact()
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-def test_indices_out_of_range_write_nothing(index_dtype: torch.dtype) -> None:
-    n = 1000
-    limit = torch.iinfo(index_dtype)
-    indices = torch.tensor([limit.min, -1, 0, 5, n - 1, n, n + 1, limit.max], dtype=index_dtype)
-    values = torch.arange(1.0, 9.0)
-    for accumulate in (False, True):
-        out = Guarded.of(torch.full((n,), 0.25 if accumulate else math.nan))
-        topk.decompress_(gck.TopK(k=8), out.inner, (values, indices), 1.0, accumulate)
-        wanted = torch.full((n,), 0.25 if accumulate else 0.0)
-        wanted[[0, 5, n - 1]] += values[2:5]
-        assert torch.equal(out.inner, wanted)
-        assert out.intact()
-
-
-def test_an_empty_payload_decodes_to_nothing() -> None:
-    out = torch.full((10,), math.nan)
-    empty = (torch.empty(0), torch.empty(0, dtype=torch.int32))
-    topk.decompress_(gck.TopK(k=1), out, empty, 1.0, False)
-    assert not out.any()
-
-
 def test_sign_decodes_a_body_laid_out_for_more() -> None:
     grad, err = make("gaussian", 5000, torch.float32)
     fields, _, _ = sign_reference.compress(gck.Sign(256), grad, err)
@@ -185,28 +103,6 @@ def test_the_counter_is_optional(compressor: Any) -> None:
 def body_of(compressor: Any, n: int, shards: int = 1) -> Tensor:
     nbytes = compressor.layout(shard_numel(n, compressor.shard_unit, shards)).nbytes
     return torch.zeros(shards, nbytes, dtype=torch.uint8)
-
-
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, grid, keyword arguments) of each launch; positional arguments are checked on the way."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    launches = []
-    launch = InterpretedFunction.run
-
-    def spy(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        named = {name: value for name, value in kwargs.items() if name not in OPTIONS}
-        inspect.signature(self.fn).bind(*args, **named)  # a compiled launch refuses what is too much
-        launches.append((self.fn, grid, kwargs))
-        return launch(self, *args, grid=grid, warmup=warmup, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "run", spy)
-    run()
-    monkeypatch.undo()
-    return launches
 
 
 @pytest.mark.parametrize("compressor", [gck.TopK(k=30), gck.Sign(64)], ids=str)

@@ -1,0 +1,78 @@
+"""The control block of a GPU top-k: every decision of a call, taken on the device and kept there.
+
+The stream moves acc = grad + err into err, and what reaches a guessed key out of it into a list. How the
+winners are found follows from what it counted:
+
+- LIST: the list holds them all, and some losers.
+- KNOWN: too few were listed, but with the ties that were counted beside them they suffice: the tie's key is
+  the threshold, and nothing needs to be refined.
+- SCAN: the guess was too high, or the list overflowed. All of acc is read from err.
+
+In the last two the list is first put back into err.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+# Digits of the 31-bit key as (lowest bit, bits). Histograms of more than 256 bins cost some versions of
+# Triton more time than the pass that they would save.
+DIGITS = ((23, 8), (15, 8), (7, 8), (0, 7))
+BINS = 256
+
+# Words of the control block, int64, all zero before the first kernel.
+GUESS = tl.constexpr(0)  # the stream lists the keys from this one on; at least 1
+TIE = tl.constexpr(1)  # the key that the stream counts, plus 1; 0: none
+LISTED = tl.constexpr(2)  # keys that reached the guess; more than the list's capacity: it overflowed
+TIES = tl.constexpr(3)
+# A (key prefix, winners still to find among the keys that begin with it) pair after each digit; the last
+# one is the k-th key itself and the number of its ties that win.
+DECISIONS = tl.constexpr(4)
+THRESHOLD = tl.constexpr(DECISIONS.value + 2 * (len(DIGITS) - 1))
+QUOTA = tl.constexpr(THRESHOLD.value + 1)
+NONFINITE = tl.constexpr(14)  # counts what nobody asked for
+HISTOGRAMS = tl.constexpr(16)
+WORDS = HISTOGRAMS.value + len(DIGITS) * BINS
+
+NOTHING = tl.constexpr(0x7FFFFFFF)  # a guess that no key reaches
+
+SCAN = tl.constexpr(0)
+LIST = tl.constexpr(1)
+KNOWN = tl.constexpr(2)
+
+
+@triton.jit
+def mode_of(p_control, k, capacity):
+    """LIST, KNOWN or SCAN, once the stream has ended."""
+    listed = tl.load(p_control + LISTED)
+    ties = tl.load(p_control + TIES)
+    short = tl.where(listed + ties >= k, KNOWN, SCAN)
+    return tl.where(listed < k, short, tl.where(listed <= capacity, LIST, SCAN))
+
+
+@triton.jit
+def decide(p_control, k, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """(prefix, winners still to find) that the counts of digit DIGIT, from bit SHIFT on, imply.
+
+    Each program that needs a decision takes it by itself: that costs one small load, and spares both a
+    launch and a ticket. One of them must `note` it for the next digit.
+    """
+    prefix = tl.cast(0, tl.int64)
+    wanted = tl.cast(k, tl.int64)
+    if DIGIT > 0:
+        prefix = tl.load(p_control + DECISIONS + 2 * (DIGIT - 1))
+        wanted = tl.load(p_control + DECISIONS + 2 * (DIGIT - 1) + 1)
+    b_bin = tl.arange(0, BINS)
+    b_count = tl.load(p_control + HISTOGRAMS + DIGIT * BINS + b_bin)
+    b_at_least = tl.cumsum(b_count, 0, reverse=True)
+    digit = tl.sum((b_at_least >= wanted).to(tl.int32), 0) - 1
+    prefix |= digit.to(tl.int64) << SHIFT
+    wanted -= tl.sum(tl.where(b_bin > digit, b_count, 0), 0)
+    return prefix.to(tl.int32), wanted
+
+
+@triton.jit
+def note(p_control, prefix, wanted, DIGIT: tl.constexpr):
+    tl.store(p_control + DECISIONS + 2 * DIGIT, prefix.to(tl.int64))
+    tl.store(p_control + DECISIONS + 2 * DIGIT + 1, wanted)

@@ -1,0 +1,45 @@
+"""Specialisations of the kernels of sign."""
+
+from __future__ import annotations
+
+from gck.kernels.sign import gpu
+from tests.kernels.aot_variant import Variant
+
+
+def variants() -> list[Variant]:
+    payload = {"p_words": "*i32", "p_scales": "*fp32"}
+    made = []
+    for grad, chunk in (("fp32", 32), ("fp32", 256), ("bf16", 256), ("fp32", 1024), ("fp32", 8192)):
+        chunks = max(gpu.WARP_ELEMENTS // chunk, 1)
+        made.append(
+            Variant(
+                "sign",
+                "gpu",
+                "compress_kernel",
+                f"{grad}, {chunk}",
+                {
+                    **payload,
+                    "p_grad": f"*{grad}",
+                    "p_err": "*fp32",
+                    "p_nonfinite": "*i64",
+                    "n": "i32",
+                    "shard_chunks": "i32",
+                    "row_units": "i32",
+                },
+                {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1},
+                chunks * chunk // gpu.WARP_ELEMENTS,
+            )
+        )
+    for accumulate in (False, True):
+        made.append(
+            Variant(
+                "sign",
+                "gpu",
+                "decompress_kernel",
+                "add" if accumulate else "write",
+                {**payload, "p_out": "*fp32", "n": "i32", "alpha": "fp32"},
+                {"LEVELS": 8, "ACCUMULATE": accumulate, "TILE": gpu.TILE},
+                4,
+            )
+        )
+    return made

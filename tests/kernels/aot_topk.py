@@ -1,0 +1,132 @@
+"""Specialisations of the kernels of top-k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gck.kernels.topk import gpu_control, gpu_decode, gpu_guess, gpu_select, gpu_stream
+from tests.kernels.aot_variant import Variant
+
+POINTERS = {
+    "p_err": "*fp32",
+    "p_list": "*fp32",
+    "p_locals": "*i16",
+    "p_tile": "*i64",
+    "p_rows": "*i32",
+    "p_runs": "*i64",
+    "p_groups": "*i64",
+    "p_control": "*i64",
+    "p_keys": "*i32",
+    "p_bins": "*i32",
+    "p_hint": "*i32",
+    "p_nonfinite": "*i64",
+    "p_out": "*fp32",
+    "p_bounds": "*i64",
+}
+NUMBERS = dict.fromkeys(
+    (
+        "n",
+        "k",
+        "capacity",
+        "first_tile",
+        "tiles",
+        "run_tiles",
+        "lines",
+        "stride",
+        "steps",
+        "ranks",
+        "row_units",
+    ),
+    "i32",
+)
+TYPES = {**POINTERS, **NUMBERS, "alpha": "fp32", "density": "fp32"}
+TILE = {"TILE": gpu_stream.TILE}
+RUN = {**TILE, "ROWS": gpu_select.ROWS, "BLOCK": gpu_select.BLOCK}
+SAMPLE = {"LINE": gpu_guess.LINE, "SHIFT": gpu_guess.BIN_SHIFT}
+PAYLOADS = (("fp32", "i32"), ("bf16", "i32"), ("fp16", "i64"))
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i32": 4, "i64": 8}
+
+
+def variants() -> list[Variant]:
+    return [*_guess(), *_stream(), *_select(), *_decode()]
+
+
+def _variant(
+    module: str,
+    kernel: str,
+    label: str,
+    constants: dict[str, Any],
+    num_warps: int,
+    elements: int = 0,
+    **types: str,
+) -> Variant:
+    return Variant("topk", module, kernel, label, TYPES | types, constants, num_warps, elements)
+
+
+def _guess() -> list[Variant]:
+    made = []
+    for grad in ("fp32", "bf16"):
+        constants = {**SAMPLE, "BLOCK": gpu_guess.BLOCK_LINES, "HINT": True}
+        made.append(_variant("gpu", "sample_kernel", grad, constants, 4, p_grad=f"*{grad}"))
+    constants = {**SAMPLE, "BLOCK": gpu_guess.GUESS_BLOCK, "BINS": gpu_guess.SAMPLE_BINS, "HINT": True}
+    made.append(_variant("gpu", "guess_kernel", "hint", constants, gpu_guess.GUESS_WARPS))
+    return made
+
+
+def _stream() -> list[Variant]:
+    made = []
+    warps = gpu_stream.STREAM_WARPS
+    each = gpu_stream.TILE // (32 * warps)
+    for grad in ("fp32", "bf16", "fp16"):
+        for label, listing, whole in (
+            ("whole", True, True),
+            ("last", True, False),
+            ("no list", False, False),
+        ):
+            constants = {**TILE, "LISTING": listing, "WHOLE": whole}
+            made.append(
+                _variant(
+                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * whole),
+                    p_grad=f"*{grad}",
+                )
+            )
+    made.append(_variant("gpu", "restore_kernel", "fp32", RUN, gpu_select.RUN_WARPS))
+    return made
+
+
+def _select() -> list[Variant]:
+    made = []
+    for digit, (shift, bits) in enumerate(gpu_control.DIGITS):
+        last = gpu_control.DIGITS[max(digit - 1, 0)][0]
+        constants = {"DIGIT": digit, "LAST_SHIFT": last, "SHIFT": shift, "BITS": bits}
+        constants |= {**TILE, "BINS": gpu_control.BINS}
+        made.append(_variant("gpu", "refine_kernel", f"digit {digit}", constants, gpu_select.REFINE_WARPS))
+    digit = len(gpu_control.DIGITS) - 1
+    constants = {"DIGIT": digit, "SHIFT": gpu_control.DIGITS[digit][0], "BINS": gpu_control.BINS}
+    constants |= {**RUN, "GROUP": gpu_select.GROUP}
+    made.append(_variant("gpu", "count_kernel", "fp32", constants, gpu_select.RUN_WARPS))
+    for value, index in PAYLOADS:
+        types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
+        constants = {**RUN, "GROUP": gpu_select.GROUP, "HINT": True}
+        made.append(
+            _variant("gpu", "emit_kernel", f"{value}, {index}", constants, gpu_select.RUN_WARPS, **types)
+        )
+    return made
+
+
+def _decode() -> list[Variant]:
+    made = []
+    for value, index in PAYLOADS:
+        types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
+        label = f"{value}, {index}"
+        add = {"ACCUMULATE": value == "fp32"}
+        constants = {**add, "BLOCK": gpu_decode.BLOCK}
+        made.append(_variant("gpu_decode", "scatter_kernel", label, constants, 4, **types))
+        constants = {"TILE": gpu_decode.SUM_TILE, "BLOCK": gpu_decode.SUM_BLOCK, **add}
+        constants |= {"VALUE_BYTES": BYTES[value], "INDEX_BYTES": BYTES[index]}
+        made.append(_variant("gpu_decode", "sum_kernel", label, constants, gpu_decode.SUM_WARPS, **types))
+    for index in ("i32", "i64"):
+        constants = {"TILE": gpu_decode.SUM_TILE, "BLOCK": gpu_decode.BOUNDS_BLOCK}
+        constants |= {"INDEX_BYTES": BYTES[index]}
+        made.append(_variant("gpu_decode", "bounds_kernel", index, constants, 4, p_indices=f"*{index}"))
+    return made

@@ -1,0 +1,33 @@
+"""What there is to compile ahead of time: one specialisation of a kernel."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Variant(NamedTuple):
+    """Types of a kernel's arguments by name, and its compile-time values.
+
+    Attributes:
+        compressor: whose kernel it is.
+        module: where the kernel is, below `gck.kernels`, or in full where it is no kernel of the package.
+        elements: elements a thread moves, in kernels that are counted by element; else 0.
+    """
+
+    compressor: str
+    module: str
+    kernel: str
+    label: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    elements: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.compressor}.{self.kernel}[{self.label}]"
+
+    def function(self) -> Any:
+        module = self.module if "." in self.module else f"gck.kernels.{self.compressor}.{self.module}"
+        return getattr(import_module(module), self.kernel)

@@ -1,0 +1,259 @@
+"""Top-k in Triton's interpreter: each path through guess, stream, refine and emit, byte by byte."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import gck
+from tests.cases import CASES, GRAD_DTYPES, make
+
+if torch.cuda.is_available():
+    pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
+
+from gck.kernels.topk import gpu, gpu_control, gpu_guess, gpu_stream
+from tests.kernels.bits import bit_patterns
+from tests.kernels.launches import recorded
+from tests.kernels.topk_paths import KNOWN, LIST, SCAN, check, key_of, shrink
+from tests.test_contract import check_case
+
+N = 6 * gpu_stream.TILE + 5  # of the tiles that are compiled
+SMALL = 4000 + 5  # of the tiles of `shrink`: two runs of 8 tiles, the last of which is cut short
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_over_many_tiles(case: str) -> None:
+    turn = list(CASES).index(case)
+    compressor = [
+        gck.TopK(ratio=0.01),
+        gck.TopK(ratio=0.3, value_dtype=torch.bfloat16),
+        gck.TopK(k=700, value_dtype=torch.float16),
+        gck.TopK(k=N),
+    ][turn % 4]
+    check_case(compressor, "interpreter", *make(case, N, GRAD_DTYPES[turn % 3]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sampled(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    turn = list(CASES).index(case)
+    grad, err = make(case, SMALL, GRAD_DTYPES[turn % 3])
+    for k in ((1, SMALL // 10), (40, SMALL // 4))[turn % 2]:
+        check(gck.TopK(k=k, value_dtype=GRAD_DTYPES[(turn + k) % 3]), grad, err)
+
+
+def test_the_real_sample() -> None:
+    n = gpu_guess.MIN_SAMPLED + 7
+    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.float32)) == LIST
+    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.bfloat16), aligned=True) == LIST
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 255, 256, 257, 12 * 256 - 1, 12 * 256, 20 * 256 + 1])
+def test_sizes(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    for k in {1, -(-n // 7), n}:
+        check(gck.TopK(k=k), *make("few nonfinite", n, torch.float32))
+
+
+def test_guess_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    data = make("gaussian", SMALL, torch.float32)
+    assert check(gck.TopK(k=100), *data, hint=key_of(3.0)) == SCAN  # some are listed
+    assert check(gck.TopK(k=100), *data, hint=key_of(1e30)) == SCAN  # none
+
+
+@pytest.mark.parametrize("capacity", [100, 333, 1500])
+def test_list_overflows(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tiles fit, later ones do not, and a short last one may fit again."""
+    shrink(monkeypatch, capacity)
+    for case in ("gaussian", "nonfinite"):
+        data = make(case, SMALL, torch.float32)
+        for value_dtype in (torch.float32, torch.bfloat16):
+            compressor = gck.TopK(k=90, value_dtype=value_dtype)
+            assert check(compressor, *data, hint=key_of(0.3)) == SCAN
+
+
+def test_list_full_to_the_last_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, err = torch.zeros(SMALL), torch.zeros(SMALL)
+    grad[5::40] = torch.arange(1.0, len(grad[5::40]) + 1)
+    listed = int((grad != 0).sum())
+    for capacity, mode in ((listed, LIST), (listed - 1, SCAN)):
+        shrink(monkeypatch, capacity)
+        assert check(gck.TopK(k=20), grad, err, hint=key_of(1.0)) == mode
+
+
+def test_ties_are_counted_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 1100)
+    ones, nothing = torch.ones(SMALL), torch.zeros(SMALL)
+    for k in (1, 257, 1000):
+        assert check(gck.TopK(k=k), ones, nothing) == KNOWN
+    # A few rows of an embedding: k reaches into the zeros, of either sign.
+    sparse = torch.where(torch.arange(SMALL) % 50 < 2, torch.randn(SMALL), 0.0)
+    sparse[1::2] *= -1
+    assert check(gck.TopK(k=900), sparse, -nothing) == KNOWN
+    # Ties below the guess's bin edge: winners before and after all of them.
+    mixed = torch.full((SMALL,), 1.015625)
+    mixed[::100], mixed[-3:] = -7.0, 9.0
+    assert check(gck.TopK(k=900), mixed, nothing) == KNOWN
+    # Enough lie above the ties that are too many to list.
+    mixed[::4] = torch.linspace(2, 3, len(mixed[::4]))
+    assert check(gck.TopK(k=900), mixed, nothing) == LIST
+
+
+def sampled(n: int) -> Tensor:
+    """The indices that are sampled of n elements: a gradient of indices, as its sample's keys."""
+    lines = gpu_guess.sample_lines(n)
+    blocks = gpu_guess.sample_blocks(lines)
+    keys = torch.zeros(blocks * gpu_guess.BLOCK_LINES * gpu_guess.LINE, dtype=torch.int32)
+    bins = torch.zeros(gpu_guess.SAMPLE_BINS, dtype=torch.int32)
+    gpu.sample_kernel[(blocks,)](
+        *(torch.arange(n).float(), torch.zeros(n), keys, bins, keys, n, lines, n // gpu_guess.LINE // lines),
+        HINT=False,
+        BLOCK=gpu_guess.BLOCK_LINES,
+        LINE=gpu_guess.LINE,
+        SHIFT=gpu_guess.BIN_SHIFT,
+    )
+    assert int(bins.sum()) == lines * gpu_guess.LINE
+    assert (keys[lines * gpu_guess.LINE :] == -1).all()
+    return keys[: lines * gpu_guess.LINE].view(torch.float32).long()
+
+
+def test_the_sample_has_a_line_of_each_stratum() -> None:
+    n = 300_007
+    lines = sampled(n).view(-1, gpu_guess.LINE)
+    stride = n // gpu_guess.LINE // len(lines)
+    first = lines[:, 0] // gpu_guess.LINE
+    assert torch.equal(lines, (first * gpu_guess.LINE)[:, None] + torch.arange(gpu_guess.LINE))
+    assert torch.equal(first // stride, torch.arange(len(lines)))
+    jitter = first % stride
+    assert len(jitter.unique()) > stride // 2
+    assert abs(float(jitter.double().mean()) - stride / 2) < stride / 10
+
+
+def test_too_few_ties_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample sees nothing but one key, which nothing else has."""
+    shrink(monkeypatch, 1000)
+    monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 16)
+    places = sampled(SMALL)
+    grad = torch.linspace(0.1, 0.9, SMALL)
+    grad[places] = 5.0
+    assert len(places) < 700
+    assert check(gck.TopK(k=700), grad, torch.zeros(SMALL)) == SCAN
+
+
+def test_close_values_need_the_exact_key_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 1000)
+    order = torch.randperm(SMALL, generator=torch.Generator().manual_seed(0))
+    grad = torch.linspace(1.0, 1.01, SMALL)[order]
+    assert check(gck.TopK(k=300), grad, torch.zeros(SMALL)) == LIST
+
+
+@pytest.mark.parametrize("case", ["gaussian", "all nan", "all zero", "nonfinite", "denormal", "huge"])
+def test_no_hint_changes_the_result(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 1000)
+    data = make(case, SMALL, torch.float32)
+    garbage = [-(2**31), -1, 0, 1, gpu_control.NOTHING.value, 0x7F800000, 0x7F800001, key_of(1.0)]
+    for hint in garbage:
+        check(gck.TopK(k=60), *data, hint=hint)
+
+
+def test_the_last_threshold_is_a_good_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    grad, err = make("gaussian", SMALL, torch.float32)
+    exact = (grad + err).abs().sort(descending=True).values
+    assert check(gck.TopK(k=60), grad, err, hint=key_of(float(exact[60]))) == LIST
+
+
+@pytest.mark.parametrize("n", [100, SMALL])
+def test_a_hint_is_left_where_nothing_is_sampled(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 2**20)
+    assert check(gck.TopK(k=50), *make("ties", n, torch.float32), hint=0) == SCAN
+
+
+TIE_COUNTS = [256, 257, 8 * 256 - 1, 8 * 256, SMALL - 1]
+
+
+@pytest.mark.parametrize("k", TIE_COUNTS)
+def test_ties_end_anywhere_in_a_run(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    check(gck.TopK(k=k), torch.ones(SMALL), torch.zeros(SMALL))
+
+
+def test_winners_before_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    grad = torch.full((SMALL,), 0.5)
+    grad[-3:] = 2.0  # the last program's; every tie lies before them
+    for k in (3, 300, 2500):
+        check(gck.TopK(k=k), grad, torch.zeros(SMALL))
+
+
+@pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
+def test_random_bits(value_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    err = bit_patterns(SMALL, 1)
+    for k in (1, 100, SMALL):
+        check(gck.TopK(k=k, value_dtype=value_dtype), torch.full((SMALL,), -0.0), err)
+
+
+@pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
+def test_rounding(value_dtype: torch.dtype) -> None:
+    """Halfway cases of both narrow types, their largest values and just beyond, denormals of fp16."""
+    odd = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 65504.0, 65519.0, 65520.0, 3.3895e38]
+    tiny = [2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-149, 2.0**-133, 2.0**-134, 3 * 2.0**-134]
+    err = torch.tensor([*odd, *tiny, 3.4028235e38, 3.39e38, 0.0, math.inf, math.nan])
+    err = torch.cat([err, -err])
+    check_case(gck.TopK(ratio=1.0, value_dtype=value_dtype), "interpreter", torch.zeros(len(err)), err)
+
+
+def test_what_loses_to_nan_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    grad, err = make("gaussian", SMALL, torch.float32)
+    grad[7::130] = math.inf  # in tiles with no winner at all
+    grad[5] = err[6] = math.nan
+    assert check(gck.TopK(k=2), grad, err) == LIST
+    assert check(gck.TopK(k=2), grad, err, hint=gpu_control.NOTHING.value) == LIST
+    monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 2**20)
+    assert check(gck.TopK(k=2), grad, err) == SCAN
+
+
+def test_infinities_are_listed_however_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 800)
+    grad = torch.full((SMALL,), math.inf)
+    grad[3::9] = math.nan
+    for k in (5, 600):
+        check(gck.TopK(k=k), grad, torch.zeros(SMALL))
+
+
+def test_the_mode_does_not_depend_on_the_tensors_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    for aligned in (False, True):
+        for dtype in GRAD_DTYPES:
+            data = make("gaussian", SMALL, dtype)
+            assert check(gck.TopK(k=44), *data, aligned=aligned) == LIST
+
+
+def test_capacity_holds_the_worst_margin() -> None:
+    for n in (2**16, 10**6, 10**8, 2**31 + 5):
+        sampled = gpu_guess.sample_lines(n) * gpu_guess.LINE
+        for k in {1, 10, 1000, n // 1000, n // 100, n // 10, n // 4}:
+            expected = k / n * sampled
+            worst = (expected + 5 * math.sqrt(16 * expected) + 8) * n / sampled
+            assert min(n, worst) <= gpu_guess.list_capacity(n, k) <= n, (n, k)
+
+
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same grids and options for any values, whatever the mode, and contraction pinned off."""
+    shrink(monkeypatch, 1000)
+    shapes = []
+    for case in ("gaussian", "all nan", "all zero"):
+        data = make(case, SMALL, torch.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            launches = recorded(patch, lambda data=data: check(gck.TopK(k=60), *data, hint=0))
+        assert all(kwargs["enable_fp_fusion"] is False for _, _, kwargs in launches)
+        shapes.append([(fn.__name__, grid, kwargs) for fn, grid, kwargs in launches])
+    assert len(shapes[0]) == 11
+    assert shapes[0] == shapes[1] == shapes[2]

@@ -1,0 +1,79 @@
+"""Top-k on the GPU's code, path by path: compares with the reference, and tells which path was taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gck.kernels.topk import gpu, gpu_control, gpu_guess, reference
+from tests.cases import Guarded, same_bytes
+
+LIST, KNOWN, SCAN = (mode.value for mode in (gpu_control.LIST, gpu_control.KNOWN, gpu_control.SCAN))
+
+
+def key_of(value: float) -> int:
+    return int(torch.tensor(value).view(torch.int32)) & 0x7FFFFFFF
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None:
+    """Tiles, runs and groups so small, and a sample so dense, that a few thousand elements have several
+    of each; and a list of a given capacity."""
+    for name, value in {"TILE": 256, "BLOCK": 32, "GROUP": 2, "LONG_RUNS_FROM": 12}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 256)
+    monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 2)
+    if capacity is not None:
+        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k: capacity)
+
+
+def check(
+    compressor: Any,
+    grad: Tensor,
+    err: Tensor,
+    hint: int | None = None,
+    device: str = "cpu",
+    aligned: bool = False,
+) -> int:
+    """Compresses between canaries, compares every byte with the reference, and returns the mode."""
+    fields, new_err, cleared = reference.compress(compressor, grad, err)
+    n = grad.numel()
+    g, e = Guarded.of(grad.to(device)), Guarded.of(err.to(device))
+    if aligned:
+        g.inner, e.inner = g.inner.clone(), e.inner.clone()
+    layout = compressor.layout(n)
+    body = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=device)
+    nonfinite = torch.full((1,), 5, dtype=torch.int64, device=device)
+    last = None if hint is None else torch.tensor([hint], dtype=torch.int32, device=device)
+
+    controls: list[Tensor] = []
+    zeros = torch.zeros
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        controls.append(zeros(*args, **kwargs))
+        return controls[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", spy)
+        gpu.compress_(compressor, g.inner, e.inner, body, nonfinite, last)
+
+    for got, wanted in zip(layout.views(body[0]), fields, strict=True):
+        assert same_bytes(got, wanted)
+    assert same_bytes(e.inner, new_err)
+    assert same_bytes(g.inner, grad)
+    assert int(nonfinite) == 5 + cleared
+    assert g.intact()
+    assert e.intact()
+    control = controls[0]
+    if last is not None:
+        acc = grad.float() + err
+        keys = torch.where(acc.isnan(), torch.nan, acc).view(torch.int32) & 0x7FFFFFFF
+        assert int(last) == int(keys.sort(descending=True).values[fields[0].numel() - 1])
+    k = fields[0].numel()
+    listed, ties = (int(control[word.value]) for word in (gpu_control.LISTED, gpu_control.TIES))
+    capacity = gpu_guess.list_capacity(n, k) if gpu_guess.listing(n, k) else 0
+    if listed < k:
+        return KNOWN if listed + ties >= k else SCAN
+    return LIST if listed <= capacity else SCAN
