@@ -199,8 +199,8 @@ def emit_run(
     b_ties_before = ties + tl.cumsum(b_ties, 0) - b_ties
     b_position = above + tl.cumsum(b_above, 0) - b_above + tl.minimum(b_ties_before, quota)
     b_quota = tl.minimum(tl.maximum(quota - b_ties_before, 0), 0xFFFF).to(tl.int32)
-    # err is read again only where a row has winners, or infinities that lose to NaN and must not stay.
-    if (in_list == 0) & (threshold <= INFINITY):
+    # err is read again only where a row has winners, or may have infinities that lose and must not stay.
+    if (in_list == 0) & (threshold < INFINITY):
         b_length = tl.where(b_above + tl.minimum(b_ties, b_quota) > 0, b_length, 0)
     start = tl.cast(first_tile, tl.int64) * TILE
     p_source = p_err

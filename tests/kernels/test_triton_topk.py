@@ -223,9 +223,13 @@ def test_what_loses_to_nan_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_infinities_are_listed_however_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, 800)
     grad = torch.full((SMALL,), math.inf)
-    grad[3::9] = math.nan
     for k in (5, 600):
-        check(gck.TopK(k=k), grad, torch.zeros(SMALL))
+        assert check(gck.TopK(k=k), grad, torch.zeros(SMALL)) == SCAN
+    grad[3::9] = math.nan
+    assert check(gck.TopK(k=5), grad, torch.zeros(SMALL)) == SCAN
+    grad[::2] = 1.0
+    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k: 3000)
+    assert check(gck.TopK(k=5), grad, torch.zeros(SMALL)) == LIST
 
 
 def test_the_mode_does_not_depend_on_the_tensors_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
