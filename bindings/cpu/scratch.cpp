@@ -66,11 +66,13 @@ void* Scratch::region(size_t bytes) {
   return start;
 }
 
-void prefer_large_pages(void* start, size_t bytes) {
-  constexpr size_t kLarge = size_t{2} << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(start) + kLarge - 1) / kLarge * kLarge;
-  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kLarge * kLarge;
-  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+void populate(void* start, size_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr size_t kPage = 4096;
+  const auto begin = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kPage * kPage;
+  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#endif
 }
 
 }  // namespace gck

@@ -35,8 +35,8 @@ class Scratch {
   std::vector<std::pair<size_t, size_t>> regions_;  // offset, bytes
 };
 
-// Asks for large pages behind [start, start + bytes), where that is enough to matter: a fresh result of many
-// megabytes costs more in page faults than in writing it.
-void prefer_large_pages(void* start, size_t bytes);
+// Has the system put pages behind [start, start + bytes) at once, where it can: a large result comes fresh from
+// it, and one page fault after the other would take longer than the writing.
+void populate(void* start, size_t bytes);
 
 }  // namespace gck

@@ -26,6 +26,8 @@ constexpr int64_t kAlone = 1 << 19;       // entries of a tensor that all thread
 constexpr int64_t kFinelyCut = 1 << 20;   // entries of a vector with kShares parts a thread
 constexpr int kShares = 4;
 constexpr int64_t kMany = INT64_MAX;            // for share_parts: worth all threads
+constexpr int64_t kFreshResult = 1 << 14;       // winners of a part whose pages are worth asking for at once
+constexpr int64_t kPlaceCost = 8;               // of an entry that is emitted, against one that is looked at
 constexpr int64_t kMaxPart = int64_t{1} << 31;  // list positions are 32 bits
 // A list is full when another block might not fit: it needs room for one more than what it is to hold, and
 // behind that for the rest of a vector.
@@ -247,12 +249,20 @@ class Emitter {
   int64_t offset_, end_, quota_, cleared_ = 0;
 };
 
+void populate_slot(const TopkJob& job, const Slot& slot) {
+  if (slot.winners < kFreshResult) return;
+  const int64_t value = job.value_dtype == Dtype::fp32 ? 4 : 2, index = job.wide_indices ? 8 : 4;
+  populate(static_cast<char*>(job.values) + slot.offset * value, static_cast<size_t>(slot.winners * value));
+  populate(static_cast<char*>(job.indices) + slot.offset * index, static_cast<size_t>(slot.winners * index));
+}
+
 template <typename F>
 void emit_parts(const TopkJob& job, std::vector<Part>& parts, const Selection& selection, int64_t entries,
                 F each_piece) {
   const std::vector<Slot> slots = slots_of(selection);
   share_parts(static_cast<int>(parts.size()), job.threads, entries, [&](int t) {
     const auto p = static_cast<size_t>(t);
+    populate_slot(job, slots[p]);
     Emitter emitter(job, selection.threshold.key, slots[p]);
     for (Piece& piece : parts[p].pieces) each_piece(piece, emitter);
     parts[p].cleared = emitter.cleared();
@@ -310,7 +320,7 @@ std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts,
     for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
     const Selection selection =
         select_near(segments, job.k, guess.threshold, sampled.high, lists.keys(), job.threads);
-    emit_parts(job, parts, selection, listed,
+    emit_parts(job, parts, selection, kPlaceCost * listed,
                [](Piece& piece, Emitter& emitter) { emitter.emit(piece.list, piece.err, piece.begin); });
     return selection.threshold.key;
   }
@@ -376,9 +386,6 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
 
 int64_t topk_compress(const TopkJob& job) {
   const KeepDenormals guard;
-  const auto k = static_cast<size_t>(job.k);
-  prefer_large_pages(job.values, k * (job.value_dtype == Dtype::fp32 ? 4 : 2));
-  prefer_large_pages(job.indices, k * (job.wide_indices ? 8 : 4));
   std::vector<Part> parts = parts_of(job);
   const int32_t threshold = select(job, parts);
   if (job.hint != nullptr) *job.hint = threshold;

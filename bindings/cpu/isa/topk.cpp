@@ -5,7 +5,8 @@
 namespace gck::GCK_ISA {
 namespace {
 
-constexpr int kBlock = 2 * kLanes;  // entries between two looks whether any of them is wanted
+constexpr int64_t kAhead = 8 * kLanes;  // candidates between asking for a place and writing to it
+constexpr int kBlock = 2 * kLanes;      // entries between two looks whether any of them is wanted
 // Appends the lanes in `m`; there is room for a vector.
 inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_t at) {
   compress(out.values + count, m, canonical(acc));
@@ -39,6 +40,14 @@ inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err,
     err[lane] = left_by(acc, value_dtype);
   }
   return count;
+}
+
+// Losers go back to places that lie far apart: memory is asked for several at a time.
+inline void ask_for_losers(const Candidates& list, const float* err, int64_t j, int32_t threshold) {
+  if (j + kLanes > list.count) return;
+  for (Mask lose = ~key_ge(load(list.values + j), threshold) & 0xffffu; lose; lose &= lose - 1) {
+    __builtin_prefetch(err + list.indices[j + __builtin_ctz(lose)], 1);
+  }
 }
 
 template <Dtype D, bool kGrad>
@@ -183,6 +192,7 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
   auto* indices = reinterpret_cast<uint32_t*>(to.indices);
   int64_t nonfinite = 0;
   for (int64_t j = 0; j < list.count; j += kLanes) {
+    ask_for_losers(list, err, j + kAhead, to.threshold);
     const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
     const Vec acc = load(list.values + j);
     const Mask reach = key_ge(acc, to.threshold) & live;
