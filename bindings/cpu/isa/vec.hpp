@@ -32,6 +32,11 @@ inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// Lane by lane the larger key, where `best` holds keys already.
+inline Vec max_key(Vec best, Vec a) {
+  const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(best.v), key))};
+}
 inline Mask ge_zero(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ); }
 inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline Mask key_ge(Vec a, int32_t threshold) {
@@ -82,6 +87,13 @@ inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(
 inline Vec abs(Vec a) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(a.lo, magnitude), _mm256_and_ps(a.hi, magnitude)};
+}
+inline Vec max_key(Vec best, Vec a) {
+  const auto larger = [](__m256 x, __m256 y) {
+    const __m256i key = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), key));
+  };
+  return {larger(best.lo, a.lo), larger(best.hi, a.hi)};
 }
 inline Mask join(__m256 lo, __m256 hi) {
   return static_cast<Mask>(_mm256_movemask_ps(lo)) | static_cast<Mask>(_mm256_movemask_ps(hi)) << 8;
@@ -181,6 +193,12 @@ inline Vec sub(Vec a, Vec b) {
 inline Vec abs(Vec a) {
   return each([&](int i) { return float_of(bits_of(a.x[i]) & 0x7fffffffu); });
 }
+inline Vec max_key(Vec best, Vec a) {
+  return each([&](int i) {
+    const uint32_t key = bits_of(a.x[i]) & 0x7fffffffu;
+    return float_of(key > bits_of(best.x[i]) ? key : bits_of(best.x[i]));
+  });
+}
 inline Mask ge_zero(Vec a) {
   return where([&](int i) { return a.x[i] >= 0; });
 }
@@ -205,6 +223,15 @@ inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t 
 }
 
 #endif
+
+// Position of the lowest set bit; anything where there is none.
+inline uint32_t lowest_bit(uint64_t bits) {
+#if defined(GCK_AVX512) || defined(GCK_AVX2)
+  return static_cast<uint32_t>(_tzcnt_u64(bits));
+#else
+  return bits ? static_cast<uint32_t>(__builtin_ctzll(bits)) : 0;
+#endif
+}
 
 template <Dtype D>
 inline Vec load_as(const void* base, int64_t i) {
