@@ -74,7 +74,7 @@ def chunk_topk(x: Array, chunk_size: int = 4096, k: int = 64, *, value_bits: int
 
 
 def _compressor(chunk_size: int, k: int, value_bits: int) -> ChunkTopK:
-    # In memory indices are whole numbers that torch can index with; collectives pack them.
+    # In memory an index is a number of torch's; compressors on collectives pack them closer.
     return ChunkTopK(k, chunk_size, value_bits, index_bits=16)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from gck import interop
 from gck.compressor import compressor_class
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
-from gck.kernels.common import checks
 from gck.kernels.chunk_topk import check_options
+from gck.kernels.common import checks
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, register
 from gck.payload import ChunkSparse, PackedSigns, Payload, SparseGrad

@@ -26,12 +26,8 @@ def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, 
     acc = _one_nan(grad.reshape(-1).float() + err.reshape(-1))
     entries = _select(compressor, acc)
     values, scales = _encode(compressor.value_bits, entries)
-    indices = entries.indices
-    if compressor.packs_indices:
-        packed = _pack(indices, 12)
-    else:
-        packed = indices.to(torch.uint16)
-    fields = (values.reshape(-1), scales.reshape(-1), packed.reshape(-1))
+    indices = _pack(entries.indices, 12) if compressor.packs_indices else entries.indices.to(torch.uint16)
+    fields = (values.reshape(-1), scales.reshape(-1), indices.reshape(-1))
     residual = acc - decompress(compressor, fields, n)
     finite = residual.isfinite()
     return fields, torch.where(finite, residual, 0.0), int((~finite).sum())
@@ -48,9 +44,8 @@ def decompress(compressor: Any, fields: tuple[Tensor, Tensor, Tensor], numel: in
     decoded = _decode(compressor.value_bits, values, scales, k)
     local = _unpack(indices, 12, k) if compressor.packs_indices else indices.to(torch.int64)
     dense = torch.zeros(chunks * size)
-    for chunk in range(chunks):
-        live = min(k, numel - chunk * size)
-        dense[chunk * size + local[chunk, :live]] = decoded[chunk, :live]
+    live = torch.arange(k) < (numel - size * torch.arange(chunks))[:, None]
+    dense[(size * torch.arange(chunks)[:, None] + local)[live]] = decoded[live]
     return dense[:numel]
 
 
