@@ -1,10 +1,10 @@
 """Chunk top-k with error feedback on the GPU: one program owns a chunk, or a group of small ones.
 
-`compress_kernel` keeps acc = grad + err of its chunks in registers and bisects on the bits of the magnitudes,
-from the least of K group maxima on, until K entries lie above; `compress_large_kernel` does the same for
-chunks that no program can hold, and reads them again from err, which lies in the L2 cache by then. Both
-write positions in order, and meet at a barrier, after which the program reads its compact entries back:
-codes, scales and the residuals of what was selected are made from those.
+acc = grad + err of its chunks stays in registers, where it bisects on the bits of the magnitudes, from the
+least of K group maxima on, until K entries lie above. A chunk that no program can hold is read again and
+again from err instead, which lies in the L2 cache by then. Positions are written in order, and after a
+barrier the program reads its compact entries back: codes, scales and the residuals of what was selected are
+made from those.
 
 Row s of `bodies` is a shard's body; the grid is (groups a shard, shards).
 """
@@ -19,19 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from gck.compressor import shard_numel
-from gck.kernels.common.keys import INFINITY, accumulate, canonical, is_finite, magnitude_key, round_to, widen
+from gck.kernels.common.codes import scaled_codes, two_level_codes
+from gck.kernels.common.keys import accumulate, is_finite, magnitude_key, round_to, widen
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import load_codes, store_codes
-from gck.kernels.common.tree import halving_sum
 
 LARGEST_HELD = 8192  # elements of the largest chunk that stays in registers
 GROUP = 2048  # elements of a program's small chunks together
 TILE = 4096  # elements of a large chunk that are looked at together
 WARP_ELEMENTS = 512
 ENTRIES = 1024  # entries of a chunk that are decoded together
-
-SMALLEST_NORMAL = tl.constexpr(2.0**-126)
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to nearest even
 
 
 @triton.jit
@@ -53,49 +50,6 @@ def _halve(b_low, b_high, b_at_low, b_above, b_middle, b_reach, b_wanted):
         tl.where(b_up, b_reach, b_at_low),
         tl.where(b_down, b_reach, b_above),
     )
-
-
-@triton.jit
-def _scaled(b_acc, b_live, BITS: tl.constexpr):
-    """(codes, scale of each row, decoded) of symmetric codes: multiples of the largest / QMAX."""
-    QMAX: tl.constexpr = 2.0 ** (BITS - 1) - 1
-    b_top = tl.max(tl.where(b_live, magnitude_key(b_acc), 0), 1)
-    b_scale = b_top.to(tl.float32, bitcast=True)
-    b_scale = canonical(tl.div_rn(b_scale, tl.full(b_scale.shape, QMAX, tl.float32)))
-    b_scale = tl.where(b_scale < SMALLEST_NORMAL, 0.0, b_scale)
-    b_zero = b_scale == 0
-    b_inverse = tl.div_rn(tl.full(b_scale.shape, 1.0, tl.float32), tl.where(b_zero, 1.0, b_scale))
-    b_code = b_acc * b_inverse[:, None] + MAGIC - MAGIC
-    b_code = tl.minimum(tl.maximum(b_code, -QMAX), QMAX)
-    b_code = tl.where(b_zero[:, None], 0.0, b_code)
-    b_code = tl.where((b_top < INFINITY)[:, None], b_code, tl.where(b_acc >= 0, QMAX, -QMAX))
-    b_code = tl.where(b_live, b_code, 0.0)
-    return b_code.to(tl.int32), b_scale, b_code * b_scale[:, None]
-
-
-@triton.jit
-def _mean(b_magnitude, b_count, LEVELS: tl.constexpr):
-    ROWS: tl.constexpr = b_magnitude.shape[0]
-    return canonical(tl.div_rn(halving_sum(b_magnitude, ROWS, LEVELS), tl.maximum(b_count, 1).to(tl.float32)))
-
-
-@triton.jit
-def _two_levels(b_acc, b_live, b_wanted, LEVELS: tl.constexpr):
-    """(codes, low and high level of each row, decoded): the means of what lies below the mean, and not."""
-    b_magnitude = tl.abs(b_acc)
-    b_mean = _mean(tl.where(b_live, b_magnitude, 0.0), b_wanted, LEVELS)
-    b_is_high = b_live & (b_magnitude >= b_mean[:, None])
-    b_is_low = b_live & (b_is_high == 0)
-    b_highs = tl.sum(b_is_high.to(tl.int32), 1)
-    b_high = _mean(tl.where(b_is_high, b_magnitude, 0.0), b_highs, LEVELS)
-    b_low = _mean(tl.where(b_is_low, b_magnitude, 0.0), b_wanted - b_highs, LEVELS)
-    # A group without members takes the level of the other one.
-    b_high = tl.where(b_highs > 0, b_high, b_low)
-    b_low = tl.where(b_highs < b_wanted, b_low, b_high)
-    b_positive = b_acc >= 0
-    b_code = tl.where(b_live, b_positive.to(tl.int32) * 2 + b_is_high.to(tl.int32), 0)
-    b_level = tl.where(b_is_high, b_high[:, None], b_low[:, None])
-    return b_code, b_low, b_high, tl.where(b_positive, b_level, -b_level)
 
 
 @triton.jit
@@ -133,12 +87,12 @@ def _encode(
         b_decoded = widen(b_value)
         tl.store(p_values + b_entry, b_value, mask=b_write)
     elif BITS == 2:
-        b_code, b_low, b_high, b_decoded = _two_levels(b_acc, b_live, b_wanted, SLOT_LEVELS)
+        b_code, b_low, b_high, b_decoded = two_level_codes(b_acc, b_live, b_wanted, SLOT_LEVELS)
         store_codes(p_values, b_code, b_exists, BITS, K)
         tl.store(p_scales + 2 * b_row, b_low, mask=b_exists)
         tl.store(p_scales + 2 * b_row + 1, b_high, mask=b_exists)
     else:
-        b_code, b_scale, b_decoded = _scaled(b_acc, b_live, BITS)
+        b_code, b_scale, b_decoded = scaled_codes(b_acc, b_live, BITS)
         store_codes(p_values, b_code, b_exists, BITS, K)
         tl.store(p_scales + b_row, b_scale, mask=b_exists)
     if INDEX_BITS == 12:
@@ -158,7 +112,7 @@ def _count(p_nonfinite, cleared):
 
 
 @triton.jit
-def _select(
+def _select_held(
     p_grad,
     p_err,
     p_position,
@@ -300,6 +254,27 @@ def _select_large(
 
 
 @triton.jit
+def _select(
+    p_grad,
+    p_err,
+    p_position,
+    p_nonfinite,
+    left,
+    K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    if 2**LEVELS > TILE:
+        wanted = _select_large(p_grad, p_err, p_position, p_nonfinite, left, K, LEVELS, GROUPS, TILE, WHOLE)
+        return tl.zeros((1,), tl.int32) + wanted
+    else:
+        return _select_held(p_grad, p_err, p_position, p_nonfinite, left, K, CHUNKS, LEVELS, GROUPS, WHOLE)
+
+
+@triton.jit
 def _chunk_of(p_field, i_shard, i_chunk, row_units, COUNT: tl.constexpr):
     """Where COUNT elements a chunk lie in rows of bodies that are row_units * 16 bytes apart."""
     UNIT: tl.constexpr = 128 // p_field.dtype.element_ty.primitive_bitwidth
@@ -325,8 +300,10 @@ def compress_kernel(
     BITS: tl.constexpr,
     INDEX_BITS: tl.constexpr,
     SLOT_LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """A program compresses CHUNKS chunks of 2**LEVELS elements. Positions, K a chunk, lie in one array for
+    """A program compresses CHUNKS chunks of 2**LEVELS elements; one that is larger than TILE is walked in
+    tiles. Positions, K a chunk, lie in one array for
     all shards."""
     CHUNK: tl.constexpr = 2**LEVELS
     i_shard = tl.program_id(1).to(tl.int64)
@@ -340,9 +317,13 @@ def compress_kernel(
     p_position += i_first * K
     if left > 0:
         if left == CHUNKS * CHUNK:
-            b_wanted = _select(p_grad, p_err, p_position, p_nonfinite, left, K, CHUNKS, LEVELS, GROUPS, True)
+            b_wanted = _select(
+                p_grad, p_err, p_position, p_nonfinite, left, K, CHUNKS, LEVELS, GROUPS, TILE, True
+            )
         else:
-            b_wanted = _select(p_grad, p_err, p_position, p_nonfinite, left, K, CHUNKS, LEVELS, GROUPS, False)
+            b_wanted = _select(
+                p_grad, p_err, p_position, p_nonfinite, left, K, CHUNKS, LEVELS, GROUPS, TILE, False
+            )
         tl.debug_barrier()
         _encode(
             p_err,
@@ -356,60 +337,6 @@ def compress_kernel(
             LEVELS,
             BITS,
             INDEX_BITS,
-            SLOT_LEVELS,
-        )
-
-
-@triton.jit(do_not_specialize=["n", "shard_chunks", "row_units"])
-def compress_large_kernel(
-    p_grad,
-    p_err,
-    p_position,
-    p_values,
-    p_scales,
-    p_indices,
-    p_nonfinite,
-    n,
-    shard_chunks,
-    row_units,
-    K: tl.constexpr,
-    LEVELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BITS: tl.constexpr,
-    SLOT_LEVELS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The same for one chunk a program, of more elements than it can hold; indices have 16 bits."""
-    CHUNK: tl.constexpr = 2**LEVELS
-    i_shard = tl.program_id(1).to(tl.int64)
-    i_chunk = tl.program_id(0).to(tl.int64)
-    i_first = i_shard * shard_chunks + i_chunk
-    left = tl.minimum(tl.cast(n, tl.int64) - i_first * CHUNK, CHUNK).to(tl.int32)
-    p_grad += i_first * CHUNK
-    p_err += i_first * CHUNK
-    p_position += i_first * K
-    if left > 0:
-        if left == CHUNK:
-            wanted = _select_large(
-                p_grad, p_err, p_position, p_nonfinite, left, K, LEVELS, GROUPS, TILE, True
-            )
-        else:
-            wanted = _select_large(
-                p_grad, p_err, p_position, p_nonfinite, left, K, LEVELS, GROUPS, TILE, False
-            )
-        tl.debug_barrier()
-        _encode(
-            p_err,
-            p_position,
-            _chunk_of(p_values, i_shard, i_chunk, row_units, K if BITS >= 16 else (K * BITS + 7) // 8),
-            _chunk_of(p_scales, i_shard, i_chunk, row_units, 2 if BITS == 2 else 1),
-            _chunk_of(p_indices, i_shard, i_chunk, row_units, K),
-            p_nonfinite,
-            tl.zeros((1,), tl.int32) + wanted,
-            K,
-            LEVELS,
-            BITS,
-            16,
             SLOT_LEVELS,
         )
 
@@ -463,7 +390,7 @@ def decompress_kernel(
             tl.store(p_out + b_offset, tl.zeros((STEP,), tl.float32), mask=b_offset < left)
     b_row = tl.arange(0, CHUNKS)[:, None]
     b_valid = tl.minimum(left - b_row * CHUNK, CHUNK)
-    for rank in range(0, ranks):
+    for rank in range(ranks):
         i_rank = tl.cast(rank, tl.int64)
         p_rank_values = _chunk_of(
             p_values, i_rank, i_chunk, row_units, K if BITS >= 16 else (K * BITS + 7) // 8
@@ -490,6 +417,38 @@ def decompress_kernel(
             tl.store(p_element, b_value, mask=b_live)
 
 
+def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of `compress_kernel`."""
+    chunk, groups = compressor.chunk_size, triton.next_power_of_2(compressor.k)
+    large = chunk > LARGEST_HELD
+    options = {
+        "K": compressor.k,
+        "CHUNKS": max(GROUP // chunk, 1),
+        "LEVELS": chunk.bit_length() - 1,
+        "GROUPS": groups,
+        "BITS": compressor.value_bits,
+        "INDEX_BITS": 12 if compressor.packs_indices else 16,
+        "SLOT_LEVELS": max(groups, 8).bit_length() - 1,
+        "TILE": TILE if large else LARGEST_HELD,
+    }
+    return options, 16 if large else max(GROUP, chunk) // WARP_ELEMENTS
+
+
+def decompress_options(compressor: Any, *, clear: bool, add: bool) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of `decompress_kernel`."""
+    options = {
+        "K": compressor.k,
+        "CHUNKS": max(GROUP // compressor.chunk_size, 1),
+        "LEVELS": compressor.chunk_size.bit_length() - 1,
+        "BITS": compressor.value_bits,
+        "INDEX_BITS": 12 if compressor.packs_indices else 16,
+        "SLOTS": min(triton.next_power_of_2(compressor.k), ENTRIES),
+        "CLEAR": clear,
+        "ADD": add,
+    }
+    return options, 4
+
+
 def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
     n, chunk, k, shards = grad.numel(), compressor.chunk_size, compressor.k, bodies.shape[0]
     shard = shard_numel(n, chunk, shards)
@@ -509,28 +468,10 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
         shard_chunks,
         bodies.stride(0) // 16,
     )
-    groups = triton.next_power_of_2(k)
-    shape = {
-        "K": k,
-        "LEVELS": chunk.bit_length() - 1,
-        "GROUPS": groups,
-        "BITS": compressor.value_bits,
-        "SLOT_LEVELS": max(groups, 8).bit_length() - 1,
-    }
+    options, num_warps = compress_options(compressor)
     with launching_on(grad):
-        if chunk > LARGEST_HELD:
-            compress_large_kernel[(shard_chunks, shards)](
-                *arguments, **shape, TILE=TILE, num_warps=16, **EXACT
-            )
-            return
-        chunks = max(GROUP // chunk, 1)
-        compress_kernel[(triton.cdiv(shard_chunks, chunks), shards)](
-            *arguments,
-            **shape,
-            CHUNKS=chunks,
-            INDEX_BITS=12 if compressor.packs_indices else 16,
-            num_warps=chunks * chunk // WARP_ELEMENTS,
-            **EXACT,
+        compress_kernel[(triton.cdiv(shard_chunks, options["CHUNKS"]), shards)](
+            *arguments, **options, num_warps=num_warps, **EXACT
         )
 
 
@@ -561,25 +502,21 @@ def _decompress(
     add: bool,
 ) -> None:
     values, scales, indices = fields
-    chunks = max(GROUP // compressor.chunk_size, 1)
+    options, num_warps = decompress_options(compressor, clear=clear, add=add)
+    grid = (triton.cdiv(compressor.chunks(out.numel()), options["CHUNKS"]),)
+    if not compressor.packs_indices:
+        indices = indices.view(torch.int16)
     with launching_on(out):
-        decompress_kernel[(triton.cdiv(compressor.chunks(out.numel()), chunks),)](
+        decompress_kernel[grid](
             out,
             values,
             scales,
-            indices if compressor.packs_indices else indices.view(torch.int16),
+            indices,
             out.numel(),
             ranks,
             row_units,
             alpha,
-            K=compressor.k,
-            CHUNKS=chunks,
-            LEVELS=compressor.chunk_size.bit_length() - 1,
-            BITS=compressor.value_bits,
-            INDEX_BITS=12 if compressor.packs_indices else 16,
-            SLOTS=min(triton.next_power_of_2(compressor.k), ENTRIES),
-            CLEAR=clear,
-            ADD=add,
-            num_warps=4,
+            **options,
+            num_warps=num_warps,
             **EXACT,
         )
