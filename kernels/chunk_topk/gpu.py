@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gck.compressor import shard_numel
 from gck.kernels.common.codes import scaled_codes, two_level_codes
-from gck.kernels.common.keys import accumulate, is_finite, magnitude_key, round_to, widen
+from gck.kernels.common.keys import INFINITY, accumulate, is_finite, magnitude_key, round_to, widen
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import load_codes, store_codes
 
@@ -100,14 +100,16 @@ def _encode(
     else:
         tl.store(p_indices + b_entry, b_position.to(tl.int16), mask=b_write)
     b_residual = b_acc - b_decoded
-    b_cleared = b_live & (is_finite(b_residual) == 0)
-    tl.store(p_entry, tl.where(b_cleared, 0.0, b_residual), mask=b_live)
-    _count(p_nonfinite, tl.sum(tl.sum(b_cleared.to(tl.int32), 1), 0))
+    tl.store(p_entry, b_residual, mask=b_live)
+    _clear(p_entry, b_live & (is_finite(b_residual) == 0), p_nonfinite)
 
 
 @triton.jit
-def _count(p_nonfinite, cleared):
+def _clear(p_elements, b_cleared, p_nonfinite):
+    """Counts b_cleared and writes zeros there: of what is not finite nothing stays."""
+    cleared = tl.sum(tl.reshape(b_cleared.to(tl.int32), (b_cleared.numel,)), 0)
     if cleared > 0:
+        tl.store(p_elements, tl.zeros(b_cleared.shape, tl.float32), mask=b_cleared)
         tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")
 
 
@@ -130,19 +132,23 @@ def _select_held(
     b_row = tl.arange(0, CHUNKS)
     b_local = tl.arange(0, CHUNK)[None, :]
     b_offset = b_row[:, None] * CHUNK + b_local
+    # Only the keys stay in registers: what is selected is read back.
     if WHOLE:
         b_acc = accumulate(tl.load(p_grad + b_offset), tl.load(p_err + b_offset))
+        tl.store(p_err + b_offset, b_acc)
         b_key = magnitude_key(b_acc)
         b_wanted = tl.full((CHUNKS,), K, tl.int32)
     else:
         b_inside = b_offset < left
         b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
         b_acc = accumulate(b_grad, tl.load(p_err + b_offset, mask=b_inside, other=0.0))
+        tl.store(p_err + b_offset, b_acc, mask=b_inside)
         b_key = tl.where(b_inside, magnitude_key(b_acc), -1)
         b_wanted = tl.minimum(tl.maximum(left - b_row * CHUNK, 0), K)
 
     b_low = _group_floor(b_key, CHUNKS, CHUNK, GROUPS)
     b_high = tl.max(b_key, 1) + 1
+    wild = tl.max(b_high, 0) > INFINITY
     b_at_low = tl.sum((b_key >= b_low[:, None]).to(tl.int32), 1)
     b_above = tl.zeros((CHUNKS,), tl.int32)
     while tl.max(((b_at_low > b_wanted) & (b_high - b_low > 1)).to(tl.int32), 0) > 0:
@@ -160,26 +166,19 @@ def _select_held(
     b_wins = (b_class == 1) | ((b_class > 1) & ((b_rank >> 16) <= b_quota))
     b_slot = (b_rank & 0xFFFF) + b_ties - 1
     tl.store(p_position + b_row[:, None] * K + b_slot, b_local.to(tl.int16), mask=b_wins)
-    b_cleared = (is_finite(b_acc) == 0) & (b_wins == 0)
-    b_acc = tl.where(b_cleared, 0.0, b_acc)
-    if WHOLE:
-        tl.store(p_err + b_offset, b_acc)
-    else:
-        tl.store(p_err + b_offset, b_acc, mask=b_inside)
-    _count(p_nonfinite, tl.sum(tl.sum(b_cleared.to(tl.int32), 1), 0))
+    if wild:
+        _clear(p_err + b_offset, (b_key >= INFINITY) & (b_wins == 0), p_nonfinite)
     return b_wanted
 
 
 @triton.jit
-def _large_tile(p_source, first, left, TILE: tl.constexpr, WHOLE: tl.constexpr):
-    """(elements, keys) of a tile of a large chunk; keys are -1 past its `left` elements."""
-    b_local = first + tl.arange(0, TILE)
+def _keys_of_tile(p_err, b_local, left, WHOLE: tl.constexpr):
+    """Keys of a tile of a large chunk, -1 past its `left` elements."""
     if WHOLE:
-        b_acc = tl.load(p_source + b_local)
-        return b_acc, magnitude_key(b_acc)
+        return magnitude_key(tl.load(p_err + b_local))
     else:
-        b_acc = tl.load(p_source + b_local, mask=b_local < left, other=0.0)
-        return b_acc, tl.where(b_local < left, magnitude_key(b_acc), -1)
+        b_inside = b_local < left
+        return tl.where(b_inside, magnitude_key(tl.load(p_err + b_local, mask=b_inside, other=0.0)), -1)
 
 
 @triton.jit
@@ -199,7 +198,7 @@ def _select_large(
     CHUNK: tl.constexpr = 2**LEVELS
     wanted = tl.minimum(left, K)
     b_most = tl.full((TILE,), -1, tl.int32)
-    for first in range(0, CHUNK, TILE):
+    for first in range(0, left, TILE):
         b_local = first + tl.arange(0, TILE)
         if WHOLE:
             b_acc = accumulate(tl.load(p_grad + b_local), tl.load(p_err + b_local))
@@ -217,14 +216,15 @@ def _select_large(
     if GROUPS <= TILE:
         low = tl.max(_group_floor(b_most, 1, TILE, GROUPS), 0)
     high = tl.max(b_most, 0) + 1
+    wild = high > INFINITY
     # At least `wanted` reach the floor; how many is not known, so that the first step must be taken.
     at_low = wanted * 0 + CHUNK
     above = wanted * 0
     while (at_low > wanted) & (high - low > 1):
         middle = low + (high - low) // 2
         b_reach = tl.zeros((TILE,), tl.int32)
-        for first in range(0, CHUNK, TILE):
-            _, b_key = _large_tile(p_err, first, left, TILE, WHOLE)
+        for first in range(0, left, TILE):
+            b_key = _keys_of_tile(p_err, first + tl.arange(0, TILE), left, WHOLE)
             b_reach += (b_key >= middle).to(tl.int32)
         reach = tl.sum(b_reach, 0)
         low, high, at_low, above = _halve(low, high, at_low, above, middle, reach, wanted)
@@ -232,10 +232,9 @@ def _select_large(
     # A chunk whose interval had no inside at once was not counted: then no key is above low.
     quota = tl.where(at_low > wanted, wanted - above, CHUNK)
     position = wanted * 0
-    cleared = wanted * 0
-    for first in range(0, CHUNK, TILE):
-        b_acc, b_key = _large_tile(p_err, first, left, TILE, WHOLE)
+    for first in range(0, left, TILE):
         b_local = first + tl.arange(0, TILE)
+        b_key = _keys_of_tile(p_err, b_local, left, WHOLE)
         b_class = tl.where(b_key > low, 1, tl.where(b_key == low, 65536, 0))
         both = tl.sum(b_class, 0)
         b_rank = tl.cumsum(b_class, 0)
@@ -243,13 +242,11 @@ def _select_large(
         b_wins = (b_class == 1) | ((b_class > 1) & ((b_rank >> 16) <= quota))
         b_slot = position + (b_rank & 0xFFFF) + b_ties - 1
         tl.store(p_position + b_slot, b_local.to(tl.int16), mask=b_wins)
-        b_cleared = (is_finite(b_acc) == 0) & (b_wins == 0)
-        tl.store(p_err + b_local, tl.zeros((TILE,), tl.float32), mask=b_cleared)
+        if wild:
+            _clear(p_err + b_local, (b_key >= INFINITY) & (b_wins == 0), p_nonfinite)
         ties = tl.minimum(both >> 16, quota)
         position += (both & 0xFFFF) + ties
         quota -= ties
-        cleared += tl.sum(b_cleared.to(tl.int32), 0)
-    _count(p_nonfinite, cleared)
     return wanted
 
 
