@@ -24,10 +24,12 @@ from gck.kernels.common.keys import INFINITY, accumulate, is_finite, magnitude_k
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import load_codes, store_codes
 
-LARGEST_HELD = 8192  # elements of the largest chunk that stays in registers
+# Elements a warp: of a gradient of 2 bytes a thread then has one load of 16 bytes. With twice as many, or
+# with more warps, some targets have too few registers.
+WARP_ELEMENTS = {4: 512, 2: 256}
+MAX_WARPS = 16
 GROUP = 2048  # elements of a program's small chunks together
-TILE = 4096  # elements of a large chunk that are looked at together
-WARP_ELEMENTS = 512
+TILE = 4096  # elements that are looked at together of a chunk that is too large for the registers
 ENTRIES = 1024  # entries of a chunk that are decoded together
 
 
@@ -197,19 +199,18 @@ def _select_large(
     """`_select` for one chunk that is walked in tiles, over and over. Returns how many were selected."""
     CHUNK: tl.constexpr = 2**LEVELS
     wanted = tl.minimum(left, K)
-    b_most = tl.full((TILE,), -1, tl.int32)
+    b_most = tl.zeros((TILE,), tl.int32)
     for first in range(0, left, TILE):
         b_local = first + tl.arange(0, TILE)
         if WHOLE:
             b_acc = accumulate(tl.load(p_grad + b_local), tl.load(p_err + b_local))
             tl.store(p_err + b_local, b_acc)
-            b_most = tl.maximum(b_most, magnitude_key(b_acc))
         else:
             b_inside = b_local < left
             b_grad = tl.load(p_grad + b_local, mask=b_inside, other=0.0)
             b_acc = accumulate(b_grad, tl.load(p_err + b_local, mask=b_inside, other=0.0))
             tl.store(p_err + b_local, b_acc, mask=b_inside)
-            b_most = tl.maximum(b_most, tl.where(b_inside, magnitude_key(b_acc), -1))
+        b_most = tl.maximum(b_most, magnitude_key(b_acc))
     tl.debug_barrier()
 
     low = wanted * 0
@@ -414,10 +415,10 @@ def decompress_kernel(
             tl.store(p_element, b_value, mask=b_live)
 
 
-def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `compress_kernel`."""
+def compress_options(compressor: Any, itemsize: int) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of `compress_kernel` for gradients of `itemsize` bytes an element."""
     chunk, groups = compressor.chunk_size, triton.next_power_of_2(compressor.k)
-    large = chunk > LARGEST_HELD
+    large = chunk > MAX_WARPS * WARP_ELEMENTS[itemsize]
     options = {
         "K": compressor.k,
         "CHUNKS": max(GROUP // chunk, 1),
@@ -426,9 +427,9 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
         "BITS": compressor.value_bits,
         "INDEX_BITS": 12 if compressor.packs_indices else 16,
         "SLOT_LEVELS": max(groups, 8).bit_length() - 1,
-        "TILE": TILE if large else LARGEST_HELD,
+        "TILE": TILE if large else max(GROUP, chunk),
     }
-    return options, 16 if large else max(GROUP, chunk) // WARP_ELEMENTS
+    return options, MAX_WARPS if large else max(GROUP, chunk) // WARP_ELEMENTS[itemsize]
 
 
 def decompress_options(compressor: Any, *, clear: bool, add: bool) -> tuple[dict[str, Any], int]:
@@ -465,7 +466,7 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
         shard_chunks,
         bodies.stride(0) // 16,
     )
-    options, num_warps = compress_options(compressor)
+    options, num_warps = compress_options(compressor, grad.element_size())
     with launching_on(grad):
         compress_kernel[(triton.cdiv(shard_chunks, options["CHUNKS"]), shards)](
             *arguments, **options, num_warps=num_warps, **EXACT

@@ -178,13 +178,15 @@ def _chunk_topk() -> list[Variant]:
         ("fp32", 64, 4096, 4),
         ("bf16", 64, 4096, 16),
         ("fp32", 4, 64, 8),
+        ("bf16", 4, 64, 4),
+        ("bf16", 128, 8192, 2),
         ("fp32", 128, 8192, 32),
         ("fp32", 1024, 65536, 2),
     ):
         compressor = ChunkTopK(k, chunk, bits)
         held = types | {"p_values": fields[bits], "p_indices": "*u8" if compressor.packs_indices else "*i16"}
         label = f"{grad}, {k} of {chunk}, {bits} bits"
-        constants, num_warps = gpu.compress_options(compressor)
+        constants, num_warps = gpu.compress_options(compressor, 4 if grad == "fp32" else 2)
         made.append(
             Variant(
                 "chunk_topk", "compress_kernel", label, held | {"p_grad": f"*{grad}"}, constants, num_warps

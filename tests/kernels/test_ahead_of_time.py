@@ -24,8 +24,8 @@ BUDGETS = {
     "topk.scatter_kernel": (48, 32),
     "sign.compress_kernel": (96, 64),
     "sign.decompress_kernel": (64, 48),
-    "chunk_topk.compress_kernel": (128, 128),
-    "chunk_topk.decompress_kernel": (64, 64),
+    "chunk_topk.compress_kernel": (120, 80),
+    "chunk_topk.decompress_kernel": (88, 56),
 }
 # Older versions count histograms by warp votes and keep more of a reduction in registers.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
