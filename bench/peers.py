@@ -24,10 +24,14 @@ __all__ = [
     "have_cupy",
     "pack_with_torch",
     "sign_ef_peer_",
+    "torch_chunk_topk",
+    "torch_chunk_topk_ef_",
     "torch_topk",
     "torch_topk_ef_",
+    "verify_chunk_topk",
     "verify_sign",
     "verify_topk",
+    "verify_torch_chunk_topk",
     "verify_torch_topk",
 ]
 
@@ -61,6 +65,33 @@ def torch_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
 def torch_topk(magnitude: Tensor, k: int) -> Tensor:
     """The selection alone, on magnitudes made beforehand."""
     return torch.topk(magnitude, k, sorted=False).values
+
+
+def torch_chunk_topk_ef_(
+    buffers: Buffers, chunk_size: int, k: int, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Error-feedback top-k of every chunk composed of torch operations; the last chunk apart.
+
+    Returns (values of value_dtype, positions in the vector), chunk by chunk, in any order inside one.
+    """
+    acc = accumulate_(buffers)
+    values, indices = [], []
+    whole = acc.numel() // chunk_size * chunk_size
+    for start, rows in ((0, acc[:whole].view(-1, chunk_size)), (whole, acc[whole:].view(1, -1))):
+        if rows.numel():
+            local = torch.topk(rows.abs(), min(k, rows.shape[1]), sorted=False).indices
+            acc_there = rows.gather(1, local)
+            values.append(acc_there.to(value_dtype))
+            rows.scatter_(1, local, acc_there - values[-1].float())
+            first = torch.arange(len(rows), device=acc.device)[:, None] * chunk_size + start
+            indices.append((local + first).view(-1))
+    return torch.cat([v.view(-1) for v in values]), torch.cat(indices)
+
+
+def torch_chunk_topk(magnitude: Tensor, chunk_size: int, k: int) -> Tensor:
+    """The selection alone, in whole chunks, on magnitudes made beforehand."""
+    whole = magnitude.numel() // chunk_size * chunk_size
+    return torch.topk(magnitude[:whole].view(-1, chunk_size), k, sorted=False).values
 
 
 def cupy_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
@@ -131,6 +162,35 @@ def verify_torch_topk(pool: Pool, k: int) -> None:
     values = gck.topk_ef_(ours.grad, ours.err, k=k).values.abs()
     if not torch.equal(values.sort().values, torch_topk(pool.magnitude, k).sort().values):
         raise PeerMismatchError(f"topk_ef_: torch.topk and gck disagree (n={pool.n}, k={k})")
+
+
+def verify_chunk_topk(pool: Pool, chunk_size: int, k: int, value_bits: int) -> None:
+    """Same values, indices and residual, but for the choice among equal magnitudes."""
+    ours, theirs = pool.apart(), pool.apart()
+    acc = ours.grad32 + ours.err
+    payload = gck.chunk_topk_ef_(ours.grad, ours.err, chunk_size, k, value_bits=value_bits)
+    values, indices = torch_chunk_topk_ef_(theirs, chunk_size, k, payload.values.dtype)
+    sent, dense = gck.decompress(payload), torch.zeros_like(acc)
+    dense[indices] = values.float()
+    pad = (0, -acc.numel() % chunk_size)
+    ours_sorted, theirs_sorted = (
+        torch.nn.functional.pad(x.abs(), pad).view(-1, chunk_size).sort(1).values for x in (sent, dense)
+    )
+    if (
+        not torch.equal(ours_sorted, theirs_sorted)
+        or not torch.equal(acc - sent, ours.err)
+        or not torch.equal(acc - dense, theirs.err)
+    ):
+        raise PeerMismatchError(f"chunk_topk_ef_: torch and gck disagree (n={pool.n}, k={k})")
+
+
+def verify_torch_chunk_topk(pool: Pool, chunk_size: int, k: int) -> None:
+    ours = pool.apart()
+    payload = gck.chunk_topk_ef_(ours.grad, ours.err, chunk_size, k, value_bits=32)
+    theirs = torch_chunk_topk(pool.magnitude, chunk_size, k)
+    values = payload.values[: len(theirs)].abs()
+    if not torch.equal(values.sort(1).values, theirs.sort(1).values):
+        raise PeerMismatchError(f"chunk_topk_ef_: torch.topk and gck disagree (n={pool.n}, k={k})")
 
 
 def verify_sign(pool: Pool, chunk_size: int) -> None:

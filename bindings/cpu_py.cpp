@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/chunk_topk.hpp"
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
@@ -100,6 +101,30 @@ void bind_cpu(py::module_& m) {
         }
         const BadIndex bad = sparse_decompress(job);
         return std::pair(bad.row, bad.position);
+      },
+      nogil);
+
+  m.def(
+      "chunk_topk_compress",
+      [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int64_t k,
+         int value_bits, int index_bits, Address bodies, int64_t row_stride, int64_t chunks_per_row,
+         int64_t scales_offset, int64_t indices_offset, int threads) {
+        return chunk_topk_compress(
+            {at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, k, value_bits, index_bits,
+             at<char>(bodies), row_stride, chunks_per_row, scales_offset, indices_offset},
+            threads);
+      },
+      nogil);
+
+  m.def(
+      "chunk_topk_decompress",
+      [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
+         int64_t chunk_size, int64_t k, int value_bits, int index_bits, Address out, int64_t numel,
+         float alpha, bool clear, bool add, int threads) {
+        return chunk_topk_decompress(
+            {at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride, chunk_size, k,
+             value_bits, index_bits, at<float>(out), numel, alpha, clear, add},
+            threads);
       },
       nogil);
 

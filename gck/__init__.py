@@ -9,14 +9,17 @@ from gck.collectives import SimulatedGroup, all_reduce_, packed_all_reduce_, spa
 from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
 from gck.integrations import ddp
+from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
-from gck.ops import decompress, decompress_add_, sign_ef_, topk, topk_ef_
-from gck.payload import PackedSigns, Payload, SparseGrad
+from gck.ops import chunk_topk, chunk_topk_ef_, decompress, decompress_add_, sign_ef_, topk, topk_ef_
+from gck.payload import ChunkSparse, PackedSigns, Payload, SparseGrad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChunkSparse",
+    "ChunkTopK",
     "Compressor",
     "ErrorFeedback",
     "ErrorFeedbackMap",
@@ -27,6 +30,8 @@ __all__ = [
     "SparseGrad",
     "TopK",
     "all_reduce_",
+    "chunk_topk",
+    "chunk_topk_ef_",
     "ddp",
     "decompress",
     "decompress_add_",

@@ -22,6 +22,7 @@ __all__ = ["REGISTRY", "Compressor", "compressor_class", "decompress_sum_", "sha
 REGISTRY = {
     "topk": "gck.kernels.topk:TopK",
     "sign": "gck.kernels.sign:Sign",
+    "chunk_topk": "gck.kernels.chunk_topk:ChunkTopK",
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck.wire import layout_of
 
-__all__ = ["PackedSigns", "Payload", "SparseGrad"]
+__all__ = ["ChunkSparse", "PackedSigns", "Payload", "SparseGrad"]
 
 
 class SparseGrad(NamedTuple):
@@ -79,7 +79,50 @@ class PackedSigns(NamedTuple):
         return layout_of(*self.fields).nbytes
 
 
-Payload: TypeAlias = SparseGrad | PackedSigns
+class ChunkSparse(NamedTuple):
+    """The k largest entries of every chunk of a vector; rows are chunks.
+
+    A last chunk of fewer than k elements fills the start of its row; the rest is zero and never decoded.
+
+    Attributes:
+        values: (chunks, k) fp32 or bf16; or (chunks, ceil(k * value_bits / 8)) uint8, codes little end
+            first. 8 and 4 bits: code in two's complement, decoded as code * scale. 2 bits: bit 1 is 1
+            for >= 0, bit 0 is 1 for the high level.
+        scales: (chunks, 1) fp32 for 8 and 4 bits, (chunks, 2) fp32 for 2 bits: the low and the high level;
+            else (chunks, 0).
+        indices: positions in the chunk, strictly ascending: (chunks, k) uint16, or (chunks,
+            ceil(k * 12 / 8)) uint8 of 12 bits each, little end first.
+        numel: number of elements of the dense vector.
+        chunk_size: elements of a chunk, a power of two in [32, 65536].
+        k: entries of a chunk.
+        value_bits: 32, 16, 8, 4 or 2.
+    """
+
+    values: Tensor
+    scales: Tensor
+    indices: Tensor
+    numel: int
+    chunk_size: int
+    k: int
+    value_bits: int
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "chunk_topk"
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return self.values, self.scales, self.indices
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        return layout_of(*self.fields).nbytes
+
+
+Payload: TypeAlias = SparseGrad | PackedSigns | ChunkSparse
 
 INDEX_LIMIT = 2**31 - 1
 

@@ -115,5 +115,5 @@ def body_of(*fields: Tensor) -> Tensor:
         return whole.set_(storage, start, (layout.nbytes,), (1,))
     body = torch.zeros(layout.nbytes, dtype=torch.uint8, device=first.device)
     for view, field in zip(layout.views(body), fields, strict=True):
-        view.copy_(field)
+        view.copy_(field.reshape(-1))
     return body

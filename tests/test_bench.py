@@ -58,7 +58,14 @@ def report(run: tuple[subprocess.CompletedProcess[str], Path]) -> dict[str, Any]
 
 def test_writes_table_json_and_chart(report: dict[str, Any], run: Any) -> None:
     done, out = run
-    for word in ("topk_ef_", "sign_ef_", "torch composition", "torch + packbits", "x fp32 floor"):
+    for word in (
+        "topk_ef_",
+        "sign_ef_",
+        "chunk_topk_ef_",
+        "torch composition",
+        "torch + packbits",
+        "x fp32 floor",
+    ):
         assert word in done.stdout
     assert (out / "bench-100k.png").read_bytes().startswith(b"\x89PNG")
     assert report["failed"] == []
@@ -76,7 +83,7 @@ def test_machine_is_described(report: dict[str, Any]) -> None:
 
 def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
     assert {(r["kernel"], r["grad_dtype"]) for r in report["records"] if r["implementation"] == "gck"} == {
-        (kernel, dtype) for kernel in ("topk_ef_", "sign_ef_") for dtype in ("fp32", "bf16")
+        (kernel, dtype) for kernel in ("topk_ef_", "sign_ef_", "chunk_topk_ef_") for dtype in ("fp32", "bf16")
     }
     for record in report["records"]:
         assert record["seconds"] == statistics.median(record["samples"])
@@ -156,6 +163,29 @@ def test_verification_notices_wrong_signs(
     monkeypatch.setattr(peers, "sign_ef_peer_", wrong)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         peers.verify_sign(small_pool, chunk_size)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_verification_notices_a_wrong_chunk_topk(
+    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"chunk_size": 256, "k": 9}
+    for bits in (32, 16):
+        peers.verify_chunk_topk(small_pool, **options, value_bits=bits)
+    peers.verify_torch_chunk_topk(small_pool, **options)
+    right = peers.torch_chunk_topk_ef_
+
+    def wrong(buffers: Buffers, *rest: Any) -> Any:
+        result = right(buffers, *rest)
+        result[part][-1] -= 1
+        return result
+
+    monkeypatch.setattr(peers, "torch_chunk_topk_ef_", wrong)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers.verify_chunk_topk(small_pool, **options, value_bits=32)
+    monkeypatch.setattr(peers, "torch_chunk_topk", lambda magnitude, size, k: magnitude[: 4 * k].view(4, k))
+    with pytest.raises(peers.PeerMismatchError, match=r"torch\.topk and gck disagree"):
+        peers.verify_torch_chunk_topk(small_pool, **options)
 
 
 @pytest.mark.parametrize("taken_before", range(5))

@@ -28,6 +28,16 @@ VARIANTS: dict[str, list[Any]] = {
         gck.TopK(ratio=1.0),
     ],
     "sign": [gck.Sign(chunk_size=32), gck.Sign(), gck.Sign(chunk_size=8192)],
+    "chunk_topk": [
+        gck.ChunkTopK(),
+        gck.ChunkTopK(value_bits=2),
+        gck.ChunkTopK(k=5, chunk_size=32, value_bits=4),
+        gck.ChunkTopK(k=16, chunk_size=32, value_bits=8, index_bits=16),
+        gck.ChunkTopK(k=7, chunk_size=128, value_bits=2),
+        gck.ChunkTopK(k=1, chunk_size=256, value_bits=32),
+        gck.ChunkTopK(k=333, chunk_size=1024, value_bits=8),
+        gck.ChunkTopK(k=1000, chunk_size=65536, value_bits=32),
+    ],
 }
 COMPRESSORS = [c for variants in VARIANTS.values() for c in variants]
 
@@ -198,6 +208,13 @@ def test_any_values(data: st.DataObject, values: list[float]) -> None:
                 value_dtype=st.sampled_from(GRAD_DTYPES),
             ),
             st.builds(gck.Sign, st.sampled_from([32, 64, 128])),
+            st.builds(
+                gck.ChunkTopK,
+                k=st.integers(1, 16),
+                chunk_size=st.sampled_from([32, 64, 128]),
+                value_bits=st.sampled_from([32, 16, 8, 4, 2]),
+                index_bits=st.sampled_from([12, 16]),
+            ),
         )
     )
     check_case(compressor, "cpu", grad.to(dtype), err)

@@ -20,6 +20,7 @@ from gck.errors import (
     LayoutError,
     ShapeMismatchError,
 )
+from gck.kernels.chunk_topk import reference as chunk_topk_reference
 from gck.kernels.sign import reference as sign_reference
 from gck.kernels.topk import reference as topk_reference
 from gck.wire import body_of
@@ -72,6 +73,31 @@ def test_sign_ef() -> None:
     assert same_bytes(err, residual)
 
 
+@pytest.mark.parametrize("value_bits", [32, 16, 8, 4, 2])
+def test_chunk_topk_ef(value_bits: int) -> None:
+    grad, err = pair(1000, torch.bfloat16)
+    compressor = gck.ChunkTopK(k=9, chunk_size=128, value_bits=value_bits, index_bits=16)
+    fields, residual, cleared = chunk_topk_reference.compress(compressor, grad, err)
+    without = gck.chunk_topk(grad, 128, 9, value_bits=value_bits)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    payload = gck.chunk_topk_ef_(grad, err, 128, 9, value_bits=value_bits, nonfinite=nonfinite)
+    assert isinstance(payload, gck.ChunkSparse)
+    assert all(same_bytes(a.flatten(), b) for a, b in zip(payload.fields, fields, strict=True))
+    assert payload.indices.shape == (8, 9)
+    assert payload.indices.dtype == torch.uint16
+    assert payload.values.shape == (8, {32: 9, 16: 9, 8: 9, 4: 5, 2: 3}[value_bits])
+    assert payload.scales.shape == (8, {32: 0, 16: 0, 8: 1, 4: 1, 2: 2}[value_bits])
+    assert payload[3:] == (1000, 128, 9, value_bits)
+    assert payload.nbytes == sum(-(-f.nbytes // 16) * 16 for f in payload.fields)
+    assert same_bytes(err, residual)
+    assert int(nonfinite) == cleared == 0
+    dense = gck.decompress(payload)
+    assert same_bytes(dense, chunk_topk_reference.decompress(compressor, fields, 1000))
+    assert torch.equal(gck.decompress_add_(dense.clone(), payload, -1.0), torch.zeros(1000))
+    wanted, _, _ = chunk_topk_reference.compress(compressor, grad, torch.full((1000,), -0.0))
+    assert all(same_bytes(a.flatten(), b) for a, b in zip(without.fields, wanted, strict=True))
+
+
 @pytest.mark.parametrize("n", [0, 1, 31])
 def test_few_elements(n: int) -> None:
     grad, err = torch.ones(n), torch.ones(n)
@@ -82,13 +108,20 @@ def test_few_elements(n: int) -> None:
     assert signs.words.numel() == -(-n // 32)
     assert gck.decompress(signs).shape == (n,)
     assert gck.topk(grad, k=1).values.numel() == min(n, 1)
+    chunks = gck.chunk_topk(grad, 32, 16, value_bits=32)
+    assert chunks.indices.shape == (-(-n // 32), 16)
+    assert int(gck.decompress(chunks).count_nonzero()) == min(n, 16)
 
 
 def test_error_feedback_loses_nothing() -> None:
     """What was sent and what is kept add up to the gradients, step after step."""
     torch.manual_seed(0)
     grads = torch.randn(20, 5000, dtype=torch.float64).float()
-    for compress in (lambda g, e: gck.topk_ef_(g, e, 0.02), lambda g, e: gck.sign_ef_(g, e, 128)):
+    for compress in (
+        lambda g, e: gck.topk_ef_(g, e, 0.02),
+        lambda g, e: gck.sign_ef_(g, e, 128),
+        lambda g, e: gck.chunk_topk_ef_(g, e, 128, 8, value_bits=2),
+    ):
         err, sent = torch.zeros(5000), torch.zeros(5000, dtype=torch.float64)
         for grad in grads:
             sent += gck.decompress(compress(grad, err)).double()
@@ -120,7 +153,12 @@ class TestDecompress:
 
     def test_padding_is_zero(self) -> None:
         grad, err = pair(1001)
-        for payload in (gck.topk_ef_(grad, err, k=7, value_dtype=torch.bfloat16), gck.sign_ef_(grad, err)):
+        for payload in (
+            gck.topk_ef_(grad, err, k=7, value_dtype=torch.bfloat16),
+            gck.sign_ef_(grad, err),
+            gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=4),
+            gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=32),
+        ):
             body = body_of(*payload.fields)
             again = body_of(*(field.clone() for field in payload.fields))
             assert torch.equal(body, again)
@@ -154,6 +192,22 @@ class TestDecompress:
             gck.decompress(uneven, out=out)
         with pytest.raises(DtypeError, match="must hold"):
             gck.decompress(gck.SparseGrad(torch.ones(1).double(), torch.tensor([1]), 64), out=out)
+        chunks = gck.chunk_topk(torch.ones(64), 32, 4, value_bits=4)
+        for wrong in (
+            chunks._replace(values=chunks.values[:1]),
+            chunks._replace(scales=chunks.scales[:1]),
+            chunks._replace(indices=chunks.indices[:1]),
+            chunks._replace(chunk_size=2**5, k=5),
+        ):
+            with pytest.raises(CorruptPayloadError, match="does not fit 64 elements in chunks of 32"):
+                gck.decompress(wrong, out=out)
+        for wrong in (chunks._replace(values=chunks.values.view(torch.int8)), chunks._replace(value_bits=16)):
+            with pytest.raises(DtypeError, match="must hold values, scales and indices"):
+                gck.decompress(wrong, out=out)
+        with pytest.raises(
+            ArgumentError, match=r"decompress: k must be in \[1, chunk_size / 2 = 16\], got 17"
+        ):
+            gck.decompress(chunks._replace(k=17), out=out)
         with pytest.raises(ArgumentError, match="power of two"):
             gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, 33), out)
         for field in (torch.zeros(2), [0.0, 0.0], np.zeros(2, dtype=np.float32)):
@@ -232,9 +286,30 @@ def test_sign_bad_chunk_size_changes_nothing(chunk_size: Any) -> None:
     assert torch.equal(err, before)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"k": 4000}, r"chunk_topk_ef_: k must be in \[1, chunk_size / 2 = 2048\], got 4000"),
+        ({"chunk_size": 48}, r"chunk_topk_ef_: chunk_size must be a power of two in \[32, 65536\], got 48"),
+        ({"value_bits": 3}, "chunk_topk_ef_: value_bits must be one of 32, 16, 8, 4, 2, got 3"),
+        ({"k": 8.0}, "chunk_topk_ef_: k must be an int, got float"),
+    ],
+    ids=["k", "chunk_size", "value_bits", "type"],
+)
+def test_chunk_topk_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(ArgumentError, match=text):
+        gck.chunk_topk_ef_(grad, err, **options)
+    with pytest.raises(ArgumentError, match=text.replace("_ef_", "")):
+        gck.chunk_topk(grad, **options)
+    assert torch.equal(err, before)
+
+
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "topk_ef_": lambda g, e: gck.topk_ef_(g, e, 0.01),
     "sign_ef_": lambda g, e: gck.sign_ef_(g, e, 64),
+    "chunk_topk_ef_": lambda g, e: gck.chunk_topk_ef_(g, e, 64, 4, value_bits=2),
 }
 
 
@@ -316,8 +391,11 @@ def test_opcheck() -> None:
     opcheck(ops.topk_ef_, (grad, err, 10, torch.bfloat16, counter))
     opcheck(ops.topk, (grad, 10, torch.float32))
     opcheck(ops.sign_ef_, (grad, err, 64, counter))
-    sparse, signs = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64)
-    for payload, options in ((sparse, []), (signs, [64])):
+    opcheck(ops.chunk_topk_ef_, (grad, err, 64, 5, 4, counter))
+    opcheck(ops.chunk_topk_ef_, (grad, err, 64, 5, 16, None))
+    opcheck(ops.chunk_topk, (grad, 64, 5, 2))
+    sparse, signs, chunks = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64), gck.chunk_topk(grad, 64, 5)
+    for payload, options in ((sparse, []), (signs, [64]), (chunks, [64, 5, 16])):
         fields = [field.clone() for field in payload.fields]
         opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, options, 2.0, True))
 
@@ -330,8 +408,10 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
     def step(grad: torch.Tensor, err: torch.Tensor) -> tuple[torch.Tensor, ...]:
         sparse = gck.topk_ef_(grad * 2, err, 0.01, value_dtype=torch.bfloat16)
         signs = gck.sign_ef_(grad, err, 64)
-        out = gck.decompress(sparse)
-        return gck.decompress_add_(out, signs, 0.5), sparse.values, sparse.indices, signs.words
+        chunks = gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=4)
+        out = gck.decompress_add_(gck.decompress(sparse), chunks)
+        gck.decompress_add_(out, signs, 0.5)
+        return out, sparse.values, sparse.indices, signs.words, chunks.values, chunks.scales, chunks.indices
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (1000, 2049):

@@ -35,8 +35,8 @@ class Scratch {
   std::vector<std::pair<size_t, size_t>> regions_;  // offset, bytes
 };
 
-// Has the system put pages behind [start, start + bytes) at once, where it can: a large result comes fresh from
-// it, and one page fault after the other would take longer than the writing.
+// Has the system put pages behind [start, start + bytes) at once, where it can: a large result comes fresh
+// from it, and one page fault after the other would take longer than the writing.
 void populate(void* start, size_t bytes);
 
 }  // namespace gck

@@ -5,8 +5,17 @@ without looking at memory and give the body its typed views. So they trace under
 `torch.compile(fullgraph=True)`, and in eager mode cost one dispatch.
 """
 
+from gck.ops.chunk_topk import chunk_topk, chunk_topk_ef_
 from gck.ops.decode import decompress, decompress_add_
 from gck.ops.sign import sign_ef_
 from gck.ops.topk import topk, topk_ef_
 
-__all__ = ["decompress", "decompress_add_", "sign_ef_", "topk", "topk_ef_"]
+__all__ = [
+    "chunk_topk",
+    "chunk_topk_ef_",
+    "decompress",
+    "decompress_add_",
+    "sign_ef_",
+    "topk",
+    "topk_ef_",
+]

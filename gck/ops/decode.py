@@ -11,10 +11,11 @@ from torch import Tensor
 from gck import interop
 from gck.compressor import compressor_class
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register
-from gck.payload import PackedSigns, Payload, SparseGrad
+from gck.payload import ChunkSparse, PackedSigns, Payload, SparseGrad
 from gck.wire import body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
@@ -69,6 +70,10 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     elif isinstance(payload, PackedSigns):
         name, fields, options = "sign", [payload.words, payload.scales], [payload.chunk_size]
         check_chunk_size(function, payload.chunk_size)
+    elif isinstance(payload, ChunkSparse):
+        name, fields = "chunk_topk", [payload.values, payload.scales, payload.indices]
+        options = [payload.chunk_size, payload.k, payload.value_bits]
+        check_options(function, payload.k, payload.chunk_size, payload.value_bits)
     else:
         raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
     for index, field in enumerate(fields):

@@ -140,7 +140,8 @@ def check_ratio(function: str, ratio: object) -> float:
 
 
 def check_alpha(function: str, alpha: object) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    # torch.compile cannot trace math.isfinite of a default argument that it made symbolic.
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -math.inf < alpha < math.inf:
         raise ArgumentError(f"{function}: alpha must be a finite number, got {alpha!r}")
     return float(alpha)
 

@@ -14,6 +14,7 @@ import gck
 from gck.collectives import all_reduce_, all_reduce_many_, packed_all_reduce_, sparse_all_gather
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
+from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 
@@ -43,7 +44,13 @@ def run(rank: int, world_size: int, group: Any) -> dict[str, tuple[str, str]]:
 def _scenarios(
     rank: int, world_size: int, group: Any
 ) -> Iterator[tuple[str, list[Tensor], list[Tensor | None]]]:
-    for compressor in (TopK(ratio=0.1), TopK(ratio=0.3, value_dtype=torch.float16), Sign(32), Sign(256)):
+    for compressor in (
+        TopK(ratio=0.1),
+        TopK(ratio=0.3, value_dtype=torch.float16),
+        Sign(32),
+        Sign(256),
+        ChunkTopK(k=6, chunk_size=64, value_bits=2),
+    ):
         algorithms = ("one_phase", "auto") if compressor.shard_unit is None else ("one_phase", "two_phase")
         for algorithm in algorithms:
             for n in SIZES:
@@ -76,13 +83,24 @@ def _scenarios(
     all_reduce_(whole, None, Sign(32), group, "sum", "dense")
     yield "dense", [whole], []
 
-    for compressor, algorithm in ((TopK(ratio=0.1), "one_phase"), (Sign(32), "two_phase")):
+    for compressor, algorithm in (
+        (TopK(ratio=0.1), "one_phase"),
+        (Sign(32), "two_phase"),
+        (ChunkTopK(k=4, chunk_size=32, value_bits=4), "two_phase"),
+    ):
         grad, state = gradient(rank, 300), ErrorFeedback()
         if rank == world_size - 1:
             grad[100], grad[299] = math.inf, -math.inf
         all_reduce_(grad, state, compressor, group, "sum", algorithm)
-        yield f"nonfinite {algorithm}", [grad.isfinite()], [state.worker, state.server]
+        yield f"nonfinite {compressor} {algorithm}", [grad.isfinite()], [state.worker, state.server]
 
     payload = gck.topk(gradient(rank, 500), 0.1)
     gathered = sparse_all_gather(payload, group)
     yield "gather", [t for p in gathered for t in (p.values, p.indices)], [payload.values]
+
+    chunks = sparse_all_gather(gck.chunk_topk(gradient(rank, 500), 64, 7, value_bits=4), group)
+    yield (
+        "gather chunks",
+        [t for p in chunks for t in p.fields],
+        [gck.decompress(p) for p in chunks[rank:][:1]],
+    )

@@ -22,11 +22,19 @@ from gck.collectives import (
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError
+from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.collectives import oracle
 
-COMPRESSORS = [TopK(ratio=0.1), TopK(ratio=0.3, value_dtype=torch.bfloat16), Sign(32), Sign(256)]
+COMPRESSORS = [
+    TopK(ratio=0.1),
+    TopK(ratio=0.3, value_dtype=torch.bfloat16),
+    Sign(32),
+    Sign(256),
+    ChunkTopK(k=5, chunk_size=32, value_bits=2),
+    ChunkTopK(k=16, chunk_size=128),
+]
 
 
 def runs_on(compressor: Any, algorithm: str) -> bool:
@@ -190,7 +198,7 @@ def test_many_of_nothing() -> None:
     ("compressor", "algorithm"),
     [
         (c, a)
-        for c in (TopK(ratio=0.1), Sign(32))
+        for c in (TopK(ratio=0.1), Sign(32), ChunkTopK(k=4, chunk_size=32), ChunkTopK(4, 32, 4))
         for a in ("one_phase", "two_phase", "dense")
         if runs_on(c, a)
     ],
@@ -278,13 +286,18 @@ def test_without_error_feedback() -> None:
         (Sign(256), [3], 2, "dense"),
         (Sign(256), [0], 2, "dense"),
         (Sign(256), [100_000, 3], 8, "two_phase"),
+        (ChunkTopK(), [1_000_000], 2, "one_phase"),
+        (ChunkTopK(), [1_000_000], 3, "two_phase"),
+        (ChunkTopK(value_bits=2), [10], 4, "dense"),
     ],
 )
 def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size: int, expected: str) -> None:
     assert choose_algorithm(compressor, numels, world_size) == expected
 
 
-@pytest.mark.parametrize("compressor", [TopK(ratio=0.05), TopK(ratio=0.4), Sign(32), Sign(8192)], ids=str)
+@pytest.mark.parametrize(
+    "compressor", [TopK(ratio=0.05), TopK(ratio=0.4), Sign(32), Sign(8192), ChunkTopK(8, 64)], ids=str
+)
 def test_auto_sends_least_in_fact(compressor: Any) -> None:
     for world_size in (2, 3, 5):
         sent = {}

@@ -30,6 +30,8 @@ BUDGETS = {
     "topk.sum_kernel": (64, 48),
     "sign.compress_kernel": (96, 64),
     "sign.decompress_kernel": (64, 48),
+    "chunk_topk.compress_kernel": (120, 80),
+    "chunk_topk.decompress_kernel": (88, 56),
 }
 # Variants that need not be fast, because one program runs them.
 RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}

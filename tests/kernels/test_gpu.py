@@ -23,6 +23,8 @@ COMPRESSORS = [
     gck.TopK(ratio=0.1, value_dtype=torch.bfloat16),
     gck.Sign(256),
     gck.Sign(8192),
+    gck.ChunkTopK(value_bits=2),
+    gck.ChunkTopK(k=300, chunk_size=16384),
 ]
 # Past 2**31 elements, by a few chunks of any size and an odd rest.
 HUGE = 2**31 + 3 * 8192 + 17
@@ -64,8 +66,9 @@ def test_25_million(compressor: Any) -> None:
 
 
 def test_shards_of_a_million() -> None:
-    for shards in (3, 8):
-        check_case(gck.Sign(256), "cuda", *make("gaussian", 1_000_003, torch.bfloat16), shards=shards)
+    for compressor in (gck.Sign(256), gck.ChunkTopK(value_bits=4)):
+        for shards in (3, 8):
+            check_case(compressor, "cuda", *make("gaussian", 1_000_003, torch.bfloat16), shards=shards)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)

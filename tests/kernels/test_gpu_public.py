@@ -27,6 +27,7 @@ def test_public_functions_give_the_bytes_of_the_cpu(dtype: torch.dtype) -> None:
     for call in (
         lambda g, e: gck.topk_ef_(g, e, 0.01, value_dtype=torch.bfloat16),
         lambda g, e: gck.sign_ef_(g, e, 128),
+        lambda g, e: gck.chunk_topk_ef_(g, e, value_bits=2),
         lambda g, e: gck.topk(g, k=100),
     ):
         wanted, got = call(grad, err), call(cuda_grad, cuda_err)
@@ -42,6 +43,7 @@ def test_public_functions_do_not_synchronise() -> None:
     def step() -> None:
         gck.decompress(gck.topk_ef_(grad, err, 0.01), out=out)
         gck.decompress_add_(out, gck.sign_ef_(grad, err), 0.5)
+        gck.decompress_add_(out, gck.chunk_topk_ef_(grad, err, value_bits=2))
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -77,6 +79,7 @@ def test_public_operators_pass_opcheck() -> None:
     nonfinite = torch.zeros(1, dtype=torch.int64, device="cuda")
     opcheck(torch.ops.gck.topk_ef_, (grad, err, 10, torch.float32, nonfinite))
     opcheck(torch.ops.gck.sign_ef_, (grad, err, 64, None))
+    opcheck(torch.ops.gck.chunk_topk_ef_, (grad, err, 64, 5, 4, nonfinite))
 
 
 def test_public_functions_compile() -> None:
@@ -89,7 +92,7 @@ def test_public_functions_compile() -> None:
     assert same_bytes(cuda_err, err)
 
 
-@pytest.mark.parametrize("compressor", [gck.TopK(ratio=0.01), gck.Sign()], ids=str)
+@pytest.mark.parametrize("compressor", [gck.TopK(ratio=0.01), gck.Sign(), gck.ChunkTopK()], ids=str)
 def test_public_all_reduce_of_simulated_ranks(compressor: Any) -> None:
     def reduce(member: Any, device: str) -> torch.Tensor:
         grad, state = make("gaussian", N + member.rank, torch.float32)[0][:N].to(device), gck.ErrorFeedback()

@@ -35,6 +35,30 @@ struct Winners {
   int64_t left;
 };
 
+struct ChunkTopk {
+  const void* grad;
+  Dtype grad_dtype;
+  float* err;
+  int64_t numel, chunk_size, k;
+  int value_bits, index_bits;
+  char* bodies;  // row s holds chunks [s * chunks_per_row, ...): values, then scales and indices at offsets
+  int64_t row_stride, chunks_per_row, scales_offset, indices_offset;
+};
+
+// One thread's working memory: each array has room for chunk_size + kChunkSlack elements.
+struct ChunkScratch {
+  int32_t* maxima;      // largest key of each group of elements
+  uint32_t* positions;  // of the candidates, then of the selected
+  int32_t* keys;        // of the candidates
+  float* values;        // of the selected
+  float* decoded;       // what a receiver reads of them
+  uint32_t* codes;      // of the selected
+  float* tree;          // sums on their way
+  float* err;           // a last chunk that is cut short, padded
+  float* grad;
+};
+constexpr int64_t kChunkSlack = 64;
+
 struct SignChunks {
   const void* grad;
   Dtype grad_dtype;
@@ -80,6 +104,9 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
   void (*sign_decompress)(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end);
+  // Chunks [begin, end); returns the number of residuals cleared because not finite.
+  int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
+                                 int64_t end);
 };
 
 #if defined(GCK_X86)

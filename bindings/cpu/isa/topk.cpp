@@ -111,19 +111,19 @@ template <Dtype D>
 void maxima_of(const void* grad, float* err, int64_t count, int64_t vectors, float* maxima) {
   for (int64_t first = 0; first < count; first += vectors * kLanes, maxima += kLanes) {
     const int64_t end = first + vectors * kLanes < count ? first + vectors * kLanes : count;
-    Keys largest = no_keys();
+    Vec largest = set1(0.0f);
     int64_t i = first;
     for (; i + kLanes <= end; i += kLanes) {
       const Vec acc = add(load_as<D>(grad, i), load(err + i));
       store(err + i, acc);
-      largest = larger(largest, acc);
+      largest = max_key(largest, canonical(acc));
     }
     if (const int rest = static_cast<int>(end - i)) {
       const Vec acc = add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest));
       store_part(err + i, acc, rest);
-      largest = larger(largest, acc);
+      largest = max_key(largest, canonical(acc));
     }
-    store_keys(maxima, largest);
+    store(maxima, largest);
   }
 }
 

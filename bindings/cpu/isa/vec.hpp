@@ -34,6 +34,11 @@ inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// Lane by lane the larger key, where `best` holds keys already.
+inline Vec max_key(Vec best, Vec a) {
+  const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(best.v), key))};
+}
 inline Mask ge_zero(Vec a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GE_OQ); }
 inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q); }
 inline Vec canonical(Vec a) {
@@ -69,13 +74,6 @@ inline void store_bf16(uint16_t* p, Vec a) {
 inline void store_fp16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), fp16_bits(a));
 }
-using Keys = __m512i;
-inline Keys no_keys() { return _mm512_setzero_si512(); }
-inline Keys larger(Keys keys, Vec a) {
-  const __m512i key = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
-  return _mm512_max_epi32(keys, _mm512_min_epi32(key, _mm512_set1_epi32(kNanKey)));
-}
-inline void store_keys(float* p, Keys keys) { _mm512_storeu_si512(p, keys); }
 // Compress in a register, then store all lanes: compressing stores are slow on Zen 4.
 inline void compress(float* p, Mask m, Vec a) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(m), a.v));
@@ -122,6 +120,13 @@ inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(
 inline Vec abs(Vec a) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(a.lo, magnitude), _mm256_and_ps(a.hi, magnitude)};
+}
+inline Vec max_key(Vec best, Vec a) {
+  const auto larger = [](__m256 x, __m256 y) {
+    const __m256i key = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), key));
+  };
+  return {larger(best.lo, a.lo), larger(best.hi, a.hi)};
 }
 inline Mask join(__m256 lo, __m256 hi) {
   return static_cast<Mask>(_mm256_movemask_ps(lo)) | static_cast<Mask>(_mm256_movemask_ps(hi)) << 8;
@@ -187,21 +192,6 @@ inline void store_bf16(uint16_t* p, Vec a) {
 inline void store_fp16(uint16_t* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16_bits(a.lo));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), fp16_bits(a.hi));
-}
-struct Keys {
-  __m256i lo, hi;
-};
-inline Keys no_keys() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Keys larger(Keys keys, Vec a) {
-  const auto one = [](__m256i most, __m256 x) {
-    const __m256i key = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
-    return _mm256_max_epi32(most, _mm256_min_epi32(key, _mm256_set1_epi32(kNanKey)));
-  };
-  return {one(keys.lo, a.lo), one(keys.hi, a.hi)};
-}
-inline void store_keys(float* p, Keys keys) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), keys.lo);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), keys.hi);
 }
 // For each byte, the positions of its set bits. A table, because the instruction that could compute it
 // (pext) takes hundreds of cycles on some processors with AVX2.
@@ -289,6 +279,12 @@ inline Vec sub(Vec a, Vec b) {
 inline Vec abs(Vec a) {
   return each([&](int i) { return float_of(bits_of(a.x[i]) & 0x7fffffffu); });
 }
+inline Vec max_key(Vec best, Vec a) {
+  return each([&](int i) {
+    const uint32_t key = bits_of(a.x[i]) & 0x7fffffffu;
+    return float_of(key > bits_of(best.x[i]) ? key : bits_of(best.x[i]));
+  });
+}
 inline Mask ge_zero(Vec a) {
   return where([&](int i) { return a.x[i] >= 0; });
 }
@@ -320,18 +316,6 @@ inline void store_bf16(uint16_t* p, Vec a) {
 inline void store_fp16(uint16_t* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_fp16(a.x[i]);
 }
-struct Keys {
-  int32_t x[kLanes];
-};
-inline Keys no_keys() { return {}; }
-inline Keys larger(Keys keys, Vec a) {
-  for (int i = 0; i < kLanes; ++i) {
-    const int32_t key = key_of(a.x[i]);
-    keys.x[i] = keys.x[i] < key ? key : keys.x[i];
-  }
-  return keys;
-}
-inline void store_keys(float* p, Keys keys) { std::memcpy(p, keys.x, sizeof keys.x); }
 inline void compress(float* p, Mask m, Vec a) {
   for (; m; m &= m - 1) *p++ = a.x[__builtin_ctz(m)];
 }
@@ -344,6 +328,15 @@ inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t 
 }
 
 #endif
+
+// Position of the lowest set bit; anything where there is none.
+inline uint32_t lowest_bit(uint64_t bits) {
+#if defined(GCK_AVX512) || defined(GCK_AVX2)
+  return static_cast<uint32_t>(_tzcnt_u64(bits));
+#else
+  return bits ? static_cast<uint32_t>(__builtin_ctzll(bits)) : 0;
+#endif
+}
 
 template <Dtype D>
 inline Vec load_as(const void* base, int64_t i) {

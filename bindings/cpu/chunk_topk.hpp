@@ -1,0 +1,29 @@
+// Top-k of every chunk, with error feedback, on the CPU.
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+
+namespace gck {
+
+// Fills the rows of job.bodies and leaves acc - decoded in err; returns the number of residuals cleared
+// because not finite. All memory is allocated before the first write, so that std::bad_alloc leaves err
+// as it was.
+int64_t chunk_topk_compress(const ChunkTopk& job, int threads);
+
+struct ChunkTopkDecode {
+  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
+  const char *values, *scales, *indices;
+  int64_t ranks, rank_stride, chunk_size, k;
+  int value_bits, index_bits;
+  float* out;
+  int64_t numel;
+  float alpha;
+  bool clear;  // out starts from zero
+  bool add;    // entries are added to what is there, else written over it
+};
+
+// Adds or writes alpha * decoded, rank after rank. Returns -1, or the place (rank * chunks + chunk) * k +
+// entry of an index that is out of range or not above the one before it; then nothing was written.
+int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads);
+
+}  // namespace gck

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+
+namespace gck::GCK_ISA {
+
+int64_t chunk_topk_compress(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin, int64_t end);
+
+}  // namespace gck::GCK_ISA

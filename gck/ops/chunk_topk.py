@@ -1,0 +1,122 @@
+"""Top-k of every chunk, with and without error feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gck import interop
+from gck.kernels.chunk_topk import ChunkTopK, check_options
+from gck.kernels.common import checks
+from gck.ops.registration import Array, compress, fake_body, plain, register
+from gck.payload import ChunkSparse
+
+__all__ = ["chunk_topk", "chunk_topk_ef_"]
+
+
+def chunk_topk_ef_(
+    grad: Array,
+    err: Array,
+    chunk_size: int = 4096,
+    k: int = 64,
+    *,
+    value_bits: int = 16,
+    nonfinite: Tensor | None = None,
+) -> ChunkSparse:
+    """Selects the k largest entries of every chunk of acc = grad + err; the rest stays in err.
+
+    Exactly k entries a chunk by magnitude (NaN > Inf > finite), the lowest index wins a tie, indices
+    ascend. A last chunk of fewer than k elements is kept whole. Deterministic; no host synchronisation on
+    CUDA. Runs on torch's current stream.
+
+    Args:
+        grad: fp32, bf16 or fp16, contiguous, any shape, CPU or CUDA; read only.
+        err: the residual: fp32, contiguous, same numel and device; becomes acc - decompress(result).
+            Entries that would not be finite become 0: what is not finite travels and never stays.
+        chunk_size: elements of a chunk of the flattened gradient, a power of two in [32, 65536].
+        k: entries kept of a chunk, in [1, chunk_size / 2].
+        value_bits: of a value that travels; what it loses stays in err. 32: fp32. 16: bf16, to nearest
+            even. 8 and 4: a multiple of max / 127 or max / 7 of the chunk's selected entries. 2: its sign
+            and one of two levels, the means of the magnitudes above and below the mean.
+        nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+
+    Returns:
+        ChunkSparse(values, scales, indices (chunks, k) uint16, numel, chunk_size, k, value_bits).
+
+    Raises:
+        ArgumentError, DtypeError, ShapeMismatchError, DeviceMismatchError, LayoutError (not contiguous,
+        overlapping), AutogradError; before anything is written.
+
+    Source: Wang et al., "Communication Efficient LLM Pre-training with SparseLoCo" (2025), section 3.
+    """
+    if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
+        with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
+            return chunk_topk_ef_(g, e, chunk_size, k, value_bits=value_bits, nonfinite=nonfinite)
+    check_options("chunk_topk_ef_", k, chunk_size, value_bits)
+    compressor = _compressor(chunk_size, k, value_bits)
+    compressor.check_inputs("chunk_topk_ef_", grad, err, nonfinite)
+    call = _chunk_topk_ef if plain(grad, err, nonfinite) else torch.ops.gck.chunk_topk_ef_
+    body = call(grad, err, chunk_size, k, value_bits, nonfinite)
+    return _payload(compressor, body, grad.numel())
+
+
+def chunk_topk(x: Array, chunk_size: int = 4096, k: int = 64, *, value_bits: int = 16) -> ChunkSparse:
+    """The k largest entries of every chunk of x, without error feedback; x is read only.
+
+    Arguments, result and errors as for `chunk_topk_ef_`.
+    """
+    if not isinstance(x, Tensor):
+        with interop.borrowed("chunk_topk", (), x=x) as (tensor,):
+            return chunk_topk(tensor, chunk_size, k, value_bits=value_bits)
+    check_options("chunk_topk", k, chunk_size, value_bits)
+    checks.check_grad("chunk_topk", x, "x")
+    call = _chunk_topk if plain(x) else torch.ops.gck.chunk_topk
+    body = call(x, chunk_size, k, value_bits)
+    return _payload(_compressor(chunk_size, k, value_bits), body, x.numel())
+
+
+def _compressor(chunk_size: int, k: int, value_bits: int) -> ChunkTopK:
+    # In memory an index is a number of torch's; compressors on collectives pack them closer.
+    return ChunkTopK(k, chunk_size, value_bits, index_bits=16)
+
+
+def _payload(compressor: ChunkTopK, body: Tensor, numel: int) -> ChunkSparse:
+    chunks = compressor.chunks(numel)
+    values, scales, indices = (
+        view.view(chunks, count)
+        for view, count in zip(compressor.layout(numel).views(body), compressor.row, strict=True)
+    )
+    return ChunkSparse(
+        values, scales, indices, numel, compressor.chunk_size, compressor.k, compressor.value_bits
+    )
+
+
+def _chunk_topk_ef(
+    grad: Tensor, err: Tensor, chunk_size: int, k: int, value_bits: int, nonfinite: Tensor | None
+) -> Tensor:
+    return compress("chunk_topk_ef_", _compressor(chunk_size, k, value_bits), grad, err, nonfinite)
+
+
+def _chunk_topk(x: Tensor, chunk_size: int, k: int, value_bits: int) -> Tensor:
+    return compress("chunk_topk", _compressor(chunk_size, k, value_bits), x, None, None)
+
+
+def _fake_chunk_topk_ef(
+    grad: Tensor, err: Tensor, chunk_size: int, k: int, value_bits: int, nonfinite: Tensor | None
+) -> Tensor:
+    return fake_body(_compressor(chunk_size, k, value_bits), grad)
+
+
+def _fake_chunk_topk(x: Tensor, chunk_size: int, k: int, value_bits: int) -> Tensor:
+    return fake_body(_compressor(chunk_size, k, value_bits), x)
+
+
+register(
+    "chunk_topk_ef_(Tensor grad, Tensor(a!) err, int chunk_size, int k, int value_bits,"
+    " Tensor(b!)? nonfinite) -> Tensor",
+    _chunk_topk_ef,
+    _fake_chunk_topk_ef,
+)
+register(
+    "chunk_topk(Tensor x, int chunk_size, int k, int value_bits) -> Tensor", _chunk_topk, _fake_chunk_topk
+)

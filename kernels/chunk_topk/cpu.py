@@ -1,0 +1,98 @@
+"""The CPU twin of chunk top-k: hands addresses to the compiled kernel (bindings/cpu/chunk_topk.cpp)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gck._native import load, num_threads
+from gck.compressor import shard_numel
+from gck.errors import CorruptPayloadError
+from gck.kernels.common.native import DTYPE_CODE
+
+if TYPE_CHECKING:
+    from gck.kernels.chunk_topk import ChunkTopK
+    from gck.wire import Layout
+
+
+def compress_(
+    compressor: ChunkTopK, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None
+) -> None:
+    shard = shard_numel(grad.numel(), compressor.chunk_size, bodies.shape[0])
+    _, scales, indices = compressor.layout(shard).fields
+    cleared = load().chunk_topk_compress(
+        grad.data_ptr(),
+        DTYPE_CODE[grad.dtype],
+        err.data_ptr(),
+        grad.numel(),
+        compressor.chunk_size,
+        compressor.k,
+        compressor.value_bits,
+        12 if compressor.packs_indices else 16,
+        bodies.data_ptr(),
+        bodies.stride(0),
+        compressor.chunks(shard),
+        scales.offset,
+        indices.offset,
+        num_threads(),
+    )
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def decompress_(
+    compressor: ChunkTopK, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    _decompress(compressor, out, fields, 1, 0, alpha, clear=not accumulate, add=accumulate)
+
+
+def decompress_sum_(
+    compressor: ChunkTopK, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order.
+
+    Chunk by chunk, so that a dense chunk stays in the nearest cache while the ranks are walked.
+    """
+    fields = layout.views(bodies[0])
+    ranks, stride = bodies.shape[0], bodies.stride(0)
+    _decompress(compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True)
+
+
+def _decompress(
+    compressor: ChunkTopK,
+    out: Tensor,
+    fields: tuple[Tensor, ...],
+    ranks: int,
+    rank_stride: int,
+    alpha: float,
+    *,
+    clear: bool,
+    add: bool,
+) -> None:
+    values, scales, indices = fields
+    bad = load().chunk_topk_decompress(
+        values.data_ptr(),
+        scales.data_ptr(),
+        indices.data_ptr(),
+        ranks,
+        rank_stride,
+        compressor.chunk_size,
+        compressor.k,
+        compressor.value_bits,
+        12 if compressor.packs_indices else 16,
+        out.data_ptr(),
+        out.numel(),
+        alpha,
+        clear,
+        add,
+        num_threads(),
+    )
+    if bad >= 0:
+        place, entry = divmod(bad, compressor.k)
+        rank, chunk = divmod(place, compressor.chunks(out.numel()))
+        valid = min(compressor.chunk_size, out.numel() - chunk * compressor.chunk_size)
+        raise CorruptPayloadError(
+            f"decompress: indices of a chunk must ascend within [0, {valid}), but entry {entry} of chunk "
+            f"{chunk} does not" + (f" in body {rank}" if ranks > 1 else "")
+        )
