@@ -81,7 +81,9 @@ def _embedding(density: float, spread: bool) -> Callable[[int], Pair]:
         rows = -(-n // EMBEDDING_WIDTH)
         used = max(1, round(density * rows))
         grad = torch.zeros(rows, EMBEDDING_WIDTH)
-        where = torch.randperm(rows, generator=_generator(n))[:used] if spread else rows // 3 + torch.arange(used)
+        where = (
+            torch.randperm(rows, generator=_generator(n))[:used] if spread else rows // 3 + torch.arange(used)
+        )
         grad[where] = _normal(used * EMBEDDING_WIDTH).view(used, -1)
         return _alone(grad.view(-1)[:n].clone())
 
