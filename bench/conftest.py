@@ -15,7 +15,9 @@ from bench.measure import CLOCK, Pool, drive
 from bench.suite import Case, Plan, measure
 
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
-POOLS: dict[tuple[int, torch.dtype], Pool] = {}
+POOLS: dict[tuple[int, torch.dtype, str], Pool] = {}
+# What fits the caches stays there: a call on little is short because its tensors were just made.
+SMALL = 500_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,16 +67,18 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], None]:
             benchmark.pedantic(target, **options)
 
         driver = pedantic if config.pluginmanager.hasplugin("benchmark") else drive
-        config.stash[RECORDS].append(measure(case, _pool(case, plan), plan, driver))
+        topic = request.path.stem.removeprefix("bench_")
+        config.stash[RECORDS].append({"topic": topic, **measure(case, _pool(case, plan), plan, driver)})
 
     return run
 
 
 def _pool(case: Case, plan: Plan) -> Pool:
     """The buffers of a case; kept while cases share them, since several sets at once may not fit."""
-    key = (case.n, case.dtype)
+    beyond_cache = not plan.quick and case.n > SMALL
+    key = (case.n, case.dtype, case.inputs)
     if key not in POOLS:
         POOLS.clear()
         gc.collect()
-        POOLS[key] = Pool(case.n, case.dtype, plan.device, beyond_cache=not plan.quick)
+        POOLS[key] = Pool(case.n, case.dtype, plan.device, beyond_cache=beyond_cache, inputs=case.inputs)
     return POOLS[key]

@@ -18,12 +18,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bench import inputs as library
+
 __all__ = ["CLOCK", "Buffers", "Driver", "Pool", "Trial", "drive", "median_and_iqr", "seconds_of"]
 
 # Keeps a GPU busy for a few milliseconds while the host queues what is timed: launch costs of the
 # host then do not count as time of the device.
 SLEEP_CYCLES = 5_000_000
 DEFAULT_CACHE_BYTES = 64 << 20
+FAR_BEYOND = 16  # times the cache: what is that large drives itself out of it
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,26 @@ class Pool:
     """Sets of equal inputs, handed out in turn; together larger than the cache."""
 
     def __init__(
-        self, n: int, dtype: torch.dtype, device: torch.device, *, beyond_cache: bool = True
+        self,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        beyond_cache: bool = True,
+        inputs: str = library.GAUSSIAN,
     ) -> None:
-        generator = torch.Generator().manual_seed(n)
-        grad = torch.randn(n, generator=generator).to(device=device, dtype=dtype)
-        self.saved = (torch.randn(n, generator=generator) * 0.5).to(device)
+        grad, err = library.make(inputs, n)
+        grad, self.saved = grad.to(device=device, dtype=dtype), err.to(device)
         self.n, self.dtype, self.device = n, dtype, device
+        self._made: dict[object, Any] = {}
         cache = cache_bytes(device) if beyond_cache else 0
         touched = n * (dtype.itemsize + self.saved.element_size())
         # No multiple of 2 or 3: kernel and floors take turns, and none may always get the same set.
         count = max(5, -(-2 * cache // touched))
         while count % 2 == 0 or count % 3 == 0:
             count += 1
+        if beyond_cache and touched > FAR_BEYOND * cache:
+            count = 1
         self._sets = [self._set(grad) for _ in range(count)]
         self._next = 0
 
@@ -63,6 +74,12 @@ class Pool:
     def magnitude(self) -> Tensor:
         """|acc| of these inputs, for peers that only select."""
         return (self._sets[0].grad32 + self.saved).abs()
+
+    def made(self, key: object, make: Callable[[], Any]) -> Any:
+        """What `make` returned when first asked for: payloads, say, that cases of this pool share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def apart(self) -> Buffers:
         """A set outside the turn, for what is not timed; it may be kept."""
@@ -107,11 +124,18 @@ def drive(target: Callable[[], Any], *, setup: Callable[[], None], rounds: int, 
         target()
 
 
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Time of one call of `run` on the device; its result is freed after the clock stops."""
-    if device.type != "cuda":
+def seconds_of(run: Callable[[], Any], device: torch.device, *, call: bool = False) -> float:
+    """Time of one call of `run` on the device; its result is freed after the clock stops.
+
+    With `call`, the time that the caller waits, on a GPU too: launches count, and the device's work.
+    """
+    if device.type != "cuda" or call:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         begin = time.perf_counter()
         result = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin
     else:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -126,7 +150,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 class Trial:
-    """Times `run(buffers)`, with the floors in between.
+    """Times `run(prepare(buffers))`, with the floors in between; preparing is not timed.
 
     Attributes:
         kernel: seconds of each round.
@@ -134,8 +158,10 @@ class Trial:
         floor_fp32: seconds of `err.add_(grad32)`; the same list as `floor` for fp32 gradients.
     """
 
-    def __init__(self, run: Callable[[Buffers], Any], pool: Pool) -> None:
-        self._run, self._pool = run, pool
+    def __init__(
+        self, run: Callable[[Any], Any], pool: Pool, prepare: Callable[[Buffers], Any], *, call: bool
+    ) -> None:
+        self._run, self._pool, self._prepare, self._call = run, pool, prepare, call
         self.kernel: list[float] = []
         self.floor: list[float] = []
         self.floor_fp32 = self.floor if pool.dtype == torch.float32 else []
@@ -147,16 +173,19 @@ class Trial:
 
     def _time_floors(self) -> None:
         taken = self._pool.take()
-        self.floor.append(seconds_of(lambda: taken.err.add_(taken.grad), self._pool.device))
+        self.floor.append(self._seconds(lambda: taken.err.add_(taken.grad)))
         if self.floor_fp32 is not self.floor:
             taken = self._pool.take()
-            self.floor_fp32.append(seconds_of(lambda: taken.err.add_(taken.grad32), self._pool.device))
+            self.floor_fp32.append(self._seconds(lambda: taken.err.add_(taken.grad32)))
 
     def _time_kernel(self) -> None:
-        taken = self._pool.take()
-        seconds = seconds_of(lambda: self._run(taken), self._pool.device)
+        given = self._prepare(self._pool.take())
+        seconds = self._seconds(lambda: self._run(given))
         self.kernel.append(seconds)
         CLOCK.now += seconds
+
+    def _seconds(self, run: Callable[[], Any]) -> float:
+        return seconds_of(run, self._pool.device, call=self._call)
 
 
 def median_and_iqr(samples: list[float]) -> tuple[float, float]:

@@ -17,17 +17,25 @@ try:
     import cupy
 except ImportError:
     cupy = None
+try:
+    from pylibraft.common import DeviceResources
+    from pylibraft.matrix import select_k
+except ImportError:
+    select_k = None
 
 __all__ = [
     "PeerMismatchError",
     "cupy_topk_ef_",
     "have_cupy",
+    "have_raft",
     "pack_with_torch",
+    "raft_topk_ef_",
     "sign_ef_peer_",
     "torch_chunk_topk",
     "torch_chunk_topk_ef_",
     "torch_topk",
     "torch_topk_ef_",
+    "torch_topk_of_",
     "verify_chunk_topk",
     "verify_sign",
     "verify_topk",
@@ -47,15 +55,22 @@ def have_cupy() -> bool:
     return cupy is not None and cupy.cuda.is_available()
 
 
-def accumulate_(buffers: Buffers) -> Tensor:
+def have_raft() -> bool:
+    return select_k is not None and torch.cuda.is_available()
+
+
+def accumulate_(grad: Tensor, err: Tensor) -> Tensor:
     """err += grad by the fastest way that torch has: on CPUs it mixes dtypes far below memory speed."""
-    grad = buffers.grad
-    return buffers.err.add_(grad if grad.is_cuda else grad.float())
+    return err.add_(grad if grad.is_cuda else grad.float())
 
 
 def torch_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
     """Error-feedback top-k composed of torch operations. Indices in any order: it need not sort them."""
-    acc = accumulate_(buffers)
+    return torch_topk_of_(buffers.grad, buffers.err, k)
+
+
+def torch_topk_of_(grad: Tensor, err: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    acc = accumulate_(grad, err)
     indices = torch.topk(acc.abs(), k, sorted=False).indices
     values = acc[indices]
     acc[indices] = 0
@@ -74,7 +89,7 @@ def torch_chunk_topk_ef_(
 
     Returns (values of value_dtype, positions in the vector), chunk by chunk, in any order inside one.
     """
-    acc = accumulate_(buffers)
+    acc = accumulate_(buffers.grad, buffers.err)
     values, indices = [], []
     whole = acc.numel() // chunk_size * chunk_size
     for start, rows in ((0, acc[:whole].view(-1, chunk_size)), (whole, acc[whole:].view(1, -1))):
@@ -97,7 +112,7 @@ def torch_chunk_topk(magnitude: Tensor, chunk_size: int, k: int) -> Tensor:
 def cupy_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
     """The composition with CuPy's argpartition for the selection. CuPy and torch both work on the
     null stream here."""
-    acc = accumulate_(buffers)
+    acc = accumulate_(buffers.grad, buffers.err)
     order = cupy.argpartition(cupy.from_dlpack(acc.abs()), acc.numel() - k)
     indices = from_dlpack(order[acc.numel() - k :])
     values = acc[indices]
@@ -105,12 +120,24 @@ def cupy_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+def raft_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
+    """The composition with RAFT's radix selection, on torch's stream."""
+    acc = accumulate_(buffers.grad, buffers.err)
+    found = torch.empty(1, k, dtype=torch.float32, device=acc.device)
+    indices = torch.empty(1, k, dtype=torch.int64, device=acc.device)
+    resources = DeviceResources(stream=torch.cuda.current_stream(acc.device).cuda_stream)
+    select_k(acc.abs().unsqueeze(0), distances=found, indices=indices, select_min=False, handle=resources)
+    values = acc[indices[0]]
+    acc[indices[0]] = 0
+    return values, indices[0]
+
+
 def sign_ef_peer_(buffers: Buffers, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Error-feedback sign composed of torch operations; bits packed by NumPy, on GPUs by torch.
 
     Returns (uint8 bytes, little end first; scales).
     """
-    acc = accumulate_(buffers)
+    acc = accumulate_(buffers.grad, buffers.err)
     n = acc.numel()
     whole = n // chunk_size * chunk_size
     positive = acc >= 0

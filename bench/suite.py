@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from bench.inputs import GAUSSIAN
 from bench.measure import Buffers, Driver, Pool, Trial, median_and_iqr, seconds_of
 
-__all__ = ["GCK", "Case", "Plan", "measure", "short"]
+__all__ = ["GCK", "Case", "Plan", "measure", "percent", "short"]
 
 GCK = "gck"
+FLOOR_BYTES = 12  # an element that err.add_(grad) moves in fp32
 # A slow peer is known well enough after a few rounds: its spread is small beside its distance.
 SLOW_SECONDS = 0.3
 SLOW_ROUNDS = 2
@@ -32,6 +34,11 @@ class Plan:
         return (1_000_000, 25_000_000) + ((100_000_000,) if self.device.type == "cuda" else ())
 
     @property
+    def large(self) -> int:
+        """The one size of what is measured at one."""
+        return self.sizes[0] if self.quick else 25_000_000
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         return torch.float32, torch.bfloat16
 
@@ -41,11 +48,15 @@ class Plan:
             return 3
         if self.device.type == "cuda":
             return 30
-        return 15 if n > 10_000_000 else 50
+        return 5 if n > 50_000_000 else 15 if n > 10_000_000 else 50 if n > 500_000 else 300
 
     def settings(self, values: tuple[Any, ...], typical: Any) -> tuple[Any, ...]:
         """The values of a kernel's option to measure: in a quick run the typical one alone."""
         return (typical,) if self.quick else values
+
+
+def as_they_are(buffers: Buffers) -> Buffers:
+    return buffers
 
 
 @dataclass(frozen=True)
@@ -55,39 +66,47 @@ class Case:
     Attributes:
         kernel: the public function measured.
         option: name of the setting, and `value`, its value.
-        implementation: "gck", or the peer's name.
-        run: the call that is timed.
+        implementation: "gck", or the peer's name; a variant of gck is a peer of gck's common form.
+        run: the call that is timed, with what `prepare` makes of a set of buffers.
         verify: raises unless this peer's result is that of gck; None for gck itself.
+        inputs: which of `bench.inputs` the buffers hold.
+        bytes: an element that must move, where it is not about what the floor moves.
+        call: whether the time is that of the whole call, from Python to Python.
     """
 
     kernel: str
     option: str
-    value: float
+    value: float | str
     n: int
     dtype: torch.dtype
     implementation: str
-    run: Callable[[Buffers], Any]
+    run: Callable[[Any], Any]
     verify: Callable[[Pool], None] | None = None
+    prepare: Callable[[Buffers], Any] = as_they_are
+    inputs: str = GAUSSIAN
+    bytes: float | None = None
+    call: bool = False
 
     def __str__(self) -> str:
-        return f"{short(self.n)}-{dtype_name(self.dtype)}-{self.setting}-{self.implementation}"
+        parts = (self.kernel, short(self.n), dtype_name(self.dtype), self.setting, self.implementation)
+        return "-".join(parts)
 
     @property
     def setting(self) -> str:
-        return f"{self.value * 100:g}%" if self.option == "ratio" else str(self.value)
+        return percent(self.value) if isinstance(self.value, float) else str(self.value)
 
 
 def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any]:
     """Verifies a case, times it and returns its record (plain numbers, ready for JSON)."""
     # Either way the first call, which compiles kernels on a GPU, is not timed.
     if case.verify is None:
-        case.run(pool.take())
+        case.run(case.prepare(pool.take()))
     else:
         case.verify(pool)
-    taken = pool.take()
-    first = seconds_of(lambda: case.run(taken), pool.device)
+    given = case.prepare(pool.take())
+    first = seconds_of(lambda: case.run(given), pool.device)
     slow = first > SLOW_SECONDS and not plan.quick
-    trial = Trial(case.run, pool)
+    trial = Trial(case.run, pool, case.prepare, call=case.call)
     trial(driver, rounds=SLOW_ROUNDS if slow else plan.rounds(case.n), warmup_rounds=0 if slow else 3)
     seconds, iqr = median_and_iqr(trial.kernel)
     floor, floor_iqr = median_and_iqr(trial.floor)
@@ -100,6 +119,8 @@ def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any
         "setting": case.setting,
         "n": case.n,
         "grad_dtype": dtype_name(case.dtype),
+        "inputs": case.inputs,
+        "call": case.call,
         "verified_against_gck": None if case.verify is None else True,
         "rounds": len(trial.kernel),
         "seconds": seconds,
@@ -109,6 +130,11 @@ def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any
         "floor_fp32_seconds": floor_fp32,
         "multiple_of_floor": seconds / floor,
         "multiple_of_fp32_floor": seconds / floor_fp32,
+        # The floor of what moves another number of bytes: these, at the bandwidth of err.add_(grad).
+        "bytes_per_element": case.bytes,
+        "multiple_of_own_floor": None
+        if case.bytes is None
+        else seconds / (floor_fp32 * case.bytes / FLOOR_BYTES),
         # What others do on the machine only ever adds time: the least of each is least disturbed.
         "best_multiple_of_fp32_floor": min(trial.kernel) / min(trial.floor_fp32),
         "samples": trial.kernel,
@@ -123,6 +149,11 @@ def short(n: int) -> str:
         if n >= unit and n % unit == 0:
             return f"{n // unit}{name}"
     return str(n)
+
+
+def percent(ratio: float) -> str:
+    """0.01 -> 1%."""
+    return f"{ratio * 100:g}%"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

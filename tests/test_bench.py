@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_check, peers
+from bench import bench_decode, bench_topk_lists, gpu_check, inputs, peers
 from bench.measure import Buffers, Pool
+from tests.cases import same_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +35,10 @@ select = peers.torch_topk
 peers.torch_topk = lambda magnitude, k: select(magnitude, k) + 1
 runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
+
+
+# A topic is a file of the suite.
+TOPICS = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -65,9 +70,13 @@ def test_writes_table_json_and_chart(report: dict[str, Any], run: Any) -> None:
         "torch composition",
         "torch + packbits",
         "x fp32 floor",
+        "x Gaussian",
     ):
         assert word in done.stdout
-    assert (out / "bench-100k.png").read_bytes().startswith(b"\x89PNG")
+    charts = {path.name for path in out.glob("*.png")}
+    assert {chart.removeprefix("bench-").partition("-")[0].partition(".")[0] for chart in charts} == TOPICS
+    assert len(charts) == len(TOPICS)  # a quick run has one size of each
+    assert all((out / chart).read_bytes().startswith(b"\x89PNG") for chart in charts)
     assert report["failed"] == []
     assert report["quick"] is True
 
@@ -82,9 +91,11 @@ def test_machine_is_described(report: dict[str, Any]) -> None:
 
 
 def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
-    assert {(r["kernel"], r["grad_dtype"]) for r in report["records"] if r["implementation"] == "gck"} == {
-        (kernel, dtype) for kernel in ("topk_ef_", "sign_ef_", "chunk_topk_ef_") for dtype in ("fp32", "bf16")
-    }
+    ours = {(r["kernel"], r["grad_dtype"]) for r in report["records"] if r["implementation"] == "gck"}
+    kernels = ("topk_ef_", "sign_ef_", "chunk_topk_ef_")
+    assert ours >= {(kernel, dtype) for kernel in kernels for dtype in ("fp32", "bf16")}
+    assert ours >= {("decompress", "fp32"), ("decompress_add_", "fp32")}
+    assert {r["topic"] for r in report["records"]} == TOPICS
     for record in report["records"]:
         assert record["seconds"] == statistics.median(record["samples"])
         assert record["floor_seconds"] == statistics.median(record["floor_samples"])
@@ -96,13 +107,46 @@ def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
 
 def test_peers_are_verified_and_compared(report: dict[str, Any]) -> None:
     for ours in (r for r in report["records"] if r["implementation"] == "gck"):
-        same = ("kernel", "n", "grad_dtype", "setting")
+        same = ("topic", "kernel", "n", "grad_dtype", "setting")
         others = [r for r in report["records"] if r is not ours and all(r[key] == ours[key] for key in same)]
-        assert others
+        assert bool(others) == (ours["topic"] != "topk_inputs")
         assert all(r["verified_against_gck"] is True for r in others)
         assert ours["times_faster_than"] == {
             r["implementation"]: r["seconds"] / ours["seconds"] for r in others
         }
+
+
+def test_floors_of_their_own(report: dict[str, Any]) -> None:
+    """Of decoding 8 payloads of 1 %: 8 bytes an entry, and out written once, or read and written."""
+    for kernel, nbytes in (("decompress", 8 * 8 * 0.01 + 4), ("decompress_add_", 8 * 8 * 0.01 + 8)):
+        records = [r for r in report["records"] if r["kernel"] == kernel]
+        assert {r["implementation"] for r in records} >= {"gck", "torch index_add_"}
+        for record in records:
+            least = record["floor_fp32_seconds"] * nbytes / 12
+            assert record["multiple_of_own_floor"] == pytest.approx(record["seconds"] / least)
+
+
+def test_inputs_are_compared_with_the_common_one(report: dict[str, Any]) -> None:
+    records = {r["setting"]: r for r in report["records"] if r["topic"] == "topk_inputs"}
+    assert len(records) > 2
+    for record in records.values():
+        common = records[inputs.GAUSSIAN]["seconds"]
+        assert record["times_common_input"] == record["seconds"] / common
+
+
+@pytest.mark.parametrize("name", inputs.INPUTS)
+def test_inputs_are_what_was_asked_for(name: str) -> None:
+    for n in (1, 513, 70_001):
+        grad, err = inputs.make(name, n)
+        assert grad.shape == err.shape == (n,)
+        assert grad.dtype == err.dtype == torch.float32
+        again = inputs.make(name, n)
+        assert all(same_bytes(a, b) for a, b in zip((grad, err), again, strict=True))
+
+
+def test_parameters_of_gpt2() -> None:
+    sizes = bench_topk_lists.gpt2_sizes()
+    assert (len(sizes), sum(sizes)) == (148, 124_439_808)
 
 
 def test_wrong_peer_is_not_timed_and_pytest_benchmark_is_optional(tmp_path: Path) -> None:
@@ -112,7 +156,11 @@ def test_wrong_peer_is_not_timed_and_pytest_benchmark_is_optional(tmp_path: Path
     report = json.loads((tmp_path / "bench.json").read_text())
     assert len(report["failed"]) == 1
     assert "torch.topk alone" in report["failed"][0]
-    assert {r["implementation"] for r in report["records"]} == {"gck", "torch composition"}
+    assert {r["implementation"] for r in report["records"]} == {
+        "gck",
+        "gck, warm hint",
+        "torch composition",
+    }
     assert not (tmp_path / "pytest-benchmark.json").exists()
 
 
@@ -120,6 +168,12 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     done = python("-m", "bench", "--only", "nothing", "--out", tmp_path)
     assert done.returncode == 2
     assert "'nothing'" in done.stderr
+
+
+def test_verification_notices_wrong_sums(small_pool: Pool) -> None:
+    bench_decode._verify(bench_decode._decompress, bench_decode._index_add_to_zeros, 3, 0.1, small_pool)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_decode._verify(bench_decode._decompress, bench_decode._index_add_, 3, 0.1, small_pool)
 
 
 @pytest.fixture
@@ -134,7 +188,7 @@ def _forgets_residual(buffers: Buffers, k: int) -> Any:
 
 
 def _wrong_entries(buffers: Buffers, k: int) -> Any:
-    acc = peers.accumulate_(buffers)
+    acc = peers.accumulate_(buffers.grad, buffers.err)
     values = acc[:k].clone()
     acc[:k] = 0
     return values, torch.arange(k)

@@ -368,11 +368,11 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
     const Lists lists(parts, 4 * job.k + kMinSampled);
     const bool hinted = job.hint != nullptr && *job.hint > 0;
     const Sampled first =
-        hinted ? guess_by_hint(*job.hint, job.numel, job.k) : guess_by_sample(job.runs, job.numel, job.k);
+        hinted ? guess_by_hint(*job.hint, job.numel, job.k) : guess_by_sample(job.runs, job.numel, job.k, 0);
     if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
     std::vector<TopkRun> runs = job.runs;
     for (TopkRun& run : runs) run.grad = nullptr;
-    const Sampled second = guess_by_sample(runs, job.numel, job.k);
+    const Sampled second = guess_by_sample(runs, job.numel, job.k, 1);
     if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
   } else {
     stream(job, parts, Lists(parts, 0), {INT32_MAX, false, false}, true);

@@ -46,7 +46,7 @@ struct Sample {
   std::vector<uint32_t> coarse_count;  // by key >> kCoarseShift
 };
 
-Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines) {
+Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines, int draw) {
   const Leaves& isa = leaves();
   Sample sample{lines, {}, {}};
   const int64_t stride = std::max<int64_t>(1, numel / kLine / lines);
@@ -57,8 +57,8 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
   auto run = runs.begin();
   int64_t begin = 0;  // of the run
   for (int64_t line = 0; line < lines; ++line) {
-    const auto jitter =
-        static_cast<int64_t>(hash(static_cast<uint64_t>(line)) % static_cast<uint64_t>(stride));
+    const uint64_t seed = static_cast<uint64_t>(line) | static_cast<uint64_t>(draw) << 32;
+    const auto jitter = static_cast<int64_t>(hash(seed) % static_cast<uint64_t>(stride));
     const int64_t at = (line * stride + jitter) * kLine;
     for (; at >= begin + run->numel; ++run) begin += run->numel;
     const int64_t inside = std::max<int64_t>(0, std::min(at - begin, run->numel - kLine));
@@ -91,8 +91,8 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
 // The sample's entry of rank f + 5 sqrt(sum of c^2) + 8, where f is the expected rank of the k-th entry and
 // c the number of entries that a line has above rank f: entries of a line are not independent, and c^2
 // measures how clustered they are. Lines are hashed, so that no period of the gradient aligns with them.
-Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k) {
-  const Sample sample = take_sample(runs, numel, lines_for(numel, k));
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int draw) {
+  const Sample sample = take_sample(runs, numel, lines_for(numel, k), draw);
   const int64_t size = sample.lines * kLine;
   const double expected = static_cast<double>(k) / static_cast<double>(numel) * static_cast<double>(size);
   const auto clamped = [&](double rank) {
