@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import captured
 
-__all__ = ["DENSITY", "GAUSSIAN", "INPUTS", "count_of", "make"]
+__all__ = ["DENSITY", "GAUSSIAN", "INPUTS", "LINE", "count_of", "make", "sampled"]
 
 GAUSSIAN = "Gaussian"
 DENSITY = 0.01
@@ -135,21 +135,19 @@ def _lines_apart(n: int) -> int:
     return max(1, n // LINE // max(1, min(int(wanted), most)))
 
 
-def _sampled(n: int, draws: int) -> Tensor:
-    """Indices of the entries that the CPU's guess looks at: an adversary who has read the source knows them.
+def sampled(n: int, draw: int) -> Tensor:
+    """(lines, 16) indices of the entries that the CPU's guess looks at: who has read the source knows them.
 
-    The second of two `draws` is what it looks at when the first misled it.
+    Draw 1 is what it looks at when draw 0 misled it.
     """
     apart = _lines_apart(n)
     lines = np.arange(n // LINE // apart, dtype=np.uint64)
-    seeds = lines | np.arange(draws, dtype=np.uint64)[:, None] << np.uint64(32)
-    x = seeds + np.uint64(0x9E3779B97F4A7C15)
+    x = (lines | np.uint64(draw << 32)) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     jitter = (x ^ x >> np.uint64(31)) % np.uint64(apart)
     first = torch.from_numpy(((lines * np.uint64(apart) + jitter) * np.uint64(LINE)).astype(np.int64))
-    indices = (first[..., None] + torch.arange(LINE)).view(-1)
-    return indices[indices < n]
+    return (first[:, None] + torch.arange(LINE)).clamp_(max=n - 1)
 
 
 def _where_sampled(factor: float, draws: int) -> Callable[[int], Pair]:
@@ -157,7 +155,8 @@ def _where_sampled(factor: float, draws: int) -> Callable[[int], Pair]:
 
     def grad_of(n: int) -> Pair:
         grad = _normal(n)
-        grad[_sampled(n, draws)] *= factor
+        for draw in range(draws):
+            grad[sampled(n, draw).view(-1)] *= factor
         return _alone(grad)
 
     return grad_of
