@@ -32,8 +32,8 @@ from gck.kernels.topk.gpu_control import (
     NONFINITE,
     QUOTA,
     THRESHOLD,
-    TIE,
     decide,
+    last_decision,
     mode_of,
     note,
 )
@@ -51,6 +51,7 @@ from gck.kernels.topk.gpu_guess import (
     place_of_line,
     sample_block,
 )
+from gck.kernels.topk.gpu_lists import compress_flat_, compress_list_
 from gck.kernels.topk.gpu_select import (
     BLOCK,
     GROUP,
@@ -63,7 +64,7 @@ from gck.kernels.topk.gpu_select import (
 )
 from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, restore_run, stream_tile
 
-__all__ = ["compress_", "decompress_", "decompress_sum_"]
+__all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
 LONG_RUNS_FROM = 4096  # tiles from which a run is ROWS of them, for there are programs enough
 
@@ -136,13 +137,13 @@ def stream_kernel(
     i_tile = first_tile + tl.program_id(0)
     if WHOLE:
         stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, capacity),
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, 0, capacity),
             *(TILE, LISTING),
         )
     else:
         left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
         stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, capacity),
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
             *(TILE, LISTING),
         )
 
@@ -210,17 +211,6 @@ def refine_kernel(
             TILE,
             BINS,
         )
-
-
-@triton.jit
-def last_decision(p_control, k, mode, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """(the k-th key, how many of its ties win)"""
-    if mode == KNOWN:
-        threshold = tl.load(p_control + TIE).to(tl.int32) - 1
-        quota = k - tl.load(p_control + LISTED)
-    else:
-        threshold, quota = decide(p_control, k, DIGIT, SHIFT, BINS)
-    return threshold, quota
 
 
 @triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles"])

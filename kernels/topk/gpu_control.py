@@ -35,8 +35,6 @@ NONFINITE = tl.constexpr(14)  # counts what nobody asked for
 HISTOGRAMS = tl.constexpr(16)
 WORDS = HISTOGRAMS.value + len(DIGITS) * BINS
 
-NOTHING = tl.constexpr(0x7FFFFFFF)  # a guess that no key reaches
-
 SCAN = tl.constexpr(0)
 LIST = tl.constexpr(1)
 KNOWN = tl.constexpr(2)
@@ -76,3 +74,14 @@ def decide(p_control, k, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.cons
 def note(p_control, prefix, wanted, DIGIT: tl.constexpr):
     tl.store(p_control + DECISIONS + 2 * DIGIT, prefix.to(tl.int64))
     tl.store(p_control + DECISIONS + 2 * DIGIT + 1, wanted)
+
+
+@triton.jit
+def last_decision(p_control, k, mode, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """(the k-th key, how many of its ties win)"""
+    if mode == KNOWN:
+        threshold = tl.load(p_control + TIE).to(tl.int32) - 1
+        quota = k - tl.load(p_control + LISTED)
+    else:
+        threshold, quota = decide(p_control, k, DIGIT, SHIFT, BINS)
+    return threshold, quota

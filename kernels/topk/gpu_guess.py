@@ -11,8 +11,8 @@ at least that rank: the squares measure how clustered the large elements are.
 import triton
 import triton.language as tl
 
-from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key
-from gck.kernels.topk.gpu_control import GUESS, NOTHING, TIE
+from gck.kernels.common.keys import INFINITY, MAGNITUDE, accumulate, magnitude_key
+from gck.kernels.topk.gpu_control import GUESS, TIE
 
 LINE = 16  # elements of a line: one cache line of fp32
 SAMPLE_FRACTION = 64  # at most one element in this many is sampled
@@ -86,18 +86,19 @@ def sample_block(
     LINE: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Keys and histogram of a block of lines, given by their addresses and their numbers of elements."""
+    """Keys and histogram of a block of lines, given by their addresses and their numbers of elements; a
+    negative number leaves a line to another launch."""
     b_element = tl.arange(0, LINE)
     b_inside = b_element[None, :] < b_length[:, None]
     b_grad = tl.load(p_grads[:, None] + b_element[None, :], mask=b_inside, other=0.0)
     b_err = tl.load(p_errs[:, None] + b_element[None, :], mask=b_inside, other=0.0)
     b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
     b_at = tl.arange(0, BLOCK)[:, None] * LINE + b_element[None, :]
-    tl.store(p_keys + b_at, b_key)
+    tl.store(p_keys + b_at, b_key, mask=(b_length >= 0)[:, None])
     # Many equal keys are most often the smallest, as zeros are. One addition for all of them spares
     # as many that would wait for each other.
     b_bin = b_key >> SHIFT
-    smallest = tl.min(tl.min(tl.where(b_inside, b_bin, NOTHING >> SHIFT), 1), 0)
+    smallest = tl.min(tl.min(tl.where(b_inside, b_bin, MAGNITUDE >> SHIFT), 1), 0)
     b_smallest = b_inside & (b_bin == smallest)
     count = tl.sum(tl.sum(b_smallest.to(tl.int32), 1), 0)
     if count > 0:

@@ -50,14 +50,15 @@ def stream_tile(
     i_tile,
     left,
     whole,
+    list_at,
     capacity,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
-    The tile has `left` elements, and is `whole` if that is all. NaNs stay as they come: they reach any
-    guess, and whatever reads err or the list makes them one.
+    The tile has `left` elements, and is `whole` if that is all; the list begins at `list_at`. NaNs stay
+    as they come: they reach any guess, and whatever reads err or the list makes them one.
     """
     start = tl.cast(i_tile, tl.int64) * TILE
     # Rows of 4 elements, 16 bytes of err, which one thread holds.
@@ -88,8 +89,8 @@ def stream_tile(
         if count > 0:
             base = tl.atomic_add(p_control + LISTED, count.to(tl.int64), sem="relaxed")
             if base + count <= capacity:
-                p_list += base
-                p_locals += base
+                p_list += list_at + base
+                p_locals += list_at + base
                 b_slot = tl.cumsum(b_ones, 0) - b_ones
                 b_row = tl.arange(0, TILE // 4) * 4
                 # A column at a time, so that the threads that hold the elements also store them.

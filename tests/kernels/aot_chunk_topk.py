@@ -40,5 +40,5 @@ def variants() -> list[Variant]:
         for clear, add in ((True, True), (False, True)) if bits == 2 else ((True, False),):
             constants, num_warps = gpu.decompress_options(compressor, clear=clear, add=add)
             name = f"{label}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
-            made.append(Variant("chunk_topk", "decompress_kernel", name, held, constants, num_warps))
+            made.append(Variant("chunk_topk", "gpu", "decompress_kernel", name, held, constants, num_warps))
     return made

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gck.kernels.topk import gpu_control, gpu_decode, gpu_guess, gpu_select, gpu_stream
+import torch
+
+from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.topk import gpu_control, gpu_decode, gpu_guess, gpu_lists, gpu_select, gpu_stream
 from tests.kernels.aot_variant import Variant
 
 POINTERS = {
@@ -22,6 +25,11 @@ POINTERS = {
     "p_nonfinite": "*i64",
     "p_out": "*fp32",
     "p_bounds": "*i64",
+    "p_tensors": "*i64",
+    "p_choices": "*i64",
+    "p_owners": "*i64",
+    "p_tile_owners": "*i64",
+    "p_block_owners": "*i64",
 }
 NUMBERS = dict.fromkeys(
     (
@@ -48,7 +56,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i32": 4, "i64": 8}
 
 
 def variants() -> list[Variant]:
-    return [*_guess(), *_stream(), *_select(), *_decode()]
+    return [*_guess(), *_stream(), *_select(), *_decode(), *_lists()]
 
 
 def _variant(
@@ -129,4 +137,39 @@ def _decode() -> list[Variant]:
         constants = {"TILE": gpu_decode.SUM_TILE, "BLOCK": gpu_decode.BOUNDS_BLOCK}
         constants |= {"INDEX_BYTES": BYTES[index]}
         made.append(_variant("gpu_decode", "bounds_kernel", index, constants, 4, p_indices=f"*{index}"))
+    return made
+
+
+def _lists() -> list[Variant]:
+    module = "gpu_list_kernels"
+    aligned = {"ALIGNED": True, **TILE}
+    run = {**RUN, **aligned}
+    bins = {"BINS": gpu_control.BINS}
+    sample = {**SAMPLE, "BINS": gpu_guess.SAMPLE_BINS}
+    constants = {**sample, "BLOCK_LINES": gpu_guess.BLOCK_LINES, "BLOCK": gpu_guess.GUESS_BLOCK}
+    made = [_variant(module, "list_guess_kernel", "all", constants, gpu_lists.LIST_GUESS_WARPS)]
+    for grad, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        like = {"DTYPE": DTYPE_CODE[dtype], **TILE}
+        constants = {**sample, **like, "BLOCK": gpu_guess.BLOCK_LINES}
+        made.append(_variant(module, "list_sample_kernel", grad, constants, 4, p_like=f"*{grad}"))
+        for label, where, whole in (("whole", True, True), ("last", True, False), ("unaligned", False, True)):
+            constants = {**like, "ALIGNED": where, "WHOLE": whole}
+            label = f"{grad}, {label}"
+            made.append(
+                _variant(
+                    *(module, "list_stream_kernel", label, constants, gpu_stream.STREAM_WARPS),
+                    p_like=f"*{grad}",
+                )
+            )
+    made.append(_variant(module, "list_restore_kernel", "fp32", run, gpu_select.RUN_WARPS))
+    (last, _), (shift, bits) = gpu_control.DIGITS[:2]
+    constants = {**aligned, **bins, "DIGIT": 1, "LAST_SHIFT": last, "SHIFT": shift, "BITS": bits}
+    made.append(_variant(module, "list_refine_kernel", "digit 1", constants, gpu_select.REFINE_WARPS))
+    run = {**run, "GROUP": gpu_select.GROUP}
+    constants = {**run, **bins, "DIGIT": 3, "SHIFT": gpu_control.DIGITS[3][0]}
+    made.append(_variant(module, "list_count_kernel", "fp32", constants, gpu_select.RUN_WARPS))
+    for value, index in PAYLOADS:
+        types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
+        label = f"{value}, {index}"
+        made.append(_variant(module, "list_emit_kernel", label, run, gpu_select.RUN_WARPS, **types))
     return made

@@ -25,6 +25,13 @@ BUDGETS = {
     "topk.refine_kernel": (64, 96),
     "topk.count_kernel": (48, 48),
     "topk.emit_kernel": (64, 64),
+    "topk.list_sample_kernel": (48, 32),
+    "topk.list_guess_kernel": (80, 64),
+    "topk.list_stream_kernel": (96, 64),
+    "topk.list_restore_kernel": (48, 48),
+    "topk.list_refine_kernel": (64, 96),
+    "topk.list_count_kernel": (48, 48),
+    "topk.list_emit_kernel": (64, 64),
     "topk.scatter_kernel": (48, 32),
     "topk.bounds_kernel": (32, 32),
     "topk.sum_kernel": (64, 48),
@@ -33,12 +40,17 @@ BUDGETS = {
     "chunk_topk.compress_kernel": (120, 80),
     "chunk_topk.decompress_kernel": (88, 56),
 }
-# Variants that need not be fast, because one program runs them.
+# Variants that need not be fast: those of a vector's last tile, and of tensors at any address.
 RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}
+RARE |= {f"topk.list_stream_kernel[{grad}, last]": 128 for grad in ("fp32", "bf16")}
+RARE |= {f"topk.list_stream_kernel[{grad}, unaligned]": 112 for grad in ("fp32", "bf16")}
+# Two words, to have three programs on a processor.
+SPILLED = {("topk.list_stream_kernel[fp32, whole]", "sm_80"): 12}
 # Older versions count histograms by warp votes and keep more of a reduction in registers.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     BUDGETS |= {
         "topk.refine_kernel": (80, 96),
+        "topk.list_refine_kernel": (80, 96),
         "sign.compress_kernel": (128, 64),
     }
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -98,7 +110,7 @@ def test_registers_and_spills(report: dict[str, Any]) -> None:
     for variant, target, found in figures(report):
         budget = BUDGETS[variant.partition("[")[0]][target.startswith("gfx")]
         budget = max(budget, RARE.get(variant, 0))
-        if found["registers"] > budget or found["spills"]:
+        if found["registers"] > budget or found["spills"] > SPILLED.get((variant, target), 0):
             over.append(
                 f"{variant} for {target}: {found['registers']} registers of {budget}, "
                 f"{found['spills']} spilled"

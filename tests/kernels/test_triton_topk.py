@@ -14,7 +14,7 @@ from tests.cases import CASES, GRAD_DTYPES, make
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
-from gck.kernels.topk import gpu, gpu_control, gpu_guess, gpu_stream
+from gck.kernels.topk import gpu, gpu_guess, gpu_stream
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
 from tests.kernels.topk_paths import KNOWN, LIST, SCAN, check, key_of, shrink
@@ -155,7 +155,7 @@ def test_close_values_need_the_exact_key_of_the_sample(monkeypatch: pytest.Monke
 def test_no_hint_changes_the_result(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, 1000)
     data = make(case, SMALL, torch.float32)
-    garbage = [-(2**31), -1, 0, 1, gpu_control.NOTHING.value, 0x7F800000, 0x7F800001, key_of(1.0)]
+    garbage = [-(2**31), -1, 0, 1, 0x7FFFFFFF, 0x7F800000, 0x7F800001, key_of(1.0)]
     for hint in garbage:
         check(gck.TopK(k=60), *data, hint=hint)
 
@@ -215,7 +215,7 @@ def test_what_loses_to_nan_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     grad[7::130] = math.inf  # in tiles with no winner at all
     grad[5] = err[6] = math.nan
     assert check(gck.TopK(k=2), grad, err) == LIST
-    assert check(gck.TopK(k=2), grad, err, hint=gpu_control.NOTHING.value) == LIST
+    assert check(gck.TopK(k=2), grad, err, hint=0x7FFFFFFF) == LIST
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 2**20)
     assert check(gck.TopK(k=2), grad, err) == SCAN
 

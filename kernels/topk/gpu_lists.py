@@ -1,0 +1,171 @@
+"""Top-k of many tensors in as many launches as of one: from each by itself, or from all of them together.
+
+Gradients may differ in dtype: only `sample` and `stream` read them, in a launch a dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.topk.gpu_control import BINS, DIGITS, NONFINITE, WORDS
+from gck.kernels.topk.gpu_guess import (
+    BIN_SHIFT,
+    BLOCK_LINES,
+    GUESS_BLOCK,
+    LINE,
+    SAMPLE_BINS,
+)
+from gck.kernels.topk.gpu_list_kernels import (
+    list_count_kernel,
+    list_emit_kernel,
+    list_guess_kernel,
+    list_refine_kernel,
+    list_restore_kernel,
+    list_sample_kernel,
+    list_stream_kernel,
+)
+from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS, RUN_WARPS
+from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE
+from gck.kernels.topk.gpu_tables import Choice, plan_for
+from gck.payload import index_dtype
+
+LIST_GUESS_WARPS = 8  # of 64-bit sizes
+
+
+def compress_list_(
+    compressors: Sequence[Any],
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    bodies: Sequence[Tensor],
+    nonfinite: Tensor | None,
+) -> None:
+    """Compresses each tensor by itself.
+
+    Args:
+        compressors: one a tensor, all of one value_dtype.
+        grads, errs: flat tensors; residuals are updated in place.
+        bodies: (1, layout(numel).nbytes) uint8 for each tensor, zeroed, at multiples of 16 bytes.
+        nonfinite: see `kernels.common.base`.
+    """
+    # Vectors so long that their indices have 64 bits are few: they take launches of their own.
+    for dtype in (torch.int32, torch.int64):
+        those = [i for i, g in enumerate(grads) if g.numel() and index_dtype(g.numel()) == dtype]
+        if those:
+            fields = [compressors[i].layout(grads[i].numel()).views(bodies[i][0]) for i in those]
+            members = [1] * len(those)
+            _compress([grads[i] for i in those], [errs[i] for i in those], members, fields, nonfinite)
+
+
+def compress_flat_(
+    compressor: Any,
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+) -> None:
+    """Compresses the concatenation of the tensors, whose indices count on from one to the next.
+
+    Args:
+        compressor: selects from all elements together.
+        grads, errs, nonfinite: see `compress_list_`.
+        bodies: (1, layout(numel of all).nbytes) uint8, zeroed.
+    """
+    those = [i for i, grad in enumerate(grads) if grad.numel()]
+    if those:
+        fields = compressor.layout(sum(grads[i].numel() for i in those)).views(bodies[0])
+        _compress([grads[i] for i in those], [errs[i] for i in those], [len(those)], [fields], nonfinite)
+
+
+def _compress(
+    grads: list[Tensor],
+    errs: list[Tensor],
+    members: list[int],
+    fields: list[tuple[Tensor, ...]],
+    nonfinite: Tensor | None,
+) -> None:
+    values, indices = fields[0]
+    origins = (values.data_ptr(), indices.data_ptr())
+    choices = [
+        Choice(v.numel(), count, v.data_ptr() - origins[0], i.data_ptr() - origins[1])
+        for (v, i), count in zip(fields, members, strict=True)
+    ]
+    plan = plan_for(grads, errs, choices)
+    device = grads[0].device
+    tiles, runs = len(plan.tensor_of_tile), len(plan.tensor_of_run)
+    parts, blocks = len(plan.tensor_of_part), len(plan.choice_of_block)
+
+    def scratch(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(count, dtype=dtype, device=device)
+
+    sizes = [len(choices) * WORDS, 2 * plan.groups, len(choices) * SAMPLE_BINS // 2 if blocks else 0]
+    control, groups, bins = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
+    bins = bins.view(torch.int32)
+    keys = scratch(blocks * BLOCK_LINES * LINE, torch.int32)
+    list_, locals_ = scratch(plan.listed, torch.float32), scratch(plan.listed, torch.int16)
+    tile_words, rows, run_counts = scratch(tiles), scratch(runs * ROWS, torch.int32), scratch(2 * runs)
+    if nonfinite is None:
+        nonfinite = control[NONFINITE.value :]
+    tables = (plan.tensors, plan.choices, control)
+    aligned = {"ALIGNED": plan.aligned, "TILE": TILE, **EXACT}
+    run = {**aligned, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": RUN_WARPS}
+    line = {"LINE": LINE, "SHIFT": BIN_SHIFT, "BINS": SAMPLE_BINS, **EXACT}
+    likes = {grad.dtype: grad for grad in grads}
+    with launching_on(grads[0]):
+        for dtype, like in likes.items() if blocks else ():
+            list_sample_kernel[(blocks,)](
+                *(like, plan.tensors, plan.choices, plan.tensor_of_tile, plan.choice_of_block, keys, bins),
+                DTYPE=DTYPE_CODE[dtype],
+                TILE=TILE,
+                BLOCK=BLOCK_LINES,
+                num_warps=4,
+                **line,
+            )
+        list_guess_kernel[(len(choices),)](
+            *(plan.choices, control, keys, bins),
+            BLOCK_LINES=BLOCK_LINES,
+            BLOCK=GUESS_BLOCK,
+            num_warps=LIST_GUESS_WARPS,
+            **line,
+        )
+        for dtype, like in likes.items():
+            for count, whole in ((tiles, True), (len(grads), False)):
+                list_stream_kernel[(count,)](
+                    *(like, *tables, plan.tensor_of_tile, list_, locals_, tile_words),
+                    DTYPE=DTYPE_CODE[dtype],
+                    WHOLE=whole,
+                    num_warps=STREAM_WARPS,
+                    **aligned,
+                )
+        if plan.listed:
+            list_restore_kernel[(runs,)](*tables, plan.tensor_of_run, list_, locals_, tile_words, **run)
+        for digit, (shift, bits) in enumerate(DIGITS):
+            list_refine_kernel[(parts,)](
+                *(*tables, plan.tensor_of_part, list_),
+                DIGIT=digit,
+                LAST_SHIFT=DIGITS[max(digit - 1, 0)][0],
+                SHIFT=shift,
+                BITS=bits,
+                BINS=BINS,
+                num_warps=REFINE_WARPS,
+                **aligned,
+            )
+        counted = (tile_words, rows, run_counts, groups)
+        list_count_kernel[(runs,)](
+            *(*tables, plan.tensor_of_run, list_, *counted),
+            DIGIT=len(DIGITS) - 1,
+            SHIFT=DIGITS[-1][0],
+            BINS=BINS,
+            GROUP=GROUP,
+            **run,
+        )
+        list_emit_kernel[(runs,)](
+            *(*tables, plan.tensor_of_run, list_, locals_, *counted, values, indices, nonfinite),
+            GROUP=GROUP,
+            **run,
+        )

@@ -1,0 +1,163 @@
+"""Which program works on what, where one call compresses many tensors.
+
+A selection picks k entries from one or more tensors, its members, which follow each other in the call. Every
+program finds its tensor or its selection in a map, and the rest in a table with a row a tensor and one with
+a row a selection. They are built on the host and kept on the device by what they follow from, so that a
+captured graph, and a training loop whose gradients stay in place, copy nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.topk import gpu_guess
+from gck.kernels.topk.gpu_guess import LINE
+from gck.kernels.topk.gpu_select import GROUP, ROWS
+from gck.kernels.topk.gpu_stream import TILE
+
+LONG_RUNS_FROM = 64  # tiles of a tensor from which a run is ROWS of them
+PART_TILES = 16  # tiles of a tensor for each program of `refine`
+KEPT = 64  # plans that are remembered
+
+# Words of a tensor's row. Tiles, runs and parts are numbered over all tensors.
+GRAD = tl.constexpr(0)  # addresses
+ERR = tl.constexpr(1)
+NUMEL = tl.constexpr(2)
+DTYPE = tl.constexpr(3)
+ORIGIN = tl.constexpr(4)  # index of its first element
+SELECTION = tl.constexpr(5)
+FIRST_TILE = tl.constexpr(6)
+FIRST_RUN = tl.constexpr(7)
+RUN_TILES = tl.constexpr(8)
+FIRST_PART = tl.constexpr(9)
+PARTS = tl.constexpr(10)
+TENSOR = tl.constexpr(11)
+
+# Words of a selection's row.
+K = tl.constexpr(0)
+TOTAL = tl.constexpr(1)  # elements
+CAPACITY = tl.constexpr(2)
+LIST_AT = tl.constexpr(3)
+VALUES = tl.constexpr(4)  # in bytes after those of the first selection
+INDICES = tl.constexpr(5)
+S_FIRST_TILE = tl.constexpr(6)
+S_FIRST_RUN = tl.constexpr(7)
+S_FIRST_GROUP = tl.constexpr(8)
+S_FIRST_PART = tl.constexpr(9)
+S_PARTS = tl.constexpr(10)
+FIRST_BLOCK = tl.constexpr(11)  # of its sample's lines
+BLOCKS = tl.constexpr(12)  # 0: nothing is sampled, and nothing listed
+LINES = tl.constexpr(13)
+STRIDE = tl.constexpr(14)  # of the lines, in lines
+DENSITY = tl.constexpr(15)  # k / total, the bits of an fp32
+CHOICE = tl.constexpr(16)
+
+
+class Choice(NamedTuple):
+    """A selection: how many of its members' elements it keeps, and where they go, in bytes after the first
+    selection's."""
+
+    k: int
+    members: int
+    values: int
+    indices: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tables and maps of one call, and the sizes of its grids."""
+
+    groups: int
+    listed: int  # the capacity of all lists together
+    aligned: bool
+    host: Tensor  # what a captured copy reads at each replay
+    tensors: Tensor
+    choices: Tensor
+    tensor_of_tile: Tensor
+    tensor_of_run: Tensor
+    tensor_of_part: Tensor
+    choice_of_block: Tensor
+
+
+_plans: dict[object, Plan] = {}
+_captured: list[Plan] = []  # graphs read them for as long as they are replayed: they stay for good
+
+
+def plan_for(grads: Sequence[Tensor], errs: Sequence[Tensor], choices: Sequence[Choice]) -> Plan:
+    """The plan of a call with these tensors, none of them empty.
+
+    A captured call whose plan was made before, by the same call in warm-up, copies nothing; otherwise each
+    replay copies the tables.
+    """
+    device = grads[0].device
+    places = tuple((g.data_ptr(), e.data_ptr(), g.numel(), g.dtype) for g, e in zip(grads, errs, strict=True))
+    key = (device, places, tuple(choices), TILE)
+    known = _plans.pop(key, None)
+    plan = known or _make(places, choices, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing:
+        _captured.append(plan)
+    if known or not capturing:
+        _plans[key] = plan  # the last one used is the last to go
+        if len(_plans) > KEPT:
+            del _plans[next(iter(_plans))]
+    return plan
+
+
+Place = tuple[int, int, int, torch.dtype]  # addresses of a gradient and its residual, elements, dtype
+
+
+def _make(places: Sequence[Place], choices: Sequence[Choice], device: torch.device) -> Plan:
+    tensors: list[list[int]] = []
+    rows: list[list[int]] = []
+    tiles: list[int] = []
+    runs: list[int] = []
+    parts: list[int] = []
+    blocks: list[int] = []
+    groups = listed = 0
+    for row, choice in enumerate(choices):
+        first_tile, first_run, first_part = sum(tiles), sum(runs), sum(parts)
+        total = 0
+        for grad, err, numel, dtype in places[len(tensors) : len(tensors) + choice.members]:
+            count = -(-numel // TILE)
+            run_tiles = ROWS if count >= LONG_RUNS_FROM else 1
+            part_count = -(-count // PART_TILES)
+            position = [sum(tiles), sum(runs), run_tiles, sum(parts), part_count]
+            tensors.append([grad, err, numel, DTYPE_CODE[dtype], total, row, *position])
+            tiles.append(count)
+            runs.append(-(-count // run_tiles))
+            parts.append(part_count)
+            total += numel
+        listing = gpu_guess.listing(total, choice.k)
+        capacity = gpu_guess.list_capacity(total, choice.k) if listing else 0
+        lines = gpu_guess.sample_lines(total) if listing else 0
+        stride = (sum(tiles) - first_tile) * TILE // LINE // max(lines, 1)
+        line_blocks = gpu_guess.sample_blocks(lines)
+        density = struct.unpack("i", struct.pack("f", choice.k / total))[0]
+        place = [choice.k, total, capacity, listed, choice.values, choice.indices]
+        first = [first_tile, first_run, groups, first_part, sum(parts) - first_part]
+        rows.append([*place, *first, sum(blocks), line_blocks, lines, stride, density])
+        blocks.append(line_blocks)
+        groups += -(-(sum(runs) - first_run) // GROUP)
+        listed += -(-capacity // LINE) * LINE
+    maps = [_owners(counts) for counts in (tiles, runs, parts, blocks)]
+    flat = [torch.tensor(table, dtype=torch.int64).view(-1) for table in (tensors, rows)] + maps
+    host = torch.cat(flat)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    split = host.to(device, non_blocking=True).split([len(part) for part in flat])
+    aligned = all(grad % 16 == 0 and err % 16 == 0 for grad, err, _, _ in places)
+    return Plan(groups, listed, aligned, host, *split)
+
+
+def _owners(counts: Sequence[int]) -> Tensor:
+    """The number of the owner of each of the programs that are counted."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
