@@ -58,16 +58,18 @@ def test_extras() -> None:
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
-    assert len(snippets) == 3
-    ten_lines, ddp, collectives = snippets
+    assert len(snippets) == 4
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         scope = {"net": torch.nn.Linear(4, 4), "world_size": 1, "rank": 0}
-        for snippet in (ten_lines, ddp, collectives):
+        for snippet in snippets:
             exec(snippet, scope)
+            if "nbytes" in snippet:
+                assert scope["payload"].nbytes == 80000
     finally:
         dist.destroy_process_group()
-    assert scope["payload"].nbytes == 80000
+    assert len(scope["one_each"]) == 2
+    assert scope["sparse_loco"].layout(2**30).nbytes * 8 / 2**30 == pytest.approx(0.23, abs=0.005)
     assert len(scope["payloads"]) == 1
     assert torch.load(tmp_path / "checkpoint-0.pt")["gck"]["rank"] == 0
 
