@@ -40,7 +40,8 @@ def sparse_decompress(
     out: int,
     numel: int,
     alpha: float,
-    accumulate: bool,
+    clear: bool,
+    add: bool,
     threads: int,
 ) -> tuple[int, int]: ...
 def chunk_topk_compress(

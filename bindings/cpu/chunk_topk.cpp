@@ -12,12 +12,12 @@ namespace gck {
 namespace {
 
 // Memory of one thread. Pages that a chunk does not need are never touched.
-struct Scratch {
+struct ThreadMemory {
   static constexpr size_t kArrays = 9;
   std::unique_ptr<float[]> memory;
   ChunkScratch arrays;
 
-  explicit Scratch(int64_t chunk_size) {
+  explicit ThreadMemory(int64_t chunk_size) {
     const auto room = static_cast<size_t>(chunk_size + kChunkSlack);
     memory.reset(new float[kArrays * room]);
     float* at[kArrays];
@@ -112,7 +112,7 @@ int64_t chunk_topk_compress(const ChunkTopk& job, int threads) {
   const Leaves& isa = leaves();
   const int parts = parts_for(job.numel, threads);
   const int64_t chunks = chunks_of(job.numel, job.chunk_size);
-  std::vector<Scratch> scratch;
+  std::vector<ThreadMemory> scratch;
   for (int t = 0; t < parts; ++t) scratch.emplace_back(job.chunk_size);
   std::vector<int64_t> cleared(static_cast<size_t>(parts));
   for_each_part(parts, [&](int t) {

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -43,11 +44,12 @@ Scratch::Scratch(size_t bytes) {
 }
 
 Scratch::~Scratch() {
+  auto* base = static_cast<char*>(run_.first);
+  const size_t share = padded(kKept / std::max<size_t>(regions_.size(), 1));
   for (const auto& [offset, bytes] : regions_) {
-    if (bytes > kKept) {
-      ::madvise(static_cast<char*>(run_.first) + offset + kKept, bytes - kKept, MADV_DONTNEED);
-    }
+    if (bytes > share) ::madvise(base + offset + share, bytes - share, MADV_DONTNEED);
   }
+  if (used_ < run_.second) ::madvise(base + used_, run_.second - used_, MADV_DONTNEED);
   if (auto* mine = new (std::nothrow) Run(run_)) {
     for (auto& slot : kept) {
       Run* none = nullptr;

@@ -8,13 +8,13 @@
 
 namespace gck {
 
-// A run of memory that is mapped but not touched: pages come as they are written to. The process keeps a few
-// runs between calls, one for each thread that calls at the same time.
+// A run of memory that is mapped but not touched: pages come as they are written to. The process keeps up to
+// eight runs between calls, for threads that call at the same time, with at most kKept bytes of pages each.
 class Scratch {
  public:
   // Throws std::bad_alloc where there is no address space left.
   explicit Scratch(size_t bytes);
-  // Keeps the run for a next call, but gives back the pages beyond the first kKept bytes of a region.
+  // Keeps the run for a next call, but gives back pages beyond kKept bytes: those at the ends of regions.
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -25,7 +25,7 @@ class Scratch {
 
   static size_t padded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-  static constexpr size_t kKept = size_t{32} << 20;
+  static constexpr size_t kKept = size_t{64} << 20;
 
  private:
   static constexpr size_t kPage = 4096;

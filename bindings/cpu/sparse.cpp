@@ -57,20 +57,22 @@ BadIndex check(const SparseJob& job) {
 }
 
 template <typename Index, Dtype D>
-void add_rows(const SparseJob& job, int64_t begin, int64_t end) {
+void add_rows(const SparseJob& job, int64_t begin, int64_t end, int64_t* next) {
   const Leaves& isa = leaves();
   const size_t rows = job.rows.size();
-  std::vector<int64_t> next(rows);  // the first entry of each row that is not yet added
+  // next: the first entry of each row that is not yet added
   for (size_t row = 0; row < rows; ++row) {
     const auto* indices = static_cast<const Index*>(job.rows[row].indices);
-    next[row] = std::lower_bound(indices, indices + job.count, static_cast<Index>(begin)) - indices;
+    next[row] = std::lower_bound(indices, indices + job.count, begin,
+                                 [](Index index, int64_t at) { return index < at; }) -
+                indices;
   }
-  const bool write = !job.accumulate && rows == 1, past_caches = job.numel >= kPastCaches;
+  const bool past_caches = job.numel >= kPastCaches;
   alignas(64) float fresh[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t stop = std::min(at + kTile, end);
-    float* tile = job.accumulate ? job.out + at : fresh;
-    if (!job.accumulate) std::fill_n(fresh, stop - at, 0.0f);
+    float* tile = job.clear ? fresh : job.out + at;
+    if (job.clear) std::fill_n(fresh, stop - at, 0.0f);
     for (size_t row = 0; row < rows; ++row) {
       const auto* indices = static_cast<const Index*>(job.rows[row].indices);
       const void* values = job.rows[row].values;
@@ -78,11 +80,11 @@ void add_rows(const SparseJob& job, int64_t begin, int64_t end) {
       for (; j < job.count && indices[j] < stop; ++j) {
         const float value = job.alpha * load_widened(values, D, j);
         float& place = tile[indices[j] - at];
-        place = write ? value : place + value;
+        place = job.add ? place + value : value;
       }
       next[row] = j;
     }
-    if (job.accumulate) continue;
+    if (!job.clear) continue;
     if (past_caches) {
       isa.copy_out(fresh, job.out + at, stop - at);
     } else {
@@ -94,15 +96,18 @@ void add_rows(const SparseJob& job, int64_t begin, int64_t end) {
 template <typename Index>
 void decompress(const SparseJob& job) {
   const int parts = parts_for(job.numel, job.threads);
+  const size_t rows = job.rows.size();
+  std::vector<int64_t> positions(rows * static_cast<size_t>(parts));
   for_each_part(parts, [&](int t) {
     const auto [begin, end] = part_of(job.numel, parts, t, 64);
+    int64_t* next = positions.data() + rows * static_cast<size_t>(t);
     switch (job.value_dtype) {
       case Dtype::fp32:
-        return add_rows<Index, Dtype::fp32>(job, begin, end);
+        return add_rows<Index, Dtype::fp32>(job, begin, end, next);
       case Dtype::bf16:
-        return add_rows<Index, Dtype::bf16>(job, begin, end);
+        return add_rows<Index, Dtype::bf16>(job, begin, end, next);
       case Dtype::fp16:
-        return add_rows<Index, Dtype::fp16>(job, begin, end);
+        return add_rows<Index, Dtype::fp16>(job, begin, end, next);
     }
   });
 }

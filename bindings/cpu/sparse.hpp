@@ -21,7 +21,7 @@ struct SparseJob {
   float* out;
   int64_t numel;
   float alpha;
-  bool accumulate;
+  bool clear, add;
   int threads;
 };
 
@@ -29,9 +29,9 @@ struct BadIndex {
   int64_t row, position;
 };
 
-// out = the sum of alpha * decoded over the rows, in their order, one addition a row; added to out as it is,
-// or to zeros, where a single row is written without an addition, which would turn -0 into 0. Returns
-// {-1, -1}, or the first index that is out of range or not above the one before it; then nothing was written.
+// alpha * decoded of each row in turn: clear sets out to zeros first, add adds to what is there instead of
+// writing over it. (To write a single row to zeros keeps a -0 that adding would lose.) Returns {-1, -1}, or
+// the first index that is out of range or not above the one before it; then nothing was written.
 BadIndex sparse_decompress(const SparseJob& job);
 
 }  // namespace gck

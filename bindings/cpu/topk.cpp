@@ -33,6 +33,9 @@ constexpr int64_t kMaxPart = int64_t{1} << 31;  // list positions are 32 bits
 // behind that for the rest of a vector.
 constexpr int64_t kSpare = 32, kBehind = 32;
 
+// Lists nothing: with ties counted every NaN is the one that gck lets out, whose key is below.
+constexpr Guess kNothing{kNanKey + 1, true, false};
+
 // A stretch of one run, inside one part.
 struct Piece {
   const void* grad;
@@ -375,7 +378,7 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
     const Sampled second = guess_by_sample(runs, job.numel, job.k, 1);
     if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
   } else {
-    stream(job, parts, Lists(parts, 0), {INT32_MAX, false, false}, true);
+    stream(job, parts, Lists(parts, 0), kNothing, true);
   }
   const Selection selection = select_largest(groups_of(parts), job.k, job.threads);
   emit_from_err(job, parts, selection);

@@ -27,12 +27,12 @@ struct TopkJob {
 };
 
 // Writes the k largest entries of grad + err, ascending by index, and leaves acc - decoded in err.
-// Returns the number of residuals cleared because not finite. Its large buffers are allocated before the
-// first write, so that std::bad_alloc from them leaves err as it was.
+// Returns the number of residuals cleared because not finite. The lists are allocated before the
+// first write, so that std::bad_alloc from them leaves err as it was; smaller allocations follow.
 int64_t topk_compress(const TopkJob& job);
 
 // The same for jobs of their own, with `threads` threads for all: large ones in turn, with all threads, small
-// ones side by side.
+// ones side by side. Where memory runs out, some jobs may be done already.
 int64_t topk_compress_each(std::vector<TopkJob> jobs, int threads);
 
 }  // namespace gck

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from gck.kernels.common import checks
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register
 from gck.payload import ChunkSparse, PackedSigns, Payload, SparseGrad
-from gck.wire import body_of, layout_of
+from gck.wire import ALIGNMENT, body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
 
 
-def decompress(payload: Payload | Sequence[Payload], out: Array | None = None) -> Tensor:
+def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor:
     """The dense vector that a receiver of `payload` sees; of several payloads, the sum of theirs.
 
     Args:
@@ -32,6 +31,8 @@ def decompress(payload: Payload | Sequence[Payload], out: Array | None = None) -
 
     Returns:
         out, or a new (numel,) fp32 tensor.
+
+    Single payloads trace under torch.compile; lists, whose place in memory is looked at, do not.
 
     Raises:
         ShapeMismatchError: out has another number of elements than the payload, or payloads differ.
@@ -44,7 +45,7 @@ def decompress(payload: Payload | Sequence[Payload], out: Array | None = None) -
     return _decode("decompress", out, payload, 1.0, False)
 
 
-def decompress_add_(out: Array, payload: Payload | Sequence[Payload], alpha: float = 1.0) -> Tensor:
+def decompress_add_(out: Array, payload: Payload | list[Any], alpha: float = 1.0) -> Tensor:
     """Adds alpha * decompress(payload) to out: one product and one sum in fp32 an element.
 
     Of several payloads, one product and one sum each, in their order.
@@ -54,9 +55,9 @@ def decompress_add_(out: Array, payload: Payload | Sequence[Payload], alpha: flo
     return _decode("decompress_add_", out, payload, alpha, True)
 
 
-def _first(function: str, payload: Payload | Sequence[Payload]) -> Payload:
+def _first(function: str, payload: Payload | list[Any]) -> Payload:
     if not isinstance(payload, list):
-        return cast(Payload, payload)
+        return payload
     if not payload:
         raise ArgumentError(f"{function}: payload must be a payload or a list of at least one, got []")
     return cast(Payload, payload[0])
@@ -87,7 +88,7 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
 
 
 def _decode(
-    function: str, out: Array, payload: Payload | Sequence[Payload], alpha: float, accumulate: bool
+    function: str, out: Array, payload: Payload | list[Any], alpha: float, accumulate: bool
 ) -> Tensor:
     first = _first(function, payload)
     name, fields, options = _parts(function, first)
@@ -110,11 +111,11 @@ def _decode(
     return out
 
 
-def _bodies(function: str, payloads: Sequence[Payload], fields: list[Tensor], options: list[int]) -> Tensor:
+def _bodies(function: str, payloads: list[Any], fields: list[Tensor], options: list[int]) -> Tensor:
     """(W, nbytes) uint8: the payloads' bodies, in one buffer. Copied unless they lie in one already."""
     bodies = []
     for index, payload in enumerate(payloads):
-        _, own, own_options = _parts(function, payload)
+        _, own, own_options = _parts(f"{function}: payload {index}", payload)
         alike = type(payload) is type(payloads[0]) and own_options == options
         if not alike or payload.numel != payloads[0].numel or layout_of(*own) != layout_of(*fields):
             raise ShapeMismatchError(
@@ -125,10 +126,15 @@ def _bodies(function: str, payloads: Sequence[Payload], fields: list[Tensor], op
         bodies.append(body_of(*own))
     stride = bodies[1].data_ptr() - bodies[0].data_ptr() if len(bodies) > 1 else 0
     storage = bodies[0].untyped_storage()
-    in_place = stride >= bodies[0].numel() and all(
-        body.untyped_storage().data_ptr() == storage.data_ptr()
-        and body.data_ptr() - bodies[0].data_ptr() == index * stride
-        for index, body in enumerate(bodies)
+    aligned = stride % ALIGNMENT == 0 and bodies[0].storage_offset() % ALIGNMENT == 0
+    in_place = (
+        aligned
+        and stride >= bodies[0].numel()
+        and all(
+            body.untyped_storage().data_ptr() == storage.data_ptr()
+            and body.data_ptr() - bodies[0].data_ptr() == index * stride
+            for index, body in enumerate(bodies)
+        )
     )
     if not in_place:
         return torch.stack(bodies)

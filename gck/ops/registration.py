@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import NoneType
 from typing import Any, Protocol
 
 import torch
@@ -34,18 +33,19 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether dispatching an operator on these tensors would do nothing but call its kernel.
 
-    That is: nobody traces, no mode looks on, no tensor is of a class of its own. Calling the kernel directly
-    then spares more than a small kernel's own time.
+    That is: nobody traces or profiles, no mode looks on, no tensor is of a class of its own or negated
+    lazily. Calling the kernel directly then spares more than a small kernel's own time.
     """
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(tensor) in _PLAIN for tensor in tensors)
+        and not torch._C._autograd._profiler_enabled()
+        and all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, NoneType)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def compress(

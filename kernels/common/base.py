@@ -197,7 +197,8 @@ class KernelCompressor(ABC):
                 f"{function}: bodies must be ({rows}, {layout.nbytes}), got {tuple(bodies.shape)}"
             )
         self.check_fields(function, out.numel(), layout.views(bodies[0]))
-        checks.check_no_overlap(function, out=out, bodies=bodies)
+        rows_of = {f"payload {row}": body for row, body in enumerate(bodies)}
+        checks.check_no_overlap(function, out=out, **rows_of)
         alpha = checks.check_alpha(function, alpha)
         kernels = backend(function, self.package, out.device)
         if out.numel() and hasattr(kernels, "decompress_sum_"):

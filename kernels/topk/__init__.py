@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from types import NoneType
 from typing import ClassVar
 
 import torch
@@ -58,7 +59,8 @@ class TopK(KernelCompressor):
 
     def layout(self, numel: int) -> Layout:
         # Tracing may bring symbolic sizes, which have no hash.
-        place = _layout if type(numel) is int else _layout.__wrapped__
+        hashable = type(numel) is int and type(self.k) in (int, NoneType)
+        place = _layout if hashable else _layout.__wrapped__
         return place(self, numel)
 
     @classmethod

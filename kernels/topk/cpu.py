@@ -110,6 +110,7 @@ def decompress_(
         out.data_ptr(),
         out.numel(),
         alpha,
+        not accumulate,
         accumulate,
         num_threads(),
     )
@@ -133,7 +134,8 @@ def decompress_sum_(
         out.data_ptr(),
         out.numel(),
         alpha,
-        accumulate,
+        not accumulate,
+        True,
         num_threads(),
     )
     if bad >= 0:
