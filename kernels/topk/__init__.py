@@ -58,9 +58,9 @@ class TopK(KernelCompressor):
         return None
 
     def layout(self, numel: int) -> Layout:
-        # Tracing may bring symbolic sizes, which have no hash.
-        hashable = type(numel) is int and type(self.k) in (int, NoneType)
-        place = _layout if hashable else _layout.__wrapped__
+        # Tracing may bring symbolic sizes, which have no hash, and looks through caches anyway.
+        cached = type(numel) is int and type(self.k) in (int, NoneType) and not torch.compiler.is_compiling()
+        place = _layout if cached else _layout.__wrapped__
         return place(self, numel)
 
     @classmethod
