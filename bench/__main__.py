@@ -48,7 +48,7 @@ def main(
         report = report.get("benchmark", report)
         if report.get("schema") != reporting.SCHEMA:
             raise typer.BadParameter(
-                f"{again} is of schema {report.get('schema')}, not {reporting.SCHEMA}: take it anew",
+                f"schema {report.get('schema')} is not {reporting.SCHEMA}; take it anew: {again}",
                 param_hint="--again",
             )
     else:

@@ -182,7 +182,7 @@ def test_a_report_can_be_shown_again(report: dict[str, Any], run: Any, tmp_path:
     old.write_text(json.dumps(report | {"schema": 1}))
     refused = python("-m", "bench", "--again", old, "--out", tmp_path / "none")
     assert refused.returncode == 2
-    assert "of schema 1" in refused.stderr
+    assert "schema 1 is not 2" in refused.stderr
     assert not (tmp_path / "none").exists()
 
 
