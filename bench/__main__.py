@@ -46,6 +46,11 @@ def main(
     if again is not None:
         report = json.loads(again.read_text())
         report = report.get("benchmark", report)
+        if report.get("schema") != reporting.SCHEMA:
+            raise typer.BadParameter(
+                f"schema {report.get('schema')} is not {reporting.SCHEMA}; take it anew: {again}",
+                param_hint="--again",
+            )
     else:
         report = _measure(out, device, only or list(FILES), quick)
     reporting.show(report, console)

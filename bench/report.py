@@ -14,9 +14,10 @@ from bench.charts import draw
 from bench.inputs import GAUSSIAN
 from bench.suite import GCK, short
 
-__all__ = ["complete", "show", "tables", "topics", "write"]
+__all__ = ["SCHEMA", "complete", "show", "tables", "topics", "write"]
 
 Record = dict[str, Any]
+SCHEMA = 2
 LEGEND = (
     "Medians; IQR as a part of the median. floor: err.add_(grad), timed before each round on buffers of the "
     "same pool; fp32 floor: the same with the gradient in fp32, 12 bytes an element; best: least time over "
@@ -39,7 +40,7 @@ def complete(records: list[Record], machine: dict[str, Any], *, quick: bool, fai
             common = by_setting[(*_setting(record)[:-1], GAUSSIAN)]
             if common:
                 record["times_common_input"] = record["seconds"] / common[0]["seconds"]
-    return {"schema": 2, "quick": quick, "machine": machine, "failed": failed, "records": records}
+    return {"schema": SCHEMA, "quick": quick, "machine": machine, "failed": failed, "records": records}
 
 
 def write(report: Record, folder: Path) -> list[Path]:

@@ -176,6 +176,18 @@ def test_verification_notices_wrong_sums(small_pool: Pool) -> None:
         bench_decode._verify(bench_decode._decompress, bench_decode._index_add_, 3, 0.1, small_pool)
 
 
+def test_a_report_can_be_shown_again(report: dict[str, Any], run: Any, tmp_path: Path) -> None:
+    done = python("-m", "bench", "--again", run[1] / "bench.json", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "bench.json").read_text()) == report
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(report | {"schema": 1}))
+    refused = python("-m", "bench", "--again", old, "--out", tmp_path / "none")
+    assert refused.returncode == 2
+    assert "schema 1 is not 2" in refused.stderr
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.fixture
 def small_pool() -> Pool:
     return Pool(5_003, torch.float32, torch.device("cpu"), beyond_cache=False)
