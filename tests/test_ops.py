@@ -430,3 +430,19 @@ def test_autograd_notices_the_mutation() -> None:
     gck.sign_ef_(torch.ones(64), err)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_k_may_change_while_compiled() -> None:
+    step = torch.compile(lambda g, e, k: gck.topk_ef_(g, e, k=k).indices, fullgraph=True, backend="aot_eager")
+    grad, _ = pair(300)
+    for k in (3, 5, 7):
+        wanted = gck.topk(grad, k=k).indices
+        assert torch.equal(step(grad, torch.zeros(300), k), wanted)
+
+
+def test_eager_calls_show_in_a_profile_and_negated_views_are_negated() -> None:
+    grad, _ = pair(300)
+    with torch.profiler.profile() as profile:
+        gck.topk(grad, k=3)
+    assert "gck::topk" in {event.key for event in profile.key_averages()}
+    assert same_bytes(gck.topk(torch._neg_view(grad), k=3).values, gck.topk(-grad, k=3).values)

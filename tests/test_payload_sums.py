@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gck
-from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, ShapeMismatchError
+from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, LayoutError, ShapeMismatchError
 from gck.ops import decode
 from gck.wire import body_of, layout_of
 from tests.cases import make, one_nan, same_bytes
@@ -119,9 +119,9 @@ def test_a_corrupt_payload_changes_nothing(wrong: str, position: int, row: int, 
     else:
         indices[place] = -1 if wrong == "negative" else n
     # The first entry at which something is wrong: after one that is too large, its successor is as well.
-    text = (
-        rf"^decompress: payload {row}: indices must ascend within \[0, {n}\), got -?\d+ at position {place}$"
-    )
+    function = "decompress_add_" if accumulate else "decompress"
+    where = rf"\[0, {n}\), got -?\d+ at position {place}$"
+    text = rf"^{function}: payload {row}: indices must ascend within {where}"
     out = torch.arange(float(n))
     call = gck.decompress_add_ if accumulate else lambda o, p: gck.decompress(p, out=o)
     with pytest.raises(CorruptPayloadError, match=text):
@@ -151,3 +151,21 @@ def test_bad_lists_change_nothing() -> None:
     with pytest.raises(ShapeMismatchError, match="out has 999 elements, the payload is of 1000"):
         gck.decompress([one, one], out=out[:999])
     assert torch.equal(out, torch.arange(1000.0))
+
+
+def test_an_out_on_one_of_the_payloads_is_refused() -> None:
+    payloads, _ = gathered([topk(10_000, rank) for rank in range(2)])
+    lies_on = payloads[1].values
+    before = [field.clone() for payload in payloads for field in payload.fields]
+    with pytest.raises(LayoutError, match=r"decompress: .*overlap in memory"):
+        gck.decompress(
+            [payload._replace(numel=lies_on.numel()) for payload in (payloads[0], payloads[1])], out=lies_on
+        )
+    after = [field for payload in payloads for field in payload.fields]
+    assert all(same_bytes(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_sum_of_one_starts_from_zero() -> None:
+    payload = gck.SparseGrad(torch.tensor([-0.0]), torch.tensor([1], dtype=torch.int32), 3)
+    assert not gck.decompress([payload]).signbit().any()
+    assert gck.decompress(payload).signbit().tolist() == [False, True, False]

@@ -70,10 +70,12 @@ void* Scratch::region(size_t bytes) {
 
 void populate(void* start, size_t bytes) {
 #if defined(MADV_POPULATE_WRITE)
-  constexpr size_t kPage = 4096;
+  constexpr size_t kPage = 4096, kLargePagesPay = size_t{8} << 20;
   const auto begin = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
   const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kPage * kPage;
-  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+  if (begin >= end) return;
+  if (end - begin >= kLargePagesPay) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
 #endif
 }
 

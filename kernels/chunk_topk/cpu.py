@@ -93,6 +93,6 @@ def _decompress(
         rank, chunk = divmod(place, compressor.chunks(out.numel()))
         valid = min(compressor.chunk_size, out.numel() - chunk * compressor.chunk_size)
         raise CorruptPayloadError(
-            f"decompress: indices of a chunk must ascend within [0, {valid}), but entry {entry} of chunk "
+            f"indices of a chunk must ascend within [0, {valid}), but entry {entry} of chunk "
             f"{chunk} does not" + (f" in body {rank}" if ranks > 1 else "")
         )

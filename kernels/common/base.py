@@ -18,6 +18,8 @@ and `reference`, the oracle, which shares no code with them,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
@@ -178,7 +180,8 @@ class KernelCompressor(ABC):
         self.check_fields(function, out.numel(), fields)
         kernels = backend(function, self.package, out.device)
         if out.numel():
-            kernels.decompress_(self, _flat(out), fields, alpha, accumulate)
+            with _naming(function):
+                kernels.decompress_(self, _flat(out), fields, alpha, accumulate)
 
     def decompress_sum(
         self,
@@ -202,7 +205,8 @@ class KernelCompressor(ABC):
         alpha = checks.check_alpha(function, alpha)
         kernels = backend(function, self.package, out.device)
         if out.numel() and hasattr(kernels, "decompress_sum_"):
-            kernels.decompress_sum_(self, _flat(out), bodies, layout, alpha, accumulate)
+            with _naming(function):
+                kernels.decompress_sum_(self, _flat(out), bodies, layout, alpha, accumulate)
             return
         # Nothing is written to out before all rows have been accepted.
         total = out.clone() if accumulate else torch.zeros_like(out)
@@ -217,3 +221,12 @@ class KernelCompressor(ABC):
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 1 else tensor.view(-1)
+
+
+@contextmanager
+def _naming(function: str) -> Iterator[None]:
+    """Kernels say what is wrong with a payload; the error says who was called, too."""
+    try:
+        yield
+    except CorruptPayloadError as error:
+        raise CorruptPayloadError(f"{function}: {error}") from None

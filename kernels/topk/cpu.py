@@ -144,6 +144,6 @@ def decompress_sum_(
 
 def _corrupt(which: str, out: Tensor, position: int, indices: Tensor) -> CorruptPayloadError:
     return CorruptPayloadError(
-        f"decompress: {which}indices must ascend within [0, {out.numel()}), got {int(indices[position])} "
+        f"{which}indices must ascend within [0, {out.numel()}), got {int(indices[position])} "
         f"at position {position}"
     )

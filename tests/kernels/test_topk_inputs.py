@@ -192,3 +192,13 @@ def test_any_multiset(pair: tuple[Tensor, Tensor], data: st.DataObject) -> None:
     k = data.draw(st.one_of(st.sampled_from(counts(grad, err)), st.integers(1, grad.numel())))
     value_dtype = data.draw(st.sampled_from(GRAD_DTYPES))
     check_case(gck.TopK(k=k, value_dtype=value_dtype), "cpu", grad, err)
+
+
+@pytest.mark.parametrize("n", [1000, 70_001])
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001 - 2**32])
+def test_any_nan_reaches_the_receiver(n: int, bits: int) -> None:
+    """Whatever bits a NaN has, the largest pattern among them: the path for k > n / 2 once lost that one."""
+    grad = torch.zeros(n)
+    grad.view(torch.int32)[7] = bits
+    for k in (1, n // 100, n // 2 + 1, n):
+        check_case(gck.TopK(k=k), "cpu", grad, torch.zeros(n))
