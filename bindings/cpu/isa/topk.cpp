@@ -45,7 +45,9 @@ inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err,
 // Losers go back to places that lie far apart: memory is asked for several at a time.
 inline void ask_for_losers(const Candidates& list, const float* err, int64_t j, int32_t threshold) {
   if (j + kLanes > list.count) return;
-  for (Mask lose = ~key_ge(load(list.values + j), threshold) & 0xffffu; lose; lose &= lose - 1) {
+  const Vec acc = load(list.values + j);
+  // What is not finite goes nowhere.
+  for (Mask lose = ~(key_ge(acc, threshold) | key_ge(acc, kInfKey)) & 0xffffu; lose; lose &= lose - 1) {
     __builtin_prefetch(err + list.indices[j + __builtin_ctz(lose)], 1);
   }
 }
