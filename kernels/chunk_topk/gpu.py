@@ -38,7 +38,9 @@ ENTRIES = 1024  # entries of a chunk that are decoded together
 def _group_floor(b_key, ROWS: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr):
     """The least of GROUPS group maxima of each row: at least GROUPS of its keys reach it."""
     b_maximum = tl.max(tl.reshape(b_key, (ROWS, SIZE // GROUPS, GROUPS)), 1)
-    return tl.maximum(tl.min(b_maximum, 1), 0)
+    # By way of a column, because Triton 3.6 fails on the floor that comes from one reduction of another: it
+    # makes it anew in the layout of each use, and loses count of those.
+    return tl.reshape(tl.maximum(tl.min(b_maximum, 1, keep_dims=True), 0), (ROWS,))
 
 
 @triton.jit

@@ -52,6 +52,9 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         "topk.refine_kernel": (80, 96),
         "topk.list_refine_kernel": (80, 96),
         "sign.compress_kernel": (128, 64),
+        # As many programs fit on a processor as with 120: two of 8 warps, one of 16.
+        "chunk_topk.compress_kernel": (128, 80),
+        "chunk_topk.decompress_kernel": (96, 56),
     }
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
