@@ -37,6 +37,9 @@ runpy.run_module("bench", run_name="__main__", alter_sys=True)
 """
 
 
+# One worker runs the suite, once.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("bench")]
+
 # A topic is a file of the suite.
 TOPICS = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
 
@@ -44,7 +47,7 @@ TOPICS = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("be
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# One worker builds the wheel, once.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("packaging")]
+
 ROOT = Path(__file__).parent.parent
 
 CHECK = """

@@ -14,7 +14,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+# One worker compiles, once.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("ahead of time")]
 
 # Registers a thread, (NVIDIA, AMD): what the worst variant of the kernel needs, and a little headroom.
 BUDGETS = {
