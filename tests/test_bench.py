@@ -20,7 +20,6 @@ from tests.cases import same_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.xdist_group("bench")  # share one run of the suite
 
 # Runs the suite as where pytest-benchmark is not installed, and with a peer that computes something else.
 BROKEN_PEER_WITHOUT_PLUGIN = """

@@ -48,7 +48,6 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("gck-*.whl"))
 
 
-@pytest.mark.xdist_group("packaging")
 def test_sdist_holds_the_sources(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
@@ -61,7 +60,6 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
     assert not [name for name in names if name.endswith(".so")]
 
 
-@pytest.mark.xdist_group("packaging")
 def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"gck/kernels/topk/gpu.py", "gck/collectives/two_phase.py", "gck/_C.pyi", "gck/py.typed"} <= set(
@@ -71,7 +69,6 @@ def test_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert {name.split("/")[0].split("-")[0] for name in names} == {"gck"}
 
 
-@pytest.mark.xdist_group("packaging")
 def test_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"
