@@ -22,6 +22,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILED, NO_GPU = 1, 2
+MOST_WORKERS = 12  # each holds its own memory on the GPU
 CONSOLE = Console(stderr=True)
 
 
@@ -98,9 +99,12 @@ def build() -> None:
 def run_tests(folder: Path) -> dict[str, Any]:
     """Runs the tests marked `gpu`; no GPU test at all counts as a failure (pytest's status 5)."""
     results = folder / "tests.xml"
+    workers = min(MOST_WORKERS, 3 * (os.cpu_count() or 1) // 4)
+    # References and compilers keep processors busy far longer than kernels keep the GPU.
+    beside = ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 and find_spec("xdist") else []
     status = run(
         "GPU tests", sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-p", "no:cacheprovider",
-        "--durations=5", f"--junitxml={results}",
+        "--durations=5", f"--junitxml={results}", *beside,
     )  # fmt: skip
     return {"exit_status": status, **counts(results)}
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import torch
 
@@ -20,6 +21,14 @@ def poison() -> None:
     """In this mode `torch.empty` is filled with NaN (integers: the largest value), so that nothing
     passes that forgets to write an output."""
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def one_gpu_for_all() -> Iterator[None]:
+    """What a test held of the GPU goes back: other workers need it."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -165,6 +165,7 @@ def needs_memory(gigabytes: int) -> None:
         pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free / 2**30:.0f} free")
 
 
+@pytest.mark.xdist_group("huge")
 def test_topk_past_2_31_elements() -> None:
     needs_memory(32)
     spikes = torch.cat(
@@ -189,6 +190,7 @@ def test_topk_past_2_31_elements() -> None:
     assert int(err.count_nonzero()) == 120
 
 
+@pytest.mark.xdist_group("huge")
 def test_sign_past_2_31_elements() -> None:
     needs_memory(32)
     compressor = gck.Sign(256)

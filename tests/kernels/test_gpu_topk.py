@@ -261,6 +261,7 @@ def spikes() -> tuple[Tensor, Tensor]:
     return places, torch.randperm(200, generator=torch.Generator().manual_seed(0)).float() + 1
 
 
+@pytest.mark.xdist_group("huge")
 def test_ties_past_2_31_elements() -> None:
     """More entries than are not zero: the rest are the first zeros."""
     needs_memory(40)
@@ -281,6 +282,7 @@ def test_ties_past_2_31_elements() -> None:
     assert int(err.count_nonzero()) == 200
 
 
+@pytest.mark.xdist_group("huge")
 def test_a_flat_list_past_2_31_elements() -> None:
     needs_memory(40)
     places, heights = spikes()
