@@ -102,6 +102,8 @@ def run_tests(folder: Path) -> dict[str, Any]:
     workers = min(MOST_WORKERS, 3 * (os.cpu_count() or 1) // 4)
     # References and compilers keep processors busy far longer than kernels keep the GPU.
     beside = ["-n", str(workers), "--dist", "loadgroup"] if workers > 1 and find_spec("xdist") else []
+    # Its plugin warns beside xdist, and a warning is an error.
+    beside += ["-p", "no:benchmark"] if find_spec("pytest_benchmark") else []
     status = run(
         "GPU tests", sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-p", "no:cacheprovider",
         "--durations=5", f"--junitxml={results}", *beside,

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 import gck
 from tests.cases import make, same_bytes
+from tests.kernels.test_gpu import synchronisation_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -46,12 +47,8 @@ def test_public_functions_do_not_synchronise() -> None:
         gck.decompress_add_(out, gck.chunk_topk_ef_(grad, err, value_bits=2))
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_is_an_error():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_public_functions_in_a_graph() -> None:
