@@ -17,6 +17,10 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITO
 # Contraction of a * b + c into one rounding would change bytes, and its default differs by version.
 EXACT = {"enable_fp_fusion": False}
 
+# Two programs of 8 warps fit on a processor for certain: AMD's have room for more than that in any case.
+TOGETHER_PER_PROCESSOR = 2
+TOGETHER = {} if torch.version.hip else {"maxnreg": 128}
+
 PROGRAMS_PER_PROCESSOR = 4
 MAX_PROGRAMS = 1024
 # Without a GPU the kernels run in Triton's interpreter, one program after another: few, but several.
@@ -38,6 +42,12 @@ def most_programs(tensor: Tensor) -> int:
     if tensor.device.type == "cuda":
         return min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _processors(tensor.device))
     return INTERPRETED_PROGRAMS
+
+
+def most_together(tensor: Tensor) -> int | None:
+    """How many programs of 8 warps, launched with TOGETHER, may wait for each other: so many that all of them
+    are on the device once other kernels have ended. None: programs run one after another."""
+    return TOGETHER_PER_PROCESSOR * _processors(tensor.device) if tensor.device.type == "cuda" else None
 
 
 @lru_cache

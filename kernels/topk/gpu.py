@@ -1,15 +1,13 @@
-"""Exact top-k with error feedback on the GPU: guess, stream, refine, emit.
+"""Exact top-k with error feedback on the GPU: guess, stream, refine, emit. A kernel each.
 
-`sample` and `guess` find a low threshold; `stream` reads grad and err once, writes acc = grad + err to err,
-and moves what reaches the threshold to a list; `restore` puts the list back where it was no help; `refine`
-counts keys digit by digit, most significant first, which gives the exact key of the k-th largest element;
-`count` finds how many winners each run of tiles holds, and `emit` writes them in order, and to err what
-they and the losers leave there.
+`guess` brackets the k-th largest key by a sample; `stream` reads grad and err once, writes acc = grad + err
+to err, and moves what reaches the guess to a list; `refine` finds the exact key and how many winners each
+run of tiles holds, from the list or, where that was no help, from err; `emit` writes the winners in order,
+and to err what they and the losers leave there.
 
 Grids follow from the number of elements alone. Every decision is taken on the device (see `gpu_control`), and
-each kernel that has nothing to do in the mode it finds ends at once. Atomic additions of integers place
-and count; no result depends on their order, because a tile's candidates are in order, and tiles are read in
-the order of the vector.
+nothing waits for the host. Atomic additions of integers place and count; no result depends on their order,
+because a tile's candidates are in order, and tiles are read in the order of the vector.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -21,101 +19,82 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gck.kernels.common.launch import EXACT, launching_on, most_programs
-from gck.kernels.topk import gpu_control, gpu_guess
+from gck.kernels.common.launch import (
+    EXACT,
+    INTERPRETED_PROGRAMS,
+    TOGETHER,
+    launching_on,
+    most_together,
+)
+from gck.kernels.topk import gpu_guess
+from gck.kernels.topk.gpu_bracket import BRACKET_WARPS, LINES, bracket_by_hint, bracket_by_sample
 from gck.kernels.topk.gpu_control import (
     BINS,
-    DIGITS,
-    KNOWN,
+    BRACKET_BINS,
     LIST,
-    LISTED,
     NONFINITE,
     QUOTA,
     THRESHOLD,
-    decide,
-    last_decision,
+    WORDS,
     mode_of,
-    note,
 )
 from gck.kernels.topk.gpu_decode import decompress_, decompress_sum_
-from gck.kernels.topk.gpu_guess import (
-    BIN_SHIFT,
-    BLOCK_LINES,
-    GUESS_BLOCK,
-    GUESS_WARPS,
-    LINE,
-    SAMPLE_BINS,
-    guess_by_hint,
-    guess_by_sample,
-    hinted,
-    place_of_line,
-    sample_block,
-)
+from gck.kernels.topk.gpu_emit import emit_listed, emit_scanned
+from gck.kernels.topk.gpu_guess import LINE, hinted
 from gck.kernels.topk.gpu_lists import compress_flat_, compress_list_
-from gck.kernels.topk.gpu_select import (
-    BLOCK,
-    GROUP,
-    REFINE_WARPS,
-    ROWS,
-    RUN_WARPS,
-    count_run,
-    emit_run,
-    refine_part,
+from gck.kernels.topk.gpu_refine import (
+    NEAR_ROOM,
+    PHASES,
+    SEARCH,
+    arrive,
+    near_bin,
+    near_runs,
+    near_threshold,
+    search_phase,
+    wait_for_all,
 )
-from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, restore_run, stream_tile
+from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS
+from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, stream_rest, stream_tile
 
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
-LONG_RUNS_FROM = 4096  # tiles from which a run is ROWS of them, for there are programs enough
+# Entries of a row that are looked at together, and rows that then take few registers, in `refine` and `emit`.
+ROWS_OF_BLOCK = {16: (64, 32), 32: (32, 16), 64: (16, 8), 128: (8, 8), 256: (4, 4)}
+FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
+EMIT_WARPS = 4
+ZEROED = tl.constexpr(2048)  # words at a time
 
 
-@triton.jit(do_not_specialize=["n", "lines", "stride"])
-def sample_kernel(
+@triton.jit(do_not_specialize=["n", "lines", "stride", "capacity", "words"])
+def guess_kernel(
     p_grad,
     p_err,
-    p_keys,
-    p_bins,
+    p_control,
     p_hint,
     n,
     lines,
     stride,
-    HINT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LINE: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    if hinted(p_hint, HINT) <= 0:
-        first = tl.program_id(0) * BLOCK
-        b_line = first + tl.arange(0, BLOCK)
-        b_at = place_of_line(b_line, stride) * LINE
-        b_length = tl.where(b_line < lines, LINE, 0)
-        sample_block(p_grad + b_at, p_err + b_at, b_length, p_keys + first * LINE, p_bins, BLOCK, LINE, SHIFT)
-
-
-@triton.jit(do_not_specialize=["n", "capacity", "lines"])
-def guess_kernel(
-    p_control,
-    p_keys,
-    p_bins,
-    p_hint,
-    n,
     density,
     capacity,
-    lines,
+    words,
     HINT: tl.constexpr,
-    BINS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
     LINE: tl.constexpr,
+    BINS: tl.constexpr,
 ):
+    """One program: clears the control block, which has `words` words, and says where to look."""
+    for first in range(0, words, ZEROED):
+        b_word = first + tl.arange(0, ZEROED)
+        tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)
+    tl.debug_barrier()  # some of them are stored again
     hint = hinted(p_hint, HINT)
     if hint > 0:
-        guess_by_hint(p_control, hint)
+        bracket_by_hint(p_control, hint, BINS)
     else:
-        guess_by_sample(p_control, p_keys, p_bins, lines, n, density, capacity, BINS, SHIFT, BLOCK, LINE)
+        bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE, BINS)
 
 
-@triton.jit(do_not_specialize=["n", "capacity", "first_tile"])
+@triton.jit(do_not_specialize=["n", "capacity"])
 def stream_kernel(
     p_grad,
     p_err,
@@ -123,130 +102,80 @@ def stream_kernel(
     p_locals,
     p_tile,
     p_control,
+    p_bins,
     n,
     capacity,
-    first_tile,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
-    """A tile a program, from first_tile on; all of them are WHOLE, or any may be the last.
-
-    The many whole tiles take fewer registers when the last one is left to a launch of its own.
-    """
-    i_tile = first_tile + tl.program_id(0)
-    if WHOLE:
+    """A tile a program."""
+    i_tile = tl.program_id(0)
+    left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
+    if left == TILE:
         stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, 0, capacity),
-            *(TILE, LISTING),
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, TILE, True, 0, capacity),
+            *(TILE, LISTING, LISTING),
         )
     else:
-        left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
-        stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
+        stream_rest(
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, left, capacity),
             *(TILE, LISTING),
         )
 
 
-@triton.jit(do_not_specialize=["k", "capacity", "tiles", "run_tiles"])
-def restore_kernel(
+@triton.jit(
+    do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "first_phase", "stop_phase"]
+)
+def refine_kernel(
     p_err,
     p_list,
     p_locals,
     p_tile,
-    p_control,
-    k,
-    capacity,
-    tiles,
-    run_tiles,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    if mode_of(p_control, k, capacity) != LIST:
-        first = tl.program_id(0) * run_tiles
-        count = tl.minimum(tiles - first, run_tiles)
-        restore_run(p_err, p_list, p_locals, p_tile, first, count, TILE, ROWS, BLOCK)
-
-
-@triton.jit(do_not_specialize=["n", "k", "capacity"])
-def refine_kernel(
-    p_err,
-    p_list,
-    p_control,
-    n,
-    k,
-    capacity,
-    DIGIT: tl.constexpr,
-    LAST_SHIFT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BITS: tl.constexpr,
-    TILE: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Counts digit DIGIT, the BITS bits from SHIFT on, of the keys that begin with the prefix so far."""
-    mode = mode_of(p_control, k, capacity)
-    if mode != KNOWN:
-        i_program = tl.program_id(0)
-        prefix = tl.cast(0, tl.int32)
-        if DIGIT > 0:
-            prefix, wanted = decide(p_control, k, DIGIT - 1, LAST_SHIFT, BINS)
-            if i_program == 0:
-                note(p_control, prefix, wanted, DIGIT - 1)
-        p_source = p_err
-        length = tl.cast(n, tl.int64)
-        if mode == LIST:
-            p_source = p_list
-            length = tl.load(p_control + LISTED)
-        refine_part(
-            p_source,
-            p_control,
-            length,
-            i_program,
-            tl.num_programs(0),
-            prefix,
-            DIGIT,
-            SHIFT,
-            BITS,
-            TILE,
-            BINS,
-        )
-
-
-@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles"])
-def count_kernel(
-    p_err,
-    p_list,
-    p_tile,
     p_rows,
-    p_runs,
     p_groups,
     p_control,
+    p_bins,
+    p_near,
     n,
     k,
     capacity,
     tiles,
+    runs,
     run_tiles,
-    DIGIT: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BINS: tl.constexpr,
+    first_phase,
+    stop,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    BINS: tl.constexpr,
+    BRACKET_BINS: tl.constexpr,
+    ROOM: tl.constexpr,
+    LISTING: tl.constexpr,
 ):
-    """Takes the last decision; counts what lies above it and ties with it."""
-    i_run = tl.program_id(0)
+    """All phases, or, where programs run one after another and cannot wait, the one that is asked for."""
     mode = mode_of(p_control, k, capacity)
-    threshold, quota = last_decision(p_control, k, mode, DIGIT, SHIFT, BINS)
-    if i_run == 0:
-        note(p_control, threshold, quota, DIGIT)
-    first = i_run * run_tiles
-    stop = tl.minimum(first + run_tiles, tiles)
-    count_run(
-        *(p_list, p_err, p_tile, p_rows, p_runs, p_groups, i_run, first, stop, run_tiles, n),
-        *(mode == LIST, threshold, TILE, ROWS, BLOCK, GROUP),
-    )
+    near = False
+    if LISTING:
+        near, first_key, stop_key, count, wanted = near_bin(p_control, p_bins, k, BRACKET_BINS, ROOM)
+        near = near & (mode == LIST)
+        if near & (first_phase == 0):
+            near_runs(
+                *(p_list, p_tile, p_rows, p_groups, p_control, p_near, first_key, stop_key),
+                *(tiles, runs, run_tiles, TILE, ROWS, BLOCK, GROUP, ROOM),
+            )
+            if arrive(p_control):
+                near_threshold(
+                    *(p_rows, p_groups, p_control, p_near, first_key, stop_key, count, wanted, GROUP, ROOM)
+                )
+    if near == 0:
+        for phase in range(first_phase, stop):
+            if phase > first_phase:
+                wait_for_all(p_control, phase - first_phase)
+            search_phase(
+                *(p_err, p_list, p_locals, p_tile, p_rows, p_groups, p_control, phase, mode),
+                *(n, k, tiles, runs, run_tiles, TILE, ROWS, GROUP, BINS, LISTING),
+            )
 
 
 @triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles"])
@@ -256,7 +185,6 @@ def emit_kernel(
     p_locals,
     p_tile,
     p_rows,
-    p_runs,
     p_groups,
     p_control,
     p_values,
@@ -283,10 +211,32 @@ def emit_kernel(
         tl.store(p_hint, threshold)
     first = i_run * run_tiles
     stop = tl.minimum(first + run_tiles, tiles)
-    emit_run(
-        *(p_list, p_locals, p_err, p_tile, p_rows, p_runs, p_groups, p_values, p_indices, p_nonfinite),
-        *(i_run, first, stop, run_tiles, n, 0, in_list, threshold, quota, TILE, ROWS, BLOCK, GROUP),
-    )
+    if in_list:
+        emit_listed(
+            *(p_list, p_locals, p_err, p_tile, p_rows, p_groups, p_values, p_indices, p_nonfinite),
+            *(i_run, first, stop, 0, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+        )
+    else:
+        emit_scanned(
+            *(p_err, p_rows, p_groups, p_values, p_indices, p_nonfinite, i_run, first, run_tiles, n),
+            *(0, threshold, quota, TILE, ROWS, SEARCH // ROWS, GROUP),
+        )
+
+
+def run_shapes(n: int, k: int) -> list[tuple[int, int, int]]:
+    """(tiles of a run, its rows, entries of a row at a time) of `refine` and of `emit`.
+
+    A row of the list is a tile, of which as many entries are looked at together as it has in all likelihood:
+    then a program is done with a run in one turn. Without a list, a run is a tile.
+    """
+    if not gpu_guess.listing(n, k):
+        return [(1, ROWS, BLOCK)] * 2
+    expected = k / n * gpu_guess.sample_lines(n, LINES) * LINE
+    listed = TILE * k / n * (expected + 5 * expected**0.5 + 8) / expected
+    block = min(max(triton.next_power_of_2(int(1.2 * listed) + 4), min(ROWS_OF_BLOCK)), max(ROWS_OF_BLOCK))
+    for_all = 1 << (triton.cdiv(n, TILE) // FEWEST_RUNS).bit_length() >> 1
+    rows = [max(1, min(most, for_all)) for most in ROWS_OF_BLOCK[block]]
+    return [(count, count, block) for count in rows]
 
 
 def compress_(
@@ -307,85 +257,69 @@ def compress_(
     values, indices = compressor.layout(n).views(bodies[0])
     k = values.numel()
     tiles = triton.cdiv(n, TILE)
-    run_tiles = ROWS if tiles >= LONG_RUNS_FROM else 1
-    runs = triton.cdiv(tiles, run_tiles)
-    groups = triton.cdiv(runs, GROUP)
     listing = gpu_guess.listing(n, k)
-    capacity = gpu_guess.list_capacity(n, k) if listing else 0
-    lines = gpu_guess.sample_lines(n) if listing else 0
-    blocks = gpu_guess.sample_blocks(lines)
+    lines = gpu_guess.sample_lines(n, LINES) if listing else 0
+    capacity = gpu_guess.list_capacity(n, k, lines) if listing else 0
+    shapes = [
+        {"TILE": TILE, "ROWS": rows, "BLOCK": block, "GROUP": GROUP, **EXACT}
+        for _, rows, block in run_shapes(n, k)
+    ]
+    run_tiles = [count for count, _, _ in run_shapes(n, k)]
+    runs = [triton.cdiv(tiles, count) for count in run_tiles]
+    rows = runs[0] * shapes[0]["ROWS"]
 
     def scratch(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(count, dtype=dtype, device=grad.device)
 
-    bins_at = gpu_control.WORDS + 2 * groups
-    control = torch.zeros(bins_at + listing * SAMPLE_BINS // 2, dtype=torch.int64, device=grad.device)
-    group_counts, bins = control[gpu_control.WORDS :], control[bins_at:].view(torch.int32)
-    keys = scratch(blocks * BLOCK_LINES * LINE, torch.int32)
+    groups_at = WORDS + listing * BRACKET_BINS // 2
+    words = groups_at + 2 * triton.cdiv(rows, GROUP)
+    control = scratch(words) if listing else torch.zeros(words, dtype=torch.int64, device=grad.device)
+    bins, groups = control[WORDS:].view(torch.int32), control[groups_at:]
     list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
+    near = scratch(2 * NEAR_ROOM * listing, torch.int32)
     tile_words = scratch(tiles * listing)
-    rows, run_counts = scratch(runs * ROWS, torch.int32), scratch(2 * runs)
+    counts = scratch(rows, torch.int32), groups
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
     hinting = {"HINT": hint is not None}
     p_hint = control if hint is None else hint
-    line = {"LINE": LINE, "SHIFT": BIN_SHIFT, **EXACT}
-    run = {"TILE": TILE, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": RUN_WARPS, **EXACT}
-    sizes = (n, k, capacity, tiles, run_tiles)
     with launching_on(grad):
         if listing:
-            sample_kernel[(blocks,)](
-                *(grad, err, keys, bins, p_hint, n, lines, n // LINE // lines),
-                **(hinting | line),
-                BLOCK=BLOCK_LINES,
-                num_warps=4,
-            )
             guess_kernel[(1,)](
-                *(control, keys, bins, p_hint, n, k / n, capacity, blocks * BLOCK_LINES),
-                **(hinting | line),
-                BINS=SAMPLE_BINS,
-                BLOCK=GUESS_BLOCK,
-                num_warps=GUESS_WARPS,
-            )
-        whole = n // TILE if listing else 0
-        for first, count in ((0, whole), (whole, tiles - whole)):
-            if count:
-                stream_kernel[(count,)](
-                    *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
-                    TILE=TILE,
-                    LISTING=listing,
-                    WHOLE=first < whole,
-                    num_warps=STREAM_WARPS,
-                    **EXACT,
-                )
-        if listing:
-            restore_kernel[(runs,)](
-                err, list_, locals_, tile_words, control, k, capacity, tiles, run_tiles, **run
-            )
-        refining = (min(tiles, most_programs(grad)),)
-        for digit, (shift, bits) in enumerate(DIGITS):
-            refine_kernel[refining](
-                *(err, list_, control, n, k, capacity),
-                DIGIT=digit,
-                LAST_SHIFT=DIGITS[max(digit - 1, 0)][0],
-                SHIFT=shift,
-                BITS=bits,
-                TILE=TILE,
-                BINS=BINS,
-                num_warps=REFINE_WARPS,
+                *(grad, err, control, p_hint, n, lines, n // LINE // lines, k / n, capacity, words),
+                LINES=LINES,
+                LINE=LINE,
+                BINS=BRACKET_BINS,
+                num_warps=BRACKET_WARPS,
+                **hinting,
                 **EXACT,
             )
-        count_kernel[(runs,)](
-            *(err, list_, tile_words, rows, run_counts, group_counts, control, *sizes),
-            DIGIT=len(DIGITS) - 1,
-            SHIFT=DIGITS[-1][0],
-            BINS=BINS,
-            GROUP=GROUP,
-            **run,
+        stream_kernel[(tiles,)](
+            *(grad, err, list_, locals_, tile_words, control, bins, n, capacity),
+            TILE=TILE,
+            LISTING=listing,
+            num_warps=STREAM_WARPS,
+            **EXACT,
         )
-        emit_kernel[(runs,)](
-            *(err, list_, locals_, tile_words, rows, run_counts, group_counts, control),
-            *(values, indices, nonfinite, p_hint, *sizes),
-            GROUP=GROUP,
-            **(hinting | run),
+        programs = most_together(grad)
+        # Programs that do not run together cannot wait for each other: a launch a phase.
+        steps = range(PHASES) if programs is None else [0]
+        for first in steps:
+            refine_kernel[(min(tiles, programs or INTERPRETED_PROGRAMS),)](
+                *(err, list_, locals_, tile_words, *counts, control, bins, near),
+                *(n, k, capacity, tiles, runs[0], run_tiles[0]),
+                *(first, first + 1 if programs is None else PHASES),
+                BINS=BINS,
+                BRACKET_BINS=BRACKET_BINS,
+                ROOM=NEAR_ROOM,
+                LISTING=listing,
+                num_warps=REFINE_WARPS,
+                **TOGETHER,
+                **shapes[0],
+            )
+        emit_kernel[(runs[1],)](
+            *(err, list_, locals_, tile_words, *counts, control),
+            *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, run_tiles[1]),
+            num_warps=EMIT_WARPS,
+            **(hinting | shapes[1]),
         )

@@ -31,9 +31,15 @@ TIES = tl.constexpr(3)
 DECISIONS = tl.constexpr(4)
 THRESHOLD = tl.constexpr(DECISIONS.value + 2 * (len(DIGITS) - 1))
 QUOTA = tl.constexpr(THRESHOLD.value + 1)
+BRACKET_STOP = tl.constexpr(12)  # the stream counts the listed keys below this one, finite ones all
+BRACKET_SHIFT = tl.constexpr(13)  # by their distance from the guess, without that many bits
 NONFINITE = tl.constexpr(14)  # counts what nobody asked for
-HISTOGRAMS = tl.constexpr(16)
+NEAR = tl.constexpr(15)  # keys set apart because the threshold is one of them
+ARRIVED = tl.constexpr(16)  # programs that are done with their part
+PASSED = tl.constexpr(17)  # programs that came to a barrier, each of them counted every time
+HISTOGRAMS = tl.constexpr(24)
 WORDS = HISTOGRAMS.value + len(DIGITS) * BINS
+BRACKET_BINS = 2048  # int32 counts, after the words of a single vector's control block
 
 SCAN = tl.constexpr(0)
 LIST = tl.constexpr(1)
@@ -50,38 +56,39 @@ def mode_of(p_control, k, capacity):
 
 
 @triton.jit
-def decide(p_control, k, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
-    """(prefix, winners still to find) that the counts of digit DIGIT, from bit SHIFT on, imply.
+def decide(p_control, k, digit, shift, BINS: tl.constexpr):
+    """(prefix, winners still to find) that the counts of a digit, from bit `shift` on, imply.
 
     Each program that needs a decision takes it by itself: that costs one small load, and spares both a
-    launch and a ticket. One of them must `note` it for the next digit.
+    launch and a ticket. One of them must `note` it for the next digit. Loads are from the L2 cache: other
+    programs of the same kernel may have stored.
     """
     prefix = tl.cast(0, tl.int64)
     wanted = tl.cast(k, tl.int64)
-    if DIGIT > 0:
-        prefix = tl.load(p_control + DECISIONS + 2 * (DIGIT - 1))
-        wanted = tl.load(p_control + DECISIONS + 2 * (DIGIT - 1) + 1)
+    if digit > 0:
+        prefix = tl.load(p_control + DECISIONS + 2 * (digit - 1), cache_modifier=".cg")
+        wanted = tl.load(p_control + DECISIONS + 2 * (digit - 1) + 1, cache_modifier=".cg")
     b_bin = tl.arange(0, BINS)
-    b_count = tl.load(p_control + HISTOGRAMS + DIGIT * BINS + b_bin)
+    b_count = tl.load(p_control + HISTOGRAMS + digit * BINS + b_bin, cache_modifier=".cg")
     b_at_least = tl.cumsum(b_count, 0, reverse=True)
-    digit = tl.sum((b_at_least >= wanted).to(tl.int32), 0) - 1
-    prefix |= digit.to(tl.int64) << SHIFT
-    wanted -= tl.sum(tl.where(b_bin > digit, b_count, 0), 0)
+    bin = tl.sum((b_at_least >= wanted).to(tl.int32), 0) - 1
+    prefix |= bin.to(tl.int64) << shift
+    wanted -= tl.sum(tl.where(b_bin > bin, b_count, 0), 0)
     return prefix.to(tl.int32), wanted
 
 
 @triton.jit
-def note(p_control, prefix, wanted, DIGIT: tl.constexpr):
-    tl.store(p_control + DECISIONS + 2 * DIGIT, prefix.to(tl.int64))
-    tl.store(p_control + DECISIONS + 2 * DIGIT + 1, wanted)
+def note(p_control, prefix, wanted, digit):
+    tl.store(p_control + DECISIONS + 2 * digit, prefix.to(tl.int64))
+    tl.store(p_control + DECISIONS + 2 * digit + 1, wanted)
 
 
 @triton.jit
-def last_decision(p_control, k, mode, DIGIT: tl.constexpr, SHIFT: tl.constexpr, BINS: tl.constexpr):
+def last_decision(p_control, k, mode, digit, shift, BINS: tl.constexpr):
     """(the k-th key, how many of its ties win)"""
     if mode == KNOWN:
         threshold = tl.load(p_control + TIE).to(tl.int32) - 1
         quota = k - tl.load(p_control + LISTED)
     else:
-        threshold, quota = decide(p_control, k, DIGIT, SHIFT, BINS)
+        threshold, quota = decide(p_control, k, digit, shift, BINS)
     return threshold, quota

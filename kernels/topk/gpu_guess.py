@@ -34,8 +34,8 @@ def listing(n: int, k: int) -> bool:
     return n >= MIN_SAMPLED and k <= n // 4
 
 
-def sample_lines(n: int) -> int:
-    return min(MAX_LINES, n // (LINE * SAMPLE_FRACTION))
+def sample_lines(n: int, most: int = MAX_LINES) -> int:
+    return min(most, n // (LINE * SAMPLE_FRACTION))
 
 
 def sample_blocks(lines: int) -> int:
@@ -43,10 +43,10 @@ def sample_blocks(lines: int) -> int:
     return -(-lines // GUESS_BLOCK) * (GUESS_BLOCK // BLOCK_LINES)
 
 
-def list_capacity(n: int, k: int) -> int:
+def list_capacity(n: int, k: int, lines: int) -> int:
     """Twice k, and the margin of the guess: the worst, where all hits of a line come together, is
     f + 20 sqrt(f) + 8 sampled elements for f expected, which is below 2 f + 128."""
-    each = -(-n // (sample_lines(n) * LINE))
+    each = -(-n // (lines * LINE))
     return min(n, 2 * k + (1 << 14) + 128 * each)
 
 

@@ -23,8 +23,9 @@ from gck.kernels.topk.gpu_control import (
     mode_of,
     note,
 )
+from gck.kernels.topk.gpu_emit import emit_listed, emit_scanned
 from gck.kernels.topk.gpu_guess import guess_by_sample, place_of_line, sample_block
-from gck.kernels.topk.gpu_select import count_run, emit_run, refine_part
+from gck.kernels.topk.gpu_select import count_run, refine_part
 from gck.kernels.topk.gpu_stream import restore_run, stream_tile
 
 CONTROL = tl.constexpr(WORDS)  # words of a selection's control block
@@ -187,6 +188,7 @@ def list_stream_kernel(
             p_locals,
             p_tile + first,
             p_control,
+            p_control,
             i_tile,
             left,
             WHOLE,
@@ -194,6 +196,7 @@ def list_stream_kernel(
             tl.load(p_choice + gpu_tables.CAPACITY),
             TILE,
             True,
+            False,
         )
 
 
@@ -274,7 +277,6 @@ def list_count_kernel(
     p_list,
     p_tile,
     p_rows,
-    p_runs,
     p_groups,
     DIGIT: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -299,7 +301,6 @@ def list_count_kernel(
         _err_of(p_tensor, ALIGNED),
         p_tile + tl.load(p_tensor + gpu_tables.FIRST_TILE),
         p_rows + first_run * ROWS,
-        p_runs + first_run * 2,
         p_groups + tl.load(p_choice + gpu_tables.S_FIRST_GROUP) * 2,
         *(i_run, first, stop, run_tiles, n, mode == LIST, threshold, TILE, ROWS, BLOCK, GROUP),
     )
@@ -315,7 +316,6 @@ def list_emit_kernel(
     p_locals,
     p_tile,
     p_rows,
-    p_runs,
     p_groups,
     p_values,
     p_indices,
@@ -337,17 +337,20 @@ def list_emit_kernel(
     list_at = tl.load(p_choice + gpu_tables.LIST_AT)
     values = p_values.to(tl.int64) + tl.load(p_choice + gpu_tables.VALUES)
     indices = p_indices.to(tl.int64) + tl.load(p_choice + gpu_tables.INDICES)
-    emit_run(
-        p_list + list_at,
-        p_locals + list_at,
-        _err_of(p_tensor, ALIGNED),
-        p_tile + tl.load(p_tensor + gpu_tables.FIRST_TILE),
-        p_rows + first_run * ROWS,
-        p_runs + first_run * 2,
-        p_groups + tl.load(p_choice + gpu_tables.S_FIRST_GROUP) * 2,
-        _at(values, p_values.dtype.element_ty, False),
-        _at(indices, p_indices.dtype.element_ty, False),
-        p_nonfinite,
-        *(i_run, first, stop, run_tiles, n, tl.load(p_tensor + gpu_tables.ORIGIN)),
-        *(mode == LIST, threshold, quota, TILE, ROWS, BLOCK, GROUP),
-    )
+    p_err = _err_of(p_tensor, ALIGNED)
+    p_rows += first_run * ROWS
+    p_groups += tl.load(p_choice + gpu_tables.S_FIRST_GROUP) * 2
+    p_values = _at(values, p_values.dtype.element_ty, False)
+    p_indices = _at(indices, p_indices.dtype.element_ty, False)
+    origin = tl.load(p_tensor + gpu_tables.ORIGIN)
+    if mode == LIST:
+        p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE)
+        emit_listed(
+            *(p_list + list_at, p_locals + list_at, p_err, p_tile, p_rows, p_groups, p_values, p_indices),
+            *(p_nonfinite, i_run, first, stop, origin, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+        )
+    else:
+        emit_scanned(
+            *(p_err, p_rows, p_groups, p_values, p_indices, p_nonfinite, i_run, first, run_tiles, n),
+            *(origin, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+        )

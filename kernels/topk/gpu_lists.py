@@ -108,7 +108,7 @@ def _compress(
     bins = bins.view(torch.int32)
     keys = scratch(blocks * BLOCK_LINES * LINE, torch.int32)
     list_, locals_ = scratch(plan.listed, torch.float32), scratch(plan.listed, torch.int16)
-    tile_words, rows, run_counts = scratch(tiles), scratch(runs * ROWS, torch.int32), scratch(2 * runs)
+    tile_words, rows = scratch(tiles), scratch(runs * ROWS, torch.int32)
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
     tables = (plan.tensors, plan.choices, control)
@@ -155,7 +155,7 @@ def _compress(
                 num_warps=REFINE_WARPS,
                 **aligned,
             )
-        counted = (tile_words, rows, run_counts, groups)
+        counted = (tile_words, rows, groups)
         list_count_kernel[(runs,)](
             *(*tables, plan.tensor_of_run, list_, *counted),
             DIGIT=len(DIGITS) - 1,

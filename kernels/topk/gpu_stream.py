@@ -5,11 +5,19 @@
 import triton
 import triton.language as tl
 
-from gck.kernels.common.keys import widen
-from gck.kernels.topk.gpu_control import GUESS, LISTED, TIE, TIES
+from gck.kernels.common.keys import magnitude_key, widen
+from gck.kernels.topk.gpu_control import (
+    BRACKET_SHIFT,
+    BRACKET_STOP,
+    GUESS,
+    LISTED,
+    TIE,
+    TIES,
+)
 
 TILE = 4096  # an index within a tile fits 16 bits
 STREAM_WARPS = 8
+STEP = tl.constexpr(1024)  # elements of a vector's last tile at a time
 # A tile's word: where its candidates begin in the list, and how many they are.
 COUNT_BITS = tl.constexpr(16)
 COUNT_MASK = tl.constexpr(0xFFFF)
@@ -31,12 +39,29 @@ def _reaches(b_acc, guess):
 
 
 @triton.jit
-def _append(p_list, p_locals, b_slot, b_acc, b_local, guess):
-    """Writes what reaches the guess to the slots; returns those that are free then."""
+def _append(p_list, p_locals, p_bins, b_slot, b_acc, b_local, guess, stop, shift, BRACKET: tl.constexpr):
+    """Writes what reaches the guess to the slots, and counts it by key; returns the slots that are free
+    then."""
     b_reaches = _reaches(b_acc, guess)
     tl.store(p_list + b_slot, b_acc, mask=b_reaches)
     tl.store(p_locals + b_slot, b_local.to(tl.int16), mask=b_reaches)
+    if BRACKET:
+        b_key = magnitude_key(b_acc)
+        b_bin = (b_key - guess.to(tl.int32, bitcast=True)) >> shift
+        b_one = tl.full(b_bin.shape, 1, tl.int32)
+        tl.atomic_add(p_bins + b_bin, b_one, mask=b_reaches & (b_key < stop), sem="relaxed")
     return b_slot + b_reaches.to(tl.int32)
+
+
+@triton.jit
+def _guessed(p_control):
+    """(guess, the key that is counted as a tie plus 1, end of the bracket, bits that its bins lack)"""
+    return (
+        tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True),
+        tl.load(p_control + TIE).to(tl.int32),
+        tl.load(p_control + BRACKET_STOP).to(tl.int32),
+        tl.load(p_control + BRACKET_SHIFT).to(tl.int32),
+    )
 
 
 @triton.jit
@@ -47,6 +72,7 @@ def stream_tile(
     p_locals,
     p_tile,
     p_control,
+    p_bins,
     i_tile,
     left,
     whole,
@@ -54,11 +80,13 @@ def stream_tile(
     capacity,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
+    BRACKET: tl.constexpr,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
     The tile has `left` elements, and is `whole` if that is all; the list begins at `list_at`. NaNs stay
-    as they come: they reach any guess, and whatever reads err or the list makes them one.
+    as they come: they reach any guess, and whatever reads err or the list makes them one. With BRACKET, keys
+    of the bracket are counted in `p_bins`.
     """
     start = tl.cast(i_tile, tl.int64) * TILE
     # Rows of 4 elements, 16 bytes of err, which one thread holds.
@@ -73,8 +101,7 @@ def stream_tile(
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
         b_acc += tl.load(p_errs, mask=b_inside, other=0.0)
     if LISTING:
-        guess = tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True)
-        tie = tl.load(p_control + TIE).to(tl.int32)
+        guess, tie, stop, shift = _guessed(p_control)
         if tie > 0:
             b_ties = tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True)
             ties = tl.sum(tl.sum(b_ties.to(tl.int32), 1), 0)
@@ -95,10 +122,16 @@ def stream_tile(
                 b_row = tl.arange(0, TILE // 4) * 4
                 # A column at a time, so that the threads that hold the elements also store them.
                 b_acc_0, b_acc_1, b_acc_2, b_acc_3 = _columns(b_acc)
-                b_slot = _append(p_list, p_locals, b_slot, b_acc_0, b_row, guess)
-                b_slot = _append(p_list, p_locals, b_slot, b_acc_1, b_row + 1, guess)
-                b_slot = _append(p_list, p_locals, b_slot, b_acc_2, b_row + 2, guess)
-                _append(p_list, p_locals, b_slot, b_acc_3, b_row + 3, guess)
+                b_slot = _append(
+                    *(p_list, p_locals, p_bins, b_slot, b_acc_0, b_row, guess, stop, shift, BRACKET)
+                )
+                b_slot = _append(
+                    *(p_list, p_locals, p_bins, b_slot, b_acc_1, b_row + 1, guess, stop, shift, BRACKET)
+                )
+                b_slot = _append(
+                    *(p_list, p_locals, p_bins, b_slot, b_acc_2, b_row + 2, guess, stop, shift, BRACKET)
+                )
+                _append(*(p_list, p_locals, p_bins, b_slot, b_acc_3, b_row + 3, guess, stop, shift, BRACKET))
                 b_acc = tl.where(b_reaches, 0.0, b_acc)
             else:
                 count = tl.cast(0, tl.int32)
@@ -107,6 +140,66 @@ def stream_tile(
         tl.store(p_errs, b_acc)
     else:
         tl.store(p_errs, b_acc, mask=b_local < left)
+
+
+@triton.jit
+def _acc_of(p_grad, p_err, b_local, left):
+    b_inside = b_local < left
+    b_grad = tl.load(p_grad + b_local, mask=b_inside, other=0.0)
+    return widen(b_grad) + tl.load(p_err + b_local, mask=b_inside, other=0.0)
+
+
+@triton.jit
+def stream_rest(
+    p_grad,
+    p_err,
+    p_list,
+    p_locals,
+    p_tile,
+    p_control,
+    p_bins,
+    i_tile,
+    left,
+    capacity,
+    TILE: tl.constexpr,
+    LISTING: tl.constexpr,
+):
+    """What `stream_tile` does, for the `left` elements of a vector's last tile.
+
+    In two passes and in steps, so that it takes no more registers than a whole tile: they share a kernel.
+    """
+    p_grad += tl.cast(i_tile, tl.int64) * TILE
+    p_err += tl.cast(i_tile, tl.int64) * TILE
+    base = tl.cast(0, tl.int64)
+    count = tl.cast(0, tl.int32)
+    guess, tie, stop, shift = _guessed(p_control)
+    if LISTING:
+        ties = tl.cast(0, tl.int32)
+        for first in range(0, left, STEP):
+            b_local = first + tl.arange(0, STEP)
+            b_acc = _acc_of(p_grad, p_err, b_local, left)
+            count += tl.sum(_reaches(b_acc, guess).to(tl.int32), 0)  # never what is outside, for that is 0
+            b_ties = (b_local < left) & (tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True))
+            ties += tl.sum(b_ties.to(tl.int32), 0)
+        if tie > 0:
+            tl.atomic_add(p_control + TIES, ties.to(tl.int64), sem="relaxed")
+        base = tl.atomic_add(p_control + LISTED, count.to(tl.int64), sem="relaxed")
+        if base + count > capacity:
+            count = tl.cast(0, tl.int32)
+        tl.store(p_tile + i_tile, (base << COUNT_BITS) | count)
+        p_list += base
+        p_locals += base
+    done = tl.cast(0, tl.int32)
+    for first in range(0, left, STEP):
+        b_local = first + tl.arange(0, STEP)
+        b_acc = _acc_of(p_grad, p_err, b_local, left)
+        if count > 0:
+            b_one = _reaches(b_acc, guess).to(tl.int32)
+            b_slot = done + tl.cumsum(b_one, 0) - b_one
+            _append(p_list, p_locals, p_bins, b_slot, b_acc, b_local, guess, stop, shift, LISTING)
+            done += tl.sum(b_one, 0)
+            b_acc = tl.where(b_one > 0, 0.0, b_acc)
+        tl.store(p_err + b_local, b_acc, mask=b_local < left)
 
 
 @triton.jit

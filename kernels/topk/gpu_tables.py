@@ -137,8 +137,8 @@ def _make(places: Sequence[Place], choices: Sequence[Choice], device: torch.devi
             parts.append(part_count)
             total += numel
         listing = gpu_guess.listing(total, choice.k)
-        capacity = gpu_guess.list_capacity(total, choice.k) if listing else 0
         lines = gpu_guess.sample_lines(total) if listing else 0
+        capacity = gpu_guess.list_capacity(total, choice.k, lines) if listing else 0
         stride = (sum(tiles) - first_tile) * TILE // LINE // max(lines, 1)
         line_blocks = gpu_guess.sample_blocks(lines)
         density = struct.unpack("i", struct.pack("f", choice.k / total))[0]
@@ -146,7 +146,7 @@ def _make(places: Sequence[Place], choices: Sequence[Choice], device: torch.devi
         first = [first_tile, first_run, groups, first_part, sum(parts) - first_part]
         rows.append([*place, *first, sum(blocks), line_blocks, lines, stride, density])
         blocks.append(line_blocks)
-        groups += -(-(sum(runs) - first_run) // GROUP)
+        groups += -(-(sum(runs) - first_run) * ROWS // GROUP)
         listed += -(-capacity // LINE) * LINE
     maps = [_owners(counts) for counts in (tiles, runs, parts, blocks)]
     flat = [torch.tensor(table, dtype=torch.int64).view(-1) for table in (tensors, rows)] + maps

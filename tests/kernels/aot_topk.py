@@ -7,7 +7,17 @@ from typing import Any
 import torch
 
 from gck.kernels.common.native import DTYPE_CODE
-from gck.kernels.topk import gpu_control, gpu_decode, gpu_guess, gpu_lists, gpu_select, gpu_stream
+from gck.kernels.topk import (
+    gpu,
+    gpu_bracket,
+    gpu_control,
+    gpu_decode,
+    gpu_guess,
+    gpu_lists,
+    gpu_refine,
+    gpu_select,
+    gpu_stream,
+)
 from tests.kernels.aot_variant import Variant
 
 POINTERS = {
@@ -25,6 +35,7 @@ POINTERS = {
     "p_nonfinite": "*i64",
     "p_out": "*fp32",
     "p_bounds": "*i64",
+    "p_near": "*i32",
     "p_tensors": "*i64",
     "p_choices": "*i64",
     "p_owners": "*i64",
@@ -36,8 +47,11 @@ NUMBERS = dict.fromkeys(
         "n",
         "k",
         "capacity",
-        "first_tile",
         "tiles",
+        "runs",
+        "words",
+        "first_phase",
+        "stop",
         "run_tiles",
         "lines",
         "stride",
@@ -74,10 +88,11 @@ def _variant(
 def _guess() -> list[Variant]:
     made = []
     for grad in ("fp32", "bf16"):
-        constants = {**SAMPLE, "BLOCK": gpu_guess.BLOCK_LINES, "HINT": True}
-        made.append(_variant("gpu", "sample_kernel", grad, constants, 4, p_grad=f"*{grad}"))
-    constants = {**SAMPLE, "BLOCK": gpu_guess.GUESS_BLOCK, "BINS": gpu_guess.SAMPLE_BINS, "HINT": True}
-    made.append(_variant("gpu", "guess_kernel", "hint", constants, gpu_guess.GUESS_WARPS))
+        constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "BINS": gpu_control.BRACKET_BINS}
+        constants |= {"HINT": True}
+        made.append(
+            _variant("gpu", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS, p_grad=f"*{grad}")
+        )
     return made
 
 
@@ -86,39 +101,35 @@ def _stream() -> list[Variant]:
     warps = gpu_stream.STREAM_WARPS
     each = gpu_stream.TILE // (32 * warps)
     for grad in ("fp32", "bf16", "fp16"):
-        for label, listing, whole in (
-            ("whole", True, True),
-            ("last", True, False),
-            ("no list", False, False),
-        ):
-            constants = {**TILE, "LISTING": listing, "WHOLE": whole}
+        for label, listing in (("list", True), ("no list", False)):
+            constants = {**TILE, "LISTING": listing}
             made.append(
                 _variant(
-                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * whole),
+                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * listing),
                     p_grad=f"*{grad}",
                 )
             )
-    made.append(_variant("gpu", "restore_kernel", "fp32", RUN, gpu_select.RUN_WARPS))
     return made
 
 
 def _select() -> list[Variant]:
     made = []
-    for digit, (shift, bits) in enumerate(gpu_control.DIGITS):
-        last = gpu_control.DIGITS[max(digit - 1, 0)][0]
-        constants = {"DIGIT": digit, "LAST_SHIFT": last, "SHIFT": shift, "BITS": bits}
-        constants |= {**TILE, "BINS": gpu_control.BINS}
-        made.append(_variant("gpu", "refine_kernel", f"digit {digit}", constants, gpu_select.REFINE_WARPS))
-    digit = len(gpu_control.DIGITS) - 1
-    constants = {"DIGIT": digit, "SHIFT": gpu_control.DIGITS[digit][0], "BINS": gpu_control.BINS}
-    constants |= {**RUN, "GROUP": gpu_select.GROUP}
-    made.append(_variant("gpu", "count_kernel", "fp32", constants, gpu_select.RUN_WARPS))
-    for value, index in PAYLOADS:
-        types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
-        constants = {**RUN, "GROUP": gpu_select.GROUP, "HINT": True}
-        made.append(
-            _variant("gpu", "emit_kernel", f"{value}, {index}", constants, gpu_select.RUN_WARPS, **types)
+    n = 100_000_000
+    for ratio in (0.0001, 0.001, 0.01, 0.1, 0.5):
+        k = int(n * ratio)
+        refine, emit = (
+            {**TILE, "ROWS": rows, "BLOCK": block, "GROUP": gpu_select.GROUP}
+            for _, rows, block in gpu.run_shapes(n, k)
         )
+        refine |= {"BINS": gpu_control.BINS, "BRACKET_BINS": gpu_control.BRACKET_BINS}
+        refine |= {"ROOM": gpu_refine.NEAR_ROOM, "LISTING": gpu_guess.listing(n, k)}
+        made.append(_variant("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS))
+        for value, index in PAYLOADS:
+            types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
+            label = f"{value}, {index}, {ratio}"
+            made.append(
+                _variant("gpu", "emit_kernel", label, {**emit, "HINT": True}, gpu.EMIT_WARPS, **types)
+            )
     return made
 
 

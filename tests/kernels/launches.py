@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import gck
@@ -15,9 +18,10 @@ if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
 from gck.kernels.topk import gpu, gpu_guess, gpu_stream
+from gck.kernels.topk.gpu_refine import PHASES
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
-from tests.kernels.topk_paths import KNOWN, LIST, SCAN, check, key_of, shrink
+from tests.kernels.topk_paths import KNOWN, LIST, NEAR, SCAN, check, key_of, shrink
 from tests.test_contract import check_case
 
 N = 6 * gpu_stream.TILE + 5  # of the tiles that are compiled
@@ -47,8 +51,8 @@ def test_sampled(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_real_sample() -> None:
     n = gpu_guess.MIN_SAMPLED + 7
-    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.float32)) == LIST
-    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.bfloat16), aligned=True) == LIST
+    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.float32)) == NEAR
+    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.bfloat16), aligned=True) == NEAR
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 255, 256, 257, 12 * 256 - 1, 12 * 256, 20 * 256 + 1])
@@ -85,6 +89,27 @@ def test_list_full_to_the_last_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         assert check(gck.TopK(k=20), grad, err, hint=key_of(1.0)) == mode
 
 
+@pytest.mark.parametrize(("room", "mode"), [(1024, NEAR), (8, LIST)])
+def test_the_threshold_is_near_or_far_from_where_the_sample_says(
+    room: int, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the bracket, among more keys of one bin than are set apart, or next to ties: the list is
+    searched then."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(gpu, "NEAR_ROOM", room)
+    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: n)
+    monkeypatch.setattr(gpu_guess, "listing", lambda n, k: True)
+    grad = torch.linspace(1.0, 2.0, SMALL)[torch.randperm(SMALL, generator=torch.Generator().manual_seed(1))]
+    for k, low in ((500, 1.8), (3900, 1.0), (5, 1.99)):
+        assert check(gck.TopK(k=k), grad, torch.zeros(SMALL), hint=key_of(low / 0.97)) == mode
+    assert check(gck.TopK(k=500), grad, torch.zeros(SMALL), hint=key_of(0.5)) == LIST
+    for ties in (1, 20, 700):
+        tied = grad.clone()
+        tied[torch.arange(0, SMALL, 4)[:ties]] = 1.9
+        for k in (380, 400, 410, 500):
+            check(gck.TopK(k=k), tied, torch.zeros(SMALL), hint=key_of(1.85))
+
+
 def test_ties_are_counted_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, 1100)
     ones, nothing = torch.ones(SMALL), torch.zeros(SMALL)
@@ -103,22 +128,18 @@ def test_ties_are_counted_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -
     assert check(gck.TopK(k=900), mixed, nothing) == LIST
 
 
+@triton.jit
+def places_kernel(p_places: Any, stride: int, LINES: tl.constexpr) -> None:  # noqa: N803
+    b_line = tl.arange(0, LINES)
+    tl.store(p_places + b_line, gpu_guess.place_of_line(b_line, stride))
+
+
 def sampled(n: int) -> Tensor:
-    """The indices that are sampled of n elements: a gradient of indices, as its sample's keys."""
-    lines = gpu_guess.sample_lines(n)
-    blocks = gpu_guess.sample_blocks(lines)
-    keys = torch.zeros(blocks * gpu_guess.BLOCK_LINES * gpu_guess.LINE, dtype=torch.int32)
-    bins = torch.zeros(gpu_guess.SAMPLE_BINS, dtype=torch.int32)
-    gpu.sample_kernel[(blocks,)](
-        *(torch.arange(n).float(), torch.zeros(n), keys, bins, keys, n, lines, n // gpu_guess.LINE // lines),
-        HINT=False,
-        BLOCK=gpu_guess.BLOCK_LINES,
-        LINE=gpu_guess.LINE,
-        SHIFT=gpu_guess.BIN_SHIFT,
-    )
-    assert int(bins.sum()) == lines * gpu_guess.LINE
-    assert (keys[lines * gpu_guess.LINE :] == -1).all()
-    return keys[: lines * gpu_guess.LINE].view(torch.float32).long()
+    """The indices that are sampled of n elements."""
+    lines = gpu_guess.sample_lines(n, gpu.LINES)
+    places = torch.zeros(gpu.LINES, dtype=torch.int64)
+    places_kernel[(1,)](places, n // gpu_guess.LINE // lines, gpu.LINES)
+    return (places[:lines, None] * gpu_guess.LINE + torch.arange(gpu_guess.LINE)).view(-1)
 
 
 def test_the_sample_has_a_line_of_each_stratum() -> None:
@@ -148,7 +169,7 @@ def test_close_values_need_the_exact_key_of_the_sample(monkeypatch: pytest.Monke
     shrink(monkeypatch, 1000)
     order = torch.randperm(SMALL, generator=torch.Generator().manual_seed(0))
     grad = torch.linspace(1.0, 1.01, SMALL)[order]
-    assert check(gck.TopK(k=300), grad, torch.zeros(SMALL)) == LIST
+    assert check(gck.TopK(k=300), grad, torch.zeros(SMALL)) == NEAR
 
 
 @pytest.mark.parametrize("case", ["gaussian", "all nan", "all zero", "nonfinite", "denormal", "huge"])
@@ -164,7 +185,7 @@ def test_the_last_threshold_is_a_good_hint(monkeypatch: pytest.MonkeyPatch) -> N
     shrink(monkeypatch)
     grad, err = make("gaussian", SMALL, torch.float32)
     exact = (grad + err).abs().sort(descending=True).values
-    assert check(gck.TopK(k=60), grad, err, hint=key_of(float(exact[60]))) == LIST
+    assert check(gck.TopK(k=60), grad, err, hint=key_of(float(exact[60]))) == NEAR
 
 
 @pytest.mark.parametrize("n", [100, SMALL])
@@ -228,7 +249,7 @@ def test_infinities_are_listed_however_many_they_are(monkeypatch: pytest.MonkeyP
     grad[3::9] = math.nan
     assert check(gck.TopK(k=5), grad, torch.zeros(SMALL)) == SCAN
     grad[::2] = 1.0
-    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k: 3000)
+    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: 3000)
     assert check(gck.TopK(k=5), grad, torch.zeros(SMALL)) == LIST
 
 
@@ -237,16 +258,17 @@ def test_the_mode_does_not_depend_on_the_tensors_addresses(monkeypatch: pytest.M
     for aligned in (False, True):
         for dtype in GRAD_DTYPES:
             data = make("gaussian", SMALL, dtype)
-            assert check(gck.TopK(k=44), *data, aligned=aligned) == LIST
+            assert check(gck.TopK(k=44), *data, aligned=aligned) == NEAR
 
 
 def test_capacity_holds_the_worst_margin() -> None:
     for n in (2**16, 10**6, 10**8, 2**31 + 5):
-        sampled = gpu_guess.sample_lines(n) * gpu_guess.LINE
+        lines = gpu_guess.sample_lines(n, gpu.LINES)
+        sampled = lines * gpu_guess.LINE
         for k in {1, 10, 1000, n // 1000, n // 100, n // 10, n // 4}:
             expected = k / n * sampled
             worst = (expected + 5 * math.sqrt(16 * expected) + 8) * n / sampled
-            assert min(n, worst) <= gpu_guess.list_capacity(n, k) <= n, (n, k)
+            assert min(n, worst) <= gpu_guess.list_capacity(n, k, lines) <= n, (n, k)
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,5 +281,5 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             launches = recorded(patch, lambda data=data: check(gck.TopK(k=60), *data, hint=0))
         assert all(kwargs["enable_fp_fusion"] is False for _, _, kwargs in launches)
         shapes.append([(fn.__name__, grid, kwargs) for fn, grid, kwargs in launches])
-    assert len(shapes[0]) == 11
+    assert len(shapes[0]) == 3 + PHASES  # on a GPU, one launch for all phases
     assert shapes[0] == shapes[1] == shapes[2]

@@ -24,7 +24,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     """So small that a few thousand elements have several tiles, runs, groups and parts."""
     for module in (gpu_lists, gpu_tables):
         monkeypatch.setattr(module, "TILE", 256)
-        monkeypatch.setattr(module, "GROUP", 2)
+        monkeypatch.setattr(module, "GROUP", 16)
     monkeypatch.setattr(gpu_lists, "BLOCK", 32)
     monkeypatch.setattr(gpu_tables, "LONG_RUNS_FROM", 5)
     monkeypatch.setattr(gpu_tables, "PART_TILES", 3)
@@ -32,7 +32,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 512)
     monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 2)
     if capacity is not None:
-        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k: min(n, capacity))
+        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: min(n, capacity))
 
 
 def tensors(cases: Sequence[tuple[str, int, torch.dtype]]) -> tuple[list[Tensor], list[Tensor]]:

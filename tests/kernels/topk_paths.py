@@ -12,6 +12,7 @@ from gck.kernels.topk import gpu, gpu_control, gpu_guess, reference
 from tests.cases import Guarded, same_bytes
 
 LIST, KNOWN, SCAN = (mode.value for mode in (gpu_control.LIST, gpu_control.KNOWN, gpu_control.SCAN))
+NEAR = 3  # LIST, where the bracket's bins gave the threshold
 
 
 def key_of(value: float) -> int:
@@ -21,12 +22,14 @@ def key_of(value: float) -> int:
 def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None:
     """Tiles, runs and groups so small, and a sample so dense, that a few thousand elements have several
     of each; and a list of a given capacity."""
-    for name, value in {"TILE": 256, "BLOCK": 32, "GROUP": 2, "LONG_RUNS_FROM": 12}.items():
+    small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "BRACKET_BINS": 16, "NEAR_ROOM": 128}
+    small["ROWS_OF_BLOCK"] = {16: (8, 4), 32: (4, 8)}
+    for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 256)
     monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 2)
     if capacity is not None:
-        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k: capacity)
+        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: capacity)
 
 
 def check(
@@ -49,14 +52,19 @@ def check(
     last = None if hint is None else torch.tensor([hint], dtype=torch.int32, device=device)
 
     controls: list[Tensor] = []
-    zeros = torch.zeros
 
-    def spy(*args: Any, **kwargs: Any) -> Tensor:
-        controls.append(zeros(*args, **kwargs))
-        return controls[-1]
+    def spy(name: str) -> Any:
+        make = getattr(torch, name)
+
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            controls.append(make(*args, **kwargs))
+            return controls[-1]
+
+        return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "zeros", spy)
+        for name in ("zeros", "empty"):  # the control block comes first
+            patch.setattr(torch, name, spy(name))
         gpu.compress_(compressor, g.inner, e.inner, body, nonfinite, last)
 
     for got, wanted in zip(layout.views(body[0]), fields, strict=True):
@@ -73,7 +81,10 @@ def check(
         assert int(last) == int(keys.sort(descending=True).values[fields[0].numel() - 1])
     k = fields[0].numel()
     listed, ties = (int(control[word.value]) for word in (gpu_control.LISTED, gpu_control.TIES))
-    capacity = gpu_guess.list_capacity(n, k) if gpu_guess.listing(n, k) else 0
+    capacity = (
+        gpu_guess.list_capacity(n, k, gpu_guess.sample_lines(n, gpu.LINES)) if gpu_guess.listing(n, k) else 0
+    )
     if listed < k:
         return KNOWN if listed + ties >= k else SCAN
-    return LIST if listed <= capacity else SCAN
+    near = int(control[gpu_control.ARRIVED.value]) > 0
+    return (NEAR if near else LIST) if listed <= capacity else SCAN

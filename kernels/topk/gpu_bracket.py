@@ -1,0 +1,146 @@
+"""Where the key of the k-th largest element probably lies, from a sample that one program holds.
+
+The sample is made of lines, runs of 16 elements at hashed places, so that no period of a gradient aligns with
+them. The bracket begins at the guess, the sample's key of rank f + 5 sqrt(sum of squared hits a line) + 8,
+where f is the expected rank of the k-th key and a hit a key of at least that rank: the squares measure how
+clustered the large elements are. It ends as many ranks on the other side.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key
+from gck.kernels.topk.gpu_control import (
+    BRACKET_SHIFT,
+    BRACKET_STOP,
+    GUESS,
+    TIE,
+)
+from gck.kernels.topk.gpu_guess import HALVINGS, HINT_SLACK, LARGEST_ROOT, place_of_line
+
+LINES = 1024  # that the program has room for; a power of two
+BRACKET_WARPS = 16
+OCTAVE = tl.constexpr(1 << 23)  # of keys: from x to 2x
+MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows only counts from there on
+MIDDLE_WIDTH = tl.constexpr(1 << MIDDLE_BITS.value)
+GUESS_BITS = tl.constexpr(15)  # that the guess may lack: 1/256 octave
+SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expected hardly happens
+
+
+@triton.jit
+def _reach(b_key, key):
+    """How many keys of the sample are at least `key`."""
+    # In floating point, which is exact for numbers as small, because some versions add up comparisons by
+    # way of local memory.
+    return tl.sum(tl.sum(tl.where(b_key >= key, 1.0, 0.0), 1), 0).to(tl.int32)
+
+
+@triton.jit
+def _key_of_rank(b_key, rank, low, high, BITS: tl.constexpr):
+    """The largest key that `rank` keys reach, without its BITS lowest bits; `rank` of them reach `low`, and
+    fewer `high`."""
+    low >>= BITS
+    high = ((high - 1) >> BITS) + 1
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        if _reach(b_key, middle << BITS) >= rank:
+            low = middle
+        else:
+            high = middle
+    return low << BITS
+
+
+@triton.jit
+def _from(b_key, rank, near):
+    """`near` if that many keys reach it, else 0: where to look for the key of that rank from."""
+    near = tl.maximum(near, 0)
+    return tl.where(_reach(b_key, near) >= rank, near, 0)
+
+
+@triton.jit
+def _margin(b_key, middle):
+    b_hits = tl.sum(tl.where(b_key >= middle, 1.0, 0.0), 1)
+    squares = tl.sum(b_hits * b_hits, 0).to(tl.int32)
+    root = tl.cast(0, tl.int32)
+    for bit in range(HALVINGS):
+        larger = root + (LARGEST_ROOT >> bit)
+        if larger * larger <= squares:
+            root = larger
+    return 5 * (root + 1) + 8
+
+
+@triton.jit
+def _store(p_control, guess, tie, stop, BINS: tl.constexpr):
+    """Stores the bracket, as many bins of equal width as cover it."""
+    width = tl.maximum(stop - guess, 1)
+    shift = tl.cast(0, tl.int32)
+    while (width - 1) >> shift >= BINS:
+        shift += 1
+    end = guess.to(tl.int64) + (tl.cast(BINS, tl.int64) << shift)
+    tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
+    tl.store(p_control + TIE, tie.to(tl.int64))
+    tl.store(p_control + BRACKET_STOP, tl.minimum(end, INFINITY))
+    tl.store(p_control + BRACKET_SHIFT, shift.to(tl.int64))
+
+
+@triton.jit
+def bracket_by_sample(
+    p_grad,
+    p_err,
+    p_control,
+    n,
+    lines,
+    stride,
+    density,
+    capacity,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    b_line = tl.arange(0, LINES)
+    b_at = (place_of_line(b_line, stride) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
+    b_inside = (b_line < lines)[:, None] & (b_at >= 0)
+    b_grad = tl.load(p_grad + b_at, mask=b_inside, other=0.0)
+    b_err = tl.load(p_err + b_at, mask=b_inside, other=0.0)
+    b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
+
+    sampled = lines * LINE
+    expected = (density * sampled.to(tl.float32)).to(tl.int32) + 1
+    stop = tl.max(tl.max(b_key, 1), 0) + 1
+    low = _from(b_key, expected, stop - 8 * OCTAVE)
+    middle = _key_of_rank(b_key, expected, low, stop, MIDDLE_BITS)
+    margin = _margin(b_key, middle)
+    rank = tl.minimum(expected + margin, sampled)
+    low = _from(b_key, rank, middle - OCTAVE // 4)
+    guess = _key_of_rank(b_key, rank, low, middle + MIDDLE_WIDTH, GUESS_BITS)
+    if expected > margin:
+        stop = _key_of_rank(b_key, expected - margin, middle, stop, MIDDLE_BITS) + MIDDLE_WIDTH
+    elif expected < SURE:
+        stop += 2 * OCTAVE
+
+    tie = tl.cast(0, tl.int32)
+    # With so many keys the list would overflow: the guess lacks too many bits, or one key is very common.
+    # Then the exact keys are worth their time, and where the ties are the many, what is above them is listed.
+    room = tl.cast(capacity, tl.int64) * sampled
+    if _reach(b_key, guess).to(tl.int64) * n > room:
+        middle = _key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
+        rank = tl.minimum(expected + _margin(b_key, middle), sampled)
+        guess = _key_of_rank(b_key, rank, 0, middle + 1, 0)
+        # Infinities must be listed, for what is not stays in err.
+        if (_reach(b_key, guess).to(tl.int64) * n > room) & (guess < INFINITY):
+            guess += 1
+            tie = guess
+    if guess == 0:  # zeros are never listed
+        guess += 1
+        tie = guess
+    _store(p_control, guess, tie, stop, BINS)
+
+
+@triton.jit
+def bracket_by_hint(p_control, hint, BINS: tl.constexpr):
+    """From the last step's threshold: this step's is probably a little above or below."""
+    scaled = hint.to(tl.float32, bitcast=True) * HINT_SLACK
+    guess = tl.maximum(tl.minimum(magnitude_key(scaled), INFINITY), 1)
+    _store(p_control, guess, tl.cast(0, tl.int32), guess + OCTAVE // 8, BINS)
