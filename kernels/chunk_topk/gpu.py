@@ -124,7 +124,7 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
         "INDEX_BITS": 12 if compressor.packs_indices else 16,
         "SLOT_LEVELS": max(slots, 8).bit_length() - 1,
         "TILE": tile,
-        "STEP": tile,
+        "STEP": tile // 2,
     }
     return options, warps
 

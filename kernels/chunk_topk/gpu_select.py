@@ -18,17 +18,22 @@ from gck.kernels.common.tiles import columns
 
 
 @triton.jit
-def _accumulate_tile(p_grad, p_err, b_local, left):
-    """Moves a tile of acc, of which `left` elements exist, to err; it is 0 past them."""
-    # A mask that ends at just any element would make the compiler load element by element.
-    if left >= b_local.numel:
-        b_acc = widen(tl.load(p_grad + b_local)) + tl.load(p_err + b_local)
+def _load_tile(p_tile, b_local, left, WHOLE: tl.constexpr):
+    """A tile of rows of 4, of which `left` elements exist, 0 past them; a WHOLE one goes without a mask."""
+    if WHOLE:
+        return tl.load(p_tile + b_local)
+    else:
+        return tl.load(p_tile + b_local, mask=b_local < left, other=0.0)
+
+
+@triton.jit
+def _accumulate_tile(p_grad, p_err, b_local, left, WHOLE: tl.constexpr):
+    """Moves a tile of acc to err."""
+    b_acc = widen(_load_tile(p_grad, b_local, left, WHOLE)) + _load_tile(p_err, b_local, left, WHOLE)
+    if WHOLE:
         tl.store(p_err + b_local, b_acc)
     else:
-        b_inside = b_local < left
-        b_acc = widen(tl.load(p_grad + b_local, mask=b_inside, other=0.0))
-        b_acc += tl.load(p_err + b_local, mask=b_inside, other=0.0)
-        tl.store(p_err + b_local, b_acc, mask=b_inside)
+        tl.store(p_err + b_local, b_acc, mask=b_local < left)
     return b_acc
 
 
@@ -64,20 +69,20 @@ def _append(p_list, b_slot, b_one, b_local):
 
 
 @triton.jit
-def _list_tile(p_list, b_acc, first, left, floor, found, CAPACITY: tl.constexpr):
+def _list_tile(
+    p_list, b_acc, b_local, first, left, floor, found, CAPACITY: tl.constexpr, WHOLE: tl.constexpr
+):
     """Appends the positions of what reaches the floor, if the list has room; returns its length then."""
-    ROWS: tl.constexpr = b_acc.shape[0]
     # Keys compare as the numbers do, and NaN, which is not below anything, reaches any floor.
     b_reaches = (tl.abs(b_acc) < floor.to(tl.float32, bitcast=True)) == 0
-    if left < b_acc.numel:
-        b_local = tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if not WHOLE:
         b_reaches &= b_local < left
     b_one = b_reaches.to(tl.int32)
     b_ones = tl.sum(b_one, 1)
     count = tl.sum(b_ones, 0)
     if found + count <= CAPACITY:
         b_slot = found + tl.cumsum(b_ones, 0) - b_ones
-        b_row = first + tl.arange(0, ROWS) * 4
+        b_row = first + tl.arange(0, b_acc.shape[0]) * 4
         # A column at a time, so that the threads that hold the elements also store them.
         b_one_0, b_one_1, b_one_2, b_one_3 = columns(b_one)
         b_slot = _append(p_list, b_slot, b_one_0, b_row)
@@ -85,6 +90,54 @@ def _list_tile(p_list, b_acc, first, left, floor, found, CAPACITY: tl.constexpr)
         b_slot = _append(p_list, b_slot, b_one_2, b_row + 2)
         _append(p_list, b_slot, b_one_3, b_row + 3)
     return found + count
+
+
+@triton.jit
+def _list_chunk(
+    p_grad,
+    p_err,
+    p_list,
+    left,
+    wanted,
+    K: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Moves acc to err and lists what reaches a floor. Returns the floor, the largest key and the length of
+    the list: if that is above CAPACITY, it lacks some."""
+    HELD: tl.constexpr = WHOLE and TILE == 2**LEVELS
+    b_local = tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if HELD:
+        b_acc = _accumulate_tile(p_grad, p_err, b_local, left, WHOLE)
+        b_most = magnitude_key(b_acc)
+    else:
+        b_most = tl.zeros((TILE // 4, 4), tl.int32)
+        for first in range(0, left, TILE):
+            b_acc = _accumulate_tile(p_grad + first, p_err + first, b_local, left - first, WHOLE)
+            b_most = tl.maximum(b_most, magnitude_key(b_acc))
+    b_most = _group_maxima(b_most, GROUPS)
+    most = tl.max(b_most, 0)
+    # With fewer groups than entries only zero is surely reached by enough.
+    low = wanted * 0
+    if GROUPS >= K:
+        low = _find_floor(b_most, most, wanted)
+
+    found = wanted * 0
+    if CAPACITY == 0:
+        found += 1
+    elif HELD:
+        found = _list_tile(p_list, b_acc, b_local, 0, left, low, found, CAPACITY, WHOLE)
+    else:
+        tl.debug_barrier()
+        first = wanted * 0
+        while (first < left) & (found <= CAPACITY):
+            b_acc = _load_tile(p_err + first, b_local, left - first, WHOLE)
+            found = _list_tile(p_list, b_acc, b_local, first, left - first, low, found, CAPACITY, WHOLE)
+            first += TILE
+    return low, most, found
 
 
 @triton.jit
@@ -164,39 +217,17 @@ def select_chunk(
     """Moves acc of a chunk, of which `left` elements exist, to err; writes the positions of the largest.
     Returns how many those are, and whether anything is not finite."""
     wanted = tl.minimum(left, K)
-    b_local = tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    if TILE == 2**LEVELS:
-        b_acc = _accumulate_tile(p_grad, p_err, b_local, left)
-        b_most = magnitude_key(b_acc)
+    if left == 2**LEVELS:
+        low, most, found = _list_chunk(
+            p_grad, p_err, p_list, left, wanted, K, LEVELS, GROUPS, CAPACITY, TILE, True
+        )
     else:
-        b_most = tl.zeros((TILE // 4, 4), tl.int32)
-        for first in range(0, left, TILE):
-            b_acc = _accumulate_tile(p_grad + first, p_err + first, b_local, left - first)
-            b_most = tl.maximum(b_most, magnitude_key(b_acc))
+        # Masks cost registers, which smaller tiles give back.
+        low, most, found = _list_chunk(
+            p_grad, p_err, p_list, left, wanted, K, LEVELS, min(GROUPS, STEP), CAPACITY, STEP, False
+        )
     tl.debug_barrier()
-
-    b_most = _group_maxima(b_most, GROUPS)
-    most = tl.max(b_most, 0)
-    # With fewer groups than entries only zero is surely reached by enough.
-    low = wanted * 0
-    if GROUPS >= K:
-        low = _find_floor(b_most, most, wanted)
-    found = wanted * 0 + CAPACITY + 1
-    if CAPACITY > 0:
-        if TILE == 2**LEVELS:
-            found = _list_tile(p_list, b_acc, 0, left, low, 0, CAPACITY)
-        else:
-            found = wanted * 0
-            first = wanted * 0
-            while (first < left) & (found <= CAPACITY):
-                if first + TILE <= left:
-                    b_acc = tl.load(p_err + first + b_local)
-                else:
-                    b_acc = tl.load(p_err + first + b_local, mask=first + b_local < left, other=0.0)
-                found = _list_tile(p_list, b_acc, first, left - first, low, found, CAPACITY)
-                first += TILE
-        tl.debug_barrier()
-    if found <= CAPACITY:
+    if (CAPACITY > 0) & (found <= CAPACITY):
         _rank_list(p_err, p_list, found, low, most + 1, wanted, CAPACITY)
     else:
         _rank_chunk(p_err, p_list, left, low, most + 1, wanted, STEP)
