@@ -1,10 +1,12 @@
-"""Selection from a chunk that is walked in tiles: list what reaches a floor, then rank the short list.
+"""Selection from a chunk that a program has for itself: list what reaches a floor, rank the short list.
 
 The floor is a key that at least as many of the maxima of many groups reach as entries are wanted, and hardly
-more: so many elements reach it at least, and few others. Where the list has no room for all, because one
-key fills the chunk or what is large lies in few groups, the chunk is walked again and again instead.
+more: so many elements reach it at least, and few others. Only the maxima of rows of 4 elements stay in
+registers, and only the rows that reach the floor are read again. Where the list has no room for all of them,
+because one key fills the chunk or what is large lies in few groups, the chunk is walked again and again.
 
-acc lies in err meanwhile, that is in a cache. NaNs stay there as they come.
+acc lies in err meanwhile, that is in a cache. NaNs stay there as they come: as keys they are one, for an
+addition made them, which leaves no signalling ones below the quiet one.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -18,33 +20,9 @@ from gck.kernels.common.tiles import columns
 
 
 @triton.jit
-def _load_tile(p_tile, b_local, left, WHOLE: tl.constexpr):
-    """A tile of rows of 4, of which `left` elements exist, 0 past them; a WHOLE one goes without a mask."""
-    if WHOLE:
-        return tl.load(p_tile + b_local)
-    else:
-        return tl.load(p_tile + b_local, mask=b_local < left, other=0.0)
-
-
-@triton.jit
-def _accumulate_tile(p_grad, p_err, b_local, left, WHOLE: tl.constexpr):
-    """Moves a tile of acc to err."""
-    b_acc = widen(_load_tile(p_grad, b_local, left, WHOLE)) + _load_tile(p_err, b_local, left, WHOLE)
-    if WHOLE:
-        tl.store(p_err + b_local, b_acc)
-    else:
-        tl.store(p_err + b_local, b_acc, mask=b_local < left)
-    return b_acc
-
-
-@triton.jit
-def _group_maxima(b_most, GROUPS: tl.constexpr):
-    """Maxima of GROUPS groups of a tile of rows of 4; which, is free: those that a thread holds."""
-    if b_most.numel >= 4 * GROUPS:
-        b_most = tl.max(b_most, 1)
-    b_most = tl.max(tl.reshape(b_most, (b_most.numel // GROUPS, GROUPS)), 0)
-    # NaNs are one key: an addition made them, which leaves no signalling ones below.
-    return tl.minimum(b_most, QUIET_NAN)
+def _group_maxima(b_row, GROUPS: tl.constexpr):
+    """Maxima of GROUPS groups of rows; which, is free: those that a thread holds."""
+    return tl.max(tl.reshape(b_row, (b_row.numel // GROUPS, GROUPS)), 0)
 
 
 @triton.jit
@@ -63,101 +41,86 @@ def _find_floor(b_most, most, wanted):
 
 
 @triton.jit
-def _append(p_list, b_slot, b_one, b_local):
-    tl.store(p_list + b_slot, b_local.to(tl.int16), mask=b_one > 0)
-    return b_slot + b_one
-
-
-@triton.jit
-def _list_tile(
-    p_list, b_acc, b_local, first, left, floor, found, CAPACITY: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Appends the positions of what reaches the floor, if the list has room; returns its length then."""
-    # Keys compare as the numbers do, and NaN, which is not below anything, reaches any floor.
-    b_reaches = (tl.abs(b_acc) < floor.to(tl.float32, bitcast=True)) == 0
-    if not WHOLE:
-        b_reaches &= b_local < left
-    b_one = b_reaches.to(tl.int32)
-    b_ones = tl.sum(b_one, 1)
-    count = tl.sum(b_ones, 0)
-    if found + count <= CAPACITY:
-        b_slot = found + tl.cumsum(b_ones, 0) - b_ones
-        b_row = first + tl.arange(0, b_acc.shape[0]) * 4
-        # A column at a time, so that the threads that hold the elements also store them.
-        b_one_0, b_one_1, b_one_2, b_one_3 = columns(b_one)
-        b_slot = _append(p_list, b_slot, b_one_0, b_row)
-        b_slot = _append(p_list, b_slot, b_one_1, b_row + 1)
-        b_slot = _append(p_list, b_slot, b_one_2, b_row + 2)
-        _append(p_list, b_slot, b_one_3, b_row + 3)
-    return found + count
-
-
-@triton.jit
-def _list_chunk(
-    p_grad,
-    p_err,
-    p_list,
-    left,
-    wanted,
-    K: tl.constexpr,
-    LEVELS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Moves acc to err and lists what reaches a floor. Returns the floor, the largest key and the length of
-    the list: if that is above CAPACITY, it lacks some."""
-    HELD: tl.constexpr = WHOLE and TILE == 2**LEVELS
-    b_local = tl.arange(0, TILE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    if HELD:
-        b_acc = _accumulate_tile(p_grad, p_err, b_local, left, WHOLE)
-        b_most = magnitude_key(b_acc)
+def _accumulate_rows(p_grad, p_err, SIZE: tl.constexpr, PART: tl.constexpr):
+    """Moves SIZE elements of acc to err, PART at a time; returns the largest key of each row of 4."""
+    if SIZE > PART:
+        b_lower = _accumulate_rows(p_grad, p_err, SIZE // 2, PART)
+        b_upper = _accumulate_rows(p_grad + SIZE // 2, p_err + SIZE // 2, SIZE // 2, PART)
+        return tl.reshape(tl.permute(tl.join(b_lower, b_upper), (1, 0)), (SIZE // 4,))
     else:
-        b_most = tl.zeros((TILE // 4, 4), tl.int32)
-        for first in range(0, left, TILE):
-            b_acc = _accumulate_tile(p_grad + first, p_err + first, b_local, left - first, WHOLE)
-            b_most = tl.maximum(b_most, magnitude_key(b_acc))
-    b_most = _group_maxima(b_most, GROUPS)
-    most = tl.max(b_most, 0)
-    # With fewer groups than entries only zero is surely reached by enough.
-    low = wanted * 0
-    if GROUPS >= K:
-        low = _find_floor(b_most, most, wanted)
-
-    found = wanted * 0
-    if CAPACITY == 0:
-        found += 1
-    elif HELD:
-        found = _list_tile(p_list, b_acc, b_local, 0, left, low, found, CAPACITY, WHOLE)
-    else:
-        tl.debug_barrier()
-        first = wanted * 0
-        while (first < left) & (found <= CAPACITY):
-            b_acc = _load_tile(p_err + first, b_local, left - first, WHOLE)
-            found = _list_tile(p_list, b_acc, b_local, first, left - first, low, found, CAPACITY, WHOLE)
-            first += TILE
-    return low, most, found
+        b_local = tl.arange(0, SIZE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        b_acc = widen(tl.load(p_grad + b_local)) + tl.load(p_err + b_local)
+        tl.store(p_err + b_local, b_acc)
+        return tl.minimum(tl.max(magnitude_key(b_acc), 1), QUIET_NAN)
 
 
 @triton.jit
-def _rank_list(p_err, p_list, found, low, high, wanted, CAPACITY: tl.constexpr):
-    """Leaves the winners in the list, where all are that reach low."""
-    b_entry = tl.arange(0, CAPACITY)
-    b_live = b_entry < found
-    b_position = tl.load(p_list + b_entry, mask=b_live, other=0)
-    p_entry = p_err + (b_position.to(tl.int32) & 0xFFFF)
-    b_key = tl.minimum(magnitude_key(tl.load(p_entry, mask=b_live, other=0.0)), QUIET_NAN)
-    b_key = tl.where(b_live, b_key, -1)
+def _accumulate_part(p_grad, p_err, left, STEP: tl.constexpr):
+    """The same of a part of a chunk, step by step; returns the largest keys of groups."""
+    b_most = tl.zeros((STEP,), tl.int32)
+    for first in range(0, left, STEP):
+        b_local = first + tl.arange(0, STEP)
+        b_inside = b_local < left
+        b_acc = widen(tl.load(p_grad + b_local, mask=b_inside, other=0.0))
+        b_acc += tl.load(p_err + b_local, mask=b_inside, other=0.0)
+        tl.store(p_err + b_local, b_acc, mask=b_inside)
+        b_most = tl.maximum(b_most, magnitude_key(b_acc))
+    return tl.minimum(b_most, QUIET_NAN)
+
+
+@triton.jit
+def _append(p_list, b_before, b_class, b_local, quota):
+    """Writes those that win of a column, before whose elements lie b_before of both classes."""
+    b_ties = b_before >> 16
+    b_wins = (b_class == 1) | ((b_class > 1) & (b_ties < quota))
+    b_slot = (b_before & 0xFFFF) + tl.minimum(b_ties, quota)
+    tl.store(p_list + b_slot, b_local.to(tl.int16), mask=b_wins)
+    return b_before + b_class
+
+
+@triton.jit
+def _count(b_key, middle):
+    return tl.sum(tl.sum((b_key >= middle).to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _list_rows(p_list, b_row, floor, CAPACITY: tl.constexpr):
+    """Lists the rows that reach the floor, if there is room; returns how many do."""
+    b_one = (b_row >= floor).to(tl.int32)
+    b_rank = tl.cumsum(b_one, 0)
+    found = tl.sum(b_one, 0)
+    if found <= CAPACITY:
+        tl.store(p_list + b_rank - 1, tl.arange(0, b_row.numel).to(tl.int16), mask=b_one > 0)
+    return found
+
+
+@triton.jit
+def _rank_list(p_err, p_list, rows, low, high, wanted, CAPACITY: tl.constexpr):
+    """Puts the positions of the winners in the place of the listed rows, which hold all that reach low."""
+    b_index = tl.arange(0, CAPACITY)
+    b_row = tl.load(p_list + b_index, mask=b_index < rows, other=0).to(tl.int32) * 4
+    b_live = (b_index < rows)[:, None]
+    b_acc = tl.load(p_err + b_row[:, None] + tl.arange(0, 4)[None, :], mask=b_live, other=0.0)
+    b_key = tl.where(b_live, tl.minimum(magnitude_key(b_acc), QUIET_NAN), -1)
     tl.debug_barrier()  # before anything is overwritten
-    at_low = found
+    at_low = wanted * 0 + 4 * CAPACITY + 1  # not counted yet
     above = wanted * 0
     while (at_low > wanted) & (high - low > 1):
         middle = low + (high - low) // 2
-        reach = tl.sum((b_key >= middle).to(tl.int32), 0)
+        reach = _count(b_key, middle)
         low, high, at_low, above = halve(low, high, at_low, above, middle, reach, wanted)
-    b_wins, b_slot = ranked(b_key, low, tl.where(at_low > wanted, wanted - above, CAPACITY), 0)
-    tl.store(p_list + b_slot, b_position, mask=b_wins)
+
+    quota = tl.where(at_low > wanted, wanted - above, 4 * CAPACITY)
+    # Both classes in one number: 1 for what lies above the last key, 65536 for what equals it.
+    b_class = tl.where(b_key > low, 1, tl.where(b_key == low, 65536, 0))
+    b_classes = tl.sum(b_class, 1)
+    b_before = tl.cumsum(b_classes, 0) - b_classes
+    # A column at a time, so that the threads that hold the elements also store them.
+    b_class_0, b_class_1, b_class_2, b_class_3 = columns(b_class)
+    b_before = _append(p_list, b_before, b_class_0, b_row, quota)
+    b_before = _append(p_list, b_before, b_class_1, b_row + 1, quota)
+    b_before = _append(p_list, b_before, b_class_2, b_row + 2, quota)
+    _append(p_list, b_before, b_class_3, b_row + 3, quota)
 
 
 @triton.jit
@@ -211,24 +174,32 @@ def select_chunk(
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
+    PART: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Moves acc of a chunk, of which `left` elements exist, to err; writes the positions of the largest.
     Returns how many those are, and whether anything is not finite."""
+    CHUNK: tl.constexpr = 2**LEVELS
     wanted = tl.minimum(left, K)
-    if left == 2**LEVELS:
-        low, most, found = _list_chunk(
-            p_grad, p_err, p_list, left, wanted, K, LEVELS, GROUPS, CAPACITY, TILE, True
-        )
+    # With fewer groups than entries only zero is surely reached by enough.
+    low = wanted * 0
+    rows = wanted * 0 + CAPACITY + 1
+    if left == CHUNK:
+        b_row = _accumulate_rows(p_grad, p_err, CHUNK, PART)
+        b_most = _group_maxima(b_row, GROUPS)
+        most = tl.max(b_most, 0)
+        if GROUPS >= K:
+            low = _find_floor(b_most, most, wanted)
+        if CAPACITY > 0:
+            rows = _list_rows(p_list, b_row, low, CAPACITY)
     else:
-        # Masks cost registers, which smaller tiles give back.
-        low, most, found = _list_chunk(
-            p_grad, p_err, p_list, left, wanted, K, LEVELS, min(GROUPS, STEP), CAPACITY, STEP, False
-        )
+        b_part = _accumulate_part(p_grad, p_err, left, STEP)
+        most = tl.max(b_part, 0)
+        if STEP >= K:
+            low = tl.min(b_part, 0)
     tl.debug_barrier()
-    if (CAPACITY > 0) & (found <= CAPACITY):
-        _rank_list(p_err, p_list, found, low, most + 1, wanted, CAPACITY)
+    if rows <= CAPACITY:
+        _rank_list(p_err, p_list, rows, low, most + 1, wanted, CAPACITY)
     else:
         _rank_chunk(p_err, p_list, left, low, most + 1, wanted, STEP)
     return wanted, most >= INFINITY
