@@ -19,12 +19,19 @@ EXACT = {"enable_fp_fusion": False}
 
 # Two programs of 8 warps fit on a processor for certain: AMD's have room for more than that in any case.
 TOGETHER_PER_PROCESSOR = 2
-TOGETHER = {} if torch.version.hip else {"maxnreg": 128}
 
 PROGRAMS_PER_PROCESSOR = 4
 MAX_PROGRAMS = 1024
 # Without a GPU the kernels run in Triton's interpreter, one program after another: few, but several.
 INTERPRETED_PROGRAMS = 5
+
+
+def registers(most: int) -> dict[str, int]:
+    """The launch option that keeps a thread's registers to so many, where the compiler has one."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
+TOGETHER = registers(128)
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -21,3 +21,12 @@ def load_tile(p_source, b_offset, n, WHOLE: tl.constexpr):
         return tl.load(p_source + b_offset)
     else:
         return tl.load(p_source + b_offset, mask=b_offset < n, other=0.0)
+
+
+@triton.jit
+def columns(x):
+    """The four columns of a block of rows of 4."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    x_0, x_2 = tl.split(even)
+    x_1, x_3 = tl.split(odd)
+    return x_0, x_1, x_2, x_3

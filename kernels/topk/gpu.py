@@ -25,6 +25,7 @@ from gck.kernels.common.launch import (
     TOGETHER,
     launching_on,
     most_together,
+    registers,
 )
 from gck.kernels.topk import gpu_guess
 from gck.kernels.topk.gpu_bracket import BRACKET_WARPS, LINES, bracket_by_hint, bracket_by_sample
@@ -62,6 +63,7 @@ __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "deco
 ROWS_OF_BLOCK = {16: (64, 32), 32: (32, 16), 64: (16, 8), 128: (8, 8), 256: (4, 4)}
 FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
 EMIT_WARPS = 4
+STREAM_REGISTERS = 80  # three programs on a processor
 ZEROED = tl.constexpr(2048)  # words at a time
 
 
@@ -299,6 +301,7 @@ def compress_(
             TILE=TILE,
             LISTING=listing,
             num_warps=STREAM_WARPS,
+            **registers(STREAM_REGISTERS),
             **EXACT,
         )
         programs = most_together(grad)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.common.keys import magnitude_key, widen
+from gck.kernels.common.tiles import columns
 from gck.kernels.topk.gpu_control import (
     BRACKET_SHIFT,
     BRACKET_STOP,
@@ -21,15 +22,6 @@ STEP = tl.constexpr(1024)  # elements of a vector's last tile at a time
 # A tile's word: where its candidates begin in the list, and how many they are.
 COUNT_BITS = tl.constexpr(16)
 COUNT_MASK = tl.constexpr(0xFFFF)
-
-
-@triton.jit
-def _columns(x):
-    """The four columns of a block of rows of 4."""
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
-    x_0, x_2 = tl.split(even)
-    x_1, x_3 = tl.split(odd)
-    return x_0, x_1, x_2, x_3
 
 
 @triton.jit
@@ -121,7 +113,7 @@ def stream_tile(
                 b_slot = tl.cumsum(b_ones, 0) - b_ones
                 b_row = tl.arange(0, TILE // 4) * 4
                 # A column at a time, so that the threads that hold the elements also store them.
-                b_acc_0, b_acc_1, b_acc_2, b_acc_3 = _columns(b_acc)
+                b_acc_0, b_acc_1, b_acc_2, b_acc_3 = columns(b_acc)
                 b_slot = _append(
                     *(p_list, p_locals, p_bins, b_slot, b_acc_0, b_row, guess, stop, shift, BRACKET)
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.chunk_topk import ChunkTopK, gpu
+from gck.kernels.chunk_topk import ChunkTopK, gpu, gpu_decode
 from tests.kernels.aot_variant import Variant
 
 
@@ -25,7 +25,7 @@ def variants() -> list[Variant]:
         compressor = ChunkTopK(k, chunk, bits)
         held = types | {"p_values": fields[bits], "p_indices": "*u8" if compressor.packs_indices else "*i16"}
         label = f"{grad}, {k} of {chunk}, {bits} bits"
-        constants, num_warps = gpu.compress_options(compressor, 4 if grad == "fp32" else 2)
+        constants, num_warps = gpu.compress_options(compressor)
         made.append(
             Variant(
                 "chunk_topk",
@@ -38,7 +38,9 @@ def variants() -> list[Variant]:
             )
         )
         for clear, add in ((True, True), (False, True)) if bits == 2 else ((True, False),):
-            constants, num_warps = gpu.decompress_options(compressor, clear=clear, add=add)
+            constants, num_warps = gpu_decode.decompress_options(compressor, clear=clear, add=add)
             name = f"{label}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
-            made.append(Variant("chunk_topk", "gpu", "decompress_kernel", name, held, constants, num_warps))
+            made.append(
+                Variant("chunk_topk", "gpu_decode", "decompress_kernel", name, held, constants, num_warps)
+            )
     return made
