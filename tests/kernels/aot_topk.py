@@ -141,13 +141,18 @@ def _decode() -> list[Variant]:
         add = {"ACCUMULATE": value == "fp32"}
         constants = {**add, "BLOCK": gpu_decode.BLOCK}
         made.append(_variant("gpu_decode", "scatter_kernel", label, constants, 4, **types))
-        constants = {"TILE": gpu_decode.SUM_TILE, "BLOCK": gpu_decode.SUM_BLOCK, **add}
+        constants = {"TILE": gpu_decode.SUM_TILE, "TOUCH": gpu_decode.SUM_TOUCH, **add}
         constants |= {"VALUE_BYTES": BYTES[value], "INDEX_BYTES": BYTES[index]}
-        made.append(_variant("gpu_decode", "sum_kernel", label, constants, gpu_decode.SUM_WARPS, **types))
+        types |= {"p_bounds": f"*{index}"}
+        for name, (block, ranks, warps) in (("few", gpu_decode.SUM_FEW), ("many", gpu_decode.SUM_MANY)):
+            own = {**constants, "BLOCK": block, "RANKS": ranks}
+            made.append(_variant("gpu_decode", "sum_kernel", f"{label}, {name}", own, warps, **types))
     for index in ("i32", "i64"):
         constants = {"TILE": gpu_decode.SUM_TILE, "BLOCK": gpu_decode.BOUNDS_BLOCK}
+        constants |= {"WAYS": gpu_decode.BOUNDS_WAYS}
         constants |= {"INDEX_BYTES": BYTES[index]}
-        made.append(_variant("gpu_decode", "bounds_kernel", index, constants, 4, p_indices=f"*{index}"))
+        types = {"p_indices": f"*{index}", "p_bounds": f"*{index}"}
+        made.append(_variant("gpu_decode", "bounds_kernel", index, constants, 4, **types))
     return made
 
 

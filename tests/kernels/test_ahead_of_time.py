@@ -34,19 +34,23 @@ BUDGETS = {
     "topk.list_count_kernel": (48, 48),
     "topk.list_emit_kernel": (64, 64),
     "topk.scatter_kernel": (48, 32),
-    "topk.bounds_kernel": (32, 32),
-    "topk.sum_kernel": (64, 48),
+    "topk.bounds_kernel": (48, 32),
+    "topk.sum_kernel": (48, 64),
     "sign.compress_kernel": (96, 64),
     "sign.decompress_kernel": (64, 48),
     "chunk_topk.compress_kernel": (120, 80),
     "chunk_topk.decompress_kernel": (88, 56),
 }
-# Variants that need not be fast: those of a vector's last tile, and of tensors at any address.
+# Variants that need not be fast: of a vector's last tile, of tensors at any address, of 64-bit indices.
 RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}
 RARE |= {f"topk.list_stream_kernel[{grad}, last]": 128 for grad in ("fp32", "bf16")}
 RARE |= {f"topk.list_stream_kernel[{grad}, unaligned]": 112 for grad in ("fp32", "bf16")}
-# Two words, to have three programs on a processor.
-SPILLED = {("topk.list_stream_kernel[fp32, whole]", "sm_80"): 12}
+RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
+# Two words, to have three programs on a processor; and one of a sum that is hardly ever made.
+SPILLED = {
+    ("topk.list_stream_kernel[fp32, whole]", "sm_80"): 12,
+    ("topk.sum_kernel[fp16, i64, few]", "sm_90"): 10,
+}
 # Older versions count histograms by warp votes and keep more of a reduction in registers.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     BUDGETS |= {

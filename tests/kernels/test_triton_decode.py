@@ -57,11 +57,62 @@ def row_by_row(compressor: Any, out: Tensor, bodies: Tensor, layout: Layout, alp
     return out
 
 
+TOUCHES = {"nothing": gpu_decode.TOUCH_NOTHING, "entries": gpu_decode.TOUCH_ENTRIES}
+TOUCHES["all"] = gpu_decode.TOUCH_ALL
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+@pytest.mark.parametrize("n", [1, 257, 2000])
+def test_sum_touches_what_it_adds_to(n: int, touch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_decode, "SUM_TILE", 256)
+    monkeypatch.setattr(gpu_decode, "SUM_TOUCH", TOUCHES[touch].value)
+    monkeypatch.setattr(gpu_decode, "TOUCH_FROM", 0)
+    compressor = gck.TopK(ratio=0.05)
+    layout = compressor.layout(n)
+    payloads = []
+    for rank in range(2):
+        grad, err = make("gaussian", n + rank, torch.float32)
+        payloads.append(reference.compress(compressor, grad[:n], err[:n])[0])
+    bodies = rows_of(layout, payloads)
+    base = torch.linspace(-3, 5, n)
+    out = Guarded.of(base)
+    gpu.decompress_sum_(compressor, out.inner, bodies, layout, 0.7, True)
+    assert same_bytes(out.inner, row_by_row(compressor, base.clone(), bodies, layout, 0.7))
+    assert out.intact()
+
+
+@pytest.mark.parametrize("ways", [2, 4, 8, 64])
+def test_bounds(ways: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of spread, crowded and lonely indices, for any number of parts a step."""
+    monkeypatch.setattr(gpu_decode, "BOUNDS_WAYS", ways)
+    n, tile = 3000, 256
+    monkeypatch.setattr(gpu_decode, "SUM_TILE", tile)
+    seen = []
+    original = gpu_decode.sum_kernel
+
+    class Watched:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: (seen.append(args[3]), original[grid](*args, **options))
+
+    monkeypatch.setattr(gpu_decode, "sum_kernel", Watched())
+    generator = torch.Generator().manual_seed(0)
+    for k in (1, 2, 7, 64, 65, 700):
+        rows = [torch.randperm(n, generator=generator)[:k], torch.arange(k), torch.arange(n - k, n)]
+        indices = [row.sort().values.to(torch.int32) for row in rows]
+        layout = Layout.of((torch.float32, k), (torch.int32, k))
+        bodies = rows_of(layout, [(torch.ones(k), row) for row in indices])
+        gpu.decompress_sum_(gck.TopK(k=k), torch.empty(n), bodies, layout, 1.0, False)
+        starts = torch.arange(0, n + tile, tile)
+        wanted = torch.stack([torch.searchsorted(row, starts) for row in indices], 1)
+        assert torch.equal(seen[-1].view(-1, 3).long(), wanted)
+
+
 @pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 255, 256, 2000])
 def test_sum_is_row_by_row(n: int, value_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_decode, "SUM_TILE", 256)
-    monkeypatch.setattr(gpu_decode, "SUM_BLOCK", 16)
+    monkeypatch.setattr(gpu_decode, "SUM_FEW", (16, 4, 1))
+    monkeypatch.setattr(gpu_decode, "SUM_MANY", (32, 4, 1))
     compressor = gck.TopK(ratio=0.2, value_dtype=value_dtype)
     for wide in (False, True):
         layout = compressor.layout(n)
