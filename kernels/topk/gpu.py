@@ -40,13 +40,12 @@ from gck.kernels.topk.gpu_control import (
     mode_of,
 )
 from gck.kernels.topk.gpu_decode import decompress_, decompress_sum_
-from gck.kernels.topk.gpu_emit import emit_listed, emit_scanned
+from gck.kernels.topk.gpu_emit import EMIT_REGISTERS, EMIT_SEARCH, EMIT_WARPS, emit_listed, emit_scanned
 from gck.kernels.topk.gpu_guess import LINE, hinted
 from gck.kernels.topk.gpu_lists import compress_flat_, compress_list_
 from gck.kernels.topk.gpu_refine import (
     NEAR_ROOM,
     PHASES,
-    SEARCH,
     arrive,
     near_bin,
     near_runs,
@@ -60,9 +59,8 @@ from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, stream_rest, stream_
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
 # Entries of a row that are looked at together, and rows that then take few registers, in `refine` and `emit`.
-ROWS_OF_BLOCK = {16: (64, 32), 32: (32, 16), 64: (16, 8), 128: (8, 8), 256: (4, 4)}
+ROWS_OF_BLOCK = {32: (32, 8), 64: (16, 4), 128: (8, 4)}
 FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
-EMIT_WARPS = 4
 STREAM_REGISTERS = 80  # three programs on a processor
 ZEROED = tl.constexpr(2048)  # words at a time
 
@@ -221,7 +219,7 @@ def emit_kernel(
     else:
         emit_scanned(
             *(p_err, p_rows, p_groups, p_values, p_indices, p_nonfinite, i_run, first, run_tiles, n),
-            *(0, threshold, quota, TILE, ROWS, SEARCH // ROWS, GROUP),
+            *(0, threshold, quota, TILE, ROWS, EMIT_SEARCH // ROWS, GROUP),
         )
 
 
@@ -324,5 +322,6 @@ def compress_(
             *(err, list_, locals_, tile_words, *counts, control),
             *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, run_tiles[1]),
             num_warps=EMIT_WARPS,
+            **registers(EMIT_REGISTERS),
             **(hinting | shapes[1]),
         )

@@ -12,6 +12,10 @@ from gck.kernels.common.keys import INFINITY, canonical, is_finite, round_to, wi
 from gck.kernels.topk.gpu_select import classify, shares_of_run
 from gck.kernels.topk.gpu_stream import listed_rows
 
+EMIT_WARPS = 1  # a row is ranked without waiting for another warp
+EMIT_REGISTERS = 128
+EMIT_SEARCH = tl.constexpr(128)  # entries at a time of a run whose winners are in err
+
 
 @triton.jit
 def _places(p_rows, p_groups, i_run, quota, ROWS: tl.constexpr, GROUP: tl.constexpr):

@@ -23,7 +23,7 @@ from gck.kernels.topk.gpu_control import (
     mode_of,
     note,
 )
-from gck.kernels.topk.gpu_emit import emit_listed, emit_scanned
+from gck.kernels.topk.gpu_emit import EMIT_SEARCH, emit_listed, emit_scanned
 from gck.kernels.topk.gpu_guess import guess_by_sample, place_of_line, sample_block
 from gck.kernels.topk.gpu_select import count_run, refine_part
 from gck.kernels.topk.gpu_stream import restore_run, stream_tile
@@ -352,5 +352,5 @@ def list_emit_kernel(
     else:
         emit_scanned(
             *(p_err, p_rows, p_groups, p_values, p_indices, p_nonfinite, i_run, first, run_tiles, n),
-            *(origin, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+            *(origin, threshold, quota, TILE, ROWS, EMIT_SEARCH // ROWS, GROUP),
         )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.native import DTYPE_CODE
 from gck.kernels.topk.gpu_control import BINS, DIGITS, NONFINITE, WORDS
+from gck.kernels.topk.gpu_emit import EMIT_REGISTERS, EMIT_WARPS
 from gck.kernels.topk.gpu_guess import (
     BIN_SHIFT,
     BLOCK_LINES,
@@ -167,5 +168,6 @@ def _compress(
         list_emit_kernel[(runs,)](
             *(*tables, plan.tensor_of_run, list_, locals_, *counted, values, indices, nonfinite),
             GROUP=GROUP,
-            **run,
+            **registers(EMIT_REGISTERS),
+            **(run | {"num_warps": EMIT_WARPS}),
         )

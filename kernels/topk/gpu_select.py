@@ -17,7 +17,7 @@ from gck.kernels.topk.gpu_stream import listed_rows
 
 ROWS = 8  # divides a tile; the most tiles of a run
 BLOCK = 64  # elements of a row at a time
-GROUP = 512  # rows whose counts are also kept as one sum
+GROUP = 256  # rows whose counts are also kept as one sum
 RUN_WARPS = 8
 REFINE_WARPS = 8
 
