@@ -114,16 +114,19 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
     # Many entries need threads as well as many elements do.
     warps = min(max(chunk // CHUNK_WARP_ELEMENTS, slots // WARP_SLOTS, 1), max(chunk // WARP_STEP // 2, 1))
     warps = min(warps, MAX_WARPS)
-    rows = chunk // 4
-    # The more groups there are, the fewer rows reach a floor that K of their maxima reach: 1.4 K of 2 K
-    # groups, 1.15 K of 4 K, where the elements are independent.
-    listed = chunk >= GROUP and rows >= 2 * slots
+    rows, groups, capacity = chunk // 4, slots, 0
+    if chunk >= GROUP:
+        groups = min(slots, rows)
+        if rows >= 2 * slots:
+            # The more groups, the fewer rows reach a floor that K of the maxima reach: of independent
+            # elements 1.4 K with 2 K groups, and 1.15 K with 4 K.
+            groups, capacity = min(4 * slots, rows), 2 * slots
     options = {
         "K": compressor.k,
         "CHUNKS": max(GROUP // chunk, 1),
         "LEVELS": chunk.bit_length() - 1,
-        "GROUPS": min(4 * slots, rows) if listed else min(slots, rows) if chunk >= GROUP else slots,
-        "CAPACITY": 2 * slots if listed else 0,
+        "GROUPS": groups,
+        "CAPACITY": capacity,
         "BITS": compressor.value_bits,
         "INDEX_BITS": 12 if compressor.packs_indices else 16,
         "SLOT_LEVELS": max(slots, 8).bit_length() - 1,

@@ -55,8 +55,9 @@ def _accumulate_rows(p_grad, p_err, SIZE: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def _accumulate_part(p_grad, p_err, left, STEP: tl.constexpr):
-    """The same of a part of a chunk, step by step; returns the largest keys of groups."""
+def _accumulate_short(p_grad, p_err, left, STEP: tl.constexpr):
+    """Moves acc of a chunk that is short of elements to err; returns the largest keys of STEP groups."""
+    # In small steps, because masks take registers.
     b_most = tl.zeros((STEP,), tl.int32)
     for first in range(0, left, STEP):
         b_local = first + tl.arange(0, STEP)
@@ -193,12 +194,14 @@ def select_chunk(
         if CAPACITY > 0:
             rows = _list_rows(p_list, b_row, low, CAPACITY)
     else:
-        b_part = _accumulate_part(p_grad, p_err, left, STEP)
+        b_part = _accumulate_short(p_grad, p_err, left, STEP)
         most = tl.max(b_part, 0)
         if STEP >= K:
             low = tl.min(b_part, 0)
     tl.debug_barrier()
-    if rows <= CAPACITY:
+    if CAPACITY == 0:
+        _rank_chunk(p_err, p_list, left, low, most + 1, wanted, STEP)
+    elif rows <= CAPACITY:
         _rank_list(p_err, p_list, rows, low, most + 1, wanted, CAPACITY)
     else:
         _rank_chunk(p_err, p_list, left, low, most + 1, wanted, STEP)
