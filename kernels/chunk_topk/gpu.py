@@ -4,8 +4,8 @@ It moves acc = grad + err of its chunks to err, finds the positions of the large
 `gpu_rows` for small chunks), writes them in order, and after a barrier reads its compact entries back: codes,
 scales and the residuals of what was selected are made from those (`gpu_encode`).
 
-A program has few warps, mostly one, and a processor many programs: they wait for one another's threads hardly
-ever, and what one waits for, others fill.
+A program has few warps, mostly one, so that reductions need no barrier, and a processor has many programs:
+what one waits for, the others fill.
 
 Row s of `bodies` is a shard's body; the grid is (groups a shard, shards).
 """
