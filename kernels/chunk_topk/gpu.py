@@ -4,8 +4,8 @@ It moves acc = grad + err of its chunks to err, finds the positions of the large
 `gpu_rows` for small chunks), writes them in order, and after a barrier reads its compact entries back: codes,
 scales and the residuals of what was selected are made from those (`gpu_encode`).
 
-A program has few warps, mostly one, and a processor many programs: they wait for one another's threads hardly
-ever, and what one waits for, others fill.
+A program has few warps, mostly one, so that reductions need no barrier, and a processor has many programs:
+what one waits for, the others fill.
 
 Row s of `bodies` is a shard's body; the grid is (groups a shard, shards).
 """
@@ -114,16 +114,19 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
     # Many entries need threads as well as many elements do.
     warps = min(max(chunk // CHUNK_WARP_ELEMENTS, slots // WARP_SLOTS, 1), max(chunk // WARP_STEP // 2, 1))
     warps = min(warps, MAX_WARPS)
-    rows = chunk // 4
-    # The more groups there are, the fewer rows reach a floor that K of their maxima reach: 1.4 K of 2 K
-    # groups, 1.15 K of 4 K, where the elements are independent.
-    listed = chunk >= GROUP and rows >= 2 * slots
+    rows, groups, capacity = chunk // 4, slots, 0
+    if chunk >= GROUP:
+        groups = min(slots, rows)
+        if rows >= 2 * slots:
+            # The more groups, the fewer rows reach a floor that K of the maxima reach: of independent
+            # elements 1.4 K with 2 K groups, and 1.15 K with 4 K.
+            groups, capacity = min(4 * slots, rows), 2 * slots
     options = {
         "K": compressor.k,
         "CHUNKS": max(GROUP // chunk, 1),
         "LEVELS": chunk.bit_length() - 1,
-        "GROUPS": min(4 * slots, rows) if listed else min(slots, rows) if chunk >= GROUP else slots,
-        "CAPACITY": 2 * slots if listed else 0,
+        "GROUPS": groups,
+        "CAPACITY": capacity,
         "BITS": compressor.value_bits,
         "INDEX_BITS": 12 if compressor.packs_indices else 16,
         "SLOT_LEVELS": max(slots, 8).bit_length() - 1,

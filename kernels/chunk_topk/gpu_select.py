@@ -18,6 +18,8 @@ from gck.kernels.chunk_topk.gpu_rank import halve, ranked
 from gck.kernels.common.keys import INFINITY, QUIET_NAN, magnitude_key, widen
 from gck.kernels.common.tiles import columns
 
+MAX_SCAN = tl.constexpr(2048)
+
 
 @triton.jit
 def _group_maxima(b_row, GROUPS: tl.constexpr):
@@ -55,8 +57,9 @@ def _accumulate_rows(p_grad, p_err, SIZE: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def _accumulate_part(p_grad, p_err, left, STEP: tl.constexpr):
-    """The same of a part of a chunk, step by step; returns the largest keys of groups."""
+def _accumulate_short(p_grad, p_err, left, STEP: tl.constexpr):
+    """Moves acc of a chunk that is short of elements to err; returns the largest keys of STEP groups."""
+    # In small steps, because masks take registers.
     b_most = tl.zeros((STEP,), tl.int32)
     for first in range(0, left, STEP):
         b_local = first + tl.arange(0, STEP)
@@ -84,13 +87,20 @@ def _count(b_key, middle):
 
 
 @triton.jit
-def _list_rows(p_list, b_row, floor, CAPACITY: tl.constexpr):
-    """Lists the rows that reach the floor, if there is room; returns how many do."""
-    b_one = (b_row >= floor).to(tl.int32)
-    b_rank = tl.cumsum(b_one, 0)
-    found = tl.sum(b_one, 0)
-    if found <= CAPACITY:
-        tl.store(p_list + b_rank - 1, tl.arange(0, b_row.numel).to(tl.int16), mask=b_one > 0)
+def _list_rows(p_list, b_row, first, floor, found, CAPACITY: tl.constexpr):
+    """Appends the rows, from `first` on, that reach the floor, if there is room; returns the length then."""
+    # A scan over more, of many warps, takes more registers than there are.
+    if b_row.numel > MAX_SCAN:
+        b_lower, b_upper = tl.split(tl.permute(tl.reshape(b_row, (2, b_row.numel // 2)), (1, 0)))
+        found = _list_rows(p_list, b_lower, first, floor, found, CAPACITY)
+        found = _list_rows(p_list, b_upper, first + b_row.numel // 2, floor, found, CAPACITY)
+    else:
+        b_one = (b_row >= floor).to(tl.int32)
+        b_slot = found + tl.cumsum(b_one, 0) - 1
+        found += tl.sum(b_one, 0)
+        if found <= CAPACITY:
+            b_index = first + tl.arange(0, b_row.numel)
+            tl.store(p_list + b_slot, b_index.to(tl.int16), mask=b_one > 0)
     return found
 
 
@@ -191,14 +201,16 @@ def select_chunk(
         if GROUPS >= K:
             low = _find_floor(b_most, most, wanted)
         if CAPACITY > 0:
-            rows = _list_rows(p_list, b_row, low, CAPACITY)
+            rows = _list_rows(p_list, b_row, 0, low, wanted * 0, CAPACITY)
     else:
-        b_part = _accumulate_part(p_grad, p_err, left, STEP)
+        b_part = _accumulate_short(p_grad, p_err, left, STEP)
         most = tl.max(b_part, 0)
         if STEP >= K:
             low = tl.min(b_part, 0)
     tl.debug_barrier()
-    if rows <= CAPACITY:
+    if CAPACITY == 0:
+        _rank_chunk(p_err, p_list, left, low, most + 1, wanted, STEP)
+    elif rows <= CAPACITY:
         _rank_list(p_err, p_list, rows, low, most + 1, wanted, CAPACITY)
     else:
         _rank_chunk(p_err, p_list, left, low, most + 1, wanted, STEP)

@@ -21,6 +21,7 @@ def variants() -> list[Variant]:
         ("bf16", 128, 8192, 2),
         ("fp32", 128, 8192, 32),
         ("fp32", 1024, 65536, 2),
+        ("fp32", 512, 1024, 16),
     ):
         compressor = ChunkTopK(k, chunk, bits)
         held = types | {"p_values": fields[bits], "p_indices": "*u8" if compressor.packs_indices else "*i16"}

@@ -38,7 +38,7 @@ BUDGETS = {
     "topk.sum_kernel": (48, 64),
     "sign.compress_kernel": (96, 64),
     "sign.decompress_kernel": (64, 48),
-    "chunk_topk.compress_kernel": (120, 80),
+    "chunk_topk.compress_kernel": (120, 88),
     "chunk_topk.decompress_kernel": (88, 56),
 }
 # Variants that need not be fast: of a vector's last tile, of tensors at any address, of 64-bit indices.

@@ -150,6 +150,24 @@ def test_large_chunks_in_the_interpreter(compressor: ChunkTopK, dtype: torch.dty
         check_case(compressor, "interpreter", *make(case, n, dtype))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
+@pytest.mark.parametrize("compressor", [ChunkTopK(64, 4096, 32), ChunkTopK(100, 2048, 2)], ids=str)
+def test_lists_that_are_just_full_or_overflow(compressor: ChunkTopK) -> None:
+    """Rows of 4 that reach the floor, as many as the list holds and one more: ties, and numbers that differ
+    in groups whose maxima let the floor fall."""
+    options, _ = kernels("interpreter").compress_options(compressor)
+    capacity, groups, size = options["CAPACITY"], options["GROUPS"], compressor.chunk_size
+    assert capacity > 0
+    for rows in (capacity, capacity + 1):
+        grad = torch.zeros(2 * size)
+        grad[size - 4 * rows : size : 4] = 1.0
+        grad[size + 3 : size + 4 * rows : 4] = torch.linspace(-1, 2, rows)
+        check_case(compressor, "interpreter", grad, torch.zeros(2 * size))
+    few = torch.arange(size) // 4 % groups < compressor.k - 1
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(0)) * torch.where(few, 100.0, 1.0)
+    check_case(compressor, "interpreter", grad, torch.zeros(size))
+
+
 def last_shards(compressor: ChunkTopK, n: int, ranks: int) -> tuple[Tensor, int, int]:
     """(bodies of the second of two shards, rank by rank, with a gap between rows; their capacity; how many
     elements they cover). One rank's has entries that are not finite."""
