@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, Protocol
 
 import torch
@@ -41,11 +42,12 @@ def plain(*tensors: Tensor | None) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._autograd._profiler_enabled()
-        and all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
+        and True not in [tensor.is_neg() for tensor in tensors if tensor is not None]
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, NoneType}
 
 
 def compress(

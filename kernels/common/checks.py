@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from operator import le
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from gck.errors import (
 )
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GRAD_DTYPES = frozenset(GRAD_DTYPES)
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
@@ -67,6 +70,34 @@ def check_device(function: str, name: str, value: Tensor, like_name: str, like: 
         raise DeviceMismatchError(
             f"{function}: {name} must be on the device of {like_name}, got {value.device} and {like.device}"
         )
+
+
+def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
+    """Whether every gradient and its residual, all on one device, would pass `check_grad`, `check_fp32` and
+    `check_same`: told of many much faster. False means that it's for them to tell."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [*grads, *errs]
+    return (
+        {torch.strided}.issuperset([tensor.layout for tensor in tensors])
+        and False not in [tensor.is_contiguous() for tensor in tensors]
+        and _GRAD_DTYPES.issuperset([grad.dtype for grad in grads])
+        and {torch.float32}.issuperset([err.dtype for err in errs])
+        and [grad.numel() for grad in grads] == [err.numel() for err in errs]
+        and len({tensor.device for tensor in tensors}) == 1
+        and not (torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors])
+    )
+
+
+def apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors share no memory: told of many much faster than by `check_no_overlap`, for
+    which it is to tell which do. Only of tensors on one device, none of them fake."""
+    filled = [tensor for tensor in tensors if tensor.nbytes]
+    starts = [tensor.data_ptr() for tensor in filled]
+    ends = sorted([start + tensor.nbytes for start, tensor in zip(starts, filled, strict=True)])
+    starts.sort()
+    # In order, each one ends before the next starts exactly if no point lies in two of them.
+    return all(map(le, ends, starts[1:]))
 
 
 def check_no_overlap(function: str, **tensors: Tensor) -> None:
