@@ -72,9 +72,32 @@ def check_device(function: str, name: str, value: Tensor, like_name: str, like: 
         )
 
 
+def check_pair(function: str, grad: Tensor, err: Tensor) -> None:
+    if not acceptable(grad, err):
+        check_grad(function, grad)
+        check_fp32(function, "err", err)
+        check_same(function, "err", err, "grad", grad)
+
+
+def acceptable(grad: Tensor, err: Tensor) -> bool:
+    """Whether these would pass `check_grad`, `check_fp32` and `check_same`, told in a fraction of the time.
+    False means that it is for them to tell."""
+    return (
+        isinstance(grad, Tensor)
+        and isinstance(err, Tensor)
+        and grad.dtype in GRAD_DTYPES
+        and err.dtype == torch.float32
+        and grad.layout == torch.strided == err.layout
+        and grad.is_contiguous()
+        and err.is_contiguous()
+        and grad.numel() == err.numel()
+        and grad.device == err.device
+        and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
+    )
+
+
 def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
-    """Whether every gradient and its residual, all on one device, would pass `check_grad`, `check_fp32` and
-    `check_same`: told of many much faster. False means that it's for them to tell."""
+    """`acceptable` of many: every gradient and its residual, and all of them on one device."""
     if torch.compiler.is_compiling():
         return False
     tensors = [*grads, *errs]
@@ -92,6 +115,9 @@ def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
 def apart(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors share no memory: told of many much faster than by `check_no_overlap`, for
     which it is to tell which do. Only of tensors on one device, none of them fake."""
+    if len(tensors) == 2:  # by far the most calls
+        (a, a_size), (b, b_size) = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        return a + a_size <= b or b + b_size <= a or not (a_size and b_size)
     filled = [tensor for tensor in tensors if tensor.nbytes]
     starts = [tensor.data_ptr() for tensor in filled]
     ends = sorted([start + tensor.nbytes for start, tensor in zip(starts, filled, strict=True)])

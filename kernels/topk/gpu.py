@@ -304,7 +304,7 @@ def compress_(
             Spares the sample, and is set to this step's. It never changes the result.
     """
     n = grad.numel()
-    values, indices = compressor.layout(n).views(bodies[0])
+    values, indices = compressor.layout(n).views(bodies.view(-1))
     k = values.numel()
     tiles = triton.cdiv(n, TILE)
     run_tiles = ROWS if tiles >= LONG_RUNS_FROM else 1

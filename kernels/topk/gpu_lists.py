@@ -6,7 +6,6 @@ Gradients may differ in dtype: only `sample` and `stream` read them, in a launch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -37,7 +36,6 @@ from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE
 from gck.kernels.topk.gpu_tables import Choice, plan_for
 from gck.kernels.topk.lists import Bodies
 from gck.payload import index_dtype
-from gck.wire import Field
 
 LIST_GUESS_WARPS = 8  # of 64-bit sizes
 
@@ -58,31 +56,33 @@ def compress_list_(
         nonfinite: see `kernels.common.base`.
     """
     # Vectors so long that their indices have 64 bits are few: they take launches of their own.
-    for those, choices, fields in _alike(bodies):
-        views = [memory[field.offset : field.end].view(field.dtype) for field in fields]
+    for those, choices, firsts in _alike(bodies):
+        views = [memory[start:end].view(dtype) for start, end, dtype in firsts]
         _compress([grads[i] for i in those], [errs[i] for i in those], choices, views, nonfinite)
 
 
-Group = tuple[list[int], tuple[Choice, ...], tuple[Field, Field]]
+Group = tuple[list[int], tuple[Choice, ...], list[tuple[int, int, torch.dtype]]]
 
 
 @lru_cache(maxsize=64)
 def _alike(bodies: Bodies) -> list[Group]:
     """Of the tensors, but empty ones, whose indices are of one dtype: which they are, what is selected from
-    them, and the fields of all memory that start with those of their first payload."""
+    them, and the bytes and dtype of the first one's values, and of its indices."""
     groups: list[Group] = []
     for dtype in (torch.int32, torch.int64):
         those = [i for i, n in enumerate(bodies.numels) if n and index_dtype(n) == dtype]
         if those:
-            values, indices = [
-                [replace(bodies.layouts[i].fields[which], offset=bodies.offset(i, which)) for i in those]
-                for which in (0, 1)
-            ]
+            places = [(bodies.offset(i, 0), bodies.offset(i, 1)) for i in those]
+            values, indices = places[0]
             choices = [
-                Choice(v.count, 1, v.offset - values[0].offset, i.offset - indices[0].offset)
-                for v, i in zip(values, indices, strict=True)
+                Choice(bodies.layouts[i].fields[0].count, 1, v - values, j - indices)
+                for i, (v, j) in zip(those, places, strict=True)
             ]
-            groups.append((those, tuple(choices), (values[0], indices[0])))
+            firsts = [
+                (start, start + field.end - field.offset, field.dtype)
+                for start, field in zip(places[0], bodies.layouts[those[0]].fields, strict=True)
+            ]
+            groups.append((those, tuple(choices), firsts))
     return groups
 
 
