@@ -26,22 +26,24 @@ def _align(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Field:
-    """`count` elements of `dtype`, starting at byte `offset` of the body."""
+    """`count` elements of `dtype`, in the bytes of the body from `offset` up to `end`."""
 
     dtype: torch.dtype
     count: int
     offset: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.count * self.dtype.itemsize
+    end: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The fields of one body, in order."""
+    """The fields of one body, in order.
+
+    Attributes:
+        nbytes: size of the body: a multiple of 16 bytes.
+    """
 
     fields: tuple[Field, ...]
+    nbytes: int
 
     @classmethod
     def of(cls, *fields: tuple[torch.dtype, int]) -> Layout:
@@ -49,14 +51,9 @@ class Layout:
         placed: list[Field] = []
         offset = 0
         for dtype, count in fields:
-            placed.append(Field(dtype, count, offset))
+            placed.append(Field(dtype, count, offset, offset + count * dtype.itemsize))
             offset = _align(placed[-1].end)
-        return cls(tuple(placed))
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the body: a multiple of 16 bytes."""
-        return _align(self.fields[-1].end)
+        return cls(tuple(placed), offset)
 
     def empty_body(self, device: torch.device) -> Tensor:
         """A (nbytes,) uint8 body for a kernel that writes every field: only the padding is zero."""

@@ -199,6 +199,23 @@ def test_bad_lists_change_nothing(which: str) -> None:
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic: bool, flat: bool) -> None:
+    def step(grads: list[Tensor], errs: list[Tensor]) -> Any:
+        return gck.topk_ef_(grads, errs, 0.1, flat=flat)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (100, 133):
+        pairs = [make("gaussian", size, torch.float32) for size in (n, 2 * n)]
+        grads, errs = [grad for grad, _ in pairs], [err for _, err in pairs]
+        compiled_errs = copies(errs)
+        got, wanted = compiled(grads, compiled_errs), step(grads, errs)
+        for ours, theirs in [(got, wanted)] if flat else zip(got, wanted, strict=True):
+            assert_same(ours, theirs)
+        assert same_bytes(torch.cat(compiled_errs), torch.cat(errs))
+
+
 def test_flat_is_for_lists() -> None:
     err = torch.ones(300)
     with pytest.raises(ArgumentError, match="flat is for lists of tensors, got it with Tensor"):

@@ -36,13 +36,17 @@ def plain(*tensors: Tensor | None) -> bool:
     That is: nobody traces or profiles, no mode looks on, no tensor is of a class of its own or negated
     lazily. Calling the kernel directly then spares more than a small kernel's own time.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._autograd._profiler_enabled()
-        and all(tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return False
+    return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -62,7 +66,8 @@ def compress(
     """
     # Not zeroed as a whole: kernels write all of a single body's fields, and it may be large.
     body = compressor.layout(grad.numel()).empty_body(grad.device)
-    compressor.run(function, grad, err, body.unsqueeze(0), nonfinite, **options)
+    bodies = body if compressor.shard_unit is None else body.unsqueeze(0)
+    compressor.run(function, grad, err, bodies, nonfinite, **options)
     torch.autograd.graph.increment_version([t for t in (err, nonfinite, *options.values()) if t is not None])
     return body
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, cast, overload
+from types import NoneType
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from gck.kernels.topk import TopK, check_options, resolve_k
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
+from gck.wire import Layout
 
 __all__ = ["topk", "topk_ef_"]
 
@@ -112,9 +114,8 @@ def topk_ef_(
         return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
     if flat:
         raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
-    return _topk_ef_one(
-        cast(Array, grad), cast(Array, err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
-    )
+    one: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint)
+    return _topk_ef_one(*one)
 
 
 def _topk_ef_one(
@@ -129,15 +130,17 @@ def _topk_ef_one(
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             return _topk_ef_one(g, e, ratio, k, value_dtype, nonfinite, hint)
-    check_options("topk_ef_", ratio, k, value_dtype)
-    checks.check_grad("topk_ef_", grad)
-    count = resolve_k("topk_ef_", grad.numel(), ratio, k)
-    compressor = _compressor(count, value_dtype)
-    compressor.check_inputs("topk_ef_", grad, err, nonfinite)
+    if checks.acceptable(grad, err):
+        count, layout = _chosen("topk_ef_", grad.numel(), ratio, k, value_dtype)
+    else:
+        check_options("topk_ef_", ratio, k, value_dtype)
+        checks.check_grad("topk_ef_", grad)
+        count, layout = _chosen("topk_ef_", grad.numel(), ratio, k, value_dtype)
+        checks.check_pair("topk_ef_", grad, err)
+    checks.check_nonfinite("topk_ef_", nonfinite, grad)
     checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
     call = _topk_ef if plain(grad, err, nonfinite, hint) else torch.ops.gck.topk_ef_
-    body = call(grad, err, count, value_dtype, nonfinite, hint)
-    values, indices = compressor.layout(grad.numel()).views(body)
+    values, indices = layout.views(call(grad, err, count, value_dtype, nonfinite, hint))
     return SparseGrad(values, indices, grad.numel())
 
 
@@ -153,12 +156,36 @@ def topk(
             return topk(tensor, ratio, k=k, value_dtype=value_dtype)
     check_options("topk", ratio, k, value_dtype)
     checks.check_grad("topk", x, "x")
-    count = resolve_k("topk", x.numel(), ratio, k)
+    count, layout = _chosen("topk", x.numel(), ratio, k, value_dtype)
     call = _topk if plain(x) else torch.ops.gck.topk
-    body = call(x, count, value_dtype)
-    compressor = _compressor(count, value_dtype)
-    values, indices = compressor.layout(x.numel()).views(body)
+    values, indices = layout.views(call(x, count, value_dtype))
     return SparseGrad(values, indices, x.numel())
+
+
+def _chosen(
+    function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype
+) -> tuple[int, Layout]:
+    """How many entries are kept, and the payload's layout.
+
+    Raises:
+        ArgumentError, DtypeError: the options are wrong, as such or for a vector of `numel` elements.
+    """
+    # Tracing may bring symbolic sizes, which have no hash, as anything may be that a caller gives.
+    known = {type(numel), type(k), type(ratio), type(value_dtype)} <= _HASHED
+    choose = _choice if known and not torch.compiler.is_compiling() else _choice.__wrapped__
+    return choose(function, numel, ratio, k, value_dtype)
+
+
+_HASHED = {int, float, NoneType, torch.dtype}
+
+
+@lru_cache(maxsize=1024, typed=True)  # True is no ratio, and no k
+def _choice(
+    function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype
+) -> tuple[int, Layout]:
+    check_options(function, ratio, k, value_dtype)
+    count = resolve_k(function, numel, ratio, k)
+    return count, _compressor(count, value_dtype).layout(numel)
 
 
 def _compressor(k: int, value_dtype: torch.dtype) -> TopK:

@@ -13,9 +13,9 @@ from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 from gck.kernels.common.base import backend
 from gck.kernels.topk import TopK, check_options, resolve_k
+from gck.kernels.topk.lists import bodies_of
 from gck.ops.registration import Array, plain, register
 from gck.payload import SparseGrad
-from gck.wire import Layout
 
 __all__ = ["topk_ef_list_"]
 
@@ -55,13 +55,10 @@ def topk_ef_list_(
     if not tensors:
         return _nothing(value_dtype) if flat else []
     call = _topk_ef_list if plain(*tensors, *residuals, nonfinite) else torch.ops.gck.topk_ef_list_
-    body = call(tensors, residuals, counts, flat, value_dtype, nonfinite)
-    layouts = _layouts(sizes, counts, flat, value_dtype)
-    parts = body.split([layout.nbytes for layout in layouts])
-    payloads = []
-    for layout, part, size in zip(layouts, parts, [sum(sizes)] if flat else sizes, strict=True):
-        values, indices = layout.views(part)
-        payloads.append(SparseGrad(values, indices, size))
+    memory = call(tensors, residuals, counts, flat, value_dtype, nonfinite)
+    numels = [sum(sizes)] if flat else sizes
+    values, indices = bodies_of(numels, counts, value_dtype).fields(memory)
+    payloads = list(map(SparseGrad, values, indices, numels))
     return payloads[0] if flat else payloads
 
 
@@ -77,11 +74,12 @@ def _named(arrays: Sequence[A], name: str) -> dict[str, A]:
 
 
 def _check_tensors(grads: list[Tensor], errs: list[Tensor], nonfinite: Tensor | None) -> None:
-    for i, (grad, err) in enumerate(zip(grads, errs, strict=True)):
-        checks.check_grad(FUNCTION, grad, f"grad[{i}]")
-        checks.check_fp32(FUNCTION, f"err[{i}]", err)
-        checks.check_same(FUNCTION, f"err[{i}]", err, f"grad[{i}]", grad)
-        checks.check_device(FUNCTION, f"grad[{i}]", grad, "grad[0]", grads[0])
+    if not checks.acceptable_pairs(grads, errs):
+        for i, (grad, err) in enumerate(zip(grads, errs, strict=True)):
+            checks.check_grad(FUNCTION, grad, f"grad[{i}]")
+            checks.check_fp32(FUNCTION, f"err[{i}]", err)
+            checks.check_same(FUNCTION, f"err[{i}]", err, f"grad[{i}]", grad)
+            checks.check_device(FUNCTION, f"grad[{i}]", grad, "grad[0]", grads[0])
     if grads:
         checks.check_nonfinite(FUNCTION, nonfinite, grads[0])
 
@@ -105,6 +103,8 @@ def _counts(
         check_options(FUNCTION, ratio, one, value_dtype)
         if flat:
             return [resolve_k(FUNCTION, sum(sizes), ratio, one)]
+        if one is None:
+            return [resolve_k(FUNCTION, size, ratio, None) for size in sizes]
         each = [one] * len(sizes)
     counts = []
     for i, (size, count) in enumerate(zip(sizes, each, strict=True)):
@@ -112,17 +112,6 @@ def _counts(
             check_options(f"{FUNCTION}: grad[{i}]", ratio, count, value_dtype)
         counts.append(resolve_k(f"{FUNCTION}: grad[{i}]", size, ratio, count))
     return counts
-
-
-def _compressors(counts: Sequence[int], value_dtype: torch.dtype) -> list[TopK]:
-    return [TopK(k=max(1, count), value_dtype=value_dtype) for count in counts]
-
-
-def _layouts(
-    sizes: Sequence[int], counts: Sequence[int], flat: bool, value_dtype: torch.dtype
-) -> list[Layout]:
-    numels = [sum(sizes)] if flat else sizes
-    return [c.layout(n) for c, n in zip(_compressors(counts, value_dtype), numels, strict=True)]
 
 
 def _topk_ef_list(
@@ -133,21 +122,23 @@ def _topk_ef_list(
     value_dtype: torch.dtype,
     nonfinite: Tensor | None,
 ) -> Tensor:
-    others = {} if nonfinite is None else {"nonfinite": nonfinite}
-    checks.check_no_overlap(FUNCTION, **_named(grads, "grad"), **_named(errs, "err"), **others)
-    sizes = [grad.numel() for grad in grads]
-    compressors, layouts = _compressors(ks, value_dtype), _layouts(sizes, ks, flat, value_dtype)
+    written = errs if nonfinite is None else [*errs, nonfinite]
+    if not checks.apart([*grads, *written]):
+        others = {} if nonfinite is None else {"nonfinite": nonfinite}
+        checks.check_no_overlap(FUNCTION, **_named(grads, "grad"), **_named(errs, "err"), **others)
+    numels = [grad.numel() for grad in grads]
+    total = sum(numels)
+    bodies = bodies_of([total] if flat else numels, ks, value_dtype)
     # Zeroed as a whole: to zero the padding of each payload would take a launch each.
-    body = torch.zeros(sum(layout.nbytes for layout in layouts), dtype=torch.uint8, device=grads[0].device)
-    bodies = body.split([layout.nbytes for layout in layouts])
+    memory = torch.zeros(bodies.nbytes, dtype=torch.uint8, device=grads[0].device)
     kernels = backend(FUNCTION, TopK.package, grads[0].device)
-    g, e = [grad.view(-1) for grad in grads], [err.view(-1) for err in errs]
-    if sum(sizes) and flat:
-        kernels.compress_flat_(compressors[0], g, e, bodies[0].unsqueeze(0), nonfinite)
-    elif sum(sizes):
-        kernels.compress_list_(compressors, g, e, [part.unsqueeze(0) for part in bodies], nonfinite)
-    torch.autograd.graph.increment_version([*errs, *others.values()])
-    return body
+    if total and flat:
+        compressor = TopK(k=ks[0], value_dtype=value_dtype)
+        kernels.compress_flat_(compressor, grads, errs, memory.unsqueeze(0), nonfinite)
+    elif total:
+        kernels.compress_list_(bodies, grads, errs, memory, nonfinite)
+    torch.autograd.graph.increment_version(written)
+    return memory
 
 
 def _fake_topk_ef_list(
@@ -158,8 +149,9 @@ def _fake_topk_ef_list(
     value_dtype: torch.dtype,
     nonfinite: Tensor | None,
 ) -> Tensor:
-    layouts = _layouts([grad.numel() for grad in grads], ks, flat, value_dtype)
-    return grads[0].new_empty((sum(layout.nbytes for layout in layouts),), dtype=torch.uint8)
+    numels = [grad.numel() for grad in grads]
+    nbytes = bodies_of([sum(numels)] if flat else numels, ks, value_dtype).nbytes
+    return grads[0].new_empty((nbytes,), dtype=torch.uint8)
 
 
 register(

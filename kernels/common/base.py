@@ -2,7 +2,7 @@
 
 A compressor's folder has three backends, `reference`, `cpu` and `gpu`. `cpu` and `gpu` define
 
-    compress_(compressor, grad, err, bodies, nonfinite)          # flat tensors, already checked
+    compress_(compressor, grad, err, bodies, nonfinite)          # flat tensors, already checked; see `run`
     decompress_(compressor, out, fields, alpha, accumulate)      # fields: the payload's typed tensors
 
 may define, where one pass over `out` is possible for all ranks' payloads together,
@@ -20,7 +20,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -41,22 +40,24 @@ from gck.wire import Layout
 
 def backend(function: str, package: str, device: torch.device) -> Any:
     """The module with the kernels of `package` for `device`."""
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceMismatchError(f"{function}: no kernel for device {device}; use cpu or cuda")
-    try:
-        return _module(package, device.type)
-    except ImportError as error:
-        if device.type == "cpu":
-            raise
-        raise BackendUnavailableError(
-            f"{function}: tensors on {device} need Triton, which cannot be imported ({error}); "
-            "`pip install triton`, or move the tensors to the CPU"
-        ) from error
+    module = _modules.get((package, device.type))
+    if module is None:
+        if device.type not in ("cpu", "cuda"):
+            raise DeviceMismatchError(f"{function}: no kernel for device {device}; use cpu or cuda")
+        try:
+            module = import_module(f"{package}.{'cpu' if device.type == 'cpu' else 'gpu'}")
+        except ImportError as error:
+            if device.type == "cpu":
+                raise
+            raise BackendUnavailableError(
+                f"{function}: tensors on {device} need Triton, which cannot be imported ({error}); "
+                "`pip install triton`, or move the tensors to the CPU"
+            ) from error
+        _modules[package, device.type] = module
+    return module
 
 
-@cache
-def _module(package: str, device_type: str) -> Any:
-    return import_module(f"{package}.{'cpu' if device_type == 'cpu' else 'gpu'}")
+_modules: dict[tuple[str, str], Any] = {}
 
 
 class KernelCompressor(ABC):
@@ -122,10 +123,10 @@ class KernelCompressor(ABC):
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None
     ) -> None:
         """Everything that can be said of the inputs without looking at memory."""
-        checks.check_grad(function, grad)
-        if err is not None:
-            checks.check_fp32(function, "err", err)
-            checks.check_same(function, "err", err, "grad", grad)
+        if err is None:
+            checks.check_grad(function, grad)
+        else:
+            checks.check_pair(function, grad, err)
         checks.check_nonfinite(function, nonfinite, grad)
 
     def compress(
@@ -155,14 +156,17 @@ class KernelCompressor(ABC):
         """`compress` of what `check_inputs` has passed, into bodies that fit.
 
         Args:
+            bodies: (S, nbytes); or the one body (nbytes,), where `shard_unit` is None.
             options: further tensors that this compressor's kernels know, by name; None: not given.
         """
         kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.
             err = torch.full((grad.numel(),), -0.0, dtype=torch.float32, device=grad.device)
-        tensors = {"grad": grad, "err": err, "nonfinite": nonfinite, **options}
-        checks.check_no_overlap(function, **{name: t for name, t in tensors.items() if t is not None})
+        others = [tensor for tensor in (nonfinite, *options.values()) if tensor is not None]
+        if not checks.apart([grad, err, *others]):
+            tensors = {"grad": grad, "err": err, "nonfinite": nonfinite, **options}
+            checks.check_no_overlap(function, **{name: t for name, t in tensors.items() if t is not None})
         if grad.numel():
             kernels.compress_(self, _flat(grad), _flat(err), bodies, nonfinite, **options)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from operator import le
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from gck.errors import (
 )
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GRAD_DTYPES = frozenset(GRAD_DTYPES)
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
@@ -67,6 +70,60 @@ def check_device(function: str, name: str, value: Tensor, like_name: str, like: 
         raise DeviceMismatchError(
             f"{function}: {name} must be on the device of {like_name}, got {value.device} and {like.device}"
         )
+
+
+def check_pair(function: str, grad: Tensor, err: Tensor) -> None:
+    if not acceptable(grad, err):
+        check_grad(function, grad)
+        check_fp32(function, "err", err)
+        check_same(function, "err", err, "grad", grad)
+
+
+def acceptable(grad: Tensor, err: Tensor) -> bool:
+    """Whether these would pass `check_grad`, `check_fp32` and `check_same`, told in a fraction of the time.
+    False means that it is for them to tell."""
+    return (
+        isinstance(grad, Tensor)
+        and isinstance(err, Tensor)
+        and grad.dtype in GRAD_DTYPES
+        and err.dtype == torch.float32
+        and grad.layout == torch.strided == err.layout
+        and grad.is_contiguous()
+        and err.is_contiguous()
+        and grad.numel() == err.numel()
+        and grad.device == err.device
+        and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
+    )
+
+
+def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
+    """`acceptable` of many: every gradient and its residual, and all of them on one device."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [*grads, *errs]
+    return (
+        {torch.strided}.issuperset([tensor.layout for tensor in tensors])
+        and False not in [tensor.is_contiguous() for tensor in tensors]
+        and _GRAD_DTYPES.issuperset([grad.dtype for grad in grads])
+        and {torch.float32}.issuperset([err.dtype for err in errs])
+        and [grad.numel() for grad in grads] == [err.numel() for err in errs]
+        and len({tensor.device for tensor in tensors}) == 1
+        and not (torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors])
+    )
+
+
+def apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors share no memory: told of many much faster than by `check_no_overlap`, for
+    which it is to tell which do. Only of tensors on one device, none of them fake."""
+    if len(tensors) == 2:  # by far the most calls
+        (a, a_size), (b, b_size) = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
+        return a + a_size <= b or b + b_size <= a or not (a_size and b_size)
+    filled = [tensor for tensor in tensors if tensor.nbytes]
+    starts = [tensor.data_ptr() for tensor in filled]
+    ends = sorted([start + tensor.nbytes for start, tensor in zip(starts, filled, strict=True)])
+    starts.sort()
+    # In order, each one ends before the next starts exactly if no point lies in two of them.
+    return all(map(le, ends, starts[1:]))
 
 
 def check_no_overlap(function: str, **tensors: Tensor) -> None:

@@ -59,9 +59,9 @@ class TopK(KernelCompressor):
 
     def layout(self, numel: int) -> Layout:
         # Tracing may bring symbolic sizes, which have no hash, and looks through caches anyway.
-        cached = type(numel) is int and type(self.k) in (int, NoneType) and not torch.compiler.is_compiling()
-        place = _layout if cached else _layout.__wrapped__
-        return place(self, numel)
+        if type(numel) is int and type(self.k) in (int, NoneType) and not torch.compiler.is_compiling():
+            return _layout(numel, self.ratio, self.k, self.value_dtype)
+        return _layout.__wrapped__(numel, self.ratio, self.k, self.value_dtype)
 
     @classmethod
     def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> TopK:
@@ -83,9 +83,9 @@ class TopK(KernelCompressor):
 
 
 @lru_cache(maxsize=1024)
-def _layout(compressor: TopK, numel: int) -> Layout:
-    k = resolve_k("TopK", numel, compressor.ratio, compressor.k)
-    return Layout.of((compressor.value_dtype, k), (index_dtype(numel), k))
+def _layout(numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype) -> Layout:
+    count = resolve_k("TopK", numel, ratio, k)
+    return Layout.of((value_dtype, count), (index_dtype(numel), count))
 
 
 def check_options(

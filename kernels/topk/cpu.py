@@ -14,6 +14,7 @@ from gck.kernels.common.native import DTYPE_CODE
 
 if TYPE_CHECKING:
     from gck.kernels.topk import TopK
+    from gck.kernels.topk.lists import Bodies
     from gck.wire import Layout
 
 
@@ -69,20 +70,21 @@ def compress_flat_(
 
 
 def compress_list_(
-    compressors: Sequence[TopK],
+    bodies: Bodies,
     grads: Sequence[Tensor],
     errs: Sequence[Tensor],
-    bodies: Sequence[Tensor],
+    memory: Tensor,
     nonfinite: Tensor | None,
 ) -> None:
-    """Selects from each tensor by itself; all compressors have one value_dtype."""
+    """Selects from each tensor by itself."""
+    base = memory.data_ptr()
     places = []
-    for compressor, grad, body in zip(compressors, grads, bodies, strict=True):
-        values, indices = compressor.layout(grad.numel()).fields
-        start = body.data_ptr()
-        places.append((values.count, start, start + indices.offset, indices.dtype == torch.int64))
+    for start, layout in zip(bodies.starts, bodies.layouts, strict=True):
+        values, indices = layout.fields
+        at = base + start
+        places.append((values.count, at, at + indices.offset, indices.dtype == torch.int64))
     cleared = load().topk_compress_each(
-        _runs(grads, errs), places, DTYPE_CODE[compressors[0].value_dtype], num_threads()
+        _runs(grads, errs), places, DTYPE_CODE[bodies.value_dtype], num_threads()
     )
     if nonfinite is not None:
         nonfinite += cleared

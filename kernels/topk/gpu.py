@@ -254,7 +254,7 @@ def compress_(
             Spares the sample, and is set to this step's. It never changes the result.
     """
     n = grad.numel()
-    values, indices = compressor.layout(n).views(bodies[0])
+    values, indices = compressor.layout(n).views(bodies.view(-1))
     k = values.numel()
     tiles = triton.cdiv(n, TILE)
     listing = gpu_guess.listing(n, k)

@@ -6,6 +6,7 @@ Gradients may differ in dtype: only `sample` and `stream` read them, in a launch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,33 +35,56 @@ from gck.kernels.topk.gpu_list_kernels import (
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS, RUN_WARPS
 from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE
 from gck.kernels.topk.gpu_tables import Choice, plan_for
+from gck.kernels.topk.lists import Bodies
 from gck.payload import index_dtype
 
 LIST_GUESS_WARPS = 8  # of 64-bit sizes
 
 
 def compress_list_(
-    compressors: Sequence[Any],
+    bodies: Bodies,
     grads: Sequence[Tensor],
     errs: Sequence[Tensor],
-    bodies: Sequence[Tensor],
+    memory: Tensor,
     nonfinite: Tensor | None,
 ) -> None:
     """Compresses each tensor by itself.
 
     Args:
-        compressors: one a tensor, all of one value_dtype.
-        grads, errs: flat tensors; residuals are updated in place.
-        bodies: (1, layout(numel).nbytes) uint8 for each tensor, zeroed, at multiples of 16 bytes.
+        bodies: one a tensor.
+        grads, errs: contiguous tensors; residuals are updated in place.
+        memory: (bodies.nbytes,) uint8, zeroed, at a multiple of 16 bytes.
         nonfinite: see `kernels.common.base`.
     """
     # Vectors so long that their indices have 64 bits are few: they take launches of their own.
+    for those, choices, firsts in _alike(bodies):
+        views = [memory[start:end].view(dtype) for start, end, dtype in firsts]
+        _compress([grads[i] for i in those], [errs[i] for i in those], choices, views, nonfinite)
+
+
+Group = tuple[list[int], tuple[Choice, ...], list[tuple[int, int, torch.dtype]]]
+
+
+@lru_cache(maxsize=64)
+def _alike(bodies: Bodies) -> list[Group]:
+    """Of the tensors, but empty ones, whose indices are of one dtype: which they are, what is selected from
+    them, and the bytes and dtype of the first one's values, and of its indices."""
+    groups: list[Group] = []
     for dtype in (torch.int32, torch.int64):
-        those = [i for i, g in enumerate(grads) if g.numel() and index_dtype(g.numel()) == dtype]
+        those = [i for i, n in enumerate(bodies.numels) if n and index_dtype(n) == dtype]
         if those:
-            fields = [compressors[i].layout(grads[i].numel()).views(bodies[i][0]) for i in those]
-            members = [1] * len(those)
-            _compress([grads[i] for i in those], [errs[i] for i in those], members, fields, nonfinite)
+            places = [(bodies.offset(i, 0), bodies.offset(i, 1)) for i in those]
+            values, indices = places[0]
+            choices = [
+                Choice(bodies.layouts[i].fields[0].count, 1, v - values, j - indices)
+                for i, (v, j) in zip(those, places, strict=True)
+            ]
+            firsts = [
+                (start, start + field.end - field.offset, field.dtype)
+                for start, field in zip(places[0], bodies.layouts[those[0]].fields, strict=True)
+            ]
+            groups.append((those, tuple(choices), firsts))
+    return groups
 
 
 def compress_flat_(
@@ -79,23 +103,20 @@ def compress_flat_(
     """
     those = [i for i, grad in enumerate(grads) if grad.numel()]
     if those:
-        fields = compressor.layout(sum(grads[i].numel() for i in those)).views(bodies[0])
-        _compress([grads[i] for i in those], [errs[i] for i in those], [len(those)], [fields], nonfinite)
+        views = compressor.layout(sum([grad.numel() for grad in grads])).views(bodies[0])
+        choices = (Choice(views[0].numel(), len(those), 0, 0),)
+        _compress([grads[i] for i in those], [errs[i] for i in those], choices, views, nonfinite)
 
 
 def _compress(
     grads: list[Tensor],
     errs: list[Tensor],
-    members: list[int],
-    fields: list[tuple[Tensor, ...]],
+    choices: tuple[Choice, ...],
+    views: Sequence[Tensor],
     nonfinite: Tensor | None,
 ) -> None:
-    values, indices = fields[0]
-    origins = (values.data_ptr(), indices.data_ptr())
-    choices = [
-        Choice(v.numel(), count, v.data_ptr() - origins[0], i.data_ptr() - origins[1])
-        for (v, i), count in zip(fields, members, strict=True)
-    ]
+    """`views` are of the values and indices of the first selection."""
+    values, indices = views
     plan = plan_for(grads, errs, choices)
     device = grads[0].device
     tiles, runs = len(plan.tensor_of_tile), len(plan.tensor_of_run)

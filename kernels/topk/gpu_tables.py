@@ -98,10 +98,12 @@ def plan_for(grads: Sequence[Tensor], errs: Sequence[Tensor], choices: Sequence[
     replay copies the tables.
     """
     device = grads[0].device
-    places = tuple((g.data_ptr(), e.data_ptr(), g.numel(), g.dtype) for g, e in zip(grads, errs, strict=True))
-    key = (device, places, tuple(choices), TILE)
+    # A tuple of each, because one for each tensor takes several times as long to make and to hash.
+    addresses = tuple([x.data_ptr() for x in grads]), tuple([x.data_ptr() for x in errs])
+    shapes = tuple([x.numel() for x in grads]), tuple([x.dtype for x in grads])
+    key = (device, *addresses, *shapes, tuple(choices), TILE)
     known = _plans.pop(key, None)
-    plan = known or _make(places, choices, device)
+    plan = known or _make(list(zip(*addresses, *shapes, strict=True)), choices, device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing:
         _captured.append(plan)

@@ -14,6 +14,7 @@ from tests.cases import GRAD_DTYPES, make, same_bytes
 pytest.importorskip("triton")
 
 from gck.kernels.topk import gpu, gpu_tables, reference
+from gck.kernels.topk.lists import bodies_of
 from tests.kernels.test_gpu import HUGE, body_of, needs_memory, synchronisation_is_an_error
 from tests.kernels.topk_paths import KNOWN, LIST, SCAN, check, key_of
 
@@ -164,18 +165,18 @@ def list_of(case: str, dtypes: tuple[torch.dtype, ...]) -> tuple[list[Tensor], l
 def test_lists(case: str, dtypes: tuple[torch.dtype, ...]) -> None:
     grads, errs = list_of(case, dtypes)
     compressors = [gck.TopK(k=max(1, n // 100)) for n in SHAPES]
-    sizes = [c.layout(n).nbytes for c, n in zip(compressors, SHAPES, strict=True)]
-    memory = torch.zeros(sum(sizes), dtype=torch.uint8, device="cuda")
-    bodies = [body.unsqueeze(0) for body in memory.split(sizes)]
+    bodies = bodies_of(SHAPES, [max(1, n // 100) for n in SHAPES], torch.float32)
+    memory = torch.zeros(bodies.nbytes, dtype=torch.uint8, device="cuda")
     g, e = [x.cuda() for x in grads], [x.cuda() for x in errs]
     nonfinite = torch.zeros(1, dtype=torch.int64, device="cuda")
-    gpu.compress_list_(compressors, g, e, bodies, nonfinite)
+    gpu.compress_list_(bodies, g, e, memory, nonfinite)
+    values, indices = bodies.fields(memory)
     total = 0
     for i, compressor in enumerate(compressors):
         fields, new_err, cleared = reference.compress(compressor, grads[i], errs[i])
         total += cleared
-        for got, wanted in zip(compressor.layout(SHAPES[i]).views(bodies[i][0]), fields, strict=True):
-            assert same_bytes(got, wanted), i
+        assert same_bytes(values[i], fields[0]), i
+        assert same_bytes(indices[i], fields[1]), i
         assert same_bytes(e[i], new_err), i
     assert int(nonfinite) == total
 

@@ -17,6 +17,7 @@ if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
 from gck.kernels.topk import gpu, gpu_guess, gpu_lists, gpu_tables, reference
+from gck.kernels.topk.lists import bodies_of
 from tests.kernels.launches import recorded
 
 
@@ -54,15 +55,16 @@ def check_list(
 ) -> None:
     wanted = [reference.compress(*one) for one in zip(compressors, grads, errs, strict=True)]
     g, e = guarded(grads, aligned), guarded(errs, aligned)
-    layouts = [c.layout(grad.numel()) for c, grad in zip(compressors, grads, strict=True)]
-    sizes = [layout.nbytes for layout in layouts]
-    memory = torch.zeros(sum(sizes), dtype=torch.uint8)
-    bodies = [body.unsqueeze(0) for body in memory.split(sizes)]
+    numels = [grad.numel() for grad in grads]
+    counts = [c.layout(n).fields[0].count for c, n in zip(compressors, numels, strict=True)]
+    bodies = bodies_of(numels, counts, compressors[0].value_dtype)
+    memory = torch.zeros(bodies.nbytes, dtype=torch.uint8)
     nonfinite = torch.full((1,), 5, dtype=torch.int64)
-    gpu.compress_list_(compressors, [x.inner for x in g], [x.inner for x in e], bodies, nonfinite)
+    gpu.compress_list_(bodies, [x.inner for x in g], [x.inner for x in e], memory, nonfinite)
+    values, indices = bodies.fields(memory)
     for i, (fields, new_err, _) in enumerate(wanted):
-        for got, field in zip(layouts[i].views(bodies[i][0]), fields, strict=True):
-            assert same_bytes(got, field), i
+        assert same_bytes(values[i], fields[0]), i
+        assert same_bytes(indices[i], fields[1]), i
         assert same_bytes(e[i].inner, new_err), i
         assert same_bytes(g[i].inner, grads[i]), i
         assert g[i].intact()
@@ -135,9 +137,9 @@ def test_large_entries_in_one_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lists_of_nothing() -> None:
-    gpu.compress_list_([], [], [], [], None)
-    empty = [torch.empty(0)] * 2
-    gpu.compress_list_([gck.TopK(k=1)] * 2, empty, empty, [torch.empty(1, 0, dtype=torch.uint8)] * 2, None)
+    nothing, empty = torch.empty(0, dtype=torch.uint8), [torch.empty(0)] * 2
+    gpu.compress_list_(bodies_of([], [], torch.float32), [], [], nothing, None)
+    gpu.compress_list_(bodies_of([0, 0], [0, 0], torch.float32), empty, empty, nothing, None)
     gpu.compress_flat_(gck.TopK(k=1), empty, empty, torch.empty(1, 0, dtype=torch.uint8), None)
 
 
