@@ -30,6 +30,9 @@ __all__ = ["compress_", "decompress_", "decompress_sum_"]
 
 GROUP = 512  # elements of a program's small chunks together
 WARP_PART = 512  # elements of a chunk that a warp accumulates together
+# One that has a chunk to itself accumulates so many, which takes all of its registers: as much as possible is
+# under way then.
+LONE_PART = 4096
 WARP_STEP = 256  # elements that a warp looks at together of a chunk that it walks
 CHUNK_WARP_ELEMENTS = 4096  # elements of a chunk for each of its warps
 WARP_SLOTS = 64  # entries of a chunk for each of its warps
@@ -130,7 +133,7 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
         "BITS": compressor.value_bits,
         "INDEX_BITS": 12 if compressor.packs_indices else 16,
         "SLOT_LEVELS": max(slots, 8).bit_length() - 1,
-        "PART": min(WARP_PART * warps, chunk),
+        "PART": min(LONE_PART if warps == 1 else WARP_PART * warps, chunk),
         "STEP": WARP_STEP * warps,
     }
     return options, warps
