@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gck.collectives.average import average_
 from gck.collectives.handshake import Signature, agree
 from gck.collectives.transports import Transport, resolve
 from gck.compressor import Compressor, decompress_sum_
@@ -105,6 +106,6 @@ def one_phase(
         if grad.numel():
             decompress_sum_(compressor, result, bodies)
             if op == "avg":
-                result.div_(transport.world_size)
+                average_(result, transport.world_size)
         results.append(result)
     return results

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gck.collectives.average import average_
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
 from gck.error_feedback import ErrorFeedback
@@ -40,7 +41,7 @@ def dense(
             part.add_(server, alpha=transport.world_size if op == "avg" else 1)
     transport.all_reduce(flat)
     if op == "avg":
-        flat.div_(transport.world_size)
+        average_(flat, transport.world_size)
     for state in states:
         for residual in (state.worker, state.server) if state is not None else ():
             if residual is not None:

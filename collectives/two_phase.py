@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gck.collectives.average import average_
 from gck.collectives.transports import Transport
 from gck.compressor import Compressor, decompress_sum_, shard_numel
 
@@ -99,7 +100,7 @@ def two_phase(
         owned = torch.empty(shard.valid(rank), dtype=torch.float32, device=device)
         decompress_sum_(compressor, owned, bodies, capacity=shard.numel)
         if op == "avg":
-            owned.div_(world_size)
+            average_(owned, world_size)
         residual = None if server_err is None else server_err[: shard.valid(rank)]
         # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
         nbytes = compressor.layout(shard.valid(rank)).nbytes

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from gck.kernels.topk import gpu, gpu_tables, reference
 from gck.kernels.topk.lists import bodies_of
 from tests.kernels.test_gpu import HUGE, body_of, needs_memory, synchronisation_is_an_error
-from tests.kernels.topk_paths import KNOWN, LIST, SCAN, check, key_of
+from tests.kernels.topk_paths import KNOWN, LIST, NEAR, SCAN, check, key_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,8 +32,10 @@ def embedding(n: int) -> tuple[Tensor, Tensor]:
 
 
 MODES: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], float, int | None, int]] = {
-    "list": (lambda n: make("gaussian", n, torch.float32), 0.01, None, LIST),
-    "few of many": (lambda n: make("clustered", n, torch.float32), 0.001, None, LIST),
+    "list": (lambda n: make("gaussian", n, torch.float32), 0.01, None, NEAR),
+    "few of many": (lambda n: make("clustered", n, torch.float32), 0.001, None, NEAR),
+    "many of many": (lambda n: make("gaussian", n, torch.float32), 0.1, None, NEAR),
+    "above the bracket": (lambda n: make("gaussian", n, torch.float32), 0.01, key_of(2.6), LIST),
     "constant": (lambda n: (torch.ones(n), torch.zeros(n)), 0.01, None, KNOWN),
     "zeros": (lambda n: make("minus zero", n, torch.float32), 0.01, None, KNOWN),
     "embedding": (embedding, 0.1, None, KNOWN),
