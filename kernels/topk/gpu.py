@@ -54,14 +54,13 @@ from gck.kernels.topk.gpu_refine import (
     wait_for_all,
 )
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS
-from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, stream_rest, stream_tile
+from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, stream_tile
 
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
 # Entries of a row that are looked at together, and rows that then take few registers, in `refine` and `emit`.
 ROWS_OF_BLOCK = {32: (32, 8), 64: (16, 4), 128: (8, 4)}
 FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
-STREAM_REGISTERS = 80  # three programs on a processor
 ZEROED = tl.constexpr(2048)  # words at a time
 
 
@@ -94,7 +93,7 @@ def guess_kernel(
         bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE, BINS)
 
 
-@triton.jit(do_not_specialize=["n", "capacity"])
+@triton.jit(do_not_specialize=["n", "capacity", "first_tile"])
 def stream_kernel(
     p_grad,
     p_err,
@@ -105,27 +104,30 @@ def stream_kernel(
     p_bins,
     n,
     capacity,
+    first_tile,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """A tile a program."""
-    i_tile = tl.program_id(0)
-    left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
-    if left == TILE:
+    """A tile a program, from first_tile on; all of them are WHOLE, or any may be the last.
+
+    The many whole tiles take fewer registers when the last one is left to a launch of its own.
+    """
+    i_tile = first_tile + tl.program_id(0)
+    if WHOLE:
         stream_tile(
             *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, TILE, True, 0, capacity),
             *(TILE, LISTING, LISTING),
         )
     else:
-        stream_rest(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, left, capacity),
-            *(TILE, LISTING),
+        left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
+        stream_tile(
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, left, left == TILE),
+            *(0, capacity, TILE, LISTING, LISTING),
         )
 
 
-@triton.jit(
-    do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "first_phase", "stop_phase"]
-)
+@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "first_phase", "stop"])
 def refine_kernel(
     p_err,
     p_list,
@@ -294,14 +296,17 @@ def compress_(
                 **hinting,
                 **EXACT,
             )
-        stream_kernel[(tiles,)](
-            *(grad, err, list_, locals_, tile_words, control, bins, n, capacity),
-            TILE=TILE,
-            LISTING=listing,
-            num_warps=STREAM_WARPS,
-            **registers(STREAM_REGISTERS),
-            **EXACT,
-        )
+        whole = n // TILE if listing else 0
+        for first, count in ((0, whole), (whole, tiles - whole)):
+            if count:
+                stream_kernel[(count,)](
+                    *(grad, err, list_, locals_, tile_words, control, bins, n, capacity, first),
+                    TILE=TILE,
+                    LISTING=listing,
+                    WHOLE=first < whole,
+                    num_warps=STREAM_WARPS,
+                    **EXACT,
+                )
         programs = most_together(grad)
         # Programs that do not run together cannot wait for each other: a launch a phase.
         steps = range(PHASES) if programs is None else [0]

@@ -26,6 +26,7 @@ OCTAVE = tl.constexpr(1 << 23)  # of keys: from x to 2x
 MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows only counts from there on
 MIDDLE_WIDTH = tl.constexpr(1 << MIDDLE_BITS.value)
 GUESS_BITS = tl.constexpr(15)  # that the guess may lack: 1/256 octave
+GUESS_WIDTH = tl.constexpr(1 << GUESS_BITS.value)
 SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expected hardly happens
 
 
@@ -73,15 +74,14 @@ def _margin(b_key, middle):
 
 @triton.jit
 def _store(p_control, guess, tie, stop, BINS: tl.constexpr):
-    """Stores the bracket, as many bins of equal width as cover it."""
-    width = tl.maximum(stop - guess, 1)
+    """Stores the bracket, and how wide a bin is where BINS of them cover it."""
+    stop = tl.minimum(tl.maximum(stop, guess + 1), INFINITY)
     shift = tl.cast(0, tl.int32)
-    while (width - 1) >> shift >= BINS:
+    while (stop - guess - 1) >> shift >= BINS:
         shift += 1
-    end = guess.to(tl.int64) + (tl.cast(BINS, tl.int64) << shift)
     tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))
-    tl.store(p_control + BRACKET_STOP, tl.minimum(end, INFINITY))
+    tl.store(p_control + BRACKET_STOP, stop.to(tl.int64))
     tl.store(p_control + BRACKET_SHIFT, shift.to(tl.int64))
 
 
@@ -116,7 +116,7 @@ def bracket_by_sample(
     low = _from(b_key, rank, middle - OCTAVE // 4)
     guess = _key_of_rank(b_key, rank, low, middle + MIDDLE_WIDTH, GUESS_BITS)
     if expected > margin:
-        stop = _key_of_rank(b_key, expected - margin, middle, stop, MIDDLE_BITS) + MIDDLE_WIDTH
+        stop = _key_of_rank(b_key, expected - margin, middle, stop, GUESS_BITS) + GUESS_WIDTH
     elif expected < SURE:
         stop += 2 * OCTAVE
 

@@ -17,6 +17,7 @@ from gck.kernels.common.keys import INFINITY, canonical, magnitude_key
 from gck.kernels.topk.gpu_control import (
     ARRIVED,
     BRACKET_SHIFT,
+    BRACKET_STOP,
     DIGITS,
     GUESS,
     KNOWN,
@@ -53,17 +54,10 @@ def near_bin(p_control, p_bins, k, BINS: tl.constexpr, ROOM: tl.constexpr):
     above = tl.sum(tl.where(b_bin == bin, b_at_least - b_count, 0), 0)
     shift = tl.load(p_control + BRACKET_SHIFT).to(tl.int32)
     first = tl.load(p_control + GUESS) + (bin.to(tl.int64) << shift)
-    stop = tl.minimum(first + (tl.cast(1, tl.int64) << shift), INFINITY).to(tl.int32)
-    # What the last bin has above it is not below infinity, or not in the bracket at all.
+    width = tl.cast(1, tl.int64) << shift
+    stop = tl.minimum(first + width, tl.load(p_control + BRACKET_STOP)).to(tl.int32)
     found = (bin >= 0) & (count <= ROOM) & (above < k) & (above + count >= k)
     return found, first.to(tl.int32), stop, count, (k - above).to(tl.int32)
-
-
-@triton.jit
-def _listed_rows_of(p_tile, i_run, run_tiles, tiles, ROWS: tl.constexpr):
-    """`listed_rows` of a run; past the last one they are empty."""
-    first = i_run * run_tiles
-    return listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
 
 
 @triton.jit
@@ -88,13 +82,10 @@ def near_runs(
     """Counts the list's keys from stop_key on, by row and by group of rows, and sets apart those from
     first_key on that are below, each with its row. Of this program's share of the runs."""
     p_taken = (p_control + NEAR).to(tl.pointer_type(tl.int32)) + tl.zeros((ROWS, BLOCK), tl.int32)
-    first_run = tl.program_id(0)
-    b_base, b_length = _listed_rows_of(p_tile, first_run, run_tiles, tiles, ROWS)
-    for i_run in range(first_run, runs, tl.num_programs(0)):
-        # Asked for one run ahead, to wait for memory once a run.
-        b_next_base, b_next_length = _listed_rows_of(
-            p_tile, i_run + tl.num_programs(0), run_tiles, tiles, ROWS
-        )
+    for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
+        # Not asked for a run ahead: of a block that a loop carries, Triton 3.6 reduces what it was at first.
+        first = i_run * run_tiles
+        b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
         b_row = i_run * ROWS + tl.arange(0, ROWS)
         b_above = tl.zeros((ROWS, BLOCK), tl.int32)
         longest = tl.max(b_length, 0)
@@ -113,7 +104,6 @@ def near_runs(
         above = tl.sum(b_count, 0).to(tl.int64)
         if above > 0:
             tl.atomic_add(p_groups + 2 * (i_run * ROWS // GROUP), above, sem="relaxed")
-        b_base, b_length = b_next_base, b_next_length
 
 
 @triton.jit

@@ -18,7 +18,6 @@ from gck.kernels.topk.gpu_control import (
 
 TILE = 4096  # an index within a tile fits 16 bits
 STREAM_WARPS = 8
-STEP = tl.constexpr(1024)  # elements of a vector's last tile at a time
 # A tile's word: where its candidates begin in the list, and how many they are.
 COUNT_BITS = tl.constexpr(16)
 COUNT_MASK = tl.constexpr(0xFFFF)
@@ -132,66 +131,6 @@ def stream_tile(
         tl.store(p_errs, b_acc)
     else:
         tl.store(p_errs, b_acc, mask=b_local < left)
-
-
-@triton.jit
-def _acc_of(p_grad, p_err, b_local, left):
-    b_inside = b_local < left
-    b_grad = tl.load(p_grad + b_local, mask=b_inside, other=0.0)
-    return widen(b_grad) + tl.load(p_err + b_local, mask=b_inside, other=0.0)
-
-
-@triton.jit
-def stream_rest(
-    p_grad,
-    p_err,
-    p_list,
-    p_locals,
-    p_tile,
-    p_control,
-    p_bins,
-    i_tile,
-    left,
-    capacity,
-    TILE: tl.constexpr,
-    LISTING: tl.constexpr,
-):
-    """What `stream_tile` does, for the `left` elements of a vector's last tile.
-
-    In two passes and in steps, so that it takes no more registers than a whole tile: they share a kernel.
-    """
-    p_grad += tl.cast(i_tile, tl.int64) * TILE
-    p_err += tl.cast(i_tile, tl.int64) * TILE
-    base = tl.cast(0, tl.int64)
-    count = tl.cast(0, tl.int32)
-    guess, tie, stop, shift = _guessed(p_control)
-    if LISTING:
-        ties = tl.cast(0, tl.int32)
-        for first in range(0, left, STEP):
-            b_local = first + tl.arange(0, STEP)
-            b_acc = _acc_of(p_grad, p_err, b_local, left)
-            count += tl.sum(_reaches(b_acc, guess).to(tl.int32), 0)  # never what is outside, for that is 0
-            b_ties = (b_local < left) & (tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True))
-            ties += tl.sum(b_ties.to(tl.int32), 0)
-        if tie > 0:
-            tl.atomic_add(p_control + TIES, ties.to(tl.int64), sem="relaxed")
-        base = tl.atomic_add(p_control + LISTED, count.to(tl.int64), sem="relaxed")
-        if base + count > capacity:
-            count = tl.cast(0, tl.int32)
-        tl.store(p_tile + i_tile, (base << COUNT_BITS) | count)
-        p_list += base
-        p_locals += base
-    done = tl.cast(0, tl.int32)
-    for first in range(0, left, STEP):
-        b_local = first + tl.arange(0, STEP)
-        b_acc = _acc_of(p_grad, p_err, b_local, left)
-        if count > 0:
-            b_one = _reaches(b_acc, guess).to(tl.int32)
-            b_slot = done + tl.cumsum(b_one, 0) - b_one
-            _append(p_list, p_locals, p_bins, b_slot, b_acc, b_local, guess, stop, shift, LISTING)
-            done += tl.sum(b_one, 0)
-            b_acc = tl.where(b_one > 0, 0.0, b_acc)
-        tl.store(p_err + b_local, b_acc, mask=b_local < left)
 
 
 @triton.jit
