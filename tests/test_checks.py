@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gck.errors import GckError, LayoutError
+import gck
+from gck.errors import ArgumentError, DtypeError, GckError, LayoutError
 from gck.kernels.common import checks
 from gck.kernels.topk.lists import bodies_of
 from gck.wire import Layout
@@ -90,3 +91,23 @@ def test_fields_of_bodies(numels: list[int], value_dtype: torch.dtype) -> None:
         assert same_bytes(indices[i], wanted[1])
         assert bodies.offset(i, 1) == bodies.starts[i] + layout.fields[1].offset
     assert sum(layout.nbytes for layout in bodies.layouts) == bodies.nbytes
+
+
+@pytest.mark.parametrize("function", [gck.topk, lambda x, *a, **k: gck.topk_ef_(x, torch.zeros(9), *a, **k)])
+def test_what_is_remembered_lets_nothing_else_pass(function: Any) -> None:
+    """True equals 1, but is no ratio and no k; a list has no hash."""
+    x = torch.ones(9)
+    for _ in range(2):
+        assert function(x, 1.0).indices.numel() == 9
+        assert function(x, 1).indices.numel() == 9
+        assert function(x, k=1).indices.numel() == 1
+        with pytest.raises(DtypeError, match="ratio must be a number, got bool"):
+            function(x, True)
+        with pytest.raises(DtypeError, match="k must be an int, got bool"):
+            function(x, k=True)
+        with pytest.raises(DtypeError, match="k must be an int, got list"):
+            function(x, k=[1])
+        with pytest.raises(DtypeError, match=r"value_dtype must be .*, got \['a'\]"):
+            function(x, k=1, value_dtype=["a"])
+        with pytest.raises(ArgumentError, match="at most the number of elements 9, got 10"):
+            function(x, k=10)

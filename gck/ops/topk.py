@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from types import NoneType
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -130,18 +129,23 @@ def _topk_ef_one(
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             return _topk_ef_one(g, e, ratio, k, value_dtype, nonfinite, hint)
-    if checks.acceptable(grad, err):
-        count, layout = _chosen("topk_ef_", grad.numel(), ratio, k, value_dtype)
-    else:
+    direct = plain(grad, err, nonfinite, hint)
+    if not (direct and checks.acceptable(grad, err)):
         check_options("topk_ef_", ratio, k, value_dtype)
         checks.check_grad("topk_ef_", grad)
-        count, layout = _chosen("topk_ef_", grad.numel(), ratio, k, value_dtype)
+        resolve_k("topk_ef_", grad.numel(), ratio, k)
         checks.check_pair("topk_ef_", grad, err)
+    numel = grad.numel()
+    compressor, layout = _chosen("topk_ef_", numel, ratio, k, value_dtype, direct)
     checks.check_nonfinite("topk_ef_", nonfinite, grad)
     checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
-    call = _topk_ef if plain(grad, err, nonfinite, hint) else torch.ops.gck.topk_ef_
-    values, indices = layout.views(call(grad, err, count, value_dtype, nonfinite, hint))
-    return SparseGrad(values, indices, grad.numel())
+    if direct:
+        body = compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint)
+    else:
+        count = layout.fields[0].count
+        body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
+    values, indices = layout.views(body)
+    return SparseGrad(values, indices, numel)
 
 
 def topk(
@@ -156,46 +160,43 @@ def topk(
             return topk(tensor, ratio, k=k, value_dtype=value_dtype)
     check_options("topk", ratio, k, value_dtype)
     checks.check_grad("topk", x, "x")
-    count, layout = _chosen("topk", x.numel(), ratio, k, value_dtype)
-    call = _topk if plain(x) else torch.ops.gck.topk
-    values, indices = layout.views(call(x, count, value_dtype))
+    direct = plain(x)
+    compressor, layout = _chosen("topk", x.numel(), ratio, k, value_dtype, direct)
+    if direct:
+        body = compress("topk", compressor, x, None, None)
+    else:
+        body = torch.ops.gck.topk(x, layout.fields[0].count, value_dtype)
+    values, indices = layout.views(body)
     return SparseGrad(values, indices, x.numel())
 
 
 def _chosen(
-    function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype
-) -> tuple[int, Layout]:
-    """How many entries are kept, and the payload's layout.
+    function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype, direct: bool
+) -> tuple[TopK, Layout]:
+    """The compressor that keeps as many as is wanted, and the payload's layout. Remembered where `direct`.
 
     Raises:
         ArgumentError, DtypeError: the options are wrong, as such or for a vector of `numel` elements.
     """
-    # Tracing may bring symbolic sizes, which have no hash, as anything may be that a caller gives.
-    known = {type(numel), type(k), type(ratio), type(value_dtype)} <= _HASHED
-    choose = _choice if known and not torch.compiler.is_compiling() else _choice.__wrapped__
-    return choose(function, numel, ratio, k, value_dtype)
-
-
-_HASHED = {int, float, NoneType, torch.dtype}
+    # Tracing may bring symbolic sizes, which have no hash, as a caller may any option.
+    if direct:
+        try:
+            return _choice(function, numel, ratio, k, value_dtype)
+        except TypeError:
+            pass
+    return _choice.__wrapped__(function, numel, ratio, k, value_dtype)
 
 
 @lru_cache(maxsize=1024, typed=True)  # True is no ratio, and no k
 def _choice(
     function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype
-) -> tuple[int, Layout]:
+) -> tuple[TopK, Layout]:
     check_options(function, ratio, k, value_dtype)
-    count = resolve_k(function, numel, ratio, k)
-    return count, _compressor(count, value_dtype).layout(numel)
+    compressor = _compressor(resolve_k(function, numel, ratio, k), value_dtype)
+    return compressor, compressor.layout(numel)
 
 
 def _compressor(k: int, value_dtype: torch.dtype) -> TopK:
-    # Tracing may bring a symbolic k, which has no hash.
-    make = _cached if type(k) is int and not torch.compiler.is_compiling() else _cached.__wrapped__
-    return make(k, value_dtype)
-
-
-@lru_cache(maxsize=1024)
-def _cached(k: int, value_dtype: torch.dtype) -> TopK:
     return TopK(k=max(1, k), value_dtype=value_dtype)  # of an empty vector nothing is kept
 
 
