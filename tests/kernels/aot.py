@@ -79,7 +79,9 @@ def _compile(variant: Variant, target: str) -> Any:
     }
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": variant.num_warps, **EXACT}
+    options: dict[str, Any] = {"num_warps": variant.num_warps, **EXACT}
+    if variant.most_registers and not target.startswith("gfx"):
+        options["maxnreg"] = variant.most_registers
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 

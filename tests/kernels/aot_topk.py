@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from gck.kernels.common.launch import TOGETHER
 from gck.kernels.common.native import DTYPE_CODE
 from gck.kernels.topk import (
     gpu,
     gpu_bracket,
     gpu_control,
     gpu_decode,
+    gpu_emit,
     gpu_guess,
     gpu_lists,
     gpu_refine,
@@ -47,6 +49,7 @@ NUMBERS = dict.fromkeys(
         "n",
         "k",
         "capacity",
+        "first_tile",
         "tiles",
         "runs",
         "words",
@@ -80,9 +83,12 @@ def _variant(
     constants: dict[str, Any],
     num_warps: int,
     elements: int = 0,
+    most_registers: int | None = None,
     **types: str,
 ) -> Variant:
-    return Variant("topk", module, kernel, label, TYPES | types, constants, num_warps, elements)
+    return Variant(
+        "topk", module, kernel, label, TYPES | types, constants, num_warps, elements, most_registers
+    )
 
 
 def _guess() -> list[Variant]:
@@ -101,11 +107,15 @@ def _stream() -> list[Variant]:
     warps = gpu_stream.STREAM_WARPS
     each = gpu_stream.TILE // (32 * warps)
     for grad in ("fp32", "bf16", "fp16"):
-        for label, listing in (("list", True), ("no list", False)):
-            constants = {**TILE, "LISTING": listing}
+        for label, listing, whole in (
+            ("whole", True, True),
+            ("last", True, False),
+            ("no list", False, False),
+        ):
+            constants = {**TILE, "LISTING": listing, "WHOLE": whole}
             made.append(
                 _variant(
-                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * listing),
+                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * whole),
                     p_grad=f"*{grad}",
                 )
             )
@@ -123,12 +133,21 @@ def _select() -> list[Variant]:
         )
         refine |= {"BINS": gpu_control.BINS, "BRACKET_BINS": gpu_control.BRACKET_BINS}
         refine |= {"ROOM": gpu_refine.NEAR_ROOM, "LISTING": gpu_guess.listing(n, k)}
-        made.append(_variant("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS))
+        made.append(
+            _variant(
+                *("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS),
+                most_registers=TOGETHER["maxnreg"],
+            )
+        )
         for value, index in PAYLOADS:
             types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
             label = f"{value}, {index}, {ratio}"
             made.append(
-                _variant("gpu", "emit_kernel", label, {**emit, "HINT": True}, gpu.EMIT_WARPS, **types)
+                _variant(
+                    *("gpu", "emit_kernel", label, {**emit, "HINT": True}, gpu_emit.EMIT_WARPS),
+                    most_registers=gpu_emit.EMIT_REGISTERS,
+                    **types,
+                )
             )
     return made
 
@@ -187,5 +206,11 @@ def _lists() -> list[Variant]:
     for value, index in PAYLOADS:
         types = {"p_values": f"*{value}", "p_indices": f"*{index}"}
         label = f"{value}, {index}"
-        made.append(_variant(module, "list_emit_kernel", label, run, gpu_select.RUN_WARPS, **types))
+        made.append(
+            _variant(
+                *(module, "list_emit_kernel", label, run, gpu_emit.EMIT_WARPS),
+                most_registers=gpu_emit.EMIT_REGISTERS,
+                **types,
+            )
+        )
     return made

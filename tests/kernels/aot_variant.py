@@ -13,6 +13,7 @@ class Variant(NamedTuple):
         compressor: whose kernel it is.
         module: where the kernel is, below `gck.kernels`, or in full where it is no kernel of the package.
         elements: elements a thread moves, in kernels that are counted by element; else 0.
+        most_registers: what the launch keeps a thread to, on NVIDIA's.
     """
 
     compressor: str
@@ -23,6 +24,7 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     elements: int = 0
+    most_registers: int | None = None
 
     @property
     def name(self) -> str:
