@@ -19,6 +19,7 @@ EXACT = {"enable_fp_fusion": False}
 
 # Two programs of 8 warps fit on a processor for certain: AMD's have room for more than that in any case.
 TOGETHER_PER_PROCESSOR = 2
+TOGETHER_REGISTERS = 128
 
 PROGRAMS_PER_PROCESSOR = 4
 MAX_PROGRAMS = 1024
@@ -29,9 +30,6 @@ INTERPRETED_PROGRAMS = 5
 def registers(most: int) -> dict[str, int]:
     """The launch option that keeps a thread's registers to so many, where the compiler has one."""
     return {} if torch.version.hip else {"maxnreg": most}
-
-
-TOGETHER = registers(128)
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
@@ -52,8 +50,8 @@ def most_programs(tensor: Tensor) -> int:
 
 
 def most_together(tensor: Tensor) -> int | None:
-    """How many programs of 8 warps, launched with TOGETHER, may wait for each other: so many that all of them
-    are on the device once other kernels have ended. None: programs run one after another."""
+    """How many programs of 8 warps and at most TOGETHER_REGISTERS may wait for each other: so many that all
+    of them are on the device once other kernels have ended. None: programs run one after another."""
     return TOGETHER_PER_PROCESSOR * _processors(tensor.device) if tensor.device.type == "cuda" else None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from gck.kernels.common.launch import (
     EXACT,
     INTERPRETED_PROGRAMS,
-    TOGETHER,
+    TOGETHER_REGISTERS,
     launching_on,
     most_together,
     registers,
@@ -31,11 +31,16 @@ from gck.kernels.topk import gpu_guess
 from gck.kernels.topk.gpu_bracket import BRACKET_WARPS, LINES, bracket_by_hint, bracket_by_sample
 from gck.kernels.topk.gpu_control import (
     BINS,
-    BRACKET_BINS,
+    BRACKET_BITS,
+    BRACKET_STOP,
+    GUESS,
+    KNOWN,
     LIST,
+    LISTED,
     NONFINITE,
     QUOTA,
     THRESHOLD,
+    TIE,
     WORDS,
     mode_of,
 )
@@ -44,13 +49,19 @@ from gck.kernels.topk.gpu_emit import EMIT_REGISTERS, EMIT_SEARCH, EMIT_WARPS, e
 from gck.kernels.topk.gpu_guess import LINE, hinted
 from gck.kernels.topk.gpu_lists import compress_flat_, compress_list_
 from gck.kernels.topk.gpu_refine import (
+    ALL_BITS,
+    COUNT,
+    LAST_KEY,
     NEAR_ROOM,
-    PHASES,
+    RESTORE,
+    SEARCH,
+    TOGETHER,
     arrive,
-    near_bin,
-    near_runs,
-    near_threshold,
-    search_phase,
+    count_level,
+    count_rows,
+    narrow,
+    pick_threshold,
+    restore_runs,
     wait_for_all,
 )
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS
@@ -79,7 +90,6 @@ def guess_kernel(
     HINT: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
-    BINS: tl.constexpr,
 ):
     """One program: clears the control block, which has `words` words, and says where to look."""
     for first in range(0, words, ZEROED):
@@ -88,9 +98,9 @@ def guess_kernel(
     tl.debug_barrier()  # some of them are stored again
     hint = hinted(p_hint, HINT)
     if hint > 0:
-        bracket_by_hint(p_control, hint, BINS)
+        bracket_by_hint(p_control, hint)
     else:
-        bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE, BINS)
+        bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE)
 
 
 @triton.jit(do_not_specialize=["n", "capacity", "first_tile"])
@@ -101,7 +111,6 @@ def stream_kernel(
     p_locals,
     p_tile,
     p_control,
-    p_bins,
     n,
     capacity,
     first_tile,
@@ -116,18 +125,18 @@ def stream_kernel(
     i_tile = first_tile + tl.program_id(0)
     if WHOLE:
         stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, TILE, True, 0, capacity),
-            *(TILE, LISTING, LISTING),
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, 0, capacity),
+            *(TILE, LISTING),
         )
     else:
         left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
         stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, p_bins, i_tile, left, left == TILE),
-            *(0, capacity, TILE, LISTING, LISTING),
+            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
+            *(TILE, LISTING),
         )
 
 
-@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "first_phase", "stop"])
+@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "step"])
 def refine_kernel(
     p_err,
     p_list,
@@ -136,7 +145,6 @@ def refine_kernel(
     p_rows,
     p_groups,
     p_control,
-    p_bins,
     p_near,
     n,
     k,
@@ -144,40 +152,79 @@ def refine_kernel(
     tiles,
     runs,
     run_tiles,
-    first_phase,
-    stop,
+    step,
+    LISTING: tl.constexpr,
     TILE: tl.constexpr,
+    BINS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    BINS: tl.constexpr,
-    BRACKET_BINS: tl.constexpr,
     ROOM: tl.constexpr,
-    LISTING: tl.constexpr,
 ):
-    """All phases, or, where programs run one after another and cannot wait, the one that is asked for."""
+    """All steps TOGETHER, or, where programs run one after another and cannot wait, the one asked for."""
+    together = step == TOGETHER
     mode = mode_of(p_control, k, capacity)
-    near = False
-    if LISTING:
-        near, first_key, stop_key, count, wanted = near_bin(p_control, p_bins, k, BRACKET_BINS, ROOM)
-        near = near & (mode == LIST)
-        if near & (first_phase == 0):
-            near_runs(
-                *(p_list, p_tile, p_rows, p_groups, p_control, p_near, first_key, stop_key),
-                *(tiles, runs, run_tiles, TILE, ROWS, BLOCK, GROUP, ROOM),
+    times = tl.cast(0, tl.int32)
+    if LISTING and mode != LIST:
+        if together | (step == RESTORE):
+            restore_runs(p_err, p_list, p_locals, p_tile, tiles, runs, run_tiles, TILE, ROWS)
+        if together:
+            times += 1
+            wait_for_all(p_control, times)
+
+    p_source = p_err
+    total = tl.cast(n, tl.int64)
+    wanted = tl.cast(k, tl.int64)
+    first_key = tl.cast(0, tl.int32)
+    stop_key = tl.cast(LAST_KEY, tl.int32)
+    bits = tl.cast(ALL_BITS, tl.int32)
+    if mode == LIST:
+        p_source = p_list
+        total = tl.load(p_control + LISTED)
+        first_key = tl.load(p_control + GUESS).to(tl.int32)
+        stop_key = tl.load(p_control + BRACKET_STOP).to(tl.int32)
+        bits = tl.load(p_control + BRACKET_BITS).to(tl.int32)
+    length = total
+    found = mode == KNOWN
+    if found:
+        wanted -= tl.load(p_control + LISTED)
+        first_key = tl.load(p_control + TIE).to(tl.int32) - 1
+        bits = tl.cast(0, tl.int32)
+
+    level = tl.cast(0, tl.int32)
+    going = together | (step > RESTORE)
+    while going & (found == 0):
+        if together | (step == level + 1):
+            count_level(p_source, p_control, level, length, first_key, stop_key, bits, TILE, BINS)
+        if together:
+            times += 1
+            wait_for_all(p_control, times)
+        if step == level + 1:
+            going = step < 0
+        else:
+            total, wanted, first_key, stop_key, bits = narrow(
+                p_control, level, total, wanted, first_key, stop_key, bits, BINS
             )
-            if arrive(p_control):
-                near_threshold(
-                    *(p_rows, p_groups, p_control, p_near, first_key, stop_key, count, wanted, GROUP, ROOM)
+            found = (bits == 0) | ((total <= ROOM) & (bits < ALL_BITS))
+            level += 1
+
+    if going & (together | (step == COUNT)):
+        stop_key = tl.minimum(first_key.to(tl.int64) + (tl.cast(1, tl.int64) << bits), stop_key).to(tl.int32)
+        apart = bits > 0
+        rows = (p_list, p_err, p_tile, p_rows, p_groups, p_control, p_near, first_key, stop_key, apart)
+        shape = (tiles, runs, run_tiles, n)
+        if mode == LIST:
+            count_rows(*rows, *shape, True, TILE, ROWS, BLOCK, GROUP, ROOM)
+        else:
+            count_rows(*rows, *shape, False, TILE, ROWS, SEARCH // ROWS, GROUP, ROOM)
+        if arrive(p_control):
+            if apart:
+                pick_threshold(
+                    *(p_rows, p_groups, p_control, p_near, first_key, stop_key, total, wanted, GROUP, ROOM)
                 )
-    if near == 0:
-        for phase in range(first_phase, stop):
-            if phase > first_phase:
-                wait_for_all(p_control, phase - first_phase)
-            search_phase(
-                *(p_err, p_list, p_locals, p_tile, p_rows, p_groups, p_control, phase, mode),
-                *(n, k, tiles, runs, run_tiles, TILE, ROWS, GROUP, BINS, LISTING),
-            )
+            else:
+                tl.store(p_control + THRESHOLD, first_key.to(tl.int64))
+                tl.store(p_control + QUOTA, wanted)
 
 
 @triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles"])
@@ -273,14 +320,12 @@ def compress_(
     def scratch(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(count, dtype=dtype, device=grad.device)
 
-    groups_at = WORDS + listing * BRACKET_BINS // 2
-    words = groups_at + 2 * triton.cdiv(rows, GROUP)
+    words = WORDS + 2 * triton.cdiv(rows, GROUP)
     control = scratch(words) if listing else torch.zeros(words, dtype=torch.int64, device=grad.device)
-    bins, groups = control[WORDS:].view(torch.int32), control[groups_at:]
     list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
-    near = scratch(2 * NEAR_ROOM * listing, torch.int32)
+    near = scratch(2 * NEAR_ROOM, torch.int32)
     tile_words = scratch(tiles * listing)
-    counts = scratch(rows, torch.int32), groups
+    counts = scratch(rows, torch.int32), control[WORDS:]
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
     hinting = {"HINT": hint is not None}
@@ -291,7 +336,6 @@ def compress_(
                 *(grad, err, control, p_hint, n, lines, n // LINE // lines, k / n, capacity, words),
                 LINES=LINES,
                 LINE=LINE,
-                BINS=BRACKET_BINS,
                 num_warps=BRACKET_WARPS,
                 **hinting,
                 **EXACT,
@@ -300,7 +344,7 @@ def compress_(
         for first, count in ((0, whole), (whole, tiles - whole)):
             if count:
                 stream_kernel[(count,)](
-                    *(grad, err, list_, locals_, tile_words, control, bins, n, capacity, first),
+                    *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
                     TILE=TILE,
                     LISTING=listing,
                     WHOLE=first < whole,
@@ -308,19 +352,15 @@ def compress_(
                     **EXACT,
                 )
         programs = most_together(grad)
-        # Programs that do not run together cannot wait for each other: a launch a phase.
-        steps = range(PHASES) if programs is None else [0]
-        for first in steps:
+        for step in (TOGETHER.value,) if programs else range(RESTORE.value, COUNT.value + 1):
             refine_kernel[(min(tiles, programs or INTERPRETED_PROGRAMS),)](
-                *(err, list_, locals_, tile_words, *counts, control, bins, near),
-                *(n, k, capacity, tiles, runs[0], run_tiles[0]),
-                *(first, first + 1 if programs is None else PHASES),
-                BINS=BINS,
-                BRACKET_BINS=BRACKET_BINS,
-                ROOM=NEAR_ROOM,
+                *(err, list_, locals_, tile_words, *counts, control, near),
+                *(n, k, capacity, tiles, runs[0], run_tiles[0], step),
                 LISTING=listing,
+                BINS=BINS,
+                ROOM=NEAR_ROOM,
                 num_warps=REFINE_WARPS,
-                **TOGETHER,
+                **registers(TOGETHER_REGISTERS),
                 **shapes[0],
             )
         emit_kernel[(runs[1],)](

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key
 from gck.kernels.topk.gpu_control import (
-    BRACKET_SHIFT,
+    BRACKET_BITS,
     BRACKET_STOP,
     GUESS,
     TIE,
@@ -73,16 +73,15 @@ def _margin(b_key, middle):
 
 
 @triton.jit
-def _store(p_control, guess, tie, stop, BINS: tl.constexpr):
-    """Stores the bracket, and how wide a bin is where BINS of them cover it."""
+def _store(p_control, guess, tie, stop):
     stop = tl.minimum(tl.maximum(stop, guess + 1), INFINITY)
-    shift = tl.cast(0, tl.int32)
-    while (stop - guess - 1) >> shift >= BINS:
-        shift += 1
+    bits = tl.cast(0, tl.int32)
+    while (stop - guess - 1) >> bits > 0:
+        bits += 1
     tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))
     tl.store(p_control + BRACKET_STOP, stop.to(tl.int64))
-    tl.store(p_control + BRACKET_SHIFT, shift.to(tl.int64))
+    tl.store(p_control + BRACKET_BITS, bits.to(tl.int64))
 
 
 @triton.jit
@@ -97,7 +96,6 @@ def bracket_by_sample(
     capacity,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
-    BINS: tl.constexpr,
 ):
     b_line = tl.arange(0, LINES)
     b_at = (place_of_line(b_line, stride) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
@@ -135,12 +133,12 @@ def bracket_by_sample(
     if guess == 0:  # zeros are never listed
         guess += 1
         tie = guess
-    _store(p_control, guess, tie, stop, BINS)
+    _store(p_control, guess, tie, stop)
 
 
 @triton.jit
-def bracket_by_hint(p_control, hint, BINS: tl.constexpr):
+def bracket_by_hint(p_control, hint):
     """From the last step's threshold: this step's is probably a little above or below."""
     scaled = hint.to(tl.float32, bitcast=True) * HINT_SLACK
     guess = tl.maximum(tl.minimum(magnitude_key(scaled), INFINITY), 1)
-    _store(p_control, guess, tl.cast(0, tl.int32), guess + OCTAVE // 8, BINS)
+    _store(p_control, guess, tl.cast(0, tl.int32), guess + OCTAVE // 8)

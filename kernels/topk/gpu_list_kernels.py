@@ -188,7 +188,6 @@ def list_stream_kernel(
             p_locals,
             p_tile + first,
             p_control,
-            p_control,
             i_tile,
             left,
             WHOLE,
@@ -196,7 +195,6 @@ def list_stream_kernel(
             tl.load(p_choice + gpu_tables.CAPACITY),
             TILE,
             True,
-            False,
         )
 
 

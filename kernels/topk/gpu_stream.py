@@ -5,16 +5,9 @@
 import triton
 import triton.language as tl
 
-from gck.kernels.common.keys import magnitude_key, widen
+from gck.kernels.common.keys import widen
 from gck.kernels.common.tiles import columns
-from gck.kernels.topk.gpu_control import (
-    BRACKET_SHIFT,
-    BRACKET_STOP,
-    GUESS,
-    LISTED,
-    TIE,
-    TIES,
-)
+from gck.kernels.topk.gpu_control import GUESS, LISTED, TIE, TIES
 
 TILE = 4096  # an index within a tile fits 16 bits
 STREAM_WARPS = 8
@@ -30,29 +23,12 @@ def _reaches(b_acc, guess):
 
 
 @triton.jit
-def _append(p_list, p_locals, p_bins, b_slot, b_acc, b_local, guess, stop, shift, BRACKET: tl.constexpr):
-    """Writes what reaches the guess to the slots, and counts it by key; returns the slots that are free
-    then."""
+def _append(p_list, p_locals, b_slot, b_acc, b_local, guess):
+    """Writes what reaches the guess to the slots; returns those that are free then."""
     b_reaches = _reaches(b_acc, guess)
     tl.store(p_list + b_slot, b_acc, mask=b_reaches)
     tl.store(p_locals + b_slot, b_local.to(tl.int16), mask=b_reaches)
-    if BRACKET:
-        b_key = magnitude_key(b_acc)
-        b_bin = (b_key - guess.to(tl.int32, bitcast=True)) >> shift
-        b_one = tl.full(b_bin.shape, 1, tl.int32)
-        tl.atomic_add(p_bins + b_bin, b_one, mask=b_reaches & (b_key < stop), sem="relaxed")
     return b_slot + b_reaches.to(tl.int32)
-
-
-@triton.jit
-def _guessed(p_control):
-    """(guess, the key that is counted as a tie plus 1, end of the bracket, bits that its bins lack)"""
-    return (
-        tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True),
-        tl.load(p_control + TIE).to(tl.int32),
-        tl.load(p_control + BRACKET_STOP).to(tl.int32),
-        tl.load(p_control + BRACKET_SHIFT).to(tl.int32),
-    )
 
 
 @triton.jit
@@ -63,7 +39,6 @@ def stream_tile(
     p_locals,
     p_tile,
     p_control,
-    p_bins,
     i_tile,
     left,
     whole,
@@ -71,13 +46,11 @@ def stream_tile(
     capacity,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
-    BRACKET: tl.constexpr,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
     The tile has `left` elements, and is `whole` if that is all; the list begins at `list_at`. NaNs stay
-    as they come: they reach any guess, and whatever reads err or the list makes them one. With BRACKET, keys
-    of the bracket are counted in `p_bins`.
+    as they come: they reach any guess, and whatever reads err or the list makes them one.
     """
     start = tl.cast(i_tile, tl.int64) * TILE
     # Rows of 4 elements, 16 bytes of err, which one thread holds.
@@ -92,7 +65,8 @@ def stream_tile(
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
         b_acc += tl.load(p_errs, mask=b_inside, other=0.0)
     if LISTING:
-        guess, tie, stop, shift = _guessed(p_control)
+        guess = tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True)
+        tie = tl.load(p_control + TIE).to(tl.int32)
         if tie > 0:
             b_ties = tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True)
             ties = tl.sum(tl.sum(b_ties.to(tl.int32), 1), 0)
@@ -113,16 +87,10 @@ def stream_tile(
                 b_row = tl.arange(0, TILE // 4) * 4
                 # A column at a time, so that the threads that hold the elements also store them.
                 b_acc_0, b_acc_1, b_acc_2, b_acc_3 = columns(b_acc)
-                b_slot = _append(
-                    *(p_list, p_locals, p_bins, b_slot, b_acc_0, b_row, guess, stop, shift, BRACKET)
-                )
-                b_slot = _append(
-                    *(p_list, p_locals, p_bins, b_slot, b_acc_1, b_row + 1, guess, stop, shift, BRACKET)
-                )
-                b_slot = _append(
-                    *(p_list, p_locals, p_bins, b_slot, b_acc_2, b_row + 2, guess, stop, shift, BRACKET)
-                )
-                _append(*(p_list, p_locals, p_bins, b_slot, b_acc_3, b_row + 3, guess, stop, shift, BRACKET))
+                b_slot = _append(p_list, p_locals, b_slot, b_acc_0, b_row, guess)
+                b_slot = _append(p_list, p_locals, b_slot, b_acc_1, b_row + 1, guess)
+                b_slot = _append(p_list, p_locals, b_slot, b_acc_2, b_row + 2, guess)
+                _append(p_list, p_locals, b_slot, b_acc_3, b_row + 3, guess)
                 b_acc = tl.where(b_reaches, 0.0, b_acc)
             else:
                 count = tl.cast(0, tl.int32)

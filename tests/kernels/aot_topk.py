@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gck.kernels.common.launch import TOGETHER
+from gck.kernels.common.launch import TOGETHER_REGISTERS
 from gck.kernels.common.native import DTYPE_CODE
 from gck.kernels.topk import (
     gpu,
@@ -53,8 +53,7 @@ NUMBERS = dict.fromkeys(
         "tiles",
         "runs",
         "words",
-        "first_phase",
-        "stop",
+        "step",
         "run_tiles",
         "lines",
         "stride",
@@ -94,8 +93,7 @@ def _variant(
 def _guess() -> list[Variant]:
     made = []
     for grad in ("fp32", "bf16"):
-        constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "BINS": gpu_control.BRACKET_BINS}
-        constants |= {"HINT": True}
+        constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
         made.append(
             _variant("gpu", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS, p_grad=f"*{grad}")
         )
@@ -131,12 +129,12 @@ def _select() -> list[Variant]:
             {**TILE, "ROWS": rows, "BLOCK": block, "GROUP": gpu_select.GROUP}
             for _, rows, block in gpu.run_shapes(n, k)
         )
-        refine |= {"BINS": gpu_control.BINS, "BRACKET_BINS": gpu_control.BRACKET_BINS}
-        refine |= {"ROOM": gpu_refine.NEAR_ROOM, "LISTING": gpu_guess.listing(n, k)}
+        refine |= {"BINS": gpu_control.BINS, "ROOM": gpu_refine.NEAR_ROOM}
+        refine |= {"LISTING": gpu_guess.listing(n, k)}
         made.append(
             _variant(
                 *("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS),
-                most_registers=TOGETHER["maxnreg"],
+                most_registers=TOGETHER_REGISTERS,
             )
         )
         for value, index in PAYLOADS:

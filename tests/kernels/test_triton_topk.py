@@ -18,7 +18,7 @@ if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
 from gck.kernels.topk import gpu, gpu_guess, gpu_stream
-from gck.kernels.topk.gpu_refine import PHASES
+from gck.kernels.topk.gpu_refine import COUNT, RESTORE
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
 from tests.kernels.topk_paths import KNOWN, LIST, NEAR, SCAN, check, key_of, shrink
@@ -281,5 +281,5 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             launches = recorded(patch, lambda data=data: check(gck.TopK(k=60), *data, hint=0))
         assert all(kwargs["enable_fp_fusion"] is False for _, _, kwargs in launches)
         shapes.append([(fn.__name__, grid, kwargs) for fn, grid, kwargs in launches])
-    assert len(shapes[0]) == 3 + PHASES  # on a GPU, one launch for all phases
+    assert len(shapes[0]) == 5 + COUNT.value - RESTORE.value  # on a GPU, `refine` is one launch
     assert shapes[0] == shapes[1] == shapes[2]

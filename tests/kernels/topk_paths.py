@@ -12,7 +12,7 @@ from gck.kernels.topk import gpu, gpu_control, gpu_guess, reference
 from tests.cases import Guarded, same_bytes
 
 LIST, KNOWN, SCAN = (mode.value for mode in (gpu_control.LIST, gpu_control.KNOWN, gpu_control.SCAN))
-NEAR = 3  # LIST, where the bracket's bins gave the threshold
+NEAR = 3  # LIST, where one level of the search was enough
 
 
 def key_of(value: float) -> int:
@@ -22,7 +22,7 @@ def key_of(value: float) -> int:
 def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None:
     """Tiles, runs and groups so small, and a sample so dense, that a few thousand elements have several
     of each; and a list of a given capacity."""
-    small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "BRACKET_BINS": 16, "NEAR_ROOM": 128}
+    small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "NEAR_ROOM": 128}
     small["ROWS_OF_BLOCK"] = {16: (8, 4), 32: (4, 8)}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
@@ -86,5 +86,5 @@ def check(
     )
     if listed < k:
         return KNOWN if listed + ties >= k else SCAN
-    near = int(control[gpu_control.ARRIVED.value]) > 0
-    return (NEAR if near else LIST) if listed <= capacity else SCAN
+    second_level = control[gpu_control.HISTOGRAMS.value + gpu_control.BINS :][: gpu_control.BINS]
+    return (LIST if second_level.any() else NEAR) if listed <= capacity else SCAN
