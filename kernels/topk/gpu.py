@@ -28,7 +28,13 @@ from gck.kernels.common.launch import (
     registers,
 )
 from gck.kernels.topk import gpu_guess
-from gck.kernels.topk.gpu_bracket import BRACKET_WARPS, LINES, bracket_by_hint, bracket_by_sample
+from gck.kernels.topk.gpu_bracket import (
+    BRACKET_REGISTERS,
+    BRACKET_WARPS,
+    LINES,
+    bracket_by_hint,
+    bracket_by_sample,
+)
 from gck.kernels.topk.gpu_control import (
     BINS,
     BRACKET_BITS,
@@ -337,6 +343,7 @@ def compress_(
                 LINES=LINES,
                 LINE=LINE,
                 num_warps=BRACKET_WARPS,
+                **registers(BRACKET_REGISTERS),
                 **hinting,
                 **EXACT,
             )

@@ -22,6 +22,7 @@ from gck.kernels.topk.gpu_guess import HALVINGS, HINT_SLACK, LARGEST_ROOT, place
 
 LINES = 1024  # that the program has room for; a power of two
 BRACKET_WARPS = 16
+BRACKET_REGISTERS = 96
 OCTAVE = tl.constexpr(1 << 23)  # of keys: from x to 2x
 MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows only counts from there on
 MIDDLE_WIDTH = tl.constexpr(1 << MIDDLE_BITS.value)

@@ -196,10 +196,3 @@ def guess_by_sample(
         tie = guess
     tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))
-
-
-@triton.jit
-def guess_by_hint(p_control, hint):
-    scaled = hint.to(tl.float32, bitcast=True) * HINT_SLACK
-    guess = tl.minimum(magnitude_key(scaled), INFINITY)
-    tl.store(p_control + GUESS, tl.maximum(guess, 1).to(tl.int64))

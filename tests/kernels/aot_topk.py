@@ -95,7 +95,11 @@ def _guess() -> list[Variant]:
     for grad in ("fp32", "bf16"):
         constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
         made.append(
-            _variant("gpu", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS, p_grad=f"*{grad}")
+            _variant(
+                *("gpu", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS),
+                most_registers=gpu_bracket.BRACKET_REGISTERS,
+                p_grad=f"*{grad}",
+            )
         )
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,20 +20,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_grou
 
 # Registers a thread, (NVIDIA, AMD): what the worst variant of the kernel needs, and a little headroom.
 BUDGETS = {
-    "topk.sample_kernel": (48, 32),
-    "topk.guess_kernel": (64, 64),
+    "topk.guess_kernel": (80, 64),
     "topk.stream_kernel": (96, 64),
-    "topk.restore_kernel": (48, 48),
-    "topk.refine_kernel": (64, 96),
-    "topk.count_kernel": (48, 48),
-    "topk.emit_kernel": (64, 64),
+    # Two programs of 8 warps must fit on a processor, for they wait for each other.
+    "topk.refine_kernel": (128, 96),
+    "topk.emit_kernel": (128, 112),
     "topk.list_sample_kernel": (48, 32),
     "topk.list_guess_kernel": (80, 64),
     "topk.list_stream_kernel": (96, 64),
     "topk.list_restore_kernel": (48, 48),
     "topk.list_refine_kernel": (64, 96),
     "topk.list_count_kernel": (48, 48),
-    "topk.list_emit_kernel": (64, 64),
+    "topk.list_emit_kernel": (128, 112),
     "topk.scatter_kernel": (48, 32),
     "topk.bounds_kernel": (48, 32),
     "topk.sum_kernel": (48, 64),
@@ -46,21 +45,32 @@ RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "f
 RARE |= {f"topk.list_stream_kernel[{grad}, last]": 128 for grad in ("fp32", "bf16")}
 RARE |= {f"topk.list_stream_kernel[{grad}, unaligned]": 112 for grad in ("fp32", "bf16")}
 RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
-# Two words, to have three programs on a processor; and one of a sum that is hardly ever made.
-SPILLED = {
-    ("topk.list_stream_kernel[fp32, whole]", "sm_80"): 12,
-    ("topk.sum_kernel[fp16, i64, few]", "sm_90"): 10,
+# A warp that has a chunk to itself keeps all of it under way, whatever that takes.
+LONE_WARPS = {
+    f"chunk_topk.compress_kernel[{grad}, 64 of 4096, {bits} bits]"
+    for grad, bits in (("fp32", 2), ("fp32", 4), ("bf16", 16))
 }
+LONE = (255, 176)
+# Bytes of stack, and instructions that use it: a word or two where that lets one more program fit on a
+# processor, and more in variants for vectors past 2^31 elements.
+SPILLED = (
+    (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
+    (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_80", 12),
+    (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),
+    (r"topk\.emit_kernel\[(fp32|bf16), i32, 0\.0?1\]", "sm_(90|100)", 8),
+    (r"topk\.emit_kernel\[fp16, i64, .*\]", "sm_.*", 90),
+    (r"topk\.list_emit_kernel\[fp16, i64\]", "sm_.*", 36),
+)
 # Older versions count histograms by warp votes and keep more of a reduction in registers.
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     BUDGETS |= {
-        "topk.refine_kernel": (80, 96),
         "topk.list_refine_kernel": (80, 96),
         "sign.compress_kernel": (128, 64),
         # As many programs fit on a processor as with 120: two of 8 warps, one of 16.
         "chunk_topk.compress_kernel": (128, 80),
         "chunk_topk.decompress_kernel": (96, 56),
     }
+    SPILLED += ((r"topk\.refine_kernel\[.*\]", "sm_80", 30),)
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STREAMS = {f"topk.stream_kernel[{grad}, whole]": size for grad, size in SIZES.items()}
@@ -85,6 +95,13 @@ def report() -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     made: dict[str, Any] = json.loads(done.stdout)
     return made
+
+
+def spills_allowed(variant: str, target: str) -> int:
+    for variants, targets, words in SPILLED:
+        if re.fullmatch(variants, variant) and re.fullmatch(targets, target):
+            return words
+    return 0
 
 
 def figures(report: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -116,9 +133,9 @@ def test_for_every_target(report: dict[str, Any]) -> None:
 def test_registers_and_spills(report: dict[str, Any]) -> None:
     over = []
     for variant, target, found in figures(report):
-        budget = BUDGETS[variant.partition("[")[0]][target.startswith("gfx")]
-        budget = max(budget, RARE.get(variant, 0))
-        if found["registers"] > budget or found["spills"] > SPILLED.get((variant, target), 0):
+        budgets = LONE if variant in LONE_WARPS else BUDGETS[variant.partition("[")[0]]
+        budget = max(budgets[target.startswith("gfx")], RARE.get(variant, 0))
+        if found["registers"] > budget or found["spills"] > spills_allowed(variant, target):
             over.append(
                 f"{variant} for {target}: {found['registers']} registers of {budget}, "
                 f"{found['spills']} spilled"

@@ -89,25 +89,25 @@ def test_list_full_to_the_last_slot(monkeypatch: pytest.MonkeyPatch) -> None:
         assert check(gck.TopK(k=20), grad, err, hint=key_of(1.0)) == mode
 
 
-@pytest.mark.parametrize(("room", "mode"), [(1024, NEAR), (8, LIST)])
-def test_the_threshold_is_near_or_far_from_where_the_sample_says(
-    room: int, mode: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Above the bracket, among more keys of one bin than are set apart, or next to ties: the list is
-    searched then."""
+def test_one_level_of_the_search_or_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More keys in a bin of the bracket than are set apart, a threshold above the bracket, and many ties
+    beside it take more."""
     shrink(monkeypatch)
-    monkeypatch.setattr(gpu, "NEAR_ROOM", room)
     monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: n)
     monkeypatch.setattr(gpu_guess, "listing", lambda n, k: True)
-    grad = torch.linspace(1.0, 2.0, SMALL)[torch.randperm(SMALL, generator=torch.Generator().manual_seed(1))]
+    order = torch.randperm(SMALL, generator=torch.Generator().manual_seed(1))
+    spread, nothing = torch.linspace(1.0, 2.0, SMALL)[order], torch.zeros(SMALL)
     for k, low in ((500, 1.8), (3900, 1.0), (5, 1.99)):
-        assert check(gck.TopK(k=k), grad, torch.zeros(SMALL), hint=key_of(low / 0.97)) == mode
-    assert check(gck.TopK(k=500), grad, torch.zeros(SMALL), hint=key_of(0.5)) == LIST
+        assert check(gck.TopK(k=k), spread, nothing, hint=key_of(low / 0.97)) == NEAR
+    assert check(gck.TopK(k=500), spread, nothing, hint=key_of(0.5)) == LIST
+    dense = 1.5 + torch.arange(SMALL)[order] * 2.0**-22
+    for k in (1, 500, 3900):
+        assert check(gck.TopK(k=k), dense, nothing, hint=key_of(1.5 / 0.98)) == LIST
     for ties in (1, 20, 700):
-        tied = grad.clone()
+        tied = spread.clone()
         tied[torch.arange(0, SMALL, 4)[:ties]] = 1.9
         for k in (380, 400, 410, 500):
-            check(gck.TopK(k=k), tied, torch.zeros(SMALL), hint=key_of(1.85))
+            check(gck.TopK(k=k), tied, nothing, hint=key_of(1.85))
 
 
 def test_ties_are_counted_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_ties_are_counted_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -
     assert check(gck.TopK(k=900), mixed, nothing) == KNOWN
     # Enough lie above the ties that are too many to list.
     mixed[::4] = torch.linspace(2, 3, len(mixed[::4]))
-    assert check(gck.TopK(k=900), mixed, nothing) == LIST
+    assert check(gck.TopK(k=900), mixed, nothing) == NEAR
 
 
 @triton.jit
