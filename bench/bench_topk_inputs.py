@@ -20,7 +20,7 @@ def cases(plan: Plan) -> list[Case]:
     """The cases in the order of measuring: the common input first."""
     make = partial(Case, "topk_ef_", "input", dtype=torch.float32, implementation=GCK)
     made = []
-    for n in plan.sizes:
+    for n in (n for n in plan.sizes if n <= plan.large):
         for name in QUICK if plan.quick else inputs.INPUTS:
             made.append(make(value=name, n=n, run=partial(_keep, inputs.count_of(n)), inputs=name))
         made.append(make(value="all kept", n=n, run=partial(_keep, n)))
