@@ -17,9 +17,12 @@ if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITO
 # Contraction of a * b + c into one rounding would change bytes, and its default differs by version.
 EXACT = {"enable_fp_fusion": False}
 
-# Two programs of 8 warps fit on a processor for certain: AMD's have room for more than that in any case.
+# Two programs of 8 warps fit on a processor with that many registers a thread, AMD's included.
 TOGETHER_PER_PROCESSOR = 2
 TOGETHER_REGISTERS = 128
+# The device then starts all programs or none: some of them, waiting for the rest, could keep out a collective
+# on which the rest of another rank waits.
+TOGETHER_LAUNCH = {"launch_cooperative_grid": True}
 
 PROGRAMS_PER_PROCESSOR = 4
 MAX_PROGRAMS = 1024
@@ -50,8 +53,8 @@ def most_programs(tensor: Tensor) -> int:
 
 
 def most_together(tensor: Tensor) -> int | None:
-    """How many programs of 8 warps and at most TOGETHER_REGISTERS may wait for each other: so many that all
-    of them are on the device once other kernels have ended. None: programs run one after another."""
+    """How many programs of 8 warps, of at most TOGETHER_REGISTERS and launched with TOGETHER_LAUNCH, may wait
+    for each other. None: programs run one after another."""
     return TOGETHER_PER_PROCESSOR * _processors(tensor.device) if tensor.device.type == "cuda" else None
 
 

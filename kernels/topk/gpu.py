@@ -22,6 +22,7 @@ from torch import Tensor
 from gck.kernels.common.launch import (
     EXACT,
     INTERPRETED_PROGRAMS,
+    TOGETHER_LAUNCH,
     TOGETHER_REGISTERS,
     launching_on,
     most_together,
@@ -367,7 +368,7 @@ def compress_(
                 BINS=BINS,
                 ROOM=NEAR_ROOM,
                 num_warps=REFINE_WARPS,
-                **registers(TOGETHER_REGISTERS),
+                **(registers(TOGETHER_REGISTERS) | TOGETHER_LAUNCH if programs else {}),
                 **shapes[0],
             )
         emit_kernel[(runs[1],)](

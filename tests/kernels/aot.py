@@ -68,7 +68,7 @@ def _compile(variant: Variant, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gck.kernels.common.launch import EXACT
+    from gck.kernels.common.launch import EXACT, TOGETHER_LAUNCH
 
     kernel = variant.function()
     names = kernel.arg_names
@@ -82,6 +82,8 @@ def _compile(variant: Variant, target: str) -> Any:
     options: dict[str, Any] = {"num_warps": variant.num_warps, **EXACT}
     if variant.most_registers and not target.startswith("gfx"):
         options["maxnreg"] = variant.most_registers
+    if variant.together:
+        options |= TOGETHER_LAUNCH
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 

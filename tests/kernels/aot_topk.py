@@ -139,7 +139,7 @@ def _select() -> list[Variant]:
             _variant(
                 *("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS),
                 most_registers=TOGETHER_REGISTERS,
-            )
+            )._replace(together=True)
         )
         for value, index in PAYLOADS:
             types = {"p_values": f"*{value}", "p_indices": f"*{index}"}

@@ -14,6 +14,7 @@ class Variant(NamedTuple):
         module: where the kernel is, below `gck.kernels`, or in full where it is no kernel of the package.
         elements: elements a thread moves, in kernels that are counted by element; else 0.
         most_registers: what the launch keeps a thread to, on NVIDIA's.
+        together: whether programs wait for each other.
     """
 
     compressor: str
@@ -25,6 +26,7 @@ class Variant(NamedTuple):
     num_warps: int
     elements: int = 0
     most_registers: int | None = None
+    together: bool = False
 
     @property
     def name(self) -> str:
