@@ -29,13 +29,7 @@ from gck.kernels.common.launch import (
     registers,
 )
 from gck.kernels.topk import gpu_guess
-from gck.kernels.topk.gpu_bracket import (
-    BRACKET_REGISTERS,
-    BRACKET_WARPS,
-    LINES,
-    bracket_by_hint,
-    bracket_by_sample,
-)
+from gck.kernels.topk.gpu_bracket import BRACKET_REGISTERS, BRACKET_WARPS, LINES, guess_kernel
 from gck.kernels.topk.gpu_control import (
     BINS,
     BRACKET_BITS,
@@ -53,7 +47,7 @@ from gck.kernels.topk.gpu_control import (
 )
 from gck.kernels.topk.gpu_decode import decompress_, decompress_sum_
 from gck.kernels.topk.gpu_emit import EMIT_REGISTERS, EMIT_SEARCH, EMIT_WARPS, emit_listed, emit_scanned
-from gck.kernels.topk.gpu_guess import LINE, hinted
+from gck.kernels.topk.gpu_guess import LINE
 from gck.kernels.topk.gpu_lists import compress_flat_, compress_list_
 from gck.kernels.topk.gpu_refine import (
     ALL_BITS,
@@ -79,35 +73,6 @@ __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "deco
 # Entries of a row that are looked at together, and rows that then take few registers, in `refine` and `emit`.
 ROWS_OF_BLOCK = {32: (32, 8), 64: (16, 4), 128: (8, 4)}
 FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
-ZEROED = tl.constexpr(2048)  # words at a time
-
-
-@triton.jit(do_not_specialize=["n", "lines", "stride", "capacity", "words"])
-def guess_kernel(
-    p_grad,
-    p_err,
-    p_control,
-    p_hint,
-    n,
-    lines,
-    stride,
-    density,
-    capacity,
-    words,
-    HINT: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
-):
-    """One program: clears the control block, which has `words` words, and says where to look."""
-    for first in range(0, words, ZEROED):
-        b_word = first + tl.arange(0, ZEROED)
-        tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)
-    tl.debug_barrier()  # some of them are stored again
-    hint = hinted(p_hint, HINT)
-    if hint > 0:
-        bracket_by_hint(p_control, hint)
-    else:
-        bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE)
 
 
 @triton.jit(do_not_specialize=["n", "capacity", "first_tile"])

@@ -18,11 +18,12 @@ from gck.kernels.topk.gpu_control import (
     GUESS,
     TIE,
 )
-from gck.kernels.topk.gpu_guess import HALVINGS, HINT_SLACK, LARGEST_ROOT, place_of_line
+from gck.kernels.topk.gpu_guess import HALVINGS, HINT_SLACK, LARGEST_ROOT, hinted, place_of_line
 
 LINES = 1024  # that the program has room for; a power of two
 BRACKET_WARPS = 16
 BRACKET_REGISTERS = 96
+ZEROED = tl.constexpr(2048)  # words of the control block at a time
 OCTAVE = tl.constexpr(1 << 23)  # of keys: from x to 2x
 MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows only counts from there on
 MIDDLE_WIDTH = tl.constexpr(1 << MIDDLE_BITS.value)
@@ -143,3 +144,31 @@ def bracket_by_hint(p_control, hint):
     scaled = hint.to(tl.float32, bitcast=True) * HINT_SLACK
     guess = tl.maximum(tl.minimum(magnitude_key(scaled), INFINITY), 1)
     _store(p_control, guess, tl.cast(0, tl.int32), guess + OCTAVE // 8)
+
+
+@triton.jit(do_not_specialize=["n", "lines", "stride", "capacity", "words"])
+def guess_kernel(
+    p_grad,
+    p_err,
+    p_control,
+    p_hint,
+    n,
+    lines,
+    stride,
+    density,
+    capacity,
+    words,
+    HINT: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """One program: clears the control block, which has `words` words, and says where to look."""
+    for first in range(0, words, ZEROED):
+        b_word = first + tl.arange(0, ZEROED)
+        tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)
+    tl.debug_barrier()  # some of them are stored again
+    hint = hinted(p_hint, HINT)
+    if hint > 0:
+        bracket_by_hint(p_control, hint)
+    else:
+        bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE)

@@ -96,7 +96,7 @@ def _guess() -> list[Variant]:
         constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
         made.append(
             _variant(
-                *("gpu", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS),
+                *("gpu_bracket", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS),
                 most_registers=gpu_bracket.BRACKET_REGISTERS,
                 p_grad=f"*{grad}",
             )
