@@ -28,10 +28,9 @@ SUM_MANY = (256, 4, 8)
 FEW = 48  # entries of a rank in a tile, on average, that a block of the few mostly holds
 ZEROS = tl.constexpr(256)  # that the last tile stores at a time
 SECTOR = tl.constexpr(8)  # elements that memory moves together
-# What of the result is brought to the cache before it is added to: nothing, what entries add to, or all.
-TOUCH_NOTHING, TOUCH_ENTRIES, TOUCH_ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SUM_TOUCH = TOUCH_ALL.value
-TOUCH_FROM = 1 / 32  # entries an element, of all ranks: with fewer, most of the result need not be read
+# Entries an element, of all ranks, from which a tile is brought to the cache before it is added to: with
+# fewer, most of the result need not be read.
+TOUCH_FROM = 1 / 32
 BOUNDS_BLOCK = 128  # bounds that a program searches for
 BOUNDS_WAYS = 4  # parts that a step of the search cuts what is left into
 
@@ -130,8 +129,6 @@ def sum_kernel(
         places = ()
         for i in tl.static_range(RANKS):
             places += (_places(entries[i][1], low, size),)
-            if ACCUMULATE and TOUCH == TOUCH_ENTRIES:
-                tl.load(p_tile + places[i], mask=places[i] >= 0, volatile=True)
         for i in tl.static_range(RANKS):
             # The threads of a program take another one's elements in the next rank.
             tl.debug_barrier()
@@ -182,7 +179,7 @@ def _prepare(p_tile, size, ACCUMULATE: tl.constexpr, TOUCH: tl.constexpr, TILE: 
             for first in range(0, size, ZEROS):
                 b_offset = first + tl.arange(0, ZEROS)
                 tl.store(p_tile + b_offset, tl.zeros((ZEROS,), tl.float32), mask=b_offset < size)
-    elif TOUCH == TOUCH_ALL:
+    elif TOUCH:
         b_sector = tl.arange(0, TILE // SECTOR) * SECTOR
         tl.load(p_tile + b_sector, mask=b_sector < size, volatile=True)
 
@@ -224,7 +221,7 @@ def decompress_sum_(
     bounds = torch.empty((tiles + 1) * ranks, dtype=bounds_dtype, device=out.device)
     index_bytes = indices.element_size()
     block, together, warps = SUM_FEW if k * SUM_TILE <= FEW * n else SUM_MANY
-    touch = SUM_TOUCH if accumulate and ranks * k >= TOUCH_FROM * n else TOUCH_NOTHING.value
+    touch = accumulate and ranks * k >= TOUCH_FROM * n
     with launching_on(out):
         bounds_kernel[(triton.cdiv(tiles + 1, BOUNDS_BLOCK), ranks)](
             *(indices, bounds, k, _steps(k), tiles, row_units),

@@ -162,7 +162,7 @@ def _decode() -> list[Variant]:
         add = {"ACCUMULATE": value == "fp32"}
         constants = {**add, "BLOCK": gpu_decode.BLOCK}
         made.append(_variant("gpu_decode", "scatter_kernel", label, constants, 4, **types))
-        constants = {"TILE": gpu_decode.SUM_TILE, "TOUCH": gpu_decode.SUM_TOUCH, **add}
+        constants = {"TILE": gpu_decode.SUM_TILE, "TOUCH": True, **add}
         constants |= {"VALUE_BYTES": BYTES[value], "INDEX_BYTES": BYTES[index]}
         types |= {"p_bounds": f"*{index}"}
         for name, (block, ranks, warps) in (("few", gpu_decode.SUM_FEW), ("many", gpu_decode.SUM_MANY)):
