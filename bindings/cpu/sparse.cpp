@@ -96,9 +96,9 @@ void write(const SparseJob& job, Range part, int64_t* next) {
   const auto rows = static_cast<int64_t>(job.rows.size());
   const bool past_caches = job.numel >= kPastCaches;
   const int64_t share = (kTileMade / rows + 15) / 16 * 16;
-  alignas(kLine) float tiles[2][kTileMade];
-  std::fill_n(tiles[0], std::min(2 * kTileMade, part.end - part.begin), 0.0f);
-  float* made = tiles[1];
+  alignas(kLine) float tiles[2 * kTileMade];
+  std::fill_n(tiles, std::min(2 * kTileMade, part.end - part.begin), 0.0f);
+  float *tile = tiles, *made = tiles + kTileMade;
   Range waiting{part.begin, part.begin};  // entries that are in `made`, and not yet in out
   const auto move_out = [&](int64_t most) {
     const int64_t count = std::min(most, waiting.end - waiting.begin);
@@ -106,16 +106,15 @@ void write(const SparseJob& job, Range part, int64_t* next) {
     made += count;
     waiting.begin += count;
   };
-  int turn = 0;
-  for (int64_t at = part.begin; at < part.end; at += kTileMade, turn ^= 1) {
+  for (int64_t at = part.begin; at < part.end; at += kTileMade) {
     const int64_t stop = std::min(at + kTileMade, part.end);
     for (int64_t row = 0; row < rows; ++row) {
       move_out(share);
-      next[row] =
-          put<Index, D, Add>(job, job.rows[static_cast<size_t>(row)], next[row], tiles[turn], at, stop);
+      next[row] = put<Index, D, Add>(job, job.rows[static_cast<size_t>(row)], next[row], tile, at, stop);
     }
-    made = tiles[turn];
+    made = tile;
     waiting = {at, stop};
+    tile = tile == tiles ? tiles + kTileMade : tiles;
   }
   move_out(kTileMade);
   isa.sparse_settle();
