@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -38,5 +39,9 @@ class Scratch {
 // Has the system put pages behind [start, start + bytes) at once, where it can: a large result comes fresh
 // from it, and one page fault after the other would take longer than the writing.
 void populate(void* start, size_t bytes);
+
+// The same for out[begin, end), which will be written whole, if it is large and has no page in its middle
+// yet: out is a new tensor then.
+void populate_fresh(float* out, int64_t begin, int64_t end);
 
 }  // namespace gck

@@ -5,6 +5,7 @@
 
 #include "cpu/isa/leaves.hpp"
 #include "cpu/round.hpp"
+#include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -95,6 +96,7 @@ void write(const SparseJob& job, Range part, int64_t* next) {
   const Leaves& isa = leaves();
   const auto rows = static_cast<int64_t>(job.rows.size());
   const bool past_caches = job.numel >= kPastCaches;
+  populate_fresh(job.out, part.begin, part.end);
   const int64_t share = (kTileMade / rows + 15) / 16 * 16;
   alignas(kLine) float tiles[2 * kTileMade];
   std::fill_n(tiles, std::min(2 * kTileMade, part.end - part.begin), 0.0f);
