@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,19 @@ def test_one_after_the_other(kind: str, n: int, world: int) -> None:
             gck.decompress_add_(one_by_one, payload, 0.7)
         assert gck.decompress_add_(summed, given, 0.7) is summed
         assert same_bytes(one_nan(summed), one_nan(one_by_one))
+
+
+@pytest.mark.parametrize("kind", ["topk", "sign", "chunk_topk"])
+def test_memory_that_no_one_touched_yet(kind: str) -> None:
+    """Where a large result gets its pages before it is written."""
+    n = 2_500_001
+    if kind == "chunk_topk":
+        payload: Any = gck.chunk_topk_ef_(*(part[:n] for part in make("gaussian", n, torch.float32)), 512, 8)
+    else:
+        payload = KINDS[kind](n, 0)
+    untouched = mmap.mmap(-1, 4 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    out = gck.decompress(payload, out=torch.frombuffer(untouched, dtype=torch.float32))
+    assert same_bytes(out, gck.decompress(payload, out=torch.full((n,), math.nan)))
 
 
 def test_order_counts() -> None:

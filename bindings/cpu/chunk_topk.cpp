@@ -6,6 +6,7 @@
 
 #include "cpu/packing.hpp"
 #include "cpu/round.hpp"
+#include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -144,6 +145,7 @@ int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads) {
   }
   for_each_part(parts, [&](int t) {
     const auto [begin, end] = part_of(chunks, parts, t, 1);
+    if (job.clear) populate_fresh(job.out, begin * job.chunk_size, std::min(end * job.chunk_size, job.numel));
     for (int64_t c = begin; c < end; ++c) {
       const Source source(job, c);
       float* out = job.out + c * job.chunk_size;

@@ -24,7 +24,21 @@ std::unique_ptr<Run> take() {
   return nullptr;
 }
 
+constexpr size_t kPage = 4096;
+constexpr size_t kLargePagesPay = size_t{8} << 20;
+constexpr int64_t kFreshPays = 1 << 20;  // entries
+
 void unmap(const Run& run) { ::munmap(run.first, run.second); }
+
+void put_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool large) {
+#if defined(MADV_POPULATE_WRITE)
+  const auto begin = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kPage * kPage;
+  if (begin >= end) return;
+  if (large) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#endif
+}
 
 }  // namespace
 
@@ -68,14 +82,16 @@ void* Scratch::region(size_t bytes) {
   return start;
 }
 
-void populate(void* start, size_t bytes) {
-#if defined(MADV_POPULATE_WRITE)
-  constexpr size_t kPage = 4096, kLargePagesPay = size_t{8} << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kPage * kPage;
-  if (begin >= end) return;
-  if (end - begin >= kLargePagesPay) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+void populate(void* start, size_t bytes) { put_pages(start, bytes, bytes >= kLargePagesPay); }
+
+void populate_fresh(float* out, int64_t begin, int64_t end) {
+#if defined(__linux__)
+  if (end - begin < kFreshPays) return;
+  const auto middle = reinterpret_cast<uintptr_t>(out + begin + (end - begin) / 2) / kPage * kPage;
+  unsigned char present = 1;
+  if (::mincore(reinterpret_cast<void*>(middle), kPage, &present) == 0 && !(present & 1)) {
+    put_pages(out + begin, sizeof(float) * static_cast<size_t>(end - begin), true);
+  }
 #endif
 }
 

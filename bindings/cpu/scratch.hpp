@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -25,7 +26,7 @@ class Scratch {
 
   static size_t padded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-  static constexpr size_t kKept = size_t{64} << 20;
+  static constexpr size_t kKept = size_t{128} << 20;  // what 10 % of 100M entries need between calls
 
  private:
   static constexpr size_t kPage = 4096;
@@ -38,5 +39,9 @@ class Scratch {
 // Has the system put pages behind [start, start + bytes) at once, where it can: a large result comes fresh
 // from it, and one page fault after the other would take longer than the writing.
 void populate(void* start, size_t bytes);
+
+// The same for out[begin, end), which will be written whole, if it is large and has no page in its middle
+// yet: out is a new tensor then.
+void populate_fresh(float* out, int64_t begin, int64_t end);
 
 }  // namespace gck

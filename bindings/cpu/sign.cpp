@@ -1,7 +1,9 @@
 #include "cpu/sign.hpp"
 
+#include <algorithm>
 #include <vector>
 
+#include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -26,6 +28,8 @@ void sign_decompress(const SignDecode& job, int threads) {
   const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
   for_each_part(parts, [&](int t) {
     const auto [begin, end] = part_of(chunks, parts, t, 1);
+    if (!job.accumulate)
+      populate_fresh(job.out, begin * job.chunk_size, std::min(end * job.chunk_size, job.numel));
     isa.sign_decompress(job, begin, end);
   });
 }

@@ -14,7 +14,7 @@ struct SparseRow {
 };
 
 struct SparseJob {
-  std::vector<SparseRow> rows;
+  std::vector<SparseRow> rows;  // at least one
   int64_t count;
   Dtype value_dtype;
   bool wide_indices;  // int64, else int32

@@ -37,10 +37,12 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("isa", available())
 def test_contract(isa: str) -> None:
-    chosen = "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
-    done = run(
-        isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "tests/test_contract.py", __file__
+    chosen = (
+        "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
+        " or one_by_one or hostile"
     )
+    files = "tests/test_contract.py", "tests/kernels/test_cpu_sparse.py", __file__
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
 

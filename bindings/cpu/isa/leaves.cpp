@@ -2,6 +2,7 @@
 
 #include "cpu/isa/chunk_topk.hpp"
 #include "cpu/isa/sign.hpp"
+#include "cpu/isa/sparse.hpp"
 #include "cpu/isa/topk.hpp"
 
 #define GCK_STRING(x) #x
@@ -10,8 +11,9 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{GCK_NAME(GCK_ISA),  topk_stream, topk_maxima, topk_collect,  topk_split,
-                                topk_emit,          add_to,      copy_out,    sign_compress, sign_decompress,
+  static constexpr Leaves table{GCK_NAME(GCK_ISA),  topk_stream,   topk_maxima,   topk_collect,
+                                topk_split,         topk_emit,     add_to,        sparse_ascends,
+                                sparse_move_out,    sparse_settle, sign_compress, sign_decompress,
                                 chunk_topk_compress};
   return table;
 }

@@ -99,8 +99,12 @@ struct Leaves {
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
-  // out[0, count) = x, past the caches where `out` allows: for results too large to stay there.
-  void (*copy_out)(const float* x, float* out, int64_t count);
+  // Whether each of the int64 (`wide`) or int32 indices [begin, end) is above the one before it; begin > 0.
+  bool (*sparse_ascends)(const void* indices, bool wide, int64_t begin, int64_t end);
+  // out[0, count) = x, and x = 0. With `past_caches` for results too large to stay in them; then
+  // sparse_settle comes last, before other threads may look at out.
+  void (*sparse_move_out)(float* x, float* out, int64_t count, bool past_caches);
+  void (*sparse_settle)();
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
   void (*sign_decompress)(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end);

@@ -244,15 +244,6 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
   return nonfinite;
 }
 
-void copy_out(const float* x, float* out, int64_t count) {
-  int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0) {
-    for (; i + kLanes <= count; i += kLanes) store_past_caches(out + i, load(x + i));
-    order_stores();
-  }
-  std::memcpy(out + i, x + i, sizeof(float) * static_cast<size_t>(count - i));
-}
-
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out) {
   with_dtype(dtype, [&]<Dtype D>() { add_all<D>(grad, err, count, out); });
 }

@@ -11,6 +11,5 @@ void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* 
 int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys, int64_t* inside);
 int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out);
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
-void copy_out(const float* x, float* out, int64_t count);
 
 }  // namespace gck::GCK_ISA
