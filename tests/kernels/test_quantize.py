@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.quantize import Quantize, reference
 from gck.wire import Layout
-from tests.cases import CASES, make, same_bytes
+from tests.cases import CASES, make, one_nan, same_bytes
 from tests.kernels.bits import bit_patterns
+from tests.kernels.launches import recorded
 from tests.test_contract import check_case
 
 STOCHASTIC = Quantize(4, 64, "stochastic", seed=-5)
@@ -159,20 +161,69 @@ def test_any_configuration(
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "interpreter"])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("compressor", [Quantize(8), STOCHASTIC, Quantize(2, scale="mean")], ids=str)
-def test_the_sum_of_bodies_is_that_of_one_after_the_other(compressor: Quantize, accumulate: bool) -> None:
+def test_the_sum_of_bodies_is_that_of_one_after_the_other(
+    compressor: Quantize, accumulate: bool, backend: str
+) -> None:
     n, ranks = 3001, 3
+    kernels = kernels_of(backend)
     layout = compressor.layout(n)
     bodies = torch.zeros(ranks, layout.nbytes, dtype=torch.uint8)
     for rank in range(ranks):
         grad, err = make("few nonfinite" if rank == 1 else "gaussian", n, torch.float32)
         compressor.compress_(grad + rank, err, bodies[rank : rank + 1])
     got, wanted = torch.linspace(-1, 1, n), torch.linspace(-1, 1, n) if accumulate else torch.zeros(n)
-    compressor.decompress_sum_(got, bodies, alpha=0.3, accumulate=accumulate)
+    kernels.decompress_sum_(compressor, got, bodies, layout, 0.3, accumulate)
     for body in bodies:
-        compressor.decompress_(wanted, body, alpha=0.3, accumulate=True)
-    assert same_bytes(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        wanted += torch.tensor(0.3) * reference.decompress(compressor, layout.views(body), n)
+    assert same_bytes(one_nan(got), one_nan(wanted))
+
+
+def kernels_of(backend: str) -> Any:
+    if backend == "interpreter" and torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU here")
+    return import_module(f"gck.kernels.quantize.{'cpu' if backend == 'cpu' else 'gpu'}")
+
+
+@pytest.mark.parametrize("chunk_size", [32, 512, 1024, 8192])
+def test_chunk_sizes_and_shards_in_the_interpreter(chunk_size: int) -> None:
+    """More than two groups of chunks a shard, the last group cut by the shard's end."""
+    n = 3 * max(1024, chunk_size) + 3 * chunk_size + 9
+    for compressor in (Quantize(4, chunk_size, "stochastic", seed=-(2**62)), Quantize(8, chunk_size)):
+        check_case(compressor, "interpreter", *make("few nonfinite", n, torch.float16), shards=3)
+    check_case(
+        Quantize(2, chunk_size, scale="mean"), "interpreter", *make("gaussian", n, torch.float32), shards=2
+    )
+
+
+def test_random_bits_in_the_interpreter() -> None:
+    n = 4000
+    for compressor in (Quantize(8, 32), Quantize(2, 32, "stochastic"), Quantize(2, 32, scale="mean")):
+        check_case(compressor, "interpreter", torch.full((n,), -0.0), bit_patterns(n, 7))
+
+
+def test_launches_do_not_depend_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same grids and options for any values and seeds, and contraction pinned off."""
+    kernels = kernels_of("interpreter")
+    runs = []
+    for case, seed in (("gaussian", 1), ("all nan", 2**63 - 1), ("all zero", -1)):
+        compressor = replace(STOCHASTIC, seed=seed)
+        grad, err = make(case, 5000, torch.float32)
+        body = torch.zeros(1, compressor.layout(5000).nbytes, dtype=torch.uint8)
+        fields = compressor.layout(5000).views(body[0])
+
+        def run(
+            arguments: tuple[Any, ...] = (compressor, grad, err, body, None), fields: Any = fields
+        ) -> None:
+            kernels.compress_(*arguments)
+            kernels.decompress_(arguments[0], arguments[2], fields, 1.0, True)
+
+        runs.append([(fn.__name__, grid, kwargs) for fn, grid, kwargs in recorded(monkeypatch, run)])
+    assert [name for name, _, _ in runs[0]] == ["compress_kernel", "decompress_kernel"]
+    assert runs[0] == runs[1] == runs[2]
+    assert all(options["enable_fp_fusion"] is False for _, _, options in runs[0])
 
 
 OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -142,12 +142,12 @@ inline int64_t compress_two_levels(const Chunk& c) {
   if (!lows) low = high;
   c.scales[0] = low;
   c.scales[1] = high;
-  const Vec far = set1(high), near = set1(low), minus_far = set1(-high), minus_near = set1(-low);
+  const Vec far = set1(high), near = set1(low), zero = set1(0.0f);
   for (int64_t i = 0; i < c.size; i += kLanes) {
     const Vec acc = load(c.err + i);
     const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
-    store(c.err + i,
-          sub(acc, select(positive, select(is_high, far, near), select(is_high, minus_far, minus_near))));
+    // Of acc + 0, the sign is that of the code, also where acc is -0.
+    store(c.err + i, sub(acc, with_sign(select(is_high, far, near), add(acc, zero))));
     uint32_t word = interleave(is_high | positive << 16);
     const int64_t left = c.valid - i;
     if (left < kLanes) word = left > 0 ? word & ((1u << 2 * left) - 1) : 0;
