@@ -38,6 +38,12 @@ VARIANTS: dict[str, list[Any]] = {
         gck.ChunkTopK(k=333, chunk_size=1024, value_bits=8),
         gck.ChunkTopK(k=1000, chunk_size=65536, value_bits=32),
     ],
+    "quantize": [
+        gck.Quantize(8),
+        gck.Quantize(4, 64, "stochastic", seed=-3),
+        gck.Quantize(2),
+        gck.Quantize(2, 8192, scale="mean"),
+    ],
 }
 COMPRESSORS = [c for variants in VARIANTS.values() for c in variants]
 
@@ -216,6 +222,14 @@ def test_any_values(data: st.DataObject, values: list[float]) -> None:
                 value_dtype=st.sampled_from(GRAD_DTYPES),
             ),
             st.builds(gck.Sign, st.sampled_from([32, 64, 128])),
+            st.builds(
+                gck.Quantize,
+                st.sampled_from([8, 4, 2]),
+                st.sampled_from([32, 64, 128]),
+                st.sampled_from(["nearest", "stochastic"]),
+                st.integers(-(2**63), 2**63 - 1),
+            ),
+            st.builds(gck.Quantize, st.just(2), st.sampled_from([32, 64, 128]), scale=st.just("mean")),
             st.builds(
                 gck.ChunkTopK,
                 k=st.integers(1, 16),
