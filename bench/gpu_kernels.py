@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import gck
-from bench import inputs
+from bench import bench_quantize, inputs
 from bench.bench_topk_lists import gpt2_sizes
 from bench.machine import ROOT, describe
 from bench.measure import seconds_of
@@ -97,6 +97,9 @@ def _of_vectors(grad: Tensor, err: Tensor) -> Iterator[Look]:
         yield look(
             f"chunk_topk_ef_ {bits} bits", lambda bits=bits: gck.chunk_topk_ef_(grad, err, value_bits=bits)
         )
+    for name, options in bench_quantize.SETTINGS.items():
+        options = options | {"chunk_size": bench_quantize.CHUNK_SIZE}
+        yield look(f"quantize_ef_ {name}", lambda options=options: gck.quantize_ef_(grad, err, **options))
     for size in (64, 256, 4096):
         yield look(f"sign_ef_ {size}", lambda size=size: gck.sign_ef_(grad, err, size))
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/chunk_topk.hpp"
+#include "cpu/quantize.hpp"
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
@@ -125,6 +126,28 @@ void bind_cpu(py::module_& m) {
             {at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride, chunk_size, k,
              value_bits, index_bits, at<float>(out), numel, alpha, clear, add},
             threads);
+      },
+      nogil);
+
+  m.def(
+      "quantize_compress",
+      [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int bits,
+         bool two_levels, bool stochastic, int64_t seed, Address bodies, int64_t row_stride,
+         int64_t chunks_per_row, int64_t scales_offset, int threads) {
+        return quantize_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, bits,
+                                  two_levels, stochastic, static_cast<uint64_t>(seed), at<char>(bodies),
+                                  row_stride, chunks_per_row, scales_offset},
+                                 threads);
+      },
+      nogil);
+
+  m.def(
+      "quantize_decompress",
+      [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
+         bool two_levels, Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
+        quantize_decompress({at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits,
+                             two_levels, at<float>(out), numel, alpha, clear, add},
+                            threads);
       },
       nogil);
 

@@ -90,9 +90,15 @@ class Signature:
 
 
 def describe(compressor: object) -> str:
-    """A compressor's configuration as text that is the same in every process."""
+    """A compressor's configuration as text that is the same in every process.
+
+    Fields that do not count in comparisons, such as the seed of a rounding, are left out: ranks may differ in
+    them, and they may be others at every step.
+    """
     if dataclasses.is_dataclass(compressor):
-        return repr(compressor)
+        fields = [field.name for field in dataclasses.fields(compressor) if field.compare]
+        options = ", ".join(f"{name}={getattr(compressor, name)!r}" for name in fields)
+        return f"{type(compressor).__qualname__}({options})"
     return f"{type(compressor).__module__}.{type(compressor).__qualname__}"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gck.collectives.average import average_
 from gck.collectives.transports import Transport
-from gck.compressor import Compressor, decompress_sum_, shard_numel
+from gck.compressor import Compressor, decompress_sum_, server_of, shard_numel
 
 __all__ = ["Shards", "two_phase"]
 
@@ -69,7 +69,7 @@ def two_phase(
         2. All-to-all: shard s of every rank goes to rank s, its owner.
         3. The owner decodes the W bodies of its shard and adds them in rank order, in fp32.
         4. The owner divides by W for "avg": the only place where the mean is taken.
-        5. The owner compresses the result with its server residual.
+        5. The owner compresses the result with its server residual, by the compressor's `server_of`.
         6. All-gather the owners' bodies.
         7. Every rank, the owner too, decodes what was gathered: what the owner has more than its
            message is in its server residual.
@@ -80,6 +80,7 @@ def two_phase(
         server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
     """
+    server = server_of(compressor)
     rank, world_size, device = transport.rank, transport.world_size, grads[0].device
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
     sizes = [compressor.layout(shard.numel).nbytes for shard in shards]
@@ -103,8 +104,8 @@ def two_phase(
             average_(owned, world_size)
         residual = None if server_err is None else server_err[: shard.valid(rank)]
         # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
-        nbytes = compressor.layout(shard.valid(rank)).nbytes
-        compressor.compress_(owned, residual, slot[:, :nbytes], nonfinite=counter)
+        nbytes = server.layout(shard.valid(rank)).nbytes
+        server.compress_(owned, residual, slot[:, :nbytes], nonfinite=counter)
 
     gathered = transport.all_gather_bytes(reduced[0]).split(sizes, 1)
 
@@ -113,7 +114,7 @@ def two_phase(
         result = torch.zeros(shard.total, dtype=torch.float32, device=device)
         for owner, slot in enumerate(slots):
             if shard.valid(owner):
-                body = slot[: compressor.layout(shard.valid(owner)).nbytes]
-                compressor.decompress_(shard.part(result, owner), body)
+                body = slot[: server.layout(shard.valid(owner)).nbytes]
+                server.decompress_(shard.part(result, owner), body)
         results.append(result)
     return results

@@ -77,6 +77,37 @@ def chunk_topk_decompress(
     add: bool,
     threads: int,
 ) -> int: ...
+def quantize_compress(
+    grad: int,
+    grad_dtype: int,
+    err: int,
+    numel: int,
+    chunk_size: int,
+    bits: int,
+    two_levels: bool,
+    stochastic: bool,
+    seed: int,
+    bodies: int,
+    row_stride: int,
+    chunks_per_row: int,
+    scales_offset: int,
+    threads: int,
+) -> int: ...
+def quantize_decompress(
+    codes: int,
+    scales: int,
+    ranks: int,
+    rank_stride: int,
+    chunk_size: int,
+    bits: int,
+    two_levels: bool,
+    out: int,
+    numel: int,
+    alpha: float,
+    clear: bool,
+    add: bool,
+    threads: int,
+) -> None: ...
 def sign_compress(
     grad: int,
     grad_dtype: int,

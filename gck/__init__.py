@@ -10,10 +10,21 @@ from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
 from gck.integrations import ddp
 from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
-from gck.ops import chunk_topk, chunk_topk_ef_, decompress, decompress_add_, sign_ef_, topk, topk_ef_
-from gck.payload import ChunkSparse, PackedSigns, Payload, SparseGrad
+from gck.ops import (
+    chunk_topk,
+    chunk_topk_ef_,
+    decompress,
+    decompress_add_,
+    quantize,
+    quantize_ef_,
+    sign_ef_,
+    topk,
+    topk_ef_,
+)
+from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SparseGrad
 
 __version__ = "0.1.0"
 
@@ -25,6 +36,8 @@ __all__ = [
     "ErrorFeedbackMap",
     "PackedSigns",
     "Payload",
+    "Quantize",
+    "Quantized",
     "Sign",
     "SimulatedGroup",
     "SparseGrad",
@@ -37,6 +50,8 @@ __all__ = [
     "decompress_add_",
     "errors",
     "packed_all_reduce_",
+    "quantize",
+    "quantize_ef_",
     "shard_numel",
     "sign_ef_",
     "sparse_all_gather",

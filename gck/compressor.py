@@ -15,7 +15,7 @@ from torch import Tensor
 from gck.errors import ArgumentError
 from gck.wire import Layout
 
-__all__ = ["REGISTRY", "Compressor", "compressor_class", "decompress_sum_", "shard_numel"]
+__all__ = ["REGISTRY", "Compressor", "compressor_class", "decompress_sum_", "server_of", "shard_numel"]
 
 # One line a compressor: registry name -> module and class. Imported on first use, never before, so
 # that this module stays below the kernels.
@@ -23,6 +23,7 @@ REGISTRY = {
     "topk": "gck.kernels.topk:TopK",
     "sign": "gck.kernels.sign:Sign",
     "chunk_topk": "gck.kernels.chunk_topk:ChunkTopK",
+    "quantize": "gck.kernels.quantize:Quantize",
 }
 
 
@@ -104,6 +105,16 @@ def decompress_sum_(
     out.zero_()
     for body in bodies:
         compressor.decompress_(out, body, capacity=capacity, accumulate=True)
+
+
+def server_of(compressor: Compressor) -> Compressor:
+    """The compressor of the second phase, for what an owner has summed: `compressor.server`, or the same.
+
+    A compressor that draws random numbers has one, because what it draws in the second phase must not be what
+    the addends were rounded by. Its layout is that of the compressor.
+    """
+    server: Compressor = getattr(compressor, "server", compressor)
+    return server
 
 
 def compressor_class(name: str) -> Any:

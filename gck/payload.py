@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck.wire import layout_of
 
-__all__ = ["ChunkSparse", "PackedSigns", "Payload", "SparseGrad"]
+__all__ = ["ChunkSparse", "PackedSigns", "Payload", "Quantized", "SparseGrad"]
 
 
 class SparseGrad(NamedTuple):
@@ -122,7 +122,45 @@ class ChunkSparse(NamedTuple):
         return layout_of(*self.fields).nbytes
 
 
-Payload: TypeAlias = SparseGrad | PackedSigns | ChunkSparse
+class Quantized(NamedTuple):
+    """A code of a few bits an element, and a scale or two levels a chunk.
+
+    Attributes:
+        codes: (ceil(numel * bits / 8),) uint8, little end first: element i is at bits [i * bits, (i + 1) *
+            bits). With scale "max" in two's complement, decoded as code * scale; with "mean" bit 1 is 1 for
+            >= 0, bit 0 is 1 for the high level. Bits past the last element are 0.
+        scales: (ceil(numel / chunk_size),) fp32; with scale "mean" (ceil(numel / chunk_size), 2) fp32: the
+            low and the high level.
+        numel: number of elements of the dense vector.
+        chunk_size: elements a chunk, a power of two in [32, 8192].
+        bits: 8, 4 or 2.
+        scale: "max", or "mean" where bits is 2.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    numel: int
+    chunk_size: int
+    bits: int
+    scale: str
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "quantize"
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return self.codes, self.scales
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        return layout_of(*self.fields).nbytes
+
+
+Payload: TypeAlias = SparseGrad | PackedSigns | ChunkSparse | Quantized
 
 INDEX_LIMIT = 2**31 - 1
 

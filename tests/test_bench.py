@@ -69,6 +69,7 @@ def test_writes_table_json_and_chart(report: dict[str, Any], run: Any) -> None:
         "topk_ef_",
         "sign_ef_",
         "chunk_topk_ef_",
+        "quantize_ef_",
         "torch composition",
         "torch + packbits",
         "x fp32 floor",
@@ -94,7 +95,7 @@ def test_machine_is_described(report: dict[str, Any]) -> None:
 
 def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
     ours = {(r["kernel"], r["grad_dtype"]) for r in report["records"] if r["implementation"] == "gck"}
-    kernels = ("topk_ef_", "sign_ef_", "chunk_topk_ef_")
+    kernels = ("topk_ef_", "sign_ef_", "chunk_topk_ef_", "quantize_ef_")
     assert ours >= {(kernel, dtype) for kernel in kernels for dtype in ("fp32", "bf16")}
     assert ours >= {("decompress", "fp32"), ("decompress_add_", "fp32")}
     assert {r["topic"] for r in report["records"]} == TOPICS
@@ -254,6 +255,24 @@ def test_verification_notices_a_wrong_chunk_topk(
     monkeypatch.setattr(peers, "torch_chunk_topk", lambda magnitude, size, k: magnitude[: 4 * k].view(4, k))
     with pytest.raises(peers.PeerMismatchError, match=r"torch\.topk and gck disagree"):
         peers.verify_torch_chunk_topk(small_pool, **options)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_verification_notices_wrong_codes(
+    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bits in (8, 4, 2):
+        peers.verify_quantize(small_pool, bits, 64)
+    right = peers.torch_quantize_ef_
+
+    def wrong(buffers: Buffers, *rest: Any) -> Any:
+        result = right(buffers, *rest)
+        result[part][-1] += 1
+        return result
+
+    monkeypatch.setattr(peers, "torch_quantize_ef_", wrong)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers.verify_quantize(small_pool, 4, 64)
 
 
 @pytest.mark.parametrize("taken_before", range(5))

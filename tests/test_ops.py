@@ -21,6 +21,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.kernels.chunk_topk import reference as chunk_topk_reference
+from gck.kernels.quantize import reference as quantize_reference
 from gck.kernels.sign import reference as sign_reference
 from gck.kernels.topk import reference as topk_reference
 from gck.wire import body_of
@@ -98,6 +99,36 @@ def test_chunk_topk_ef(value_bits: int) -> None:
     assert all(same_bytes(a.flatten(), b) for a, b in zip(without.fields, wanted, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("compressor", "nbytes"),
+    [
+        (gck.Quantize(8, 128), 1008 + 32),
+        (gck.Quantize(4, 128, "stochastic", seed=11), 512 + 32),
+        (gck.Quantize(2, 128, scale="mean"), 256 + 64),
+    ],
+    ids=str,
+)
+def test_quantize_ef(compressor: gck.Quantize, nbytes: int) -> None:
+    grad, err = pair(1001, torch.bfloat16)
+    options = (compressor.bits, 128, compressor.rounding, compressor.seed, compressor.scale)
+    fields, residual, cleared = quantize_reference.compress(compressor, grad, err)
+    without = gck.quantize(grad, *options)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    payload = gck.quantize_ef_(grad, err, *options, nonfinite=nonfinite)
+    assert isinstance(payload, gck.Quantized)
+    assert all(same_bytes(a.flatten(), b) for a, b in zip(payload.fields, fields, strict=True))
+    assert payload.scales.shape == ((8, 2) if compressor.scale == "mean" else (8,))
+    assert payload[2:] == (1001, 128, compressor.bits, compressor.scale)
+    assert payload.nbytes == nbytes == compressor.layout(1001).nbytes
+    assert same_bytes(err, residual)
+    assert int(nonfinite) == cleared == 0
+    dense = gck.decompress(payload)
+    assert same_bytes(dense, quantize_reference.decompress(compressor, fields, 1001))
+    assert same_bytes(gck.decompress([payload, payload]), dense + 0.0 + dense)
+    wanted, _, _ = quantize_reference.compress(compressor, grad, torch.full((1001,), -0.0))
+    assert all(same_bytes(a.flatten(), b) for a, b in zip(without.fields, wanted, strict=True))
+
+
 @pytest.mark.parametrize("n", [0, 1, 31])
 def test_few_elements(n: int) -> None:
     grad, err = torch.ones(n), torch.ones(n)
@@ -111,6 +142,9 @@ def test_few_elements(n: int) -> None:
     chunks = gck.chunk_topk(grad, 32, 16, value_bits=32)
     assert chunks.indices.shape == (-(-n // 32), 16)
     assert int(gck.decompress(chunks).count_nonzero()) == min(n, 16)
+    codes = gck.quantize_ef_(grad, err)
+    assert codes.codes.numel() == -(-n // 2)
+    assert gck.decompress(codes).shape == gck.decompress(gck.quantize(grad, 2, scale="mean")).shape == (n,)
 
 
 def test_error_feedback_loses_nothing() -> None:
@@ -121,6 +155,7 @@ def test_error_feedback_loses_nothing() -> None:
         lambda g, e: gck.topk_ef_(g, e, 0.02),
         lambda g, e: gck.sign_ef_(g, e, 128),
         lambda g, e: gck.chunk_topk_ef_(g, e, 128, 8, value_bits=2),
+        lambda g, e: gck.quantize_ef_(g, e, 2, 128),
     ):
         err, sent = torch.zeros(5000), torch.zeros(5000, dtype=torch.float64)
         for grad in grads:
@@ -158,6 +193,8 @@ class TestDecompress:
             gck.sign_ef_(grad, err),
             gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=4),
             gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=32),
+            gck.quantize_ef_(grad, err, 4, 32),
+            gck.quantize_ef_(grad, err, 2, 32, scale="mean"),
         ):
             body = body_of(*payload.fields)
             again = body_of(*(field.clone() for field in payload.fields))
@@ -208,6 +245,12 @@ class TestDecompress:
             ArgumentError, match=r"decompress: k must be in \[1, chunk_size / 2 = 16\], got 17"
         ):
             gck.decompress(chunks._replace(k=17), out=out)
+        codes = gck.quantize(torch.ones(64), 4, 32)
+        for wrong in (codes._replace(codes=codes.codes[:31]), codes._replace(scales=codes.scales[:1])):
+            with pytest.raises(CorruptPayloadError, match="does not fit 64 elements"):
+                gck.decompress(wrong, out=out)
+        with pytest.raises(ArgumentError, match='decompress: scale "mean" needs 2 bits, got 4'):
+            gck.decompress(codes._replace(scale="mean"), out=out)
         with pytest.raises(ArgumentError, match="power of two"):
             gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, 33), out)
         for field in (torch.zeros(2), [0.0, 0.0], np.zeros(2, dtype=np.float32)):
@@ -306,10 +349,33 @@ def test_chunk_topk_bad_options_change_nothing(options: dict[str, Any], text: st
     assert torch.equal(err, before)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"bits": 3}, "quantize_ef_: bits must be one of 8, 4, 2, got 3"),
+        ({"chunk_size": 48}, r"quantize_ef_: chunk_size must be a power of two in \[32, 8192\], got 48"),
+        ({"rounding": "up"}, 'quantize_ef_: rounding must be "nearest" or "stochastic", got \'up\''),
+        ({"seed": 2**63}, r"quantize_ef_: seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
+        ({"seed": None}, "quantize_ef_: seed must be an int, got NoneType"),
+        ({"scale": "mean"}, 'quantize_ef_: scale "mean" needs 2 bits, got 4'),
+    ],
+    ids=["bits", "chunk_size", "rounding", "seed", "type", "scale"],
+)
+def test_quantize_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(ArgumentError, match=text):
+        gck.quantize_ef_(grad, err, **options)
+    with pytest.raises(ArgumentError, match=text.replace("_ef_", "")):
+        gck.quantize(grad, **options)
+    assert torch.equal(err, before)
+
+
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "topk_ef_": lambda g, e: gck.topk_ef_(g, e, 0.01),
     "sign_ef_": lambda g, e: gck.sign_ef_(g, e, 64),
     "chunk_topk_ef_": lambda g, e: gck.chunk_topk_ef_(g, e, 64, 4, value_bits=2),
+    "quantize_ef_": lambda g, e: gck.quantize_ef_(g, e, 4, 64, "stochastic", 5),
 }
 
 
@@ -394,8 +460,12 @@ def test_opcheck() -> None:
     opcheck(ops.chunk_topk_ef_, (grad, err, 64, 5, 4, counter))
     opcheck(ops.chunk_topk_ef_, (grad, err, 64, 5, 16, None))
     opcheck(ops.chunk_topk, (grad, 64, 5, 2))
+    opcheck(ops.quantize_ef_, (grad, err, 4, 64, "stochastic", -9, "max", counter))
+    opcheck(ops.quantize_ef_, (grad, err, 2, 64, "nearest", 0, "mean", None))
+    opcheck(ops.quantize, (grad, 8, 32, "nearest", 0, "max"))
     sparse, signs, chunks = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64), gck.chunk_topk(grad, 64, 5)
-    for payload, options in ((sparse, []), (signs, [64]), (chunks, [64, 5, 16])):
+    levels = gck.quantize(grad, 2, 64, scale="mean")
+    for payload, options in ((sparse, []), (signs, [64]), (chunks, [64, 5, 16]), (levels, [2, 64, 1])):
         fields = [field.clone() for field in payload.fields]
         opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, options, 2.0, True))
 
@@ -409,9 +479,19 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
         sparse = gck.topk_ef_(grad * 2, err, 0.01, value_dtype=torch.bfloat16)
         signs = gck.sign_ef_(grad, err, 64)
         chunks = gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=4)
-        out = gck.decompress_add_(gck.decompress(sparse), chunks)
+        codes = gck.quantize_ef_(grad, err, 4, 64, "stochastic", 3)
+        out = gck.decompress_add_(gck.decompress_add_(gck.decompress(sparse), chunks), codes)
         gck.decompress_add_(out, signs, 0.5)
-        return out, sparse.values, sparse.indices, signs.words, chunks.values, chunks.scales, chunks.indices
+        return (
+            out,
+            sparse.values,
+            sparse.indices,
+            signs.words,
+            chunks.values,
+            chunks.scales,
+            chunks.indices,
+            codes.codes,
+        )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (1000, 2049):
@@ -438,6 +518,18 @@ def test_k_may_change_while_compiled() -> None:
     for k in (3, 5, 7):
         wanted = gck.topk(grad, k=k).indices
         assert torch.equal(step(grad, torch.zeros(300), k), wanted)
+
+
+def test_the_seed_may_change_while_compiled() -> None:
+    step = torch.compile(
+        lambda g, e, seed: gck.quantize_ef_(g, e, 4, 64, "stochastic", seed).codes,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    grad, _ = pair(300)
+    for seed in (3, 5, 2**40, -1, -7, 12):
+        wanted = gck.quantize_ef_(grad, torch.zeros(300), 4, 64, "stochastic", seed).codes
+        assert torch.equal(step(grad, torch.zeros(300), seed), wanted)
 
 
 def test_eager_calls_show_in_a_profile_and_negated_views_are_negated() -> None:

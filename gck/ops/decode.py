@@ -12,9 +12,10 @@ from gck.compressor import compressor_class
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
+from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register
-from gck.payload import ChunkSparse, PackedSigns, Payload, SparseGrad
+from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SparseGrad
 from gck.wire import ALIGNMENT, body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
@@ -75,6 +76,10 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
         name, fields = "chunk_topk", [payload.values, payload.scales, payload.indices]
         options = [payload.chunk_size, payload.k, payload.value_bits]
         check_options(function, payload.k, payload.chunk_size, payload.value_bits)
+    elif isinstance(payload, Quantized):
+        name, fields = "quantize", [payload.codes, payload.scales]
+        check_format(function, payload.bits, payload.chunk_size, payload.scale)
+        options = [payload.bits, payload.chunk_size, SCALES.index(payload.scale)]
     else:
         raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
     for index, field in enumerate(fields):

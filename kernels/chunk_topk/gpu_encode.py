@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.common.codes import scaled_codes, two_level_codes
-from gck.kernels.common.keys import canonical, is_finite, round_to, widen
+from gck.kernels.common.keys import canonical, count_cleared, is_finite, round_to, widen
 from gck.kernels.common.packing import store_codes
 
 
@@ -70,13 +70,6 @@ def encode(
     b_cleared = b_live & (is_finite(b_residual) == 0)
     tl.store(p_entry, tl.where(b_cleared, 0.0, b_residual), mask=b_live)
     count_cleared(p_nonfinite, b_cleared)
-
-
-@triton.jit
-def count_cleared(p_nonfinite, b_cleared):
-    cleared = tl.sum(tl.reshape(b_cleared.to(tl.int32), (b_cleared.numel,)), 0)
-    if cleared > 0:
-        tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")
 
 
 @triton.jit

@@ -13,8 +13,11 @@ MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it round
 
 
 @triton.jit
-def scaled_codes(b_acc, b_live, BITS: tl.constexpr):
-    """(codes, scale of each row, decoded) of symmetric codes: multiples of the largest / QMAX."""
+def scaled_codes(b_acc, b_live, BITS: tl.constexpr, b_uniform=None):
+    """(codes, scale of each row, decoded) of symmetric codes: multiples of the largest / QMAX.
+
+    Rounded to nearest even; or, given numbers of [0, 1), away from 0 where they lie below the fraction.
+    """
     QMAX: tl.constexpr = 2.0 ** (BITS - 1) - 1
     b_top = tl.max(tl.where(b_live, magnitude_key(b_acc), 0), 1)
     b_scale = b_top.to(tl.float32, bitcast=True)
@@ -22,7 +25,17 @@ def scaled_codes(b_acc, b_live, BITS: tl.constexpr):
     b_scale = tl.where(b_scale < SMALLEST_NORMAL, 0.0, b_scale)
     b_zero = b_scale == 0
     b_inverse = tl.div_rn(tl.full(b_scale.shape, 1.0, tl.float32), tl.where(b_zero, 1.0, b_scale))
-    b_code = b_acc * b_inverse[:, None] + MAGIC - MAGIC
+    b_code = b_acc * b_inverse[:, None]
+    if b_uniform is None:
+        b_code = b_code + MAGIC - MAGIC
+    else:
+        b_size = tl.abs(b_code)
+        # Not tl.floor, which flushes denormals.
+        b_whole = b_size + MAGIC - MAGIC
+        b_whole = tl.where(b_whole > b_size, b_whole - 1.0, b_whole)
+        b_size = b_whole + tl.where(b_uniform < b_size - b_whole, 1.0, 0.0)
+        # Not a negation: -0 would change the residual of -0.
+        b_code = tl.where(b_acc >= 0, b_size, 0.0 - b_size)
     b_code = tl.minimum(tl.maximum(b_code, -QMAX), QMAX)
     b_code = tl.where(b_zero[:, None], 0.0, b_code)
     b_code = tl.where((b_top < INFINITY)[:, None], b_code, tl.where(b_acc >= 0, QMAX, -QMAX))

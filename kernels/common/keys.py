@@ -65,3 +65,11 @@ def round_to(x, dtype: tl.constexpr):
         return bits.to(tl.float16, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def count_cleared(p_nonfinite, b_cleared):
+    """Adds the number of entries in b_cleared, (ROWS, COLUMNS) or (N,), to the counter."""
+    cleared = tl.sum(tl.reshape(b_cleared.to(tl.int32), (b_cleared.numel,)), 0)
+    if cleared > 0:
+        tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")

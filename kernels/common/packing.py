@@ -25,6 +25,30 @@ def unpack_bits(words):
 
 
 @triton.jit
+def pack_codes(b_code, BITS: tl.constexpr):
+    """(ROWS, SLOTS) int32 codes, of which the lower 8, 4 or 2 bits count, to rows of packed uint8."""
+    ROWS: tl.constexpr = b_code.shape[0]
+    EACH: tl.constexpr = 8 // BITS
+    b_code &= 2**BITS - 1
+    if EACH > 1:
+        b_place = tl.arange(0, EACH)[None, None, :] * BITS
+        b_code = tl.sum(tl.reshape(b_code, (ROWS, b_code.shape[1] // EACH, EACH)) << b_place, 2)
+    return b_code.to(tl.uint8)
+
+
+@triton.jit
+def unpack_codes(b_byte, BITS: tl.constexpr):
+    """(ROWS, BYTES) uint8 to (ROWS, BYTES * 8 / BITS) int32 codes without sign, 2, 4 or 8 bits each."""
+    EACH: tl.constexpr = 8 // BITS
+    b_code = b_byte.to(tl.int32)
+    if EACH > 1:
+        b_place = tl.arange(0, EACH)[None, None, :] * BITS
+        b_code = (tl.reshape(b_code, (b_byte.shape[0], b_byte.shape[1], 1)) >> b_place) & (2**BITS - 1)
+        b_code = tl.reshape(b_code, (b_byte.shape[0], b_byte.shape[1] * EACH))
+    return b_code
+
+
+@triton.jit
 def store_codes(p_rows, b_code, b_exists, BITS: tl.constexpr, K: tl.constexpr):
     """Packs (ROWS, SLOTS) int32 codes, 0 from slot K on, into rows of ceil(K * BITS / 8) bytes at p_rows.
 
@@ -33,9 +57,9 @@ def store_codes(p_rows, b_code, b_exists, BITS: tl.constexpr, K: tl.constexpr):
     ROWS: tl.constexpr = b_code.shape[0]
     SLOTS: tl.constexpr = b_code.shape[1]
     NBYTES: tl.constexpr = (K * BITS + 7) // 8
-    b_code &= 2**BITS - 1
     p_row = p_rows + tl.arange(0, ROWS)[:, None] * NBYTES
     if BITS == 12:
+        b_code &= 0xFFF
         b_pair = tl.arange(0, SLOTS // 2)[None, :] * 3
         b_place = tl.arange(0, 2)[None, None, :] * 12
         b_three = tl.sum(tl.reshape(b_code, (ROWS, SLOTS // 2, 2)) << b_place, 2)
@@ -43,12 +67,8 @@ def store_codes(p_rows, b_code, b_exists, BITS: tl.constexpr, K: tl.constexpr):
             b_write = b_exists[:, None] & (b_pair + i < NBYTES)
             tl.store(p_row + b_pair + i, (b_three >> (8 * i)).to(tl.uint8), mask=b_write)
     else:
-        EACH: tl.constexpr = 8 // BITS
-        b_byte = tl.arange(0, SLOTS // EACH)[None, :]
-        if EACH > 1:
-            b_place = tl.arange(0, EACH)[None, None, :] * BITS
-            b_code = tl.sum(tl.reshape(b_code, (ROWS, SLOTS // EACH, EACH)) << b_place, 2)
-        tl.store(p_row + b_byte, b_code.to(tl.uint8), mask=b_exists[:, None] & (b_byte < NBYTES))
+        b_byte = tl.arange(0, SLOTS * BITS // 8)[None, :]
+        tl.store(p_row + b_byte, pack_codes(b_code, BITS), mask=b_exists[:, None] & (b_byte < NBYTES))
 
 
 @triton.jit

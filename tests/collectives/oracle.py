@@ -42,7 +42,7 @@ def two_phase(
             total = total + decoded
         if op == "avg":
             total = total / len(grads)
-        decoded, residual = _message(compressor, total, server)
+        decoded, residual = _message(getattr(compressor, "server", compressor), total, server)
         parts.append(decoded)
         new_servers.append(residual)
     return torch.cat(parts), [residual for _, residual in messages], new_servers

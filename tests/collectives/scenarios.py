@@ -12,9 +12,11 @@ from torch import Tensor
 
 import gck
 from gck.collectives import all_reduce_, all_reduce_many_, packed_all_reduce_, sparse_all_gather
+from gck.collectives.handshake import describe
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 
@@ -50,6 +52,7 @@ def _scenarios(
         Sign(32),
         Sign(256),
         ChunkTopK(k=6, chunk_size=64, value_bits=2),
+        Quantize(2, 64, "stochastic", seed=rank),  # of which ranks may have different ones
     ):
         algorithms = ("one_phase", "auto") if compressor.shard_unit is None else ("one_phase", "two_phase")
         for algorithm in algorithms:
@@ -66,7 +69,11 @@ def _scenarios(
                         results.append(gradient(rank, n, dtype, step))
                         op = "avg" if step else "sum"
                         all_reduce_(results[-1], state, compressor, group, op, algorithm)
-                    yield f"{compressor} {algorithm} {n} {dtype}", results, [state.worker, state.server]
+                    yield (
+                        f"{describe(compressor)} {algorithm} {n} {dtype}",
+                        results,
+                        [state.worker, state.server],
+                    )
 
     for n in SIZES:
         grad, err = gradient(rank, n), gradient(rank, n, step=1)
@@ -87,6 +94,7 @@ def _scenarios(
         (TopK(ratio=0.1), "one_phase"),
         (Sign(32), "two_phase"),
         (ChunkTopK(k=4, chunk_size=32, value_bits=4), "two_phase"),
+        (Quantize(8, 32), "two_phase"),
     ):
         grad, state = gradient(rank, 300), ErrorFeedback()
         if rank == world_size - 1:

@@ -23,6 +23,7 @@ from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError
 from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.collectives import oracle
@@ -34,6 +35,8 @@ COMPRESSORS = [
     Sign(256),
     ChunkTopK(k=5, chunk_size=32, value_bits=2),
     ChunkTopK(k=16, chunk_size=128),
+    Quantize(4, 64),
+    Quantize(8, 32, "stochastic", seed=7),
 ]
 
 
@@ -296,7 +299,9 @@ def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size
 
 
 @pytest.mark.parametrize(
-    "compressor", [TopK(ratio=0.05), TopK(ratio=0.4), Sign(32), Sign(8192), ChunkTopK(8, 64)], ids=str
+    "compressor",
+    [TopK(ratio=0.05), TopK(ratio=0.4), Sign(32), Sign(8192), ChunkTopK(8, 64), Quantize(4, 64)],
+    ids=str,
 )
 def test_auto_sends_least_in_fact(compressor: Any) -> None:
     for world_size in (2, 3, 5):

@@ -21,6 +21,7 @@ from gck.collectives import (
 from gck.collectives.handshake import HEADER
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError, CollectiveMismatchError
+from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 
@@ -143,3 +144,21 @@ def test_mismatch_changes_nothing() -> None:
 def test_unknown_validate() -> None:
     with pytest.raises(ArgumentError, match=r"validate must be .* got 'sometimes'"):
         SimulatedGroup(1).run(reduce(validate="sometimes"))
+
+
+def test_the_seed_of_a_rounding_may_differ() -> None:
+    """Between ranks, and from step to step, without a header being exchanged for each."""
+    group = SimulatedGroup(3, timeout=20)
+
+    def rank_main(member: SimulatedMember, step: int) -> Tensor:
+        compressor = Quantize(4, 64, "stochastic", seed=3 * step + member.rank)
+        reduced: Tensor = reduce(compressor=compressor, algorithm="two_phase")(member)
+        return reduced
+
+    sent = []
+    for step in range(3):
+        before = group.bytes_sent[0]
+        results = group.run(rank_main, step)
+        assert all(torch.equal(result, results[0]) for result in results)
+        sent.append(group.bytes_sent[0] - before)
+    assert sent[0] > sent[1] == sent[2]

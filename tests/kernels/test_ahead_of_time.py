@@ -39,12 +39,16 @@ BUDGETS = {
     "sign.decompress_kernel": (64, 48),
     "chunk_topk.compress_kernel": (120, 88),
     "chunk_topk.decompress_kernel": (88, 56),
+    "quantize.compress_kernel": (96, 64),
+    "quantize.decompress_kernel": (96, 56),
 }
 # Variants that need not be fast: of a vector's last tile, of tensors at any address, of 64-bit indices.
 RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}
 RARE |= {f"topk.list_stream_kernel[{grad}, last]": 128 for grad in ("fp32", "bf16")}
 RARE |= {f"topk.list_stream_kernel[{grad}, unaligned]": 112 for grad in ("fp32", "bf16")}
 RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
+# One program of 16 warps keeps a chunk and its tree: it fits on a processor once, with 128.
+RARE |= {"quantize.compress_kernel[fp32, 2 bits, mean, 8192]": 128}
 # A warp that has a chunk to itself keeps all of it under way, whatever that takes.
 LONE_WARPS = {
     f"chunk_topk.compress_kernel[{grad}, 64 of 4096, {bits} bits]"
@@ -69,6 +73,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         # As many programs fit on a processor as with 120: two of 8 warps, one of 16.
         "chunk_topk.compress_kernel": (128, 80),
         "chunk_topk.decompress_kernel": (96, 56),
+        "quantize.compress_kernel": (144, 64),
+        "quantize.decompress_kernel": (120, 64),
     }
     SPILLED += ((r"topk\.refine_kernel\[.*\]", "sm_80", 30),)
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -80,6 +86,7 @@ WIDE = {
     "topk.stream_kernel[fp32, whole]": (8, 4),
     "topk.stream_kernel[bf16, whole]": (4, 4),
     "sign.compress_kernel[fp32, 256]": (8, 4),
+    "quantize.compress_kernel[fp32, 8 bits, nearest, 256]": (8, 4),
 }
 INSTRUCTIONS = 45  # an element, of the stream
 

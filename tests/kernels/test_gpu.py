@@ -26,6 +26,9 @@ COMPRESSORS = [
     gck.Sign(8192),
     gck.ChunkTopK(value_bits=2),
     gck.ChunkTopK(k=300, chunk_size=16384),
+    gck.Quantize(8),
+    gck.Quantize(4, 64, "stochastic", seed=2**40 + 5),
+    gck.Quantize(2, 8192, scale="mean"),
 ]
 # Past 2**31 elements, by a few chunks of any size and an odd rest.
 HUGE = 2**31 + 3 * 8192 + 17
@@ -70,7 +73,7 @@ def test_25_million(compressor: Any) -> None:
 
 
 def test_shards_of_a_million() -> None:
-    for compressor in (gck.Sign(256), gck.ChunkTopK(value_bits=4)):
+    for compressor in (gck.Sign(256), gck.ChunkTopK(value_bits=4), gck.Quantize(4, 64, "stochastic")):
         for shards in (3, 8):
             check_case(compressor, "cuda", *make("gaussian", 1_000_003, torch.bfloat16), shards=shards)
 

@@ -30,6 +30,7 @@ def test_public_functions_give_the_bytes_of_the_cpu(dtype: torch.dtype) -> None:
         lambda g, e: gck.topk_ef_(g, e, 0.01, value_dtype=torch.bfloat16),
         lambda g, e: gck.sign_ef_(g, e, 128),
         lambda g, e: gck.chunk_topk_ef_(g, e, value_bits=2),
+        lambda g, e: gck.quantize_ef_(g, e, 4, 256, "stochastic", 2**33),
         lambda g, e: gck.topk(g, k=100),
     ):
         wanted, got = call(grad, err), call(cuda_grad, cuda_err)
@@ -46,6 +47,7 @@ def test_public_functions_do_not_synchronise() -> None:
         gck.decompress(gck.topk_ef_(grad, err, 0.01), out=out)
         gck.decompress_add_(out, gck.sign_ef_(grad, err), 0.5)
         gck.decompress_add_(out, gck.chunk_topk_ef_(grad, err, value_bits=2))
+        gck.decompress_add_(out, [gck.quantize_ef_(grad, err, 4)] * 2)
 
     step()  # compiles
     with synchronisation_is_an_error():

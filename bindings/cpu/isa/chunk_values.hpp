@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa/leaves.hpp"
+#include "cpu/isa/tree.hpp"
 #include "cpu/packing.hpp"
 #include "cpu/round.hpp"
 
@@ -22,17 +23,7 @@ inline ChunkRow row_of(const ChunkTopk& job, int64_t c) {
           body + job.indices_offset + slot * packed_bytes(job.k, job.index_bits)};
 }
 
-inline float canonical(float x) { return x == x ? x : float_of(static_cast<uint32_t>(kNanKey)); }
-
 inline float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
-
-// Sum of t[0, width), width a power of two: adds the upper half to the lower half until one is left.
-inline float halving_sum(float* t, int64_t width) {
-  for (int64_t half = width / 2; half >= 1; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
-  }
-  return t[0];
-}
 
 inline void put_indices(const ChunkTopk& job, const uint32_t* positions, const ChunkRow& row) {
   if (job.index_bits == 12) {
@@ -87,7 +78,7 @@ inline void put_two_levels(const ChunkTopk& job, const ChunkScratch& s, int64_t 
     }
     for (int64_t j = k; j < width; ++j) tree[j] = 0.0f;
     count = some;
-    const float sum = halving_sum(tree, width);
+    const float sum = tree_sum(tree, width);
     return some ? canonical(sum / static_cast<float>(some)) : 0.0f;
   };
   int64_t all, highs, lows;

@@ -77,6 +77,31 @@ struct SignDecode {
   bool accumulate;
 };
 
+struct QuantizeChunks {
+  const void* grad;
+  Dtype grad_dtype;
+  float* err;
+  int64_t numel, chunk_size;
+  int bits;
+  bool two_levels, stochastic;
+  uint64_t seed;
+  char* bodies;  // row s holds chunks [s * chunks_per_row, ...): codes, then scales at scales_offset
+  int64_t row_stride, chunks_per_row, scales_offset;
+};
+
+struct QuantizeDecode {
+  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
+  const char *codes, *scales;
+  int64_t ranks, rank_stride, chunk_size;
+  int bits;
+  bool two_levels;
+  float* out;
+  int64_t numel;
+  float alpha;
+  bool clear;  // of what is added to: it starts from zero
+  bool add;    // decoded values are added to what is there, else written over it
+};
+
 struct Leaves {
   const char* name;
 
@@ -111,6 +136,9 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
+  // Chunks [begin, end); returns the number of residuals cleared because not finite.
+  int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
+  void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
 };
 
 #if defined(GCK_X86)

@@ -1,5 +1,6 @@
 #include "cpu/isa/sign.hpp"
 
+#include "cpu/isa/tree.hpp"
 #include "cpu/isa/vec.hpp"
 
 namespace gck::GCK_ISA {
@@ -12,20 +13,6 @@ inline void put_bits(uint32_t* words, int64_t i, Mask m) {
   std::memcpy(reinterpret_cast<char*>(words) + i / 8, &half, sizeof half);
 }
 
-// Adds the upper half of t[0, width) to the lower half until one number is left.
-inline float tree_sum(float* t, int64_t width) {
-  int64_t half = width / 2;
-  for (; half >= kLanes; half /= 2) {
-    for (int64_t i = 0; i < half; i += kLanes) store(t + i, add(load(t + i), load(t + i + half)));
-  }
-  for (; half >= 1; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
-  }
-  return t[0];
-}
-
-// One full chunk: acc to err (it stays in the nearest cache), sign bits to words; returns sum |acc|.
-// The first level of the tree pairs element i with i + chunk / 2, so both halves are walked together.
 template <Dtype D>
 inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk) {
   alignas(64) float tree[kMaxChunk / 2];
@@ -42,8 +29,6 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
   return tree_sum(tree, half);
 }
 
-inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < static_cast<uint32_t>(kInfKey); }
-
 // err = acc - decoded. A finite scale leaves every residual finite; any other leaves none.
 inline bool subtract(float* err, int64_t count, float scale) {
   const Vec plus = set1(scale), minus = set1(-scale), zero = set1(0.0f);
@@ -54,8 +39,6 @@ inline bool subtract(float* err, int64_t count, float scale) {
   }
   return finite;
 }
-
-inline float canonical(float x) { return x == x ? x : float_of(kNanKey); }
 
 template <Dtype D>
 int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {

@@ -1,0 +1,193 @@
+// Sixteen floats to whole numbers of a few bits and back, for the instruction set of this translation unit;
+// and codes of one byte each packed closer, eight of them at a time.
+#pragma once
+
+#include "cpu/isa/vec.hpp"
+
+namespace gck::GCK_ISA {
+
+struct Halves {
+  Vec high, low;
+};
+
+#if defined(GCK_AVX512)
+
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec least(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec floor_of(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+inline Vec one_where_less(Vec a, Vec b) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), _mm512_set1_ps(1.0f))};
+}
+inline Vec with_sign(Vec magnitude, Vec sign) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(sign.v), _mm512_set1_epi32(INT32_MIN));
+  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude.v), bits))};
+}
+inline void store_bytes(int8_t* p, Vec whole) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole.v)));
+}
+inline Vec from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
+inline Vec one_of_four(const float* values, uint32_t word) {
+  const __m512i place = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i which = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), place);
+  // The higher bits of `which` choose among copies.
+  return {_mm512_permutexvar_ps(which, _mm512_broadcast_f32x4(_mm_loadu_ps(values)))};
+}
+// |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
+inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
+  reaching = key_ge(a, threshold);
+  const __m512 magnitude = _mm512_abs_ps(a.v);
+  const auto in = static_cast<__mmask16>(reaching);
+  return {{_mm512_maskz_mov_ps(in, magnitude)},
+          {_mm512_maskz_mov_ps(static_cast<__mmask16>(~in), magnitude)}};
+}
+
+#elif defined(GCK_AVX2)
+
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Vec least(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline Vec floor_of(Vec a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
+inline Vec one_where_less(Vec a, Vec b) {
+  const __m256 one = _mm256_set1_ps(1.0f);
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), one),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ), one)};
+}
+inline Vec with_sign(Vec magnitude, Vec sign) {
+  const __m256 bit = _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MIN));
+  return {_mm256_or_ps(magnitude.lo, _mm256_and_ps(sign.lo, bit)),
+          _mm256_or_ps(magnitude.hi, _mm256_and_ps(sign.hi, bit))};
+}
+inline void store_bytes(int8_t* p, Vec whole) {
+  // Packing works within halves of 128 bits: words 0-3, 8-11, 4-7, 12-15 come out.
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(whole.lo), _mm256_cvtps_epi32(whole.hi));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+inline Vec from_bytes(__m128i bytes) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline Vec one_of_four(const float* values, uint32_t word) {
+  const __m256 table = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(values));
+  const __m256i place = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  // The higher bits of the shifted words choose among copies.
+  const auto eight = [&](uint32_t half) {
+    return _mm256_permutevar8x32_ps(table,
+                                    _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(half)), place));
+  };
+  return {eight(word), eight(word >> 16)};
+}
+// |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
+inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
+  const Vec magnitude = abs(a);
+  const __m256i below = _mm256_set1_epi32(threshold - 1);
+  const auto in = [&](__m256 x) {
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_castps_si256(x), below));
+  };
+  const __m256 lo = in(magnitude.lo), hi = in(magnitude.hi);
+  reaching = join(lo, hi);
+  return {{_mm256_and_ps(lo, magnitude.lo), _mm256_and_ps(hi, magnitude.hi)},
+          {_mm256_andnot_ps(lo, magnitude.lo), _mm256_andnot_ps(hi, magnitude.hi)}};
+}
+
+#else
+
+inline Vec mul(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] * b.x[i]; });
+}
+inline Vec least(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
+}
+inline Vec floor_of(Vec a) {  // of what an int can hold, and is not negative
+  return each([&](int i) { return static_cast<float>(static_cast<int32_t>(a.x[i])); });
+}
+inline Vec one_where_less(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] < b.x[i] ? 1.0f : 0.0f; });
+}
+inline Vec with_sign(Vec magnitude, Vec sign) {
+  return each([&](int i) { return float_of(bits_of(magnitude.x[i]) | (bits_of(sign.x[i]) & 0x80000000u)); });
+}
+inline void store_bytes(int8_t* p, Vec whole) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(static_cast<int32_t>(whole.x[i]));
+}
+inline Vec one_of_four(const float* values, uint32_t word) {
+  return each([&](int i) { return values[word >> 2 * i & 3]; });
+}
+// |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
+inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
+  reaching = key_ge(a, threshold);
+  const Vec magnitude = abs(a), zero = set1(0.0f);
+  return {select(reaching, magnitude, zero), select(reaching, zero, magnitude)};
+}
+
+#endif
+
+// Sixteen codes in two's complement, of which the first lies at the start of `packed`.
+template <int Bits>
+inline Vec load_codes(const char* packed) {
+#if defined(GCK_AVX512) || defined(GCK_AVX2)
+  if constexpr (Bits == 8) return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  __m128i x;
+  if constexpr (Bits == 4) {
+    x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    x = _mm_and_si128(_mm_or_si128(x, _mm_slli_epi32(x, 4)), _mm_set1_epi8(0x0f));
+  } else {
+    int word;
+    std::memcpy(&word, packed, sizeof word);
+    x = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(word));
+    x = _mm_and_si128(_mm_or_si128(x, _mm_slli_epi32(x, 12)), _mm_set1_epi16(0x0f));
+    x = _mm_and_si128(_mm_or_si128(x, _mm_slli_epi32(x, 6)), _mm_set1_epi8(0x03));
+  }
+  const __m128i sign = _mm_set1_epi8(1 << (Bits - 1));
+  return from_bytes(_mm_sub_epi8(_mm_xor_si128(x, sign), sign));
+#else
+  return each([&](int i) {
+    const int byte = static_cast<unsigned char>(packed[i * Bits / 8]), sign = 1 << (Bits - 1);
+    return static_cast<float>(((byte >> i * Bits % 8 & ((1 << Bits) - 1)) ^ sign) - sign);
+  });
+#endif
+}
+
+// Nearest, ties to even, of magnitudes far below 2^22; never -0.
+inline Vec round_even(Vec a) {
+  const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: what is added to it keeps no fraction
+  return sub(add(a, magic), magic);
+}
+
+// Packs `count` codes, a multiple of 8, of which the lower `bits` count.
+inline void pack_bytes(const int8_t* codes, int64_t count, int bits, char* out) {
+  if (bits == 8) {
+    std::memcpy(out, codes, static_cast<size_t>(count));
+    return;
+  }
+  for (int64_t i = 0; i < count; i += 8, out += bits) {
+    uint64_t x;
+    std::memcpy(&x, codes + i, sizeof x);
+    if (bits == 4) {
+      x &= 0x0f0f0f0f0f0f0f0fu;
+      x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
+      x = (x | x >> 8) & 0x0000ffff0000ffffu;
+      const auto packed = static_cast<uint32_t>(x | x >> 16);
+      std::memcpy(out, &packed, sizeof packed);
+    } else {
+      x &= 0x0303030303030303u;
+      x = (x | x >> 6) & 0x000f000f000f000fu;
+      x = (x | x >> 12) & 0x000000ff000000ffu;
+      const auto packed = static_cast<uint16_t>(x | x >> 24);
+      std::memcpy(out, &packed, sizeof packed);
+    }
+  }
+}
+
+// Bit i of the lower half of x to bit 2 * i, and of the upper half to bit 2 * i + 1.
+inline uint32_t interleave(uint32_t x) {
+  uint64_t y = (x & 0xffffu) | static_cast<uint64_t>(x >> 16) << 32;
+  y = (y | y << 8) & 0x00ff00ff00ff00ffu;
+  y = (y | y << 4) & 0x0f0f0f0f0f0f0f0fu;
+  y = (y | y << 2) & 0x3333333333333333u;
+  y = (y | y << 1) & 0x5555555555555555u;
+  return static_cast<uint32_t>(y) | static_cast<uint32_t>(y >> 31);
+}
+
+}  // namespace gck::GCK_ISA

@@ -1,0 +1,47 @@
+// Sums whose order is part of the contract, and what they can be.
+#pragma once
+
+#include "cpu/isa/vec.hpp"
+
+namespace gck::GCK_ISA {
+
+// Adds the upper half of the lanes to the lower half until one number is left.
+#if defined(GCK_AVX512) || defined(GCK_AVX2)
+inline float halved(Vec a) {
+#if defined(GCK_AVX512)
+  const __m256 upper = _mm256_castsi256_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(a.v), 1));
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), upper);
+#else
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#else
+inline float halved(Vec a) {
+  for (int half = kLanes / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) a.x[i] += a.x[i + half];
+  }
+  return a.x[0];
+}
+#endif
+
+// Sum of t[0, width), width a power of two, in the same order; t is overwritten.
+inline float tree_sum(float* t, int64_t width) {
+  int64_t half = width / 2;
+  for (; half >= kLanes; half /= 2) {
+    for (int64_t i = 0; i < half; i += kLanes) store(t + i, add(load(t + i), load(t + i + half)));
+  }
+  if (width >= kLanes) return halved(load(t));
+  for (; half >= 1; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
+  }
+  return t[0];
+}
+
+inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < static_cast<uint32_t>(kInfKey); }
+
+inline float canonical(float x) { return x == x ? x : float_of(static_cast<uint32_t>(kNanKey)); }
+
+}  // namespace gck::GCK_ISA

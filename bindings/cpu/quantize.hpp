@@ -1,0 +1,15 @@
+// Codes of a few bits with one scale a chunk, with error feedback, on the CPU.
+#pragma once
+
+#include "cpu/isa/leaves.hpp"
+
+namespace gck {
+
+// Fills the rows of job.bodies and leaves acc - decoded in err; returns the number of residuals cleared
+// because not finite.
+int64_t quantize_compress(const QuantizeChunks& job, int threads);
+
+// Adds or writes alpha * decoded, rank after rank.
+void quantize_decompress(const QuantizeDecode& job, int threads);
+
+}  // namespace gck

@@ -1,0 +1,87 @@
+"""The CPU twin of quantize: hands addresses to the compiled kernel (bindings/cpu/quantize.cpp)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gck._native import load, num_threads
+from gck.compressor import shard_numel
+from gck.kernels.common.native import DTYPE_CODE
+
+if TYPE_CHECKING:
+    from gck.kernels.quantize import Quantize
+    from gck.wire import Layout
+
+
+def compress_(
+    compressor: Quantize, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None
+) -> None:
+    chunk_size = compressor.chunk_size
+    shard = shard_numel(grad.numel(), chunk_size, bodies.shape[0])
+    cleared = load().quantize_compress(
+        grad.data_ptr(),
+        DTYPE_CODE[grad.dtype],
+        err.data_ptr(),
+        grad.numel(),
+        chunk_size,
+        compressor.bits,
+        compressor.two_levels,
+        compressor.rounding == "stochastic",
+        compressor.seed,
+        bodies.data_ptr(),
+        bodies.stride(0),
+        -(-shard // chunk_size),
+        compressor.layout(shard).fields[1].offset,
+        num_threads(),
+    )
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def decompress_(
+    compressor: Quantize, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    _decompress(compressor, out, fields, 1, 0, alpha, clear=False, add=accumulate)
+
+
+def decompress_sum_(
+    compressor: Quantize, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order.
+
+    Chunk by chunk, so that a dense chunk stays in the nearest cache while the ranks are walked.
+    """
+    fields = layout.views(bodies[0])
+    ranks, stride = bodies.shape[0], bodies.stride(0)
+    _decompress(compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True)
+
+
+def _decompress(
+    compressor: Quantize,
+    out: Tensor,
+    fields: tuple[Tensor, ...],
+    ranks: int,
+    rank_stride: int,
+    alpha: float,
+    *,
+    clear: bool,
+    add: bool,
+) -> None:
+    codes, scales = fields
+    load().quantize_decompress(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        ranks,
+        rank_stride,
+        compressor.chunk_size,
+        compressor.bits,
+        compressor.two_levels,
+        out.data_ptr(),
+        out.numel(),
+        alpha,
+        clear,
+        add,
+        num_threads(),
+    )

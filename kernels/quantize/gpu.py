@@ -1,0 +1,390 @@
+"""Quantize with error feedback on the GPU: one pass, a group of whole chunks a program.
+
+The vector is cut into shards, each with a body of its own: row s of `bodies`. The grid is (groups a
+shard, shards), so that no program spans two rows and none divides to find its row.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gck.compressor import shard_numel
+from gck.kernels.common.codes import scaled_codes, two_level_codes
+from gck.kernels.common.keys import accumulate, count_cleared, is_finite, magnitude_key
+from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.packing import pack_codes, unpack_codes
+from gck.kernels.common.philox import key_of, uniform
+from gck.wire import Layout
+
+# Elements a warp of `compress`: up to this chunk size no reduction leaves a warp.
+WARP_ELEMENTS = 512
+TILE = 2048  # elements a program of `decompress`
+RUN = tl.constexpr(32)  # of them that certainly share a chunk
+# Scales from 2^96 on: NaN, infinities and products that overflow are possible.
+WILD = tl.constexpr((96 + 127) << 23)
+
+
+@triton.jit
+def _compress_group(
+    p_grad,
+    p_err,
+    p_codes,
+    p_scales,
+    p_nonfinite,
+    base,
+    stop,
+    key_0,
+    key_1,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    b_chunk = tl.arange(0, CHUNKS)
+    b_local = b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    b_offset = base + b_local
+    if WHOLE:
+        b_acc = accumulate(tl.load(p_grad + b_offset), tl.load(p_err + b_offset))
+        b_inside = tl.full((CHUNKS, CHUNK), 1, tl.int1)
+        b_valid = tl.full((CHUNKS,), CHUNK, tl.int32)
+    else:
+        left = (stop - base).to(tl.int32)
+        b_inside = b_local < left
+        b_valid = tl.minimum(tl.maximum(left - b_chunk * CHUNK, 0), CHUNK)
+        b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
+        b_acc = accumulate(b_grad, tl.load(p_err + b_offset, mask=b_inside, other=0.0))
+    b_exists = b_valid > 0
+    if TWO_LEVELS:
+        b_code, b_low, b_high, b_decoded = two_level_codes(b_acc, b_inside, b_valid, LEVELS)
+        tl.store(p_scales + 2 * b_chunk, b_low, mask=b_exists)
+        tl.store(p_scales + 2 * b_chunk + 1, b_high, mask=b_exists)
+        b_top = tl.maximum(magnitude_key(b_low), magnitude_key(b_high))
+    else:
+        if STOCHASTIC:
+            b_uniform = uniform(base, key_0, key_1, CHUNKS, CHUNK)
+            b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS, b_uniform)
+        else:
+            b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS)
+        tl.store(p_scales + b_chunk, b_scale, mask=b_exists)
+        b_top = magnitude_key(b_scale)
+    b_byte = b_chunk[:, None] * (CHUNK * BITS // 8) + tl.arange(0, CHUNK * BITS // 8)[None, :]
+    b_residual = b_acc - b_decoded
+    b_cleared = b_inside & (is_finite(b_residual) == 0)
+    b_residual = tl.where(b_cleared, 0.0, b_residual)
+    if WHOLE:
+        tl.store(p_codes + b_byte, pack_codes(b_code, BITS))
+        tl.store(p_err + b_offset, b_residual)
+    else:
+        tl.store(p_codes + b_byte, pack_codes(b_code, BITS), mask=b_byte < (left * BITS + 7) // 8)
+        tl.store(p_err + b_offset, b_residual, mask=b_inside)
+    # A test a chunk, where one of every element would be a reduction over all of them.
+    if tl.max(b_top, 0) >= WILD:
+        count_cleared(p_nonfinite, b_cleared)
+
+
+@triton.jit(do_not_specialize=["n", "shard_chunks", "row_units", "key_0", "key_1"])
+def compress_kernel(
+    p_grad,
+    p_err,
+    p_codes,
+    p_scales,
+    p_nonfinite,
+    n,
+    shard_chunks,
+    row_units,
+    key_0,
+    key_1,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Rows of codes and scales are row_units * 16 bytes apart; the key is that of `uniform`."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    i_shard = tl.program_id(1).to(tl.int64)
+    i_chunk = tl.program_id(0).to(tl.int64) * CHUNKS
+    base = (i_shard * shard_chunks + i_chunk) * CHUNK
+    # The last group of a shard stops at the shard's end: what follows belongs to the next row.
+    stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
+    p_codes += i_shard * row_units * 16 + i_chunk * (CHUNK * BITS // 8)
+    p_scales += i_shard * row_units * 4 + i_chunk * (2 if TWO_LEVELS else 1)
+    if base + CHUNKS * CHUNK <= stop:
+        _compress_group(
+            p_grad,
+            p_err,
+            p_codes,
+            p_scales,
+            p_nonfinite,
+            base,
+            stop,
+            key_0,
+            key_1,
+            CHUNKS,
+            LEVELS,
+            BITS,
+            TWO_LEVELS,
+            STOCHASTIC,
+            True,
+        )
+    elif base < stop:
+        _compress_group(
+            p_grad,
+            p_err,
+            p_codes,
+            p_scales,
+            p_nonfinite,
+            base,
+            stop,
+            key_0,
+            key_1,
+            CHUNKS,
+            LEVELS,
+            BITS,
+            TWO_LEVELS,
+            STOCHASTIC,
+            False,
+        )
+
+
+@triton.jit
+def _decode(
+    p_codes,
+    p_scales,
+    first_run,
+    n,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    RUNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """alpha * decoded of RUNS runs of RUN elements, a row each."""
+    b_run = first_run + tl.arange(0, RUNS)
+    b_byte = b_run[:, None] * (RUN * BITS // 8) + tl.arange(0, RUN * BITS // 8)[None, :]
+    b_live = tl.full((RUNS,), 1, tl.int1) if WHOLE else b_run * RUN < n
+    if WHOLE:
+        b_code = unpack_codes(tl.load(p_codes + b_byte), BITS)
+    else:
+        last = (tl.cast(n, tl.int64) * BITS + 7) // 8
+        b_code = unpack_codes(tl.load(p_codes + b_byte, mask=b_byte < last, other=0), BITS)
+    b_chunk = b_run >> (LEVELS - 5)
+    if TWO_LEVELS:
+        b_low = tl.load(p_scales + 2 * b_chunk, mask=b_live, other=0.0) * alpha
+        b_high = tl.load(p_scales + 2 * b_chunk + 1, mask=b_live, other=0.0) * alpha
+        b_level = tl.where((b_code & 1) != 0, b_high[:, None], b_low[:, None])
+        return tl.where((b_code & 2) != 0, b_level, -b_level)
+    else:
+        SIGN: tl.constexpr = 2 ** (BITS - 1)
+        b_scale = tl.load(p_scales + b_chunk, mask=b_live, other=0.0)
+        return ((b_code ^ SIGN) - SIGN).to(tl.float32) * b_scale[:, None] * alpha
+
+
+@triton.jit
+def _decompress_tile(
+    p_out,
+    p_codes,
+    p_scales,
+    first_run,
+    n,
+    ranks,
+    row_units,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    RUNS: tl.constexpr,
+    CLEAR: tl.constexpr,
+    ADD: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    b_offset = first_run * RUN + tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    if ADD:
+        if CLEAR:
+            b_sum = tl.zeros((RUNS, RUN), tl.float32)
+        elif WHOLE:
+            b_sum = tl.load(p_out + b_offset)
+        else:
+            b_sum = tl.load(p_out + b_offset, mask=b_offset < n, other=0.0)
+        for rank in range(ranks):
+            i_row = tl.cast(rank, tl.int64) * row_units
+            b_sum += _decode(
+                p_codes + i_row * 16,
+                p_scales + i_row * 4,
+                first_run,
+                n,
+                alpha,
+                LEVELS,
+                BITS,
+                TWO_LEVELS,
+                RUNS,
+                WHOLE,
+            )
+    else:
+        b_sum = _decode(p_codes, p_scales, first_run, n, alpha, LEVELS, BITS, TWO_LEVELS, RUNS, WHOLE)
+    if WHOLE:
+        tl.store(p_out + b_offset, b_sum)
+    else:
+        tl.store(p_out + b_offset, b_sum, mask=b_offset < n)
+
+
+@triton.jit(do_not_specialize=["n", "ranks", "row_units"])
+def decompress_kernel(
+    p_out,
+    p_codes,
+    p_scales,
+    n,
+    ranks,
+    row_units,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+    CLEAR: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """A program owns TILE elements and walks the bodies of all ranks, row_units * 16 bytes apart, in order.
+    CLEAR: from zero; ADD: decoded values are added, else written."""
+    RUNS: tl.constexpr = TILE // RUN
+    first_run = tl.program_id(0).to(tl.int64) * RUNS
+    if first_run * RUN + TILE <= n:
+        _decompress_tile(
+            p_out,
+            p_codes,
+            p_scales,
+            first_run,
+            n,
+            ranks,
+            row_units,
+            alpha,
+            LEVELS,
+            BITS,
+            TWO_LEVELS,
+            RUNS,
+            CLEAR,
+            ADD,
+            True,
+        )
+    else:
+        _decompress_tile(
+            p_out,
+            p_codes,
+            p_scales,
+            first_run,
+            n,
+            ranks,
+            row_units,
+            alpha,
+            LEVELS,
+            BITS,
+            TWO_LEVELS,
+            RUNS,
+            CLEAR,
+            ADD,
+            False,
+        )
+
+
+def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of `compress_kernel`."""
+    chunk = compressor.chunk_size
+    chunks = max(WARP_ELEMENTS // chunk, 1)
+    options = {
+        "CHUNKS": chunks,
+        "LEVELS": chunk.bit_length() - 1,
+        "BITS": compressor.bits,
+        "TWO_LEVELS": compressor.two_levels,
+        "STOCHASTIC": compressor.rounding == "stochastic",
+    }
+    return options, chunks * chunk // WARP_ELEMENTS
+
+
+def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+    n, chunk, shards = grad.numel(), compressor.chunk_size, bodies.shape[0]
+    shard = shard_numel(n, chunk, shards)
+    scales_at = compressor.layout(shard).fields[1].offset
+    options, num_warps = compress_options(compressor)
+    if nonfinite is None:
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    with launching_on(grad):
+        compress_kernel[(triton.cdiv(shard, options["CHUNKS"] * chunk), shards)](
+            grad,
+            err,
+            bodies,
+            bodies[:, scales_at:].view(torch.float32),
+            nonfinite,
+            n,
+            triton.cdiv(shard, chunk),
+            bodies.stride(0) // 16,
+            *key_of(compressor.seed),
+            **options,
+            num_warps=num_warps,
+            **EXACT,
+        )
+
+
+def decompress_(
+    compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    _decompress(compressor, out, fields, 1, 0, alpha, clear=False, add=accumulate)
+
+
+def decompress_sum_(
+    compressor: Any, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order."""
+    fields = layout.views(bodies[0])
+    ranks, row_units = bodies.shape[0], bodies.stride(0) // 16
+    _decompress(compressor, out, fields, ranks, row_units, alpha, clear=not accumulate, add=True)
+
+
+def decompress_options(compressor: Any, *, clear: bool, add: bool) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of `decompress_kernel`."""
+    options = {
+        "LEVELS": compressor.chunk_size.bit_length() - 1,
+        "BITS": compressor.bits,
+        "TWO_LEVELS": compressor.two_levels,
+        "TILE": TILE,
+        "CLEAR": clear,
+        "ADD": add,
+    }
+    return options, 4
+
+
+def _decompress(
+    compressor: Any,
+    out: Tensor,
+    fields: tuple[Tensor, ...],
+    ranks: int,
+    row_units: int,
+    alpha: float,
+    *,
+    clear: bool,
+    add: bool,
+) -> None:
+    codes, scales = fields
+    options, num_warps = decompress_options(compressor, clear=clear, add=add)
+    with launching_on(out):
+        decompress_kernel[(triton.cdiv(out.numel(), TILE),)](
+            out,
+            codes,
+            scales,
+            out.numel(),
+            ranks,
+            row_units,
+            alpha,
+            **options,
+            num_warps=num_warps,
+            **EXACT,
+        )

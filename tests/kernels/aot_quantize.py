@@ -1,0 +1,35 @@
+"""Specialisations of the kernels of quantize."""
+
+from __future__ import annotations
+
+from gck.kernels.quantize import Quantize, gpu
+from tests.kernels.aot_variant import Variant
+
+
+def variants() -> list[Variant]:
+    types = {"p_err": "*fp32", "p_out": "*fp32", "p_codes": "*u8", "p_scales": "*fp32", "p_nonfinite": "*i64"}
+    types |= dict.fromkeys(("n", "shard_chunks", "row_units", "key_0", "key_1", "ranks"), "i32")
+    types |= {"alpha": "fp32"}
+    made = []
+    for grad, compressor in (
+        ("fp32", Quantize(8)),
+        ("bf16", Quantize(4)),
+        ("fp32", Quantize(4, rounding="stochastic")),
+        ("bf16", Quantize(8, 32, rounding="stochastic")),
+        ("fp32", Quantize(2, 1024, rounding="stochastic")),
+        ("fp32", Quantize(2, scale="mean")),
+        ("fp32", Quantize(2, 8192, scale="mean")),
+        ("fp32", Quantize(4, 8192)),
+    ):
+        constants, num_warps = gpu.compress_options(compressor)
+        kind = "mean" if compressor.two_levels else compressor.rounding
+        label = f"{grad}, {compressor.bits} bits, {kind}, {compressor.chunk_size}"
+        held = types | {"p_grad": f"*{grad}"}
+        made.append(Variant("quantize", "gpu", "compress_kernel", label, held, constants, num_warps))
+    for compressor in (Quantize(8), Quantize(4), Quantize(2), Quantize(2, scale="mean")):
+        for clear, add in ((False, False), (True, True), (False, True)):
+            constants, num_warps = gpu.decompress_options(compressor, clear=clear, add=add)
+            name = f"{'add' if add else 'write'}{' to zeros' if clear else ''}"
+            label = f"{compressor.bits} bits, {compressor.scale}, {name}"
+            made.append(Variant("quantize", "gpu", "decompress_kernel", label, types, constants, num_warps))
+    return made
