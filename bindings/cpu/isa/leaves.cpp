@@ -12,21 +12,10 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{GCK_NAME(GCK_ISA),
-                                topk_stream,
-                                topk_maxima,
-                                topk_collect,
-                                topk_split,
-                                topk_emit,
-                                add_to,
-                                sparse_ascends,
-                                sparse_move_out,
-                                sparse_settle,
-                                sign_compress,
-                                sign_decompress,
-                                chunk_topk_compress,
-                                quantize_compress,
-                                quantize_decompress};
+  static constexpr Leaves table{
+      GCK_NAME(GCK_ISA), topk_stream,     topk_maxima,         topk_collect,      topk_split,
+      topk_emit,         add_to,          sparse_ascends,      sparse_move_out,   sparse_settle,
+      sign_compress,     sign_decompress, chunk_topk_compress, quantize_compress, quantize_decompress};
   return table;
 }
 
