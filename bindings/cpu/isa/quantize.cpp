@@ -110,6 +110,15 @@ inline int64_t compress_scaled(const QuantizeChunks& job, const Keys& keys, cons
   return cleared;
 }
 
+// Fetches what the next chunk has in the places of elements [i, i + 16) of this one: while levels are summed,
+// the hardware looks no further ahead.
+template <Dtype D>
+inline void fetch_ahead(const Chunk& c, int64_t i) {
+  constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
+  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
+  __builtin_prefetch(c.err + c.size + i, 1, 2);
+}
+
 // A sign and one of two levels: the means of the magnitudes below the mean, and of the others.
 template <Dtype D>
 inline int64_t compress_two_levels(const Chunk& c) {
@@ -121,6 +130,8 @@ inline int64_t compress_two_levels(const Chunk& c) {
     store(c.err + i, a);
     store(c.err + half + i, b);
     store(tree + i, add(abs(a), abs(b)));
+    fetch_ahead<D>(c, i);
+    fetch_ahead<D>(c, half + i);
   }
   const float mean = canonical(tree_sum(tree, half) / static_cast<float>(c.valid));
   // Nothing compares with NaN; no key reaches this one, unless there is a NaN, and then all is cleared.
