@@ -118,42 +118,11 @@ def compress_kernel(
     stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
     p_codes += i_shard * row_units * 16 + i_chunk * (CHUNK * BITS // 8)
     p_scales += i_shard * row_units * 4 + i_chunk * (2 if TWO_LEVELS else 1)
+    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1)
     if base + CHUNKS * CHUNK <= stop:
-        _compress_group(
-            p_grad,
-            p_err,
-            p_codes,
-            p_scales,
-            p_nonfinite,
-            base,
-            stop,
-            key_0,
-            key_1,
-            CHUNKS,
-            LEVELS,
-            BITS,
-            TWO_LEVELS,
-            STOCHASTIC,
-            True,
-        )
+        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, True)
     elif base < stop:
-        _compress_group(
-            p_grad,
-            p_err,
-            p_codes,
-            p_scales,
-            p_nonfinite,
-            base,
-            stop,
-            key_0,
-            key_1,
-            CHUNKS,
-            LEVELS,
-            BITS,
-            TWO_LEVELS,
-            STOCHASTIC,
-            False,
-        )
+        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, False)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from gck.kernels.topk.gpu_control import (
     GUESS,
     TIE,
 )
-from gck.kernels.topk.gpu_guess import HALVINGS, HINT_SLACK, LARGEST_ROOT, hinted, place_of_line
+from gck.kernels.topk.gpu_guess import HINT_SLACK, hinted, margin_of, place_of_line
 
 LINES = 1024  # that the program has room for; a power of two
 BRACKET_WARPS = 16
@@ -65,13 +65,7 @@ def _from(b_key, rank, near):
 @triton.jit
 def _margin(b_key, middle):
     b_hits = tl.sum(tl.where(b_key >= middle, 1.0, 0.0), 1)
-    squares = tl.sum(b_hits * b_hits, 0).to(tl.int32)
-    root = tl.cast(0, tl.int32)
-    for bit in range(HALVINGS):
-        larger = root + (LARGEST_ROOT >> bit)
-        if larger * larger <= squares:
-            root = larger
-    return 5 * (root + 1) + 8
+    return margin_of(tl.sum(b_hits * b_hits, 0).to(tl.int32))
 
 
 @triton.jit
@@ -101,7 +95,7 @@ def bracket_by_sample(
 ):
     b_line = tl.arange(0, LINES)
     b_at = (place_of_line(b_line, stride) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
-    b_inside = (b_line < lines)[:, None] & (b_at >= 0)
+    b_inside = (b_line < lines)[:, None]
     b_grad = tl.load(p_grad + b_at, mask=b_inside, other=0.0)
     b_err = tl.load(p_err + b_at, mask=b_inside, other=0.0)
     b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)

@@ -47,6 +47,24 @@ def _places(p_rows, p_groups, i_run, quota, ROWS: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
+def _slots(b_class, b_position, b_quota):
+    """(which entries win, and where after the run's first winner they go)"""
+    b_rank = tl.cumsum(b_class, 1)  # one scan ranks both classes
+    b_tie_rank = b_rank >> 16
+    b_wins = (b_class == 1) | ((b_class > 1) & (b_tie_rank <= b_quota[:, None]))
+    b_slot = b_position[:, None] + (b_rank & 0xFFFF) + tl.minimum(b_tie_rank, b_quota[:, None]) - 1
+    return b_wins, b_slot
+
+
+@triton.jit
+def _after(b_class, b_position, b_quota):
+    """The rows' positions and quotas once these entries are written."""
+    b_both = tl.sum(b_class, 1)
+    b_won = tl.minimum(b_both >> 16, b_quota)
+    return b_position + (b_both & 0xFFFF) + b_won, b_quota - b_won
+
+
+@triton.jit
 def _scatter(b_pointer, b_value, b_mask):
     """A store to scattered addresses, which as a block of one dimension stays where the rows were read."""
     SIZE: tl.constexpr = b_value.shape[0] * b_value.shape[1]
@@ -91,10 +109,7 @@ def emit_listed(
         b_valid = b_entry[None, :] < b_length[:, None]
         b_acc = canonical(tl.load((p_list + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0))
         b_class = classify(b_acc, b_valid, threshold)
-        b_rank = tl.cumsum(b_class, 1)  # one scan ranks both classes
-        b_tie_rank = b_rank >> 16
-        b_wins = (b_class == 1) | ((b_class > 1) & (b_tie_rank <= b_quota[:, None]))
-        b_slot = b_position[:, None] + (b_rank & 0xFFFF) + tl.minimum(b_tie_rank, b_quota[:, None]) - 1
+        b_wins, b_slot = _slots(b_class, b_position, b_quota)
         b_value = round_to(b_acc, p_values.dtype.element_ty)
         _scatter(p_values + b_slot, b_value, b_wins)
         b_local = tl.load((p_locals + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0)
@@ -106,10 +121,7 @@ def emit_listed(
         # The stream left +0.0 where it listed.
         _scatter(p_err + b_place, b_residual, b_valid & (b_residual.to(tl.int32, bitcast=True) != 0))
         cleared += tl.sum(tl.sum(b_cleared.to(tl.int32), 1), 0)
-        b_both = tl.sum(b_class, 1)
-        b_won = tl.minimum(b_both >> 16, b_quota)
-        b_position += (b_both & 0xFFFF) + b_won
-        b_quota -= b_won
+        b_position, b_quota = _after(b_class, b_position, b_quota)
     if cleared > 0:
         tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")
 
@@ -152,10 +164,7 @@ def emit_scanned(
         b_place = b_first[:, None] + b_entry[None, :]
         b_acc = canonical(tl.load(p_err + b_place, mask=b_valid, other=0.0))
         b_class = classify(b_acc, b_valid, threshold)
-        b_rank = tl.cumsum(b_class, 1)
-        b_tie_rank = b_rank >> 16
-        b_wins = (b_class == 1) | ((b_class > 1) & (b_tie_rank <= b_quota[:, None]))
-        b_slot = b_position[:, None] + (b_rank & 0xFFFF) + tl.minimum(b_tie_rank, b_quota[:, None]) - 1
+        b_wins, b_slot = _slots(b_class, b_position, b_quota)
         b_value = round_to(b_acc, p_values.dtype.element_ty)
         _scatter(p_values + b_slot, b_value, b_wins)
         _scatter(p_indices + b_slot, (origin + start).to(p_indices.dtype.element_ty) + b_place, b_wins)
@@ -163,9 +172,6 @@ def emit_scanned(
         b_cleared = b_valid & (is_finite(b_residual) == 0)
         _scatter(p_err + b_place, tl.where(b_cleared, 0.0, b_residual), b_wins | b_cleared)
         cleared += tl.sum(tl.sum(b_cleared.to(tl.int32), 1), 0)
-        b_both = tl.sum(b_class, 1)
-        b_won = tl.minimum(b_both >> 16, b_quota)
-        b_position += (b_both & 0xFFFF) + b_won
-        b_quota -= b_won
+        b_position, b_quota = _after(b_class, b_position, b_quota)
     if cleared > 0:
         tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")

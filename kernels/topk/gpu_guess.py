@@ -24,7 +24,6 @@ BIN_SHIFT = 18
 SAMPLE_BINS = 1 << (31 - BIN_SHIFT)
 HINT_SLACK = tl.constexpr(0.97)  # of the last threshold, so that this step's is probably above
 GUESS_BLOCK = 256  # lines that the one guessing program looks at together
-GUESS_WARPS = 16
 LARGEST_ROOT = tl.constexpr(1024)  # of the sum of squared hits; a power of two
 HALVINGS = tl.constexpr(LARGEST_ROOT.value.bit_length())
 
@@ -108,6 +107,17 @@ def sample_block(
 
 
 @triton.jit
+def margin_of(squares):
+    """Ranks between the expected one and the guess, for a sum of squared hits."""
+    root = tl.cast(0, tl.int32)
+    for bit in range(HALVINGS):
+        larger = root + (LARGEST_ROOT >> bit)
+        if larger * larger <= squares:
+            root = larger
+    return 5 * (root + 1) + 8
+
+
+@triton.jit
 def _sampled_at_least(p_keys, lines, key, BLOCK: tl.constexpr, LINE: tl.constexpr):
     """(keys of the sample from `key` on, their squared numbers a line, summed); whole blocks of lines.
 
@@ -147,12 +157,7 @@ def _exact_key(p_keys, lines, key, rank, SHIFT: tl.constexpr, BLOCK: tl.constexp
 @triton.jit
 def _guessed_rank(p_keys, lines, middle, expected, sampled, BLOCK: tl.constexpr, LINE: tl.constexpr):
     _hits, squares = _sampled_at_least(p_keys, lines, middle, BLOCK, LINE)
-    root = tl.cast(0, tl.int32)
-    for bit in range(HALVINGS):
-        larger = root + (LARGEST_ROOT >> bit)
-        if larger * larger <= squares:
-            root = larger
-    return tl.minimum(expected + 5 * (root + 1) + 8, sampled)
+    return tl.minimum(expected + margin_of(squares), sampled)
 
 
 @triton.jit

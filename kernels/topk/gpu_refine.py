@@ -24,7 +24,7 @@ from gck.kernels.topk.gpu_control import (
     QUOTA,
     THRESHOLD,
 )
-from gck.kernels.topk.gpu_select import shares_of_run
+from gck.kernels.topk.gpu_select import shares_of_run, store_counts
 from gck.kernels.topk.gpu_stream import listed_rows, restore_run
 
 NEAR_ROOM = 4096  # keys that are set apart at most, which one program looks through
@@ -190,15 +190,7 @@ def count_rows(
             b_slot = tl.atomic_add(p_taken, tl.full(b_key.shape, 1, tl.int32), mask=b_apart, sem="relaxed")
             tl.store(p_near + b_slot, b_key, mask=b_apart)
             tl.store(p_near + ROOM + b_slot, tl.zeros_like(b_key) + b_row[:, None], mask=b_apart)
-        b_both = tl.sum(b_class, 1)
-        tl.store(p_rows + b_row, b_both)
-        above = tl.sum(b_both & 0xFFFF, 0).to(tl.int64)
-        ties = tl.sum(b_both >> 16, 0).to(tl.int64)
-        p_group = p_groups + 2 * (i_run * ROWS // GROUP)
-        if above > 0:
-            tl.atomic_add(p_group, above, sem="relaxed")
-        if ties > 0:
-            tl.atomic_add(p_group + 1, ties, sem="relaxed")
+        store_counts(p_rows, p_groups, i_run, b_class, ROWS, GROUP)
 
 
 @triton.jit

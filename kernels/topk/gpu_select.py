@@ -86,6 +86,20 @@ def shares_of_run(first_tile, run_tiles, n, TILE: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
+def store_counts(p_rows, p_groups, i_run, b_class, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Stores what a run's classes add up to by row, and adds it to the sums of the rows' group."""
+    b_both = tl.sum(b_class, 1)
+    tl.store(p_rows + i_run * ROWS + tl.arange(0, ROWS), b_both)
+    above = tl.sum(b_both & 0xFFFF, 0).to(tl.int64)
+    ties = tl.sum(b_both >> 16, 0).to(tl.int64)
+    p_group = p_groups + 2 * (i_run * ROWS // GROUP)
+    if above > 0:
+        tl.atomic_add(p_group, above, sem="relaxed")
+    if ties > 0:
+        tl.atomic_add(p_group + 1, ties, sem="relaxed")
+
+
+@triton.jit
 def count_run(
     p_list,
     p_err,
@@ -119,12 +133,4 @@ def count_run(
         b_valid = b_entry[None, :] < b_length[:, None]
         b_acc = tl.load((p_source + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0)
         b_class += classify(canonical(b_acc), b_valid, threshold)
-    b_both = tl.sum(b_class, 1)
-    tl.store(p_rows + i_run * ROWS + tl.arange(0, ROWS), b_both)
-    above = tl.sum(b_both & 0xFFFF, 0).to(tl.int64)
-    ties = tl.sum(b_both >> 16, 0).to(tl.int64)
-    p_group = p_groups + 2 * (i_run * ROWS // GROUP)
-    if above > 0:
-        tl.atomic_add(p_group, above, sem="relaxed")
-    if ties > 0:
-        tl.atomic_add(p_group + 1, ties, sem="relaxed")
+    store_counts(p_rows, p_groups, i_run, b_class, ROWS, GROUP)

@@ -1,0 +1,113 @@
+"""Wrong options and tensors, to the functional API: typed errors, and nothing changed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import gck
+from gck.errors import (
+    ArgumentError,
+    AutogradError,
+    DtypeError,
+)
+from tests.ops_calls import FUNCTIONS, pair
+
+TOPK_BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "ratio 0": (ArgumentError, r"topk_ef_: ratio must be in \(0, 1\], got 0", {"ratio": 0}),
+    "ratio low": (ArgumentError, r"ratio must be in \(0, 1\], got -0.5", {"ratio": -0.5}),
+    "ratio high": (ArgumentError, r"topk_ef_: ratio must be in \(0, 1\], got 1.5", {"ratio": 1.5}),
+    "ratio nan": (ArgumentError, r"ratio must be in \(0, 1\], got nan", {"ratio": math.nan}),
+    "ratio text": (DtypeError, "ratio must be a number, got str", {"ratio": "0.1"}),
+    "k 0": (ArgumentError, "k must be at least 1, got 0", {"k": 0}),
+    "k low": (ArgumentError, "k must be at least 1, got -3", {"k": -3}),
+    "k high": (ArgumentError, "k must be at most the number of elements 1000, got 1001", {"k": 1001}),
+    "k float": (DtypeError, "k must be an int, got float", {"k": 2.0}),
+    "both": (ArgumentError, "exactly one of ratio and k", {"ratio": 0.1, "k": 3}),
+    "neither": (ArgumentError, "exactly one of ratio and k", {}),
+    "value_dtype": (DtypeError, "value_dtype must be", {"ratio": 0.1, "value_dtype": torch.int8}),
+}
+
+
+@pytest.mark.parametrize("bad", TOPK_BAD)
+def test_topk_bad_options_change_nothing(bad: str) -> None:
+    error, text, options = TOPK_BAD[bad]
+    grad, err = pair()
+    before = grad.clone(), err.clone()
+    with pytest.raises(error, match=text):
+        gck.topk_ef_(grad, err, **options)
+    assert torch.equal(grad, before[0])
+    assert torch.equal(err, before[1])
+
+
+@pytest.mark.parametrize("chunk_size", [0, -32, 16, 16384, 48, 100, 64.0, True])
+def test_sign_bad_chunk_size_changes_nothing(chunk_size: Any) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(ArgumentError, match="sign_ef_: chunk_size must be"):
+        gck.sign_ef_(grad, err, chunk_size)
+    assert torch.equal(err, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"k": 4000}, r"chunk_topk_ef_: k must be in \[1, chunk_size / 2 = 2048\], got 4000"),
+        ({"chunk_size": 48}, r"chunk_topk_ef_: chunk_size must be a power of two in \[32, 65536\], got 48"),
+        ({"value_bits": 3}, "chunk_topk_ef_: value_bits must be one of 32, 16, 8, 4, 2, got 3"),
+        ({"k": 8.0}, "chunk_topk_ef_: k must be an int, got float"),
+    ],
+    ids=["k", "chunk_size", "value_bits", "type"],
+)
+def test_chunk_topk_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(ArgumentError, match=text):
+        gck.chunk_topk_ef_(grad, err, **options)
+    with pytest.raises(ArgumentError, match=text.replace("_ef_", "")):
+        gck.chunk_topk(grad, **options)
+    assert torch.equal(err, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"bits": 3}, "quantize_ef_: bits must be one of 8, 4, 2, got 3"),
+        ({"chunk_size": 48}, r"quantize_ef_: chunk_size must be a power of two in \[32, 8192\], got 48"),
+        ({"rounding": "up"}, 'quantize_ef_: rounding must be "nearest" or "stochastic", got \'up\''),
+        ({"seed": 2**63}, r"quantize_ef_: seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
+        ({"seed": None}, "quantize_ef_: seed must be an int, got NoneType"),
+        ({"scale": "mean"}, 'quantize_ef_: scale "mean" needs 2 bits, got 4'),
+    ],
+    ids=["bits", "chunk_size", "rounding", "seed", "type", "scale"],
+)
+def test_quantize_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(ArgumentError, match=text):
+        gck.quantize_ef_(grad, err, **options)
+    with pytest.raises(ArgumentError, match=text.replace("_ef_", "")):
+        gck.quantize(grad, **options)
+    assert torch.equal(err, before)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_recorded_graph(function: str) -> None:
+    call = FUNCTIONS[function]
+    grad, err = pair()
+    with pytest.raises(AutogradError, match=f"{function}: grad requires grad in a recorded graph"):
+        call(grad.clone().requires_grad_(), err)
+    parameter = torch.nn.Parameter(grad.clone())
+    with torch.no_grad():
+        call(parameter, err)  # nothing is recorded here, so nothing is wrong
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_errors_name_the_function(function: str) -> None:
+    grad, err = pair()
+    for bad in ((grad, err.double()), (grad[::2], err), (grad.int(), err), (grad, err[1:]), (grad, grad)):
+        with pytest.raises(gck.errors.GckError, match=f"^{function}: "):
+            FUNCTIONS[function](*bad)
