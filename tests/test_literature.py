@@ -1,0 +1,161 @@
+"""What the papers prove of compressors with error feedback, checked on gck's.
+
+EF-signSGD: Karimireddy, Rebjock, Stich and Jaggi, "Error Feedback Fixes SignSGD and other Gradient
+Compression Schemes" (ICML 2019). Top-k: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory"
+(NeurIPS 2018), Lemma A.1. Norms are taken in double precision, so that what a bound allows for rounding is
+what fp32 arithmetic in the compressor can do, and is derived where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gck
+
+U = 2.0**-24  # the relative error of one rounding to fp32
+STEPS = 10_000
+
+FAMILIES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "gaussian": lambda n, g: torch.randn(n, generator=g),
+    "cauchy": lambda n, g: torch.empty(n).cauchy_(generator=g),
+    "sparse": lambda n, g: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.02),
+    "constant": lambda n, g: torch.full((n,), 0.1),
+    "one large": lambda n, g: torch.zeros(n).index_fill_(0, torch.tensor([n // 3]), 1e6).add_(1e-3),
+}
+
+vectors = st.builds(
+    lambda family, n, seed: FAMILIES[family](n, torch.Generator().manual_seed(seed)),
+    st.sampled_from(sorted(FAMILIES)),
+    st.integers(1, 3000),
+    st.integers(0, 2**32 - 1),
+)
+
+
+def square(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def chunks_of(x: Tensor, size: int) -> list[Tensor]:
+    return list(x.split(size))
+
+
+@given(vectors, st.sampled_from([32, 64, 256, 1024]))
+def test_sign_is_as_near_as_the_density_says(v: Tensor, chunk_size: int) -> None:
+    """Lemma 8 of EF-signSGD, chunk by chunk: |C(v) - v|^2 <= (1 - phi(v)) |v|^2, phi = |v|_1^2 / (d |v|_2^2).
+
+    With the exact mean m = |v|_1 / d, |v - m sign(v)|^2 = |v|^2 - d m^2: equality. A scale m (1 + e) adds
+    d (m e)^2, where e is made by the log2(chunk) additions of the tree and one division.
+    """
+    decoded = gck.decompress(gck.sign_ef_(v, torch.zeros_like(v), chunk_size=chunk_size))
+    e = (math.log2(chunk_size) + 1.5) * U
+    for x, y in zip(chunks_of(v, chunk_size), chunks_of(decoded, chunk_size), strict=True):
+        explained = float(x.double().abs().sum()) ** 2 / x.numel()  # phi(v) |v|^2 = d m^2
+        allowed = square(x) - explained + e * e * explained
+        # Doubles: sums of d terms, and a difference of numbers that may be almost equal.
+        assert square(x - y.double()) <= allowed + 1e-12 * square(x)
+
+
+@given(vectors, st.floats(0.001, 1))
+def test_top_k_is_a_contraction(v: Tensor, ratio: float) -> None:
+    """Lemma A.1 of Sparsified SGD: |C(v) - v|^2 <= (1 - k/d) |v|^2. Values travel exactly, so no slack."""
+    payload = gck.topk(v, ratio)
+    residual = square(v - gck.decompress(payload))
+    assert residual <= (1 - payload.values.numel() / v.numel()) * square(v) * (1 + 1e-12)
+
+
+@given(vectors, st.sampled_from([(32, 1), (64, 8), (256, 128)]))
+def test_chunk_top_k_is_a_contraction_in_every_chunk(v: Tensor, shape: tuple[int, int]) -> None:
+    chunk_size, k = shape
+    payload = gck.chunk_topk_ef_(v, torch.zeros_like(v), chunk_size=chunk_size, k=k, value_bits=32)
+    decoded = gck.decompress(payload)
+    for x, y in zip(chunks_of(v, chunk_size), chunks_of(decoded, chunk_size), strict=True):
+        assert square(x - y) <= (1 - min(1, k / x.numel())) * square(x) * (1 + 1e-12)
+
+
+def bounded(delta: float) -> float:
+    """The largest |err| / max |grad| that a delta-contraction allows.
+
+    Lemma 3 of EF-signSGD bounds E|err|^2 by 4 (1 - delta) / delta^2 times that of a gradient. Its proof, for
+    every sequence of gradients: |err'| <= q (|err| + |grad|) with q = sqrt(1 - delta), so that |err| never
+    exceeds q / (1 - q) max |grad|; and q / (1 - q) <= 2 q / delta, which is the Lemma's.
+    """
+    q = math.sqrt(1 - delta)
+    return q / (1 - q)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "cauchy", "sparse"])
+@pytest.mark.parametrize("compressor", ["topk", "chunk_topk", "sign"])
+def test_the_residual_stays_bounded(compressor: str, family: str) -> None:
+    """Lemma 3 of EF-signSGD over many steps, step by step; for sign with the least density met so far."""
+    n, chunk_size = 256, 64
+    generator = torch.Generator().manual_seed(5)
+    err = torch.zeros(n)
+    largest, delta, reached = 0.0, 1.0, 0.0
+    for _ in range(STEPS):
+        grad = FAMILIES[family](n, generator)
+        if compressor == "topk":
+            delta = 4 / n
+            gck.topk_ef_(grad, err, k=4)
+        elif compressor == "chunk_topk":
+            delta = 4 / chunk_size
+            gck.chunk_topk_ef_(grad, err, chunk_size=chunk_size, k=4, value_bits=32)
+        else:
+            acc = (grad + err).double().view(-1, chunk_size)
+            norm = acc.square().sum(1)
+            density = acc.abs().sum(1).square() / (chunk_size * norm)
+            # Chunks of zeros are sent exactly, whatever the density of nothing may be.
+            delta = min([delta, *density[norm > 0].tolist()])
+            gck.sign_ef_(grad, err, chunk_size=chunk_size)
+        largest = max(largest, math.sqrt(square(grad)))
+        norm_err = math.sqrt(square(err))
+        reached = max(reached, norm_err)
+        # Every step rounds acc and err once each, which q < 1 keeps from piling up beyond 1 / (1 - q) times.
+        assert norm_err <= bounded(delta) * largest * (1 + 4 * U / (1 - math.sqrt(1 - delta)))
+    assert reached > 0
+
+
+def stochastic(grad: Tensor, err: Tensor, bits: int, seed: int) -> Any:
+    return gck.quantize_ef_(grad, err, bits=bits, chunk_size=64, rounding="stochastic", seed=seed)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "cauchy"])
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("8 bits", lambda g, e, t: gck.quantize_ef_(g, e, bits=8, chunk_size=64)),
+        ("8 bits, stochastic", lambda g, e, t: stochastic(g, e, 8, t)),
+        ("4 bits, stochastic", lambda g, e, t: stochastic(g, e, 4, t)),
+        ("2 bits, stochastic", lambda g, e, t: stochastic(g, e, 2, t)),
+        ("2 bits, means", lambda g, e, t: gck.quantize_ef_(g, e, bits=2, chunk_size=64, scale="mean")),
+        ("sign", lambda g, e, t: gck.sign_ef_(g, e, chunk_size=64)),
+        ("top-k", lambda g, e, t: gck.topk_ef_(g, e, 0.05)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_nothing_is_lost(name: str, compress: Callable[[Tensor, Tensor, int], Any], family: str) -> None:
+    """sum decoded + err = sum grad, to the roundings of acc = grad + err and of err = acc - decoded.
+
+    Each is off by at most U times its result, so the two sides differ by at most U sum (|acc| + |err|) in
+    every element; a compressor that decodes otherwise than it subtracts is off by whole codes.
+    """
+    n = 1000
+    generator = torch.Generator().manual_seed(11)
+    err = torch.zeros(n)
+    given_, sent, slack = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+    for step in range(300):
+        grad = FAMILIES[family](n, generator)
+        acc = grad + err
+        sent += gck.decompress(compress(grad, err, step))
+        given_ += grad
+        # The sums of doubles round, too.
+        slack += U * (acc.abs() + err.abs()) + 2.0**-53 * (given_.abs() + sent.abs())
+    assert bool(((sent + err - given_).abs() <= slack).all())
+    assert float(sent.abs().sum()) > 0
