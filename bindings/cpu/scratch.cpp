@@ -63,7 +63,9 @@ Scratch::~Scratch() {
   for (const auto& [offset, bytes] : regions_) {
     if (bytes > share) ::madvise(base + offset + share, bytes - share, MADV_DONTNEED);
   }
-  if (used_ < run_.second) ::madvise(base + used_, run_.second - used_, MADV_DONTNEED);
+  // What earlier users left behind what this one used stays too: small jobs come between large ones.
+  const size_t stays = std::max(used_, kKept);
+  if (stays < run_.second) ::madvise(base + stays, run_.second - stays, MADV_DONTNEED);
   if (auto* mine = new (std::nothrow) Run(run_)) {
     for (auto& slot : kept) {
       Run* none = nullptr;

@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t kMinSampled = 1 << 16;  // below, the whole vector is as near as a sample
 constexpr int64_t kLanes = 16;            // that topk_maxima keeps apart
-constexpr int64_t kAlone = 1 << 19;       // entries of a tensor that all threads work on together
+constexpr int64_t kAlone = 1 << 19;       // below, a tensor of a list is worked on by one thread
+constexpr int64_t kFair = 4;              // tensors a thread has at least to take, if they are larger
 constexpr int64_t kMany = INT64_MAX;      // for share_parts: worth all threads
 constexpr int64_t kPlaceCost = 8;         // of an entry that is emitted, against one that is looked at
 
@@ -181,16 +182,21 @@ int64_t topk_compress(const TopkJob& job) {
 }
 
 int64_t topk_compress_each(std::vector<TopkJob> jobs, int threads) {
-  int64_t cleared = 0;
+  int64_t total = 0, cleared = 0;
+  for (const TopkJob& job : jobs) total += job.numel;
+  // Whole tensors to threads, as long as that shares the work out evenly: then nobody waits for anybody.
   std::vector<TopkJob> small;
   for (TopkJob& job : jobs) {
-    job.threads = job.numel < kAlone ? 1 : threads;
-    if (job.numel < kAlone) {
+    if (job.numel < kAlone || job.numel <= total / (kFair * threads)) {
+      job.threads = 1;
       small.push_back(job);
     } else {
+      job.threads = threads;
       cleared += topk_compress(job);
     }
   }
+  std::stable_sort(small.begin(), small.end(),
+                   [](const TopkJob& a, const TopkJob& b) { return a.numel > b.numel; });
   std::atomic<bool> out_of_memory{false};
   const int count = static_cast<int>(small.size());
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(+ : cleared) if (count > 1)
