@@ -124,20 +124,21 @@ template <Dtype D>
 inline int64_t compress_two_levels(const Chunk& c) {
   alignas(64) float tree[kMaxChunk / 2], low_tree[kMaxChunk / 2];
   const int64_t half = c.size / 2;
-  for (int64_t i = 0; i < half; i += kLanes) {
-    const Vec a = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
-    const Vec b = add(load_as<D>(c.grad, c.at + half + i), load(c.err + half + i));
-    store(c.err + i, a);
-    store(c.err + half + i, b);
-    store(tree + i, add(abs(a), abs(b)));
-    fetch_ahead<D>(c, i);
-    fetch_ahead<D>(c, half + i);
-  }
+  const auto take = [&](int64_t i) {
+    const Vec acc = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
+    store(c.err + i, acc);
+    return abs(acc);
+  };
+  // Strictly upwards: halves read side by side are streams that the hardware does not foresee.
+  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
+  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
   const float mean = canonical(tree_sum(tree, half) / static_cast<float>(c.valid));
   // Nothing compares with NaN; no key reaches this one, unless there is a NaN, and then all is cleared.
   const auto key = static_cast<int32_t>(mean == mean ? bits_of(mean) : 0x7fffffffu);
   int64_t highs = 0;
   for (int64_t i = 0; i < half; i += kLanes) {
+    fetch_ahead<D>(c, i);
+    fetch_ahead<D>(c, half + i);
     Mask in_a, in_b;
     const Halves a = split_at(load(c.err + i), key, in_a), b = split_at(load(c.err + half + i), key, in_b);
     store(tree + i, add(a.high, b.high));
