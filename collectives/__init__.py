@@ -7,18 +7,22 @@ from gck.collectives.all_gather import sparse_all_gather
 from gck.collectives.all_reduce import (
     all_reduce_,
     all_reduce_many_,
-    choose_algorithm,
     packed_all_reduce_,
 )
+from gck.collectives.cost import Cost, Link, all_reduce_cost, break_even_density, choose_algorithm
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
 
 __all__ = [
+    "Cost",
+    "Link",
     "SimulatedGroup",
     "SimulatedMember",
     "Transport",
     "all_reduce_",
+    "all_reduce_cost",
     "all_reduce_many_",
+    "break_even_density",
     "choose_algorithm",
     "packed_all_reduce_",
     "resolve",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gck.collectives.all_gather import one_phase
+from gck.collectives.cost import choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, describe
 from gck.collectives.transports import Transport, resolve
@@ -17,7 +18,7 @@ from gck.error_feedback import ErrorFeedback, ServerBinding
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 
-__all__ = ["all_reduce_", "all_reduce_many_", "choose_algorithm", "packed_all_reduce_"]
+__all__ = ["all_reduce_", "all_reduce_many_", "packed_all_reduce_"]
 
 OPS = ("avg", "sum")
 ALGORITHMS = ("auto", "one_phase", "two_phase", "dense")
@@ -163,24 +164,6 @@ def packed_all_reduce_(
     state.binding = ServerBinding(transport.rank, transport.world_size, chunk_size)
     _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate)
     return grad
-
-
-def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
-    """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
-
-    One phase sends (W - 1) payloads, two phases 2 (W - 1) / W, a dense ring 8 (W - 1) / W bytes an
-    element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
-    """
-    unit = compressor.shard_unit
-
-    def nbytes(shards: int) -> int:
-        return sum(compressor.layout(shard_numel(numel, unit, shards)).nbytes for numel in numels)
-
-    # All in units of (W - 1) / W bytes, so that they stay integers.
-    volumes = {"dense": 8 * sum(numels), "one_phase": world_size * nbytes(1)}
-    if unit is not None:
-        volumes["two_phase"] = 2 * world_size * nbytes(world_size)
-    return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
 
 
 def check_algorithm(function: str, compressor: object, algorithm: object) -> None:

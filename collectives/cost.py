@@ -1,0 +1,127 @@
+"""What an all-reduce costs: the bytes and messages of a rank, and the time that a link takes for them.
+
+Functions of the configuration alone, so that ranks agree without asking one another.
+
+Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH"
+(2005), section 3, for the model of latency and bandwidth; Chan, Heimlich, Purkayastha and van de Geijn,
+"Collective Communication: Theory, Practice, and Experience" (2007), section 4, for the ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gck.compressor import Compressor, shard_numel
+from gck.errors import ArgumentError
+
+__all__ = ["Cost", "Link", "all_reduce_cost", "break_even_density", "choose_algorithm"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What every rank is connected by.
+
+    Attributes:
+        latency: seconds from the start of a message to its arrival, beside its bytes.
+        bandwidth: bytes a second, in each direction.
+
+    Raises:
+        ArgumentError: latency below 0, or bandwidth not above 0.
+    """
+
+    latency: float
+    bandwidth: float
+
+    def __post_init__(self) -> None:
+        if not self.latency >= 0:
+            raise ArgumentError(f"Link: latency must be at least 0 seconds, got {self.latency}")
+        if not self.bandwidth > 0:
+            raise ArgumentError(f"Link: bandwidth must be above 0 bytes a second, got {self.bandwidth}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one rank sends in an all-reduce; it receives as much.
+
+    Attributes:
+        algorithm: "dense", "one_phase" or "two_phase".
+        nbytes: bytes sent, with the padding of payloads; headers of messages are left out.
+        messages: how many messages these are.
+        rounds: how many of them wait for one another: a ring passes on what it has received, an all-to-all
+            sends all at once.
+    """
+
+    algorithm: str
+    nbytes: int
+    messages: int
+    rounds: int
+
+    def seconds(self, link: Link) -> float:
+        """rounds * latency + nbytes / bandwidth: the time with nothing but the link in the way."""
+        return self.rounds * link.latency + self.nbytes / link.bandwidth
+
+
+def all_reduce_cost(
+    compressor: Compressor, numels: Sequence[int], world_size: int, algorithm: str = "auto"
+) -> Cost:
+    """What each rank sends to reduce tensors of `numels` elements, sharing messages, over `world_size` ranks.
+
+    One phase gathers payloads around a ring; two phases send a shard to every rank, and gather; dense is a
+    ring of fp32.
+
+    Raises:
+        ArgumentError: world_size below 1; algorithm unknown, or "two_phase" of a compressor without chunks.
+    """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ArgumentError(f"all_reduce_cost: world_size must be a positive int, got {world_size!r}")
+    if algorithm == "auto":
+        algorithm = choose_algorithm(compressor, numels, world_size)
+    others, unit = world_size - 1, compressor.shard_unit
+    if algorithm == "dense":
+        # Two passes around the ring, each with all but one of W pieces.
+        return Cost(algorithm, 2 * 4 * sum(numels) * others // world_size, 2 * others, 2 * others)
+    if algorithm == "one_phase":
+        return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
+    if algorithm == "two_phase" and unit is not None:
+        shards = _nbytes(compressor, numels, world_size)
+        return Cost(algorithm, 2 * others * shards, 2 * others, 1 + others if others else 0)
+    raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
+
+
+def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
+    """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
+
+    One phase sends (W - 1) payloads, two phases 2 (W - 1) / W, a dense ring 8 (W - 1) / W bytes an
+    element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
+    """
+    # All in units of (W - 1) / W bytes, so that they stay integers.
+    volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
+    if compressor.shard_unit is not None:
+        volumes["two_phase"] = 2 * world_size * _nbytes(compressor, numels, world_size)
+    return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
+
+
+def break_even_density(world_size: int, entry_nbytes: float = 8) -> float:
+    """The density k / numel from which a gather of sparse payloads sends as much as a dense fp32 ring.
+
+    (W - 1) entry_nbytes k against 8 (W - 1) / W numel bytes: 8 / (W entry_nbytes), at most 1.
+
+    Args:
+        entry_nbytes: bytes of a value and its index; 8 with fp32 and int32, 6 with bf16 and int32.
+
+    Raises:
+        ArgumentError: world_size or entry_nbytes out of range.
+    """
+    if not (world_size >= 1 and entry_nbytes > 0):
+        raise ArgumentError(
+            f"break_even_density: world_size must be at least 1 and entry_nbytes above 0, got {world_size} "
+            f"and {entry_nbytes}"
+        )
+    return min(1.0, 8 / (world_size * entry_nbytes))
+
+
+def _nbytes(compressor: Compressor, numels: Sequence[int], shards: int) -> int:
+    """Bytes of one shard's bodies of all tensors."""
+    unit = compressor.shard_unit
+    return sum(compressor.layout(shard_numel(numel, unit, shards)).nbytes for numel in numels)
