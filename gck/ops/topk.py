@@ -8,11 +8,13 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gck import interop
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.kernels.topk import TopK, check_options, resolve_k
+from gck.kernels.topk.cpu import compress_new
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
@@ -130,20 +132,26 @@ def _topk_ef_one(
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             return _topk_ef_one(g, e, ratio, k, value_dtype, nonfinite, hint)
     direct = plain(grad, err, nonfinite, hint)
-    if not (direct and checks.acceptable(grad, err)):
+    fit = direct and checks.acceptable(grad, err)
+    if not fit:
         check_options("topk_ef_", ratio, k, value_dtype)
         checks.check_grad("topk_ef_", grad)
         resolve_k("topk_ef_", grad.numel(), ratio, k)
         checks.check_pair("topk_ef_", grad, err)
     numel = grad.numel()
     compressor, layout = _chosen("topk_ef_", numel, ratio, k, value_dtype, direct)
-    checks.check_nonfinite("topk_ef_", nonfinite, grad)
-    checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
-    if direct:
-        body = compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint)
+    if fit and numel and nonfinite is None and hint is None and grad.is_cpu and checks.apart((grad, err)):
+        # The same as below, by the shortest way: of small vectors this is most of the time.
+        body = compress_new(layout, grad, err)
+        increment_version(err)
     else:
-        count = layout.fields[0].count
-        body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
+        checks.check_nonfinite("topk_ef_", nonfinite, grad)
+        checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
+        if direct:
+            body = compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint)
+        else:
+            count = layout.fields[0].count
+            body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
     values, indices = layout.views(body)
     return SparseGrad(values, indices, numel)
 

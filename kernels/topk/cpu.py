@@ -26,9 +26,22 @@ def compress_(
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
 ) -> None:
-    values, indices = compressor.layout(grad.numel()).fields
+    cleared = _compress(compressor.layout(grad.numel()), grad, err, bodies, hint)
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def compress_new(layout: Layout, grad: Tensor, err: Tensor) -> Tensor:
+    """`compress_` into a new body of this layout, of tensors of any shape that have been checked."""
+    body = layout.empty_body(grad.device)
+    _compress(layout, grad, err, body, None)
+    return body
+
+
+def _compress(layout: Layout, grad: Tensor, err: Tensor, bodies: Tensor, hint: Tensor | None) -> int:
+    values, indices = layout.fields
     body = bodies.data_ptr()
-    cleared = load().topk_compress(
+    cleared: int = load().topk_compress(
         grad.data_ptr(),
         DTYPE_CODE[grad.dtype],
         err.data_ptr(),
@@ -41,8 +54,7 @@ def compress_(
         0 if hint is None else hint.data_ptr(),
         num_threads(),
     )
-    if nonfinite is not None:
-        nonfinite += cleared
+    return cleared
 
 
 def compress_flat_(
