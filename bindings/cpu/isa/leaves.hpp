@@ -102,6 +102,8 @@ struct QuantizeDecode {
   bool add;    // decoded values are added to what is there, else written over it
 };
 
+constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
+
 struct Leaves {
   const char* name;
 
@@ -139,6 +141,11 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
+  // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has
+  // room for a multiple, too.
+  void (*random_k_draw)(uint64_t seed, uint64_t first, int64_t count, uint64_t* out);
+  // err[i] += grad[i] for i in [begin, end); returns whether all of them are finite.
+  bool (*random_k_add)(const void* grad, Dtype dtype, float* err, int64_t begin, int64_t end);
 };
 
 #if defined(GCK_X86)
