@@ -9,6 +9,7 @@ probability, which removes the bias); Salmon, Moraes, Dror and Shaw, "Parallel R
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,6 +23,8 @@ from gck.kernels.topk import VALUE_DTYPES, check_options, resolve_k
 from gck.wire import Layout
 
 __all__ = ["RandomK", "Unbiased"]
+
+FP32 = struct.Struct("f")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class RandomK(KernelCompressor):
         """What each value is multiplied by: numel / k, in double precision and then in fp32, or 1."""
         if not self.rescale:
             return 1.0
-        return torch.tensor(numel / self.layout(numel).fields[0].count, dtype=torch.float32).item()
+        factor: float = FP32.unpack(FP32.pack(numel / self.layout(numel).fields[0].count))[0]
+        return factor
 
     @classmethod
     def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> RandomK:

@@ -32,7 +32,7 @@ from gck.wire import Layout
 
 TILE = 4096
 WARPS = 8
-SLOTS_FEW, SLOTS_MANY = 256, 512  # entries that a program works on together: one or two a thread
+SLOTS = 256  # entries that a program works on together: one a thread
 PART = tl.constexpr(512)  # elements that are searched together for what is not finite
 SPOIL_BLOCK = 1024
 
@@ -77,7 +77,7 @@ def number(seed: int, i: int) -> int:
 
 
 @triton.jit
-def _wide(ring):
+def widened(ring):
     """The ring with numbers of 64 bits, whatever those of a launch fit into."""
     numel, k, size, longer, rotation, first, key_0, key_1 = ring
     return (
@@ -93,7 +93,7 @@ def _wide(ring):
 
 
 @triton.jit
-def _stratum(element, ring):
+def stratum_of(element, ring):
     """That of an element of the vector."""
     numel, _, size, longer, rotation, _, _, _ = ring
     position = tl.where(element < rotation, element - rotation + numel, element - rotation)
@@ -102,14 +102,14 @@ def _stratum(element, ring):
 
 
 @triton.jit
-def _rank(b_stratum, ring):
+def rank_of(b_stratum, ring):
     """Of the strata's entries among all, in the order of the vector."""
     _, k, _, _, _, first, _, _ = ring
     return tl.where(b_stratum < first, b_stratum - first + k, b_stratum - first)
 
 
 @triton.jit
-def _entry(b_stratum, ring):
+def entry_of(b_stratum, ring):
     """The element that is chosen in each stratum."""
     numel, _, size, longer, rotation, _, key_0, key_1 = ring
     w_0, w_1, w_2, w_3 = philox(b_stratum >> 1, key_0, key_1)
@@ -123,28 +123,28 @@ def _entry(b_stratum, ring):
 
 
 @triton.jit
-def _strata_of(base, ring, TILE: tl.constexpr):
+def strata_of(base, ring, TILE: tl.constexpr):
     """(the first stratum with elements in the tile from `base` on, how many have)."""
     numel, k, _, _, rotation, _, _, _ = ring
     stop = tl.minimum(base + TILE, numel)
-    lowest = _stratum(base, ring)
-    strata = _stratum(stop - 1, ring) - lowest + 1
+    lowest = stratum_of(base, ring)
+    strata = stratum_of(stop - 1, ring) - lowest + 1
     # Where the ring is closed, stratum 0 follows the last one.
     strata = tl.where((base < rotation) & (rotation < stop), strata + k, strata)
     return lowest, tl.minimum(strata, k)
 
 
 @triton.jit
-def _entries(base, lowest, strata, start, ring, TILE: tl.constexpr, SLOTS: tl.constexpr):
-    """(element, rank, whether it is in the tile from `base` on) of the entries chosen in strata [start, start +
-    SLOTS) of those that have elements there."""
+def entries_of(base, lowest, strata, start, ring, TILE: tl.constexpr, SLOTS: tl.constexpr):
+    """(element, rank, whether it is in the tile from `base` on) of the entries chosen in some of the `strata`
+    strata from `lowest` on: those numbered from `start` on."""
     numel, k, _, _, _, _, _, _ = ring
     b_slot = start + tl.arange(0, SLOTS)
     b_stratum = lowest + b_slot
     b_stratum = tl.where(b_stratum >= k, b_stratum - k, b_stratum)
-    b_element = _entry(b_stratum, ring)
+    b_element = entry_of(b_stratum, ring)
     b_here = (b_slot < strata) & (b_element >= base) & (b_element < tl.minimum(base + TILE, numel))
-    return b_element, _rank(b_stratum, ring), b_here
+    return b_element, rank_of(b_stratum, ring), b_here
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _mark_nonfinite(p_err, p_spoilt, p_nonfinite, base, ring, TILE: tl.constexpr
         b_element = base + start + tl.arange(0, PART)
         b_acc = tl.load(p_err + b_element, mask=b_element < ring[0], other=0.0)
         b_bad = (b_element < ring[0]) & (is_finite(b_acc) == 0)
-        tl.store(p_spoilt + _rank(_stratum(b_element, ring), ring), 1, mask=b_bad)
+        tl.store(p_spoilt + rank_of(stratum_of(b_element, ring), ring), 1, mask=b_bad)
         tl.store(p_err + b_element, 0.0, mask=b_bad)
         count_cleared(p_nonfinite, b_bad)
 
@@ -181,10 +181,10 @@ def _compress_tile(
     else:
         tl.store(p_err + b_offset, b_acc, mask=b_offset < ring[0])
     top = tl.max(magnitude_key(b_acc), 0)
-    lowest, strata = _strata_of(base, ring, TILE)
+    lowest, strata = strata_of(base, ring, TILE)
     tl.debug_barrier()  # what other threads have added is read
     for start in range(0, strata, SLOTS):
-        b_element, b_rank, b_here = _entries(base, lowest, strata, start, ring, TILE, SLOTS)
+        b_element, b_rank, b_here = entries_of(base, lowest, strata, start, ring, TILE, SLOTS)
         b_there = tl.load(p_err + b_element, mask=b_here, other=0.0)
         b_sent = round_to(canonical(b_there * factor), p_values.dtype.element_ty)
         b_rest = b_there - widen(b_sent)
@@ -218,7 +218,7 @@ def compress_kernel(
     SLOTS: tl.constexpr,
 ):
     """p_spoilt: (k,) uint8, zeros; 1 where an entry's stratum holds something not finite."""
-    ring = _wide((numel, k, size, longer, rotation, first, key_0, key_1))
+    ring = widened((numel, k, size, longer, rotation, first, key_0, key_1))
     pointers = (p_grad, p_err, p_values, p_spoilt, p_nonfinite)
     if (tl.program_id(0).to(tl.int64) + 1) * TILE <= ring[0]:
         _compress_tile(*pointers, ring, factor, TILE, SLOTS, True)
@@ -243,7 +243,7 @@ def spoil_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sends NaN for what is finite in strata that are not."""
-    ring = _wide((numel, k, size, longer, rotation, first, key_0, key_1))
+    ring = widened((numel, k, size, longer, rotation, first, key_0, key_1))
     b_rank = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_spoilt = tl.load(p_spoilt + b_rank, mask=b_rank < ring[1], other=0) != 0
     if tl.max(b_spoilt.to(tl.int32), 0) > 0:
@@ -253,7 +253,7 @@ def spoil_kernel(
         b_stratum = tl.where(b_stratum >= ring[1], b_stratum - ring[1], b_stratum)
         b_nan = tl.full((BLOCK,), QUIET_NAN, tl.int32).to(tl.float32, bitcast=True)
         tl.store(p_values + b_rank, round_to(b_nan, p_values.dtype.element_ty), mask=b_spoilt)
-        tl.store(p_err + _entry(b_stratum, ring), 0.0, mask=b_spoilt)
+        tl.store(p_err + entry_of(b_stratum, ring), 0.0, mask=b_spoilt)
         count_cleared(p_nonfinite, b_spoilt)
 
 
@@ -279,7 +279,7 @@ def decompress_kernel(
 ):
     """A program owns a tile and adds the values of all ranks, row_units * 16 bytes apart, in order.
     CLEAR: out is set to zeros first; ADD: decoded values are added, else written."""
-    ring = _wide((numel, k, size, longer, rotation, first, key_0, key_1))
+    ring = widened((numel, k, size, longer, rotation, first, key_0, key_1))
     base = tl.program_id(0).to(tl.int64) * TILE
     if CLEAR:
         b_offset = tile_offsets(tl.program_id(0), TILE)
@@ -289,9 +289,9 @@ def decompress_kernel(
         else:
             tl.store(p_out + b_offset, b_zero, mask=b_offset < ring[0])
     row = tl.cast(row_units, tl.int64) * (128 // p_values.dtype.element_ty.primitive_bitwidth)
-    lowest, strata = _strata_of(base, ring, TILE)
+    lowest, strata = strata_of(base, ring, TILE)
     for start in range(0, strata, SLOTS):
-        b_element, b_rank, b_here = _entries(base, lowest, strata, start, ring, TILE, SLOTS)
+        b_element, b_rank, b_here = entries_of(base, lowest, strata, start, ring, TILE, SLOTS)
         if ADD:
             if CLEAR:
                 b_sum = tl.zeros((SLOTS,), tl.float32)
@@ -304,11 +304,6 @@ def decompress_kernel(
             b_sum = widen(tl.load(p_values + b_rank, mask=b_here, other=0.0)) * alpha
         tl.debug_barrier()  # zeros are there; and threads that do the same work have read what was
         tl.store(p_out + b_element, b_sum, mask=b_here)
-
-
-def slots_of(ring: Ring) -> int:
-    """Slots that hold the strata of a tile, where so many fit; else a program goes through them in turns."""
-    return SLOTS_FEW if min(ring.k, (TILE - 2) // ring.size + 2) <= SLOTS_FEW else SLOTS_MANY
 
 
 def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
@@ -329,7 +324,7 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
             *ring,
             compressor.factor(n),
             TILE=TILE,
-            SLOTS=slots_of(ring),
+            SLOTS=SLOTS,
             num_warps=WARPS,
             **EXACT,
         )
@@ -374,7 +369,7 @@ def _decompress(
             row_units,
             alpha,
             TILE=TILE,
-            SLOTS=slots_of(ring),
+            SLOTS=SLOTS,
             CLEAR=clear,
             ADD=add,
             num_warps=WARPS,

@@ -17,22 +17,17 @@ def variants() -> list[Variant]:
     def add(kernel: str, label: str, held: dict[str, str], **constants: object) -> None:
         made.append(Variant("random_k", "gpu", kernel, label, held, constants, gpu.WARPS))
 
-    for grad, value, slots in (
-        ("fp32", "fp32", gpu.SLOTS_FEW),
-        ("fp32", "fp32", gpu.SLOTS_MANY),
-        ("bf16", "bf16", gpu.SLOTS_FEW),
-        ("fp16", "fp16", gpu.SLOTS_MANY),
-    ):
+    for grad, value in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
         held = types | {"p_grad": f"*{grad}", "p_values": f"*{value}"}
-        add("compress_kernel", f"{grad}, {value}, {slots}", held, TILE=gpu.TILE, SLOTS=slots)
+        add("compress_kernel", f"{grad}, {value}", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS)
     held = wide | {"p_grad": "*fp32", "p_values": "*bf16"}
-    add("compress_kernel", "fp32, bf16, i64", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS_FEW)
+    add("compress_kernel", "fp32, bf16, i64", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS)
     for value in ("fp32", "bf16", "fp16"):
         add("spoil_kernel", value, types | {"p_values": f"*{value}"}, BLOCK=gpu.SPOIL_BLOCK)
         for clear, adds in ((True, False), (True, True), (False, True)):
             name = f"{'add' if adds else 'write'}{' to zeros' if clear else ''}"
             held = types | {"p_values": f"*{value}"}
             label = f"{value}, {name}"
-            constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS_MANY, "CLEAR": clear, "ADD": adds}
+            constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS, "CLEAR": clear, "ADD": adds}
             add("decompress_kernel", label, held, **constants)
     return made
