@@ -16,16 +16,10 @@ constexpr int64_t kBatch = 1024;  // strata whose numbers are drawn together
 // From this many entries on, out is written past the caches: it would not stay there.
 constexpr int64_t kPastCaches = 1 << 21;
 
-// floor(bits * length / 2^64)
-int64_t scaled(uint64_t bits, int64_t length) {
-  __extension__ using Wide = unsigned __int128;
-  return static_cast<int64_t>(static_cast<Wide>(bits) * static_cast<uint64_t>(length) >> 64);
-}
-
 uint64_t number(uint64_t seed, uint64_t i) {
   uint64_t drawn[kDrawn];
-  leaves().random_k_draw(seed, i & ~uint64_t{15}, 1, drawn);
-  return drawn[i & 15];
+  leaves().random_k_draw(seed, i / kDrawn * kDrawn, 1, drawn);
+  return drawn[i % kDrawn];
 }
 
 int64_t chosen(const Strata& s, int64_t i) {
@@ -46,8 +40,7 @@ struct Batch {
 // Calls f(batch) for the elements of `part`, in order.
 template <typename F>
 void for_each_batch(const Strata& s, Range part, F f) {
-  uint64_t drawn[kBatch + kDrawn];
-  int64_t picks[kBatch];
+  int64_t drawn[kBatch + kDrawn];
   // Where the ring is cut open, at element `rotation`, neighbours in the vector are none on the ring.
   const Range sides[2] = {{part.begin, std::min(part.end, s.rotation)},
                           {std::max(part.begin, s.rotation), part.end}};
@@ -57,19 +50,15 @@ void for_each_batch(const Strata& s, Range part, F f) {
     const int64_t last = s.of(side.end - 1 + ring);
     int64_t at = side.begin;
     for (int64_t i = s.of(side.begin + ring); i <= last;) {
-      const int64_t aligned = i / 16 * 16, stop = std::min(aligned + kBatch, last + 1);
-      leaves().random_k_draw(s.seed, static_cast<uint64_t>(aligned), stop - aligned, drawn);
-      int64_t begin = s.begin(i) - ring, count = 0;
-      for (int64_t j = i; j < stop; ++j) {
-        const int64_t length = s.length(j);
-        picks[count++] = begin + scaled(drawn[j - aligned], length);
-        begin += length;
-      }
-      const Range elements{at, std::min(begin, side.end)};
+      const int64_t aligned = i / kDrawn * kDrawn, stop = std::min(aligned + kBatch, last + 1);
+      leaves().random_k_picks(s.seed, aligned, stop - aligned, s.size, s.longer, s.begin(aligned) - ring,
+                              drawn);
+      const int64_t *picks = drawn + (i - aligned), count = stop - i;
+      const Range elements{at, std::min(s.begin(stop) - ring, side.end)};
       // Only of a stratum that another part, or the other side, has the rest of.
       const int64_t before = picks[0] < elements.begin, after = picks[count - 1] >= elements.end;
       const int64_t here = std::max<int64_t>(count - before - after, 0);
-      f(Batch{elements, ring, i, stop - i, picks + before, here, s.rank((i + before) % s.k), before});
+      f(Batch{elements, ring, i, count, picks + before, here, s.rank((i + before) % s.k), before});
       at = elements.end;
       i = stop;
     }
@@ -96,12 +85,16 @@ struct Compress {
 
   void batch(const Batch& b, Part& part) const {
     const Leaves& isa = leaves();
+    float acc[kBatch];
     bool bad[kBatch], any_bad = false;
     int64_t c = 0;
     for (int64_t at = b.elements.begin; at < b.elements.end; at += kTile) {
       const int64_t stop = std::min(at + kTile, b.elements.end);
       const bool finite = isa.random_k_add(job.grad, job.grad_dtype, job.err, at, stop);
-      for (; c < b.count && b.picks[c] < stop; ++c) part.cleared += pick(b.picks[c], b.rank + c);
+      const int64_t first = c;
+      for (; c < b.count && b.picks[c] < stop; ++c) acc[c - first] = job.err[b.picks[c]];
+      part.cleared += isa.random_k_send(acc, c - first, job.factor, job.values, D, b.rank + first);
+      for (int64_t j = first; j < c; ++j) job.err[b.picks[j]] = acc[j - first];
       if (finite) continue;
       if (!any_bad) std::fill_n(bad, b.strata, false);
       any_bad = true;
@@ -121,15 +114,6 @@ struct Compress {
         part.spoilt[part.spoilt_count++] = b.stratum + i;
       }
     }
-  }
-
-  // Sends element x as the value of this rank; returns whether its residual was cleared.
-  bool pick(int64_t x, int64_t rank) const {
-    const float acc = job.err[x];
-    const float rest = acc - store_rounded(job.values, D, rank, acc * job.factor);
-    const bool finite = key_of(rest) < kInfKey;
-    job.err[x] = finite ? rest : 0.0f;
-    return !finite;
   }
 
   // Sends element x as NaN, unless what it was sent as is not finite; returns whether its residual was

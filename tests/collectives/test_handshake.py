@@ -15,10 +15,10 @@ from gck.collectives import (
     SimulatedMember,
     all_reduce_,
     all_reduce_many_,
+    handshake,
     packed_all_reduce_,
     sparse_all_gather,
 )
-from gck.collectives import handshake
 from gck.collectives.handshake import HEADER
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError, CollectiveMismatchError

@@ -17,7 +17,7 @@ const Leaves& leaves() {
       GCK_NAME(GCK_ISA), topk_stream,     topk_maxima,         topk_collect,      topk_split,
       topk_emit,         add_to,          sparse_ascends,      sparse_move_out,   sparse_settle,
       sign_compress,     sign_decompress, chunk_topk_compress, quantize_compress, quantize_decompress,
-      random_k_draw,     random_k_add};
+      random_k_draw,     random_k_picks,  random_k_add,        random_k_send};
   return table;
 }
 

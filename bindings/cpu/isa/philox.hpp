@@ -29,12 +29,20 @@ inline Wide wide(uint32_t x) { return _mm512_set1_epi64(x); }
 inline Wide product(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
 inline Wide exclusive(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
 inline Wide upper(Wide a) { return _mm512_srli_epi64(a, 32); }
+inline Wide plus(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
+inline Wide wide64(int64_t x) { return _mm512_set1_epi64(x); }
+inline Wide lane_numbers() { return _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7); }
+inline void store_wide(void* p, Wide a) { _mm512_storeu_si512(p, a); }
 #else
 using Wide = __m256i;
 inline Wide wide(uint32_t x) { return _mm256_set1_epi64x(x); }
 inline Wide product(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
 inline Wide exclusive(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
 inline Wide upper(Wide a) { return _mm256_srli_epi64(a, 32); }
+inline Wide plus(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
+inline Wide wide64(int64_t x) { return _mm256_set1_epi64x(x); }
+inline Wide lane_numbers() { return _mm256_setr_epi64x(0, 1, 2, 3); }
+inline void store_wide(void* p, Wide a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 #endif
 
 struct Words {
@@ -88,10 +96,7 @@ inline RandomWords random_words(const Keys& keys, uint64_t counter) {
   return {_mm512_unpacklo_epi64(front, back), _mm512_unpackhi_epi64(front, back)};
 }
 
-inline void store_words(uint64_t* p, const RandomWords& words) {
-  _mm512_storeu_si512(p, words.first);
-  _mm512_storeu_si512(p + 8, words.second);
-}
+inline Wide words_at(const RandomWords& words, int64_t i) { return i ? words.second : words.first; }
 
 inline Vec to_uniform(Wide words) {
   return {_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(0x1p-24f))};
@@ -124,9 +129,7 @@ inline RandomWords random_words(const Keys& keys, uint64_t counter) {
            _mm256_unpacklo_epi64(front_b, back_b), _mm256_unpackhi_epi64(front_b, back_b)}};
 }
 
-inline void store_words(uint64_t* p, const RandomWords& words) {
-  for (int i = 0; i < 4; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 4 * i), words.quarter[i]);
-}
+inline Wide words_at(const RandomWords& words, int64_t i) { return words.quarter[i]; }
 
 inline __m256 to_uniform(Wide words) {
   return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8)), _mm256_set1_ps(0x1p-24f));
@@ -177,6 +180,13 @@ inline Draw to_uniform(const RandomWords& words) {
   return {load(uniform), load(uniform + kLanes)};
 }
 
+#endif
+
+#if defined(GCK_AVX512) || defined(GCK_AVX2)
+inline void store_words(uint64_t* p, const RandomWords& words) {
+  constexpr int64_t each = sizeof(Wide) / 8;
+  for (int64_t i = 0; i < kDraw / 2; i += each) store_wide(p + i, words_at(words, i / each));
+}
 #endif
 
 inline Draw draw(const Keys& keys, int64_t at) {
