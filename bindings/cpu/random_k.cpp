@@ -37,6 +37,9 @@ struct Batch {
   int64_t skipped;  // strata before that of the first pick: 0 or 1
 };
 
+// Tiles end at multiples of their length, so that vectors lie within lines of memory.
+int64_t tile_end(int64_t at, const Batch& b) { return std::min((at / kTile + 1) * kTile, b.elements.end); }
+
 // Calls f(batch) for the elements of `part`, in order.
 template <typename F>
 void for_each_batch(const Strata& s, Range part, F f) {
@@ -88,8 +91,8 @@ struct Compress {
     float acc[kBatch];
     bool bad[kBatch], any_bad = false;
     int64_t c = 0;
-    for (int64_t at = b.elements.begin; at < b.elements.end; at += kTile) {
-      const int64_t stop = std::min(at + kTile, b.elements.end);
+    for (int64_t at = b.elements.begin, stop; at < b.elements.end; at = stop) {
+      stop = tile_end(at, b);
       const bool finite = isa.random_k_add(job.grad, job.grad_dtype, job.err, at, stop);
       const int64_t first = c;
       for (; c < b.count && b.picks[c] < stop; ++c) acc[c - first] = job.err[b.picks[c]];
@@ -152,8 +155,9 @@ void decompress(const RandomKDecode& job, const Strata& strata, Range part) {
   alignas(64) float tile[kTile] = {};
   for_each_batch(strata, part, [&](const Batch& b) {
     int64_t c = 0;
-    for (int64_t at = b.elements.begin; at < b.elements.end; at += kTile) {
-      const int64_t stop = std::min(at + kTile, b.elements.end), first = c;
+    for (int64_t at = b.elements.begin, stop; at < b.elements.end; at = stop) {
+      stop = tile_end(at, b);
+      const int64_t first = c;
       while (c < b.count && b.picks[c] < stop) ++c;
       float* place = job.clear ? tile : job.out + at;
       for (int64_t row = 0; row < job.ranks; ++row) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from gck.kernels.random_k import gpu
+from gck.kernels.random_k.gpu_ring import RING
 from tests.kernels.aot_variant import Variant
 
 
 def variants() -> list[Variant]:
     types = {"p_err": "*fp32", "p_out": "*fp32", "p_spoilt": "*u8", "p_nonfinite": "*i64"}
-    types |= dict.fromkeys((*gpu.RING, "ranks", "row_units"), "i32")
+    types |= dict.fromkeys((*RING, "ranks", "row_units"), "i32")
     types |= {"factor": "fp32", "alpha": "fp32"}
     # As beyond 2^31 - 1 elements.
     wide = types | dict.fromkeys(("numel", "k", "rotation", "first"), "i64")

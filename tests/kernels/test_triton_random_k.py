@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.random_k import gpu
+from gck.kernels.random_k.gpu_ring import Ring, entry_of, rank_of, stratum_of, widened
 
 
 @pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
@@ -40,12 +41,12 @@ def test_tiles_and_strata(k: int, value_dtype: torch.dtype, monkeypatch: pytest.
 def places_kernel(
     p_elements, p_ranks, p_strata, numel, k, size, longer, rotation, first, key_0, key_1, block: tl.constexpr
 ):
-    ring = gpu.widened((numel, k, size, longer, rotation, first, key_0, key_1))
+    ring = widened((numel, k, size, longer, rotation, first, key_0, key_1))
     b_stratum = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    b_element = gpu.entry_of(b_stratum, ring)
+    b_element = entry_of(b_stratum, ring)
     tl.store(p_elements + b_stratum, b_element, mask=b_stratum < k)
-    tl.store(p_ranks + b_stratum, gpu.rank_of(b_stratum, ring), mask=b_stratum < k)
-    tl.store(p_strata + b_stratum, gpu.stratum_of(b_element, ring), mask=b_stratum < k)
+    tl.store(p_ranks + b_stratum, rank_of(b_stratum, ring), mask=b_stratum < k)
+    tl.store(p_strata + b_stratum, stratum_of(b_element, ring), mask=b_stratum < k)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 12])
@@ -54,7 +55,7 @@ def places_kernel(
 )
 def test_indices(n: int, k: int, seed: int) -> None:
     elements, ranks, strata = (torch.full((k,), -1, dtype=torch.int64) for _ in range(3))
-    places_kernel[(triton.cdiv(k, 64),)](elements, ranks, strata, *gpu.Ring.of(seed, n, k), block=64)
+    places_kernel[(triton.cdiv(k, 64),)](elements, ranks, strata, *Ring.of(seed, n, k), block=64)
     assert torch.equal(strata, torch.arange(k))
     assert elements[ranks.argsort()].tolist() == reference.indices(seed, n, k)
     assert torch.equal(ranks.sort().values, torch.arange(k))

@@ -10,6 +10,16 @@ template <Dtype D>
 bool add_all(const void* grad, float* err, int64_t begin, int64_t end) {
   Vec best = set1(0.0f), other = set1(0.0f);
   int64_t i = begin;
+  const auto part = [&](int64_t count) {
+    const auto some = static_cast<int>(count);
+    const Vec a = add(load_part<D>(grad, i, some), load_part<Dtype::fp32>(err, i, some));
+    store_part(err + i, a, some);
+    best = max_key(best, a);
+    i += count;
+  };
+  // Up to where a vector of err starts a line of memory.
+  const int64_t head = (kLanes - begin % kLanes) % kLanes;
+  if (head) part(head < end - begin ? head : end - begin);
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
     const Vec a = add(load_as<D>(grad, i), load(err + i));
     const Vec b = add(load_as<D>(grad, i + kLanes), load(err + i + kLanes));
@@ -18,12 +28,7 @@ bool add_all(const void* grad, float* err, int64_t begin, int64_t end) {
     best = max_key(best, a);
     other = max_key(other, b);
   }
-  for (; i < end; i += kLanes) {
-    const auto rest = static_cast<int>(end - i < kLanes ? end - i : kLanes);
-    const Vec a = add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest));
-    store_part(err + i, a, rest);
-    best = max_key(best, a);
-  }
+  while (i < end) part(end - i < kLanes ? end - i : kLanes);
   return !any_key_ge(best, other, kInfKey);
 }
 
