@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import gck
-from bench import bench_quantize, inputs
+from bench import bench_quantize, bench_random_k, inputs
 from bench.bench_topk_lists import gpt2_sizes
 from bench.machine import ROOT, describe
 from bench.measure import seconds_of
@@ -100,6 +100,10 @@ def _of_vectors(grad: Tensor, err: Tensor) -> Iterator[Look]:
     for name, options in bench_quantize.SETTINGS.items():
         options = options | {"chunk_size": bench_quantize.CHUNK_SIZE}
         yield look(f"quantize_ef_ {name}", lambda options=options: gck.quantize_ef_(grad, err, **options))
+    for ratio in bench_random_k.RATIOS:
+        yield look(
+            f"random_k_ef_ {ratio:.1%}", lambda ratio=ratio: gck.random_k_ef_(grad, err, ratio, seed=1)
+        )
     for size in (64, 256, 4096):
         yield look(f"sign_ef_ {size}", lambda size=size: gck.sign_ef_(grad, err, size))
 

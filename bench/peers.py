@@ -3,7 +3,8 @@ whose result differs from that of gck is not timed."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,21 +25,26 @@ except ImportError:
     select_k = None
 
 __all__ = [
+    "Draw",
     "PeerMismatchError",
     "cupy_topk_ef_",
     "have_cupy",
     "have_raft",
     "pack_with_torch",
+    "places_of_strata",
     "raft_topk_ef_",
+    "random_places",
     "sign_ef_peer_",
     "torch_chunk_topk",
     "torch_chunk_topk_ef_",
     "torch_quantize_ef_",
+    "torch_random_k_ef_",
     "torch_topk",
     "torch_topk_ef_",
     "torch_topk_of_",
     "verify_chunk_topk",
     "verify_quantize",
+    "verify_random_k",
     "verify_sign",
     "verify_topk",
     "verify_torch_chunk_topk",
@@ -191,6 +197,33 @@ def torch_quantize_ef_(buffers: Buffers, bits: int, chunk_size: int) -> tuple[Te
     return torch.cat(packed), torch.cat(scales)
 
 
+# (numel, k, device) -> (k,) int64 places, all different.
+Draw: TypeAlias = Callable[[int, int, torch.device], Tensor]
+
+
+def random_places(numel: int, k: int, device: torch.device) -> Tensor:
+    """The first k of a permutation, ascending: what torch has for a choice without replacement."""
+    return torch.randperm(numel, device=device)[:k].sort().values
+
+
+def places_of_strata(numel: int, k: int, device: torch.device) -> Tensor:
+    """One of each of k strata, as gck draws them, but for the turn of the ring: in as few operations as torch
+    needs."""
+    bounds = torch.arange(k + 1, device=device) * numel // k
+    lengths = bounds[1:] - bounds[:-1]
+    offsets = (torch.rand(k, device=device, dtype=torch.float64) * lengths).long()
+    return bounds[:-1] + torch.minimum(offsets, lengths - 1)
+
+
+def torch_random_k_ef_(buffers: Buffers, draw: Draw, k: int) -> tuple[Tensor, Tensor]:
+    """Error-feedback random-k composed of torch operations: (values, places)."""
+    acc = accumulate_(buffers.grad, buffers.err)
+    places = draw(acc.numel(), k, acc.device)
+    values = acc[places]
+    acc[places] = 0
+    return values, places
+
+
 def verify_topk(peer: Any, pool: Pool, k: int) -> None:
     """Same values, indices and residual, but for the choice among equal magnitudes."""
     ours, theirs = pool.apart(), pool.apart()
@@ -273,3 +306,21 @@ def verify_sign(pool: Pool, chunk_size: int) -> None:
         or not torch.allclose(ours.err, theirs.err, rtol=0, atol=SCALE_TOLERANCE * largest)
     ):
         raise PeerMismatchError(f"sign_ef_: peer and gck disagree (n={pool.n}, chunk_size={chunk_size})")
+
+
+def verify_random_k(draw: Draw, pool: Pool, k: int) -> None:
+    """k entries of acc each, wherever their places are; the rest in the residual."""
+    ours, theirs = pool.apart(), pool.apart()
+    acc = ours.grad32 + ours.err
+    payload = gck.random_k_ef_(ours.grad, ours.err, k=k, seed=1)
+    dense = gck.decompress(payload)
+    values, places = torch_random_k_ef_(theirs, draw, k)
+    for sent, at, left in (
+        (payload.values, dense.nonzero()[:, 0], ours.err),
+        (values, places, theirs.err),
+    ):
+        rest = acc.clone()
+        rest[at] = 0
+        right = torch.equal(acc[at], sent) and at.numel() == k and bool((at.diff() > 0).all())
+        if not (right and torch.equal(left, rest)):
+            raise PeerMismatchError(f"random_k_ef_: {draw.__name__} and gck disagree (n={pool.n}, k={k})")

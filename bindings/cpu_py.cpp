@@ -6,6 +6,7 @@
 
 #include "cpu/chunk_topk.hpp"
 #include "cpu/quantize.hpp"
+#include "cpu/random_k.hpp"
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
@@ -148,6 +149,33 @@ void bind_cpu(py::module_& m) {
         quantize_decompress({at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits,
                              two_levels, at<float>(out), numel, alpha, clear, add},
                             threads);
+      },
+      nogil);
+
+  m.def(
+      "random_k_compress",
+      [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, int64_t seed, float factor,
+         Address values, int value_dtype, int threads) {
+        return random_k_compress(
+            {at<void>(grad), Dtype{grad_dtype}, at<float>(err), factor, at<void>(values), Dtype{value_dtype}},
+            {numel, k, static_cast<uint64_t>(seed)}, threads);
+      },
+      nogil);
+
+  m.def(
+      "random_k_decompress",
+      [](Address values, int64_t ranks, int64_t rank_stride, int64_t k, int value_dtype, int64_t seed,
+         Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
+        random_k_decompress(
+            {at<char>(values), ranks, rank_stride, Dtype{value_dtype}, at<float>(out), alpha, clear, add},
+            {numel, k, static_cast<uint64_t>(seed)}, threads);
+      },
+      nogil);
+
+  m.def(
+      "random_k_indices",
+      [](int64_t seed, int64_t numel, int64_t k, int64_t first, int64_t count, Address out) {
+        random_k_indices({numel, k, static_cast<uint64_t>(seed)}, first, first + count, at<int64_t>(out));
       },
       nogil);
 

@@ -35,6 +35,9 @@ VERSION = 1
 ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed")
 REDUCTIONS = ("none", "avg", "sum")
 DTYPES = ("mixed", "float32", "bfloat16", "float16")
+# A compressor whose seed is part of the signature makes a new one at every step. All ranks agree on the same
+# signatures in the same order, so that all of them forget at the same call.
+MOST_AGREED = 4096
 
 
 class _Header(NamedTuple):
@@ -89,14 +92,19 @@ class Signature:
         )
 
 
-def describe(compressor: object) -> str:
+def describe(compressor: object, *, of_a_step: bool = True) -> str:
     """A compressor's configuration as text that is the same in every process.
 
     Fields that do not count in comparisons, such as the seed of a rounding, are left out: ranks may differ in
-    them, and they may be others at every step.
+    them, and they may be others at every step. Fields whose metadata say "of_a_step", such as the seed of a
+    choice, are others at every step, too, but ranks must agree on them: they are left out on request.
     """
     if dataclasses.is_dataclass(compressor):
-        fields = [field.name for field in dataclasses.fields(compressor) if field.compare]
+        fields = [
+            field.name
+            for field in dataclasses.fields(compressor)
+            if field.compare and (of_a_step or not field.metadata.get("of_a_step"))
+        ]
         options = ", ".join(f"{name}={getattr(compressor, name)!r}" for name in fields)
         return f"{type(compressor).__qualname__}({options})"
     return f"{type(compressor).__module__}.{type(compressor).__qualname__}"
@@ -137,6 +145,8 @@ def agree(transport: Transport, function: str, signature: Signature, validate: s
     send = torch.frombuffer(bytearray(own), dtype=torch.uint8)
     headers = [bytes(row.tolist()) for row in transport.all_gather_bytes(send)]
     if len(set(headers)) == 1:
+        if len(calls.agreed) >= MOST_AGREED:
+            calls.agreed.clear()
         calls.agreed.add(key)
         return
     # Ranks that lost count of each other must not differ for ever.

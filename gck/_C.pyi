@@ -108,6 +108,33 @@ def quantize_decompress(
     add: bool,
     threads: int,
 ) -> None: ...
+def random_k_compress(
+    grad: int,
+    grad_dtype: int,
+    err: int,
+    numel: int,
+    k: int,
+    seed: int,
+    factor: float,
+    values: int,
+    value_dtype: int,
+    threads: int,
+) -> int: ...
+def random_k_decompress(
+    values: int,
+    ranks: int,
+    rank_stride: int,
+    k: int,
+    value_dtype: int,
+    seed: int,
+    out: int,
+    numel: int,
+    alpha: float,
+    clear: bool,
+    add: bool,
+    threads: int,
+) -> None: ...
+def random_k_indices(seed: int, numel: int, k: int, first: int, count: int, out: int) -> None: ...
 def sign_compress(
     grad: int,
     grad_dtype: int,

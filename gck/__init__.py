@@ -11,6 +11,7 @@ from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
 from gck.integrations import ddp
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from gck.ops import (
@@ -20,11 +21,13 @@ from gck.ops import (
     decompress_add_,
     quantize,
     quantize_ef_,
+    random_k,
+    random_k_ef_,
     sign_ef_,
     topk,
     topk_ef_,
 )
-from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SparseGrad
+from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 
 __version__ = "0.1.0"
 
@@ -38,6 +41,8 @@ __all__ = [
     "Payload",
     "Quantize",
     "Quantized",
+    "RandomK",
+    "SeededValues",
     "Sign",
     "SimulatedGroup",
     "SparseGrad",
@@ -52,6 +57,8 @@ __all__ = [
     "packed_all_reduce_",
     "quantize",
     "quantize_ef_",
+    "random_k",
+    "random_k_ef_",
     "shard_numel",
     "sign_ef_",
     "sparse_all_gather",

@@ -24,6 +24,7 @@ REGISTRY = {
     "sign": "gck.kernels.sign:Sign",
     "chunk_topk": "gck.kernels.chunk_topk:ChunkTopK",
     "quantize": "gck.kernels.quantize:Quantize",
+    "random_k": "gck.kernels.random_k:RandomK",
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck.wire import layout_of
 
-__all__ = ["ChunkSparse", "PackedSigns", "Payload", "Quantized", "SparseGrad"]
+__all__ = ["ChunkSparse", "PackedSigns", "Payload", "Quantized", "SeededValues", "SparseGrad"]
 
 
 class SparseGrad(NamedTuple):
@@ -160,7 +160,36 @@ class Quantized(NamedTuple):
         return layout_of(*self.fields).nbytes
 
 
-Payload: TypeAlias = SparseGrad | PackedSigns | ChunkSparse | Quantized
+class SeededValues(NamedTuple):
+    """Entries of a vector at k places that follow from (seed, numel, k): see docs/kernels/random_k.md.
+
+    Attributes:
+        values: (k,) fp32, bf16 or fp16, in the order of their indices; 1 <= k <= numel, 0 if numel is 0.
+        seed: an int in [-2**63, 2**63). It does not travel: a receiver knows it.
+        numel: number of elements of the dense vector.
+    """
+
+    values: Tensor
+    seed: int
+    numel: int
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "random_k"
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return (self.values,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        return layout_of(*self.fields).nbytes
+
+
+Payload: TypeAlias = SparseGrad | PackedSigns | ChunkSparse | Quantized | SeededValues
 
 INDEX_LIMIT = 2**31 - 1
 

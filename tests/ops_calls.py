@@ -15,6 +15,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "sign_ef_": lambda g, e: gck.sign_ef_(g, e, 64),
     "chunk_topk_ef_": lambda g, e: gck.chunk_topk_ef_(g, e, 64, 4, value_bits=2),
     "quantize_ef_": lambda g, e: gck.quantize_ef_(g, e, 4, 64, "stochastic", 5),
+    "random_k_ef_": lambda g, e: gck.random_k_ef_(g, e, 0.01, seed=5),
 }
 
 

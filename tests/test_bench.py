@@ -70,6 +70,7 @@ def test_writes_table_json_and_chart(report: dict[str, Any], run: Any) -> None:
         "sign_ef_",
         "chunk_topk_ef_",
         "quantize_ef_",
+        "random_k_ef_",
         "torch composition",
         "torch + packbits",
         "x fp32 floor",
@@ -95,7 +96,7 @@ def test_machine_is_described(report: dict[str, Any]) -> None:
 
 def test_numbers_follow_from_samples(report: dict[str, Any]) -> None:
     ours = {(r["kernel"], r["grad_dtype"]) for r in report["records"] if r["implementation"] == "gck"}
-    kernels = ("topk_ef_", "sign_ef_", "chunk_topk_ef_", "quantize_ef_")
+    kernels = ("topk_ef_", "sign_ef_", "chunk_topk_ef_", "quantize_ef_", "random_k_ef_")
     assert ours >= {(kernel, dtype) for kernel in kernels for dtype in ("fp32", "bf16")}
     assert ours >= {("decompress", "fp32"), ("decompress_add_", "fp32")}
     assert {r["topic"] for r in report["records"]} == TOPICS
@@ -273,6 +274,24 @@ def test_verification_notices_wrong_codes(
     monkeypatch.setattr(peers, "torch_quantize_ef_", wrong)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         peers.verify_quantize(small_pool, 4, 64)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_verification_notices_wrong_places(
+    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for draw in (peers.random_places, peers.places_of_strata):
+        peers.verify_random_k(draw, small_pool, 50)
+    right = peers.torch_random_k_ef_
+
+    def wrong(buffers: Buffers, *rest: Any) -> Any:
+        result = right(buffers, *rest)
+        result[part][-1] -= 1
+        return result
+
+    monkeypatch.setattr(peers, "torch_random_k_ef_", wrong)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers.verify_random_k(peers.random_places, small_pool, 50)
 
 
 @pytest.mark.parametrize("taken_before", range(5))

@@ -44,6 +44,13 @@ VARIANTS: dict[str, list[Any]] = {
         gck.Quantize(2),
         gck.Quantize(2, 8192, scale="mean"),
     ],
+    "random_k": [
+        gck.RandomK(ratio=0.01),
+        gck.RandomK(ratio=0.1, seed=-3, value_dtype=torch.bfloat16),
+        gck.RandomK(k=1, seed=2**40, value_dtype=torch.float16),
+        gck.RandomK(ratio=0.7, seed=9),
+        gck.RandomK(ratio=1.0, seed=1),
+    ],
 }
 COMPRESSORS = [c for variants in VARIANTS.values() for c in variants]
 
@@ -113,7 +120,7 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
             out.inner.copy_(base)
             kernels.decompress_(compressor, out.inner, got, 0.7, True)
             alpha = torch.tensor(0.7)
-            reached = fields[1].long() if compressor.name == "topk" else slice(None)
+            reached = reached_by(compressor, fields, n)
             wanted_sum = base.cpu().clone()
             wanted_sum[reached] = wanted_sum[reached] + (alpha * dense[part])[reached]
             assert same_bytes(one_nan(out.inner), one_nan(wanted_sum).to(device))
@@ -124,6 +131,15 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
     residual = acc - dense
     assert same_bytes(new_err, torch.where(residual.isfinite(), residual, 0.0))
     assert bool(acc.isfinite().all()) or not bool(dense.isfinite().all())
+
+
+def reached_by(compressor: Any, fields: tuple[Tensor, ...], n: int) -> Any:
+    """The elements that decoding adds something to; to others, not even a zero."""
+    if compressor.name == "topk":
+        return fields[1].long()
+    if compressor.name == "random_k":
+        return torch.tensor(_reference(compressor).indices(compressor.seed, n, fields[0].numel()))
+    return slice(None)
 
 
 def part_of(compressor: Any, fields: tuple[Tensor, ...], part: slice) -> list[Tensor]:
@@ -221,6 +237,12 @@ def test_any_values(data: st.DataObject, values: list[float]) -> None:
                 k=st.integers(1, len(values)),
                 value_dtype=st.sampled_from(GRAD_DTYPES),
             ),
+            st.builds(
+                gck.RandomK,
+                k=st.integers(1, len(values)),
+                seed=st.integers(-(2**63), 2**63 - 1),
+                value_dtype=st.sampled_from(GRAD_DTYPES),
+            ),
             st.builds(gck.Sign, st.sampled_from([32, 64, 128])),
             st.builds(
                 gck.Quantize,
@@ -251,7 +273,8 @@ def test_empty(compressor: Any) -> None:
     compressor.decompress_(torch.empty(0), body[0])
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+# Not of random-k, which without a residual is another: unbiased.
+@pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if c.name != "random_k"], ids=str)
 def test_without_residual_is_the_same_as_a_residual_of_nothing(compressor: Any) -> None:
     grad, _ = make("ties", 5000, torch.float32)
     grad[grad == 0] = -0.0

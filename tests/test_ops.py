@@ -19,6 +19,8 @@ from gck.errors import (
 )
 from gck.kernels.chunk_topk import reference as chunk_topk_reference
 from gck.kernels.quantize import reference as quantize_reference
+from gck.kernels.random_k import Unbiased
+from gck.kernels.random_k import reference as random_k_reference
 from gck.kernels.sign import reference as sign_reference
 from gck.kernels.topk import reference as topk_reference
 from gck.wire import body_of
@@ -123,6 +125,30 @@ def test_quantize_ef(compressor: gck.Quantize, nbytes: int) -> None:
     assert all(same_bytes(a.flatten(), b) for a, b in zip(without.fields, wanted, strict=True))
 
 
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_random_k_ef(value_dtype: torch.dtype) -> None:
+    grad, err = pair(1001, torch.bfloat16)
+    compressor = gck.RandomK(k=100, seed=-7, value_dtype=value_dtype)
+    fields, residual, cleared = random_k_reference.compress(compressor, grad, err)
+    options = {"seed": -7, "value_dtype": value_dtype}
+    without = gck.random_k(grad, 0.0999, **options)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    payload = gck.random_k_ef_(grad, err, k=100, nonfinite=nonfinite, **options)
+    assert isinstance(payload, gck.SeededValues)
+    assert same_bytes(payload.values, fields[0])
+    assert payload[1:] == (-7, 1001)
+    assert payload.nbytes == 400 * value_dtype.itemsize // 4 + (0 if value_dtype == torch.float32 else 8)
+    assert same_bytes(err, residual)
+    assert int(nonfinite) == cleared == 0
+    dense = gck.decompress(payload)
+    assert same_bytes(dense, random_k_reference.decompress(compressor, fields, 1001))
+    assert same_bytes(gck.decompress([payload, payload]), dense + 0.0 + dense)
+    unbiased = Unbiased(k=100, seed=-7, value_dtype=value_dtype)
+    wanted, _, _ = random_k_reference.compress(unbiased, grad, torch.full((1001,), -0.0))
+    assert same_bytes(without.values, wanted[0])
+    assert not torch.equal(without.values, fields[0])
+
+
 @pytest.mark.parametrize("n", [0, 1, 31])
 def test_few_elements(n: int) -> None:
     grad, err = torch.ones(n), torch.ones(n)
@@ -138,6 +164,9 @@ def test_few_elements(n: int) -> None:
     assert int(gck.decompress(chunks).count_nonzero()) == min(n, 16)
     codes = gck.quantize_ef_(grad, err)
     assert codes.codes.numel() == -(-n // 2)
+    seeded = gck.random_k_ef_(grad, err, 0.5, seed=n)
+    assert seeded.values.numel() == -(-n // 2)
+    assert gck.decompress(seeded).shape == gck.decompress(gck.random_k(grad, k=1, seed=0)).shape == (n,)
     assert gck.decompress(codes).shape == gck.decompress(gck.quantize(grad, 2, scale="mean")).shape == (n,)
 
 
@@ -150,6 +179,7 @@ def test_error_feedback_loses_nothing() -> None:
         lambda g, e: gck.sign_ef_(g, e, 128),
         lambda g, e: gck.chunk_topk_ef_(g, e, 128, 8, value_bits=2),
         lambda g, e: gck.quantize_ef_(g, e, 2, 128),
+        lambda g, e: gck.random_k_ef_(g, e, 0.1, seed=int(g[0] * 1e6)),
     ):
         err, sent = torch.zeros(5000), torch.zeros(5000, dtype=torch.float64)
         for grad in grads:
@@ -189,6 +219,7 @@ class TestDecompress:
             gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=32),
             gck.quantize_ef_(grad, err, 4, 32),
             gck.quantize_ef_(grad, err, 2, 32, scale="mean"),
+            gck.random_k_ef_(grad, err, k=7, seed=1, value_dtype=torch.float16),
         ):
             body = body_of(*payload.fields)
             again = body_of(*(field.clone() for field in payload.fields))
@@ -245,6 +276,16 @@ class TestDecompress:
                 gck.decompress(wrong, out=out)
         with pytest.raises(ArgumentError, match='decompress: scale "mean" needs 2 bits, got 4'):
             gck.decompress(codes._replace(scale="mean"), out=out)
+        seeded = gck.random_k(torch.ones(64), k=4, seed=1)
+        for values in (torch.ones(65), torch.ones(0), torch.ones(2, 2)):
+            with pytest.raises(CorruptPayloadError, match="values does not fit 64 elements"):
+                gck.decompress(seeded._replace(values=values), out=out)
+        with pytest.raises(ArgumentError, match=r"decompress: seed must be in .* got 9223372036854775808"):
+            gck.decompress(seeded._replace(seed=2**63), out=out)
+        with pytest.raises(DtypeError, match="must hold float32, bfloat16 or float16 values, got"):
+            gck.decompress(seeded._replace(values=torch.ones(4, dtype=torch.uint8)), out=out)
+        with pytest.raises(ShapeMismatchError, match="kind, options and size of payload 0"):
+            gck.decompress([seeded, seeded._replace(seed=2)], out=out)
         with pytest.raises(ArgumentError, match="power of two"):
             gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, 33), out)
         for field in (torch.zeros(2), [0.0, 0.0], np.zeros(2, dtype=np.float32)):

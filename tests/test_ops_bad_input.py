@@ -94,6 +94,32 @@ def test_quantize_bad_options_change_nothing(options: dict[str, Any], text: str)
     assert torch.equal(err, before)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "random_k_ef_: exactly one of ratio and k must be given, got ratio=None and k=None"),
+        ({"ratio": 1.5}, r"random_k_ef_: ratio must be in \(0, 1\], got 1.5"),
+        ({"k": 1001}, "random_k_ef_: k must be at most the number of elements 1000, got 1001"),
+        (
+            {"k": 5, "seed": 2**63},
+            r"random_k_ef_: seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808",
+        ),
+        ({"k": 5, "seed": 1.0}, "random_k_ef_: seed must be an int, got float"),
+        ({"k": 5, "value_dtype": torch.int8}, "random_k_ef_: value_dtype must be float32, .* got torch.int8"),
+    ],
+    ids=["neither", "ratio", "k", "seed", "type", "value_dtype"],
+)
+def test_random_k_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    arguments = {"seed": 1, **options}
+    with pytest.raises(ArgumentError, match=f"^{text}"):
+        gck.random_k_ef_(grad, err, **arguments)
+    with pytest.raises(ArgumentError, match=f"^{text.replace('_ef_', '')}"):
+        gck.random_k(grad, **arguments)
+    assert torch.equal(err, before)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_recorded_graph(function: str) -> None:
     call = FUNCTIONS[function]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import gck
@@ -83,9 +84,18 @@ def test_opcheck() -> None:
     opcheck(ops.quantize_ef_, (grad, err, 4, 64, "stochastic", -9, "max", counter))
     opcheck(ops.quantize_ef_, (grad, err, 2, 64, "nearest", 0, "mean", None))
     opcheck(ops.quantize, (grad, 8, 32, "nearest", 0, "max"))
+    opcheck(ops.random_k_ef_, (grad, err, 10, -9, torch.float32, counter))
+    opcheck(ops.random_k_ef_, (grad, err, 10, 2**40, torch.float16, None))
+    opcheck(ops.random_k, (grad, 10, 3, torch.bfloat16))
     sparse, signs, chunks = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64), gck.chunk_topk(grad, 64, 5)
-    levels = gck.quantize(grad, 2, 64, scale="mean")
-    for payload, options in ((sparse, []), (signs, [64]), (chunks, [64, 5, 16]), (levels, [2, 64, 1])):
+    levels, seeded = gck.quantize(grad, 2, 64, scale="mean"), gck.random_k(grad, k=3, seed=-4)
+    for payload, options in (
+        (sparse, []),
+        (signs, [64]),
+        (chunks, [64, 5, 16]),
+        (levels, [2, 64, 1]),
+        (seeded, [-4]),
+    ):
         fields = [field.clone() for field in payload.fields]
         opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, options, 2.0, True))
 
@@ -100,8 +110,9 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
         signs = gck.sign_ef_(grad, err, 64)
         chunks = gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=4)
         codes = gck.quantize_ef_(grad, err, 4, 64, "stochastic", 3)
+        seeded = gck.random_k_ef_(grad, err, 0.1, seed=grad.numel())
         out = gck.decompress_add_(gck.decompress_add_(gck.decompress(sparse), chunks), codes)
-        gck.decompress_add_(out, signs, 0.5)
+        gck.decompress_add_(gck.decompress_add_(out, signs, 0.5), seeded)
         return (
             out,
             sparse.values,
@@ -111,6 +122,7 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
             chunks.scales,
             chunks.indices,
             codes.codes,
+            seeded.values,
         )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
@@ -150,6 +162,20 @@ def test_the_seed_may_change_while_compiled() -> None:
     for seed in (3, 5, 2**40, -1, -7, 12):
         wanted = gck.quantize_ef_(grad, torch.zeros(300), 4, 64, "stochastic", seed).codes
         assert torch.equal(step(grad, torch.zeros(300), seed), wanted)
+
+
+def test_the_seed_of_a_choice_may_change_without_compiling_again() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(grad: torch.Tensor, err: torch.Tensor, seed: int) -> torch.Tensor:
+        return gck.decompress(gck.random_k_ef_(grad, err, 0.1, seed=seed))
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    grad, err = pair(300)
+    for seed in (3, 5, 7, 2**40, 12):
+        wanted = step(grad, err.clone(), seed)
+        assert torch.equal(compiled(grad, err.clone(), seed), wanted)
+    assert counter.frame_count <= 2  # for the first seed, and for any
 
 
 def test_eager_calls_show_in_a_profile_and_negated_views_are_negated() -> None:

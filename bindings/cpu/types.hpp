@@ -35,6 +35,12 @@ static inline int32_t key_of(float x) {
   return key < kNanKey ? key : kNanKey;
 }
 
+// floor(number * length / 2^64): a number of 64 random bits as one below length.
+static inline int64_t scaled(uint64_t number, int64_t length) {
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<int64_t>(static_cast<Wide>(number) * static_cast<uint64_t>(length) >> 64);
+}
+
 struct Range {
   int64_t begin, end;
 };

@@ -154,7 +154,7 @@ class HookState:
             "step": self.step,
             "rank": transport.rank,
             "world_size": transport.world_size,
-            "compressor": describe(self.compressor),
+            "compressor": describe(self.compressor, of_a_step=False),
             "residuals": self.residuals.state_dict(),
         }
 
@@ -184,7 +184,10 @@ class HookState:
         transport = resolve(self.group)
         fixed: dict[str, object] = {"rank": transport.rank}
         if not reset_server:
-            fixed |= {"world_size": transport.world_size, "compressor": describe(self.compressor)}
+            fixed |= {
+                "world_size": transport.world_size,
+                "compressor": describe(self.compressor, of_a_step=False),
+            }
         for name, present in fixed.items():
             if state.get(name) != present:
                 advice = (

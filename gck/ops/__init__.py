@@ -8,6 +8,7 @@ without looking at memory and give the body its typed views. So they trace under
 from gck.ops.chunk_topk import chunk_topk, chunk_topk_ef_
 from gck.ops.decode import decompress, decompress_add_
 from gck.ops.quantize import quantize, quantize_ef_
+from gck.ops.random_k import random_k, random_k_ef_
 from gck.ops.sign import sign_ef_
 from gck.ops.topk import topk, topk_ef_
 
@@ -18,6 +19,8 @@ __all__ = [
     "decompress_add_",
     "quantize",
     "quantize_ef_",
+    "random_k",
+    "random_k_ef_",
     "sign_ef_",
     "topk",
     "topk_ef_",

@@ -15,7 +15,7 @@ from gck.kernels.common import checks
 from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register
-from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SparseGrad
+from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.wire import ALIGNMENT, body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
@@ -80,6 +80,9 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
         name, fields = "quantize", [payload.codes, payload.scales]
         check_format(function, payload.bits, payload.chunk_size, payload.scale)
         options = [payload.bits, payload.chunk_size, SCALES.index(payload.scale)]
+    elif isinstance(payload, SeededValues):
+        name, fields, options = "random_k", [payload.values], [payload.seed]
+        checks.check_seed(function, payload.seed)
     else:
         raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
     for index, field in enumerate(fields):
@@ -199,13 +202,13 @@ def _fake_decompress_sum(
 
 
 register(
-    "decompress_sum_(Tensor(a!) out, Tensor bodies, str compressor, Tensor[] fields, int[] options,"
+    "decompress_sum_(Tensor(a!) out, Tensor bodies, str compressor, Tensor[] fields, SymInt[] options,"
     " float alpha, bool accumulate) -> ()",
     _decompress_sum,
     _fake_decompress_sum,
 )
 register(
-    "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, int[] options, float alpha,"
+    "decompress_(Tensor(a!) out, str compressor, Tensor[] fields, SymInt[] options, float alpha,"
     " bool accumulate) -> ()",
     _decompress,
     _fake_decompress,

@@ -196,6 +196,13 @@ def check_ratio(function: str, ratio: object) -> float:
     return float(ratio)
 
 
+def check_seed(function: str, seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise DtypeError(f"{function}: seed must be an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"{function}: seed must be in [-2**63, 2**63), got {seed}")
+
+
 def check_alpha(function: str, alpha: object) -> float:
     # torch.compile cannot trace math.isfinite of a default argument that it made symbolic.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -math.inf < alpha < math.inf:

@@ -21,6 +21,22 @@ def key_of(seed: int) -> tuple[int, int]:
     return low, high
 
 
+def words_of(seed: int, counter: int) -> tuple[int, int, int, int]:
+    """The four words that `philox` makes of one counter, on the host."""
+    key_0, key_1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    x_0, x_1, x_2, x_3 = counter & 0xFFFFFFFF, counter >> 32, 0, 0
+    for _ in range(10):
+        p_0, p_2 = x_0 * FACTOR_0.value, x_2 * FACTOR_1.value
+        x_0, x_1, x_2, x_3 = (
+            p_2 >> 32 ^ x_1 ^ key_0,
+            p_2 & 0xFFFFFFFF,
+            p_0 >> 32 ^ x_3 ^ key_1,
+            p_0 & 0xFFFFFFFF,
+        )
+        key_0, key_1 = key_0 + KEY_STEP_0.value & 0xFFFFFFFF, key_1 + KEY_STEP_1.value & 0xFFFFFFFF
+    return x_0, x_1, x_2, x_3
+
+
 @triton.jit
 def philox(b_counter, key_0, key_1):
     """The four uint32 words of Philox4x32-10 for the int64 counters b_counter."""

@@ -132,7 +132,4 @@ def check_options(
         raise ArgumentError(f'{function}: rounding must be "nearest" or "stochastic", got {rounding!r}')
     if rounding == "stochastic" and scale == "mean":
         raise ArgumentError(f'{function}: scale "mean" needs rounding "nearest", got "stochastic"')
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise DtypeError(f"{function}: seed must be an int, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ArgumentError(f"{function}: seed must be in [-2**63, 2**63), got {seed}")
+    checks.check_seed(function, seed)

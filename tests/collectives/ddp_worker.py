@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from gck.collectives import all_reduce_
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError, CollectiveMismatchError, LayoutError, StateMismatchError
 from gck.integrations import ddp
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
@@ -243,6 +245,22 @@ def check_states_that_do_not_fit() -> None:
     assert state.step == 2
     state.load_state_dict(other, reset_server=True)
     assert all(residuals.server is None for _, residuals in state.residuals.items())
+
+
+def check_states_of_another_step() -> None:
+    """The seed of a choice is another one at every step: a state is not of one of them."""
+    model = DistributedDataParallel(network())
+    state = ddp.register(model, RandomK(ratio=0.5), algorithm="one_phase", **EVERYTHING)
+    for step in range(3):
+        state.compressor = replace(state.compressor, seed=step)
+        train(model, range(step, step + 1))
+    saved = copy.deepcopy(state.state_dict())
+    later = ddp.HookState(RandomK(ratio=0.5, seed=77), model=model)
+    later.load_state_dict(saved)
+    assert later.step == 3
+    other = ddp.HookState(RandomK(ratio=0.4), model=model)
+    with pytest.raises(StateMismatchError, match=r"belongs to compressor RandomK\(ratio=0.5"):
+        other.load_state_dict(saved)
 
 
 def check_states_of_another_rank_world_or_compressor() -> None:

@@ -17,6 +17,7 @@ from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 
@@ -53,6 +54,7 @@ def _scenarios(
         Sign(256),
         ChunkTopK(k=6, chunk_size=64, value_bits=2),
         Quantize(2, 64, "stochastic", seed=rank),  # of which ranks may have different ones
+        RandomK(ratio=0.1, seed=3, value_dtype=torch.bfloat16),  # of which they must have the same
     ):
         algorithms = ("one_phase", "auto") if compressor.shard_unit is None else ("one_phase", "two_phase")
         for algorithm in algorithms:

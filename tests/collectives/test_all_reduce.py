@@ -24,6 +24,7 @@ from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.collectives import oracle
@@ -37,6 +38,8 @@ COMPRESSORS = [
     ChunkTopK(k=16, chunk_size=128),
     Quantize(4, 64),
     Quantize(8, 32, "stochastic", seed=7),
+    RandomK(ratio=0.2, seed=5),
+    RandomK(ratio=0.4, seed=-5, value_dtype=torch.bfloat16),
 ]
 
 
@@ -292,6 +295,8 @@ def test_without_error_feedback() -> None:
         (ChunkTopK(), [1_000_000], 2, "one_phase"),
         (ChunkTopK(), [1_000_000], 3, "two_phase"),
         (ChunkTopK(value_bits=2), [10], 4, "dense"),
+        (RandomK(ratio=0.1), [10_000], 8, "one_phase"),
+        (RandomK(ratio=0.4), [10_000], 8, "dense"),
     ],
 )
 def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size: int, expected: str) -> None:
@@ -300,7 +305,15 @@ def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size
 
 @pytest.mark.parametrize(
     "compressor",
-    [TopK(ratio=0.05), TopK(ratio=0.4), Sign(32), Sign(8192), ChunkTopK(8, 64), Quantize(4, 64)],
+    [
+        TopK(ratio=0.05),
+        TopK(ratio=0.4),
+        Sign(32),
+        Sign(8192),
+        ChunkTopK(8, 64),
+        Quantize(4, 64),
+        RandomK(k=99),
+    ],
     ids=str,
 )
 def test_auto_sends_least_in_fact(compressor: Any) -> None:

@@ -15,6 +15,7 @@ from gck.collectives import (
     SimulatedMember,
     all_reduce_,
     all_reduce_many_,
+    handshake,
     packed_all_reduce_,
     sparse_all_gather,
 )
@@ -22,6 +23,7 @@ from gck.collectives.handshake import HEADER
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError, CollectiveMismatchError
 from gck.kernels.quantize import Quantize
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 
@@ -162,3 +164,38 @@ def test_the_seed_of_a_rounding_may_differ() -> None:
         assert all(torch.equal(result, results[0]) for result in results)
         sent.append(group.bytes_sent[0] - before)
     assert sent[0] > sent[1] == sent[2]
+
+
+def test_the_seed_of_a_choice_must_not_differ() -> None:
+    """Values that do not say where they belong would be added up at different places."""
+    group = SimulatedGroup(3, timeout=20)
+
+    def rank_main(member: SimulatedMember) -> None:
+        with pytest.raises(CollectiveMismatchError, match=r"rank 1 differs from most ranks in compressor"):
+            reduce(compressor=RandomK(k=60, seed=member.rank % 2))(member)
+        reduce(compressor=RandomK(k=60, seed=7))(member)
+
+    group.run(rank_main)
+
+
+def test_payloads_of_different_seeds_are_not_gathered() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        payload = gck.random_k(torch.ones(600), k=60, seed=member.rank)
+        with pytest.raises(CollectiveMismatchError, match="compressor"):
+            gck.sparse_all_gather(payload, member)
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
+
+
+def test_what_ranks_have_agreed_on_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new seed at every step is a new signature; old ones are forgotten, on all ranks at once."""
+    monkeypatch.setattr(handshake, "MOST_AGREED", 3)
+
+    def rank_main(member: SimulatedMember) -> int:
+        for step in range(8):
+            reduce(600)(member)
+            reduce(compressor=RandomK(k=60, seed=step))(member)
+        return len(member.calls.agreed)
+
+    kept = SimulatedGroup(2, timeout=20).run(rank_main)
+    assert kept[0] == kept[1] <= 3

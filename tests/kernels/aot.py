@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gck.kernels
-from tests.kernels import aot_chunk_topk, aot_quantize, aot_sign, aot_topk
+from tests.kernels import aot_chunk_topk, aot_quantize, aot_random_k, aot_sign, aot_topk
 from tests.kernels.aot_variant import Variant
 
 TARGETS = {
@@ -30,7 +30,7 @@ TARGETS = {
 
 
 def variants() -> list[Variant]:
-    modules = aot_topk, aot_sign, aot_chunk_topk, aot_quantize
+    modules = aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k
     return [variant for module in modules for variant in module.variants()]
 
 

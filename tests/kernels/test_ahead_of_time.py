@@ -41,6 +41,9 @@ BUDGETS = {
     "chunk_topk.decompress_kernel": (88, 56),
     "quantize.compress_kernel": (96, 64),
     "quantize.decompress_kernel": (96, 56),
+    "random_k.compress_kernel": (80, 48),
+    "random_k.spoil_kernel": (40, 32),
+    "random_k.decompress_kernel": (40, 40),
 }
 # Variants that need not be fast: of a vector's last tile, of tensors at any address, of 64-bit indices.
 RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}
@@ -87,6 +90,7 @@ WIDE = {
     "topk.stream_kernel[bf16, whole]": (4, 4),
     "sign.compress_kernel[fp32, 256]": (8, 4),
     "quantize.compress_kernel[fp32, 8 bits, nearest, 256]": (8, 4),
+    "random_k.compress_kernel[fp32, fp32]": (8, 4),
 }
 INSTRUCTIONS = 45  # an element, of the stream
 

@@ -29,6 +29,8 @@ COMPRESSORS = [
     gck.Quantize(8),
     gck.Quantize(4, 64, "stochastic", seed=2**40 + 5),
     gck.Quantize(2, 8192, scale="mean"),
+    gck.RandomK(ratio=0.02, seed=4),
+    gck.RandomK(k=3, seed=-4, value_dtype=torch.bfloat16),
 ]
 # Past 2**31 elements, by a few chunks of any size and an odd rest.
 HUGE = 2**31 + 3 * 8192 + 17
@@ -218,3 +220,19 @@ def test_sign_past_2_31_elements() -> None:
         dense = reference_of(compressor).decompress(compressor, fields, last - first)
         assert same_bytes(out[first:last], dense)
     assert not out.isnan().any()
+
+
+@pytest.mark.xdist_group("huge")
+def test_random_k_past_2_31_elements() -> None:
+    needs_memory(32)
+    compressor = gck.RandomK(k=10_001, seed=2**35)
+    grad = torch.empty(HUGE, dtype=torch.bfloat16, device="cuda").normal_()
+    err = torch.zeros(HUGE, device="cuda")
+    body = body_of(compressor, HUGE)
+    kernels_of(compressor).compress_(compressor, grad, err, body, None)
+    indices = torch.tensor(reference_of(compressor).indices(2**35, HUGE, 10_001), device="cuda")
+    (values,) = compressor.layout(HUGE).views(body[0])
+    assert same_bytes(values, grad[indices].float())
+    assert not err[indices].any()
+    kernels_of(compressor).decompress_(compressor, err, (values,), 1.0, True)
+    assert torch.equal(err, grad.float())

@@ -32,6 +32,8 @@ def test_public_functions_give_the_bytes_of_the_cpu(dtype: torch.dtype) -> None:
         lambda g, e: gck.chunk_topk_ef_(g, e, value_bits=2),
         lambda g, e: gck.quantize_ef_(g, e, 4, 256, "stochastic", 2**33),
         lambda g, e: gck.topk(g, k=100),
+        lambda g, e: gck.random_k_ef_(g, e, 0.01, seed=9, value_dtype=torch.bfloat16),
+        lambda g, e: gck.random_k(g, k=100, seed=9),
     ):
         wanted, got = call(grad, err), call(cuda_grad, cuda_err)
         assert all(same_bytes(a, b) for a, b in zip(got.fields, wanted.fields, strict=True))
@@ -48,6 +50,7 @@ def test_public_functions_do_not_synchronise() -> None:
         gck.decompress_add_(out, gck.sign_ef_(grad, err), 0.5)
         gck.decompress_add_(out, gck.chunk_topk_ef_(grad, err, value_bits=2))
         gck.decompress_add_(out, [gck.quantize_ef_(grad, err, 4)] * 2)
+        gck.decompress_add_(out, [gck.random_k_ef_(grad, err, 0.1, seed=3)] * 2)
 
     step()  # compiles
     with synchronisation_is_an_error():

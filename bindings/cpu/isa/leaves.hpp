@@ -102,6 +102,8 @@ struct QuantizeDecode {
   bool add;    // decoded values are added to what is there, else written over it
 };
 
+constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
+
 struct Leaves {
   const char* name;
 
@@ -139,6 +141,19 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
+  // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has
+  // room for a multiple, too.
+  void (*random_k_draw)(uint64_t seed, uint64_t first, int64_t count, uint64_t* out);
+  // What is chosen in strata [first, first + count), `first` at a multiple of kDrawn and its stratum at
+  // `begin`; those before stratum `longer` have size + 1 elements, the others `size`. `picks` has room for a
+  // multiple of kDrawn.
+  void (*random_k_picks)(uint64_t seed, int64_t first, int64_t count, int64_t size, int64_t longer,
+                         int64_t begin, int64_t* picks);
+  // err[i] += grad[i] for i in [begin, end); returns whether all of them are finite.
+  bool (*random_k_add)(const void* grad, Dtype dtype, float* err, int64_t begin, int64_t end);
+  // values[at + i] = x[i] * factor, rounded to dtype; x[i] becomes what that leaves, or 0 where it is not
+  // finite. Returns how many that are. x has room for 16 more.
+  int64_t (*random_k_send)(float* x, int64_t count, float factor, void* values, Dtype dtype, int64_t at);
 };
 
 #if defined(GCK_X86)

@@ -1,0 +1,90 @@
+"""The CPU twin of random-k: hands addresses to the compiled kernel (bindings/cpu/random_k.cpp)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gck._native import load, num_threads
+from gck.kernels.common.native import DTYPE_CODE
+
+if TYPE_CHECKING:
+    from gck.kernels.random_k import RandomK
+    from gck.wire import Layout
+
+
+def compress_(
+    compressor: RandomK, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None
+) -> None:
+    (values,) = compressor.layout(grad.numel()).fields
+    cleared = load().random_k_compress(
+        grad.data_ptr(),
+        DTYPE_CODE[grad.dtype],
+        err.data_ptr(),
+        grad.numel(),
+        values.count,
+        compressor.seed,
+        compressor.factor(grad.numel()),
+        bodies.data_ptr(),
+        DTYPE_CODE[values.dtype],
+        num_threads(),
+    )
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def decompress_(
+    compressor: RandomK, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    _decompress(compressor, out, fields[0], 1, 0, alpha, clear=not accumulate, add=accumulate)
+
+
+def decompress_sum_(
+    compressor: RandomK, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * decoded, for each row of bodies (W, layout.nbytes) in turn.
+
+    Tile by tile, so that the same few lines of `out` stay in the nearest cache while the ranks are walked.
+    """
+    (values,) = layout.views(bodies[0])
+    ranks, stride = bodies.shape[0], bodies.stride(0)
+    _decompress(compressor, out, values, ranks, stride, alpha, clear=not accumulate, add=True)
+
+
+def _decompress(
+    compressor: RandomK,
+    out: Tensor,
+    values: Tensor,
+    ranks: int,
+    rank_stride: int,
+    alpha: float,
+    *,
+    clear: bool,
+    add: bool,
+) -> None:
+    load().random_k_decompress(
+        values.data_ptr(),
+        ranks,
+        rank_stride,
+        values.numel(),
+        DTYPE_CODE[values.dtype],
+        compressor.seed,
+        out.data_ptr(),
+        out.numel(),
+        alpha,
+        clear,
+        add,
+        num_threads(),
+    )
+
+
+def indices(seed: int, numel: int, k: int, first: int = 0, count: int | None = None) -> Tensor:
+    """(count,) int64: the indices with ranks [first, first + count) among the k ascending ones.
+
+    Takes time and memory for these alone, whatever numel is.
+    """
+    out = torch.empty(k - first if count is None else count, dtype=torch.int64)
+    load().random_k_indices(seed, numel, k, first, out.numel(), out.data_ptr())
+    return out

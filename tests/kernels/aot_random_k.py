@@ -1,0 +1,34 @@
+"""Specialisations of the kernels of random-k."""
+
+from __future__ import annotations
+
+from gck.kernels.random_k import gpu
+from gck.kernels.random_k.gpu_ring import RING
+from tests.kernels.aot_variant import Variant
+
+
+def variants() -> list[Variant]:
+    types = {"p_err": "*fp32", "p_out": "*fp32", "p_spoilt": "*u8", "p_nonfinite": "*i64"}
+    types |= dict.fromkeys((*RING, "ranks", "row_units"), "i32")
+    types |= {"factor": "fp32", "alpha": "fp32"}
+    # As beyond 2^31 - 1 elements.
+    wide = types | dict.fromkeys(("numel", "k", "rotation", "first"), "i64")
+    made = []
+
+    def add(kernel: str, label: str, held: dict[str, str], **constants: object) -> None:
+        made.append(Variant("random_k", "gpu", kernel, label, held, constants, gpu.WARPS))
+
+    for grad, value in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
+        held = types | {"p_grad": f"*{grad}", "p_values": f"*{value}"}
+        add("compress_kernel", f"{grad}, {value}", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS)
+    held = wide | {"p_grad": "*fp32", "p_values": "*bf16"}
+    add("compress_kernel", "fp32, bf16, i64", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS)
+    for value in ("fp32", "bf16", "fp16"):
+        add("spoil_kernel", value, types | {"p_values": f"*{value}"}, BLOCK=gpu.SPOIL_BLOCK)
+        for clear, adds in ((True, False), (True, True), (False, True)):
+            name = f"{'add' if adds else 'write'}{' to zeros' if clear else ''}"
+            held = types | {"p_values": f"*{value}"}
+            label = f"{value}, {name}"
+            constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS, "CLEAR": clear, "ADD": adds}
+            add("decompress_kernel", label, held, **constants)
+    return made
