@@ -1,0 +1,45 @@
+"""Every Python snippet in docs/ runs, one document after the other, each from the top."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import gck
+
+DOCS = Path(__file__).parent.parent / "docs"
+ELSEWHERE = {"nccl.md"}  # needs a library: tests/nccl
+
+
+def snippets(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+DOCUMENTS = [p for p in sorted(DOCS.rglob("*.md")) if snippets(p) and p.name not in ELSEWHERE]
+
+
+def test_there_are_some() -> None:
+    assert len(DOCUMENTS) >= 4
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what a reader has at hand: a gradient, residuals, and a process group of one rank."""
+    monkeypatch.chdir(tmp_path)
+    n = 10_000
+    scope: dict[str, Any] = {"gck": gck, "torch": torch, "dataclasses": dataclasses}
+    scope |= {"grad": torch.randn(n), "err": torch.zeros(n), "x": torch.randn(n)}
+    scope |= {"server_err": torch.zeros(gck.shard_numel(n, 256, 1))}
+    scope |= {"step": 3, "rank": 0, "world_size": 1, "compressor": gck.Quantize(rounding="stochastic")}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for snippet in snippets(path):
+            exec(snippet, scope)
+    finally:
+        dist.destroy_process_group()
