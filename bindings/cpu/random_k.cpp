@@ -88,7 +88,7 @@ struct Compress {
 
   void batch(const Batch& b, Part& part) const {
     const Leaves& isa = leaves();
-    float acc[kBatch];
+    float acc[kBatch + 16] = {};  // of the picks, then what is left of them
     bool bad[kBatch], any_bad = false;
     int64_t c = 0;
     for (int64_t at = b.elements.begin, stop; at < b.elements.end; at = stop) {

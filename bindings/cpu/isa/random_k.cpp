@@ -98,20 +98,23 @@ bool random_k_add(const void* grad, Dtype dtype, float* err, int64_t begin, int6
 
 int64_t random_k_send(float* x, int64_t count, float factor, void* values, Dtype dtype, int64_t at) {
   const Vec by = set1(factor), zero = set1(0.0f);
-  int64_t cleared = 0, i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  int64_t cleared = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
     const Vec acc = load(x + i), value = canonical(mul(acc, by));
-    store_values(values, at + i, value, dtype);
+    const bool whole = count - i >= kLanes;
+    if (whole) {
+      store_values(values, at + i, value, dtype);
+    } else {
+      const int64_t width = dtype == Dtype::fp32 ? 4 : 2;
+      alignas(64) char some[4 * kLanes];
+      store_values(some, 0, value, dtype);
+      std::memcpy(static_cast<char*>(values) + (at + i) * width, some,
+                  static_cast<size_t>((count - i) * width));
+    }
     const Vec rest = sub(acc, rounded(value, dtype));
-    const Mask lost = key_ge(rest, kInfKey);
+    const Mask lost = key_ge(rest, kInfKey) & (whole ? 0xffffu : (1u << (count - i)) - 1);
     cleared += __builtin_popcount(lost);
     store(x + i, select(lost, zero, rest));
-  }
-  for (; i < count; ++i) {
-    const float rest = x[i] - store_rounded(values, dtype, at + i, x[i] * factor);
-    const bool finite = key_of(rest) < kInfKey;
-    x[i] = finite ? rest : 0.0f;
-    cleared += !finite;
   }
   return cleared;
 }
