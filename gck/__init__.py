@@ -25,6 +25,7 @@ from gck.ops import (
     topk_ef_,
 )
 from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SparseGrad
+from gck.statistics import Statistics
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Sign",
     "SimulatedGroup",
     "SparseGrad",
+    "Statistics",
     "TopK",
     "all_reduce_",
     "chunk_topk",

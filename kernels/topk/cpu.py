@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gck._native import load, num_threads
 from gck.errors import CorruptPayloadError
-from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.topk import TopK
@@ -25,6 +25,8 @@ def compress_(
     bodies: Tensor,
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
     values, indices = compressor.layout(grad.numel()).fields
     body = bodies.data_ptr()
@@ -40,6 +42,7 @@ def compress_(
         indices.dtype == torch.int64,
         0 if hint is None else hint.data_ptr(),
         num_threads(),
+        residual_options(compressor, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared

@@ -102,6 +102,14 @@ struct QuantizeDecode {
   bool add;    // decoded values are added to what is there, else written over it
 };
 
+// Elements whose sums are one number of the statistics of a residual.
+constexpr int64_t kBlock = 512;
+
+// Where the sums of consecutive blocks go: of |x|, of x * x, and how many x are not finite.
+struct BlockSums {
+  double *l1, *sq, *nonfinite;
+};
+
 struct Leaves {
   const char* name;
 
@@ -139,6 +147,11 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
+  // err[i] = clamp(decay * err[i], -clip, clip), where NaN stays; clip >= 0.
+  void (*residual_read)(float* err, int64_t count, float decay, float clip);
+  // Of grad + err; or of err alone where there is no grad, and then of squares alone. What is not finite
+  // counts as 0.
+  void (*residual_sums)(const void* grad, Dtype dtype, const float* err, int64_t count, const BlockSums& out);
 };
 
 #if defined(GCK_X86)
