@@ -12,6 +12,9 @@
 
 namespace gck {
 
+// Elements between two of its steps: so few that the hardware, which reads ahead, is always at work.
+constexpr int64_t kResidualTile = 1024;
+
 struct ResidualOptions {
   float decay = 1.0f;
   const float* clip = nullptr;   // none
@@ -84,14 +87,13 @@ struct Chunked {
 template <typename Leaf>
 int64_t compress_chunks(const Chunked& vector, const ResidualOptions& options, int64_t selected, int threads,
                         Leaf leaf) {
-  constexpr int64_t kTile = 4096;
   ResidualPass residual(vector.numel, options);
   const bool idle = residual.idle();
   const int parts = parts_for(vector.numel, threads);
   const int64_t size = vector.chunk_size, width = vector.grad_dtype == Dtype::fp32 ? 4 : 2;
   const int64_t chunks = (vector.numel + size - 1) / size;
   const int64_t unit = idle ? 1 : std::max<int64_t>(kBlock / size, 1);
-  const int64_t step = idle ? chunks : std::max<int64_t>(kTile / size, 1);
+  const int64_t step = idle ? chunks : std::max<int64_t>(kResidualTile / size, 1);
   std::vector<int64_t> cleared(static_cast<size_t>(parts));
   for_each_part(parts, [&](int t) {
     const auto [begin, end] = part_of(chunks, parts, t, unit);

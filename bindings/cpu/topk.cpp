@@ -32,8 +32,8 @@ constexpr Guess kNothing{kNanKey + 1, true, false};
 // Streams a piece whose residual is read with options, a tile at a time.
 void stream_tiles(const TopkJob& job, Piece& piece, Guess guess) {
   const int64_t size = piece.dtype == Dtype::fp32 ? 4 : 2;
-  for (int64_t at = 0; at < piece.count; at += kTile) {
-    const int64_t count = std::min(kTile, piece.count - at), listed = piece.list.count;
+  for (int64_t at = 0; at < piece.count; at += kResidualTile) {
+    const int64_t count = std::min(kResidualTile, piece.count - at), listed = piece.list.count;
     const auto* grad = static_cast<const char*>(piece.grad) + at * size;
     job.residual->before(grad, piece.dtype, piece.err + at, piece.begin + at, count);
     leaves().topk_stream(grad, piece.dtype, piece.err + at, count, guess, job.value_dtype, &piece.list);
