@@ -15,9 +15,10 @@ FIELDS = ("acc_l1", "acc_sq", "err_sq", "nonfinite", "selected")
 class Statistics(NamedTuple):
     """Five numbers of one call, on the device where it ran: nobody waits until one is read.
 
-    A call that is given one as `stats=` overwrites it. Every attribute below is a () float64 view of `values`.
-    In the norms, what is not finite counts as 0. They are sums of 512 numbers, then of 512 of these, and so on,
-    each added as a halving tree, so that every device and any number of threads gives the same bits.
+    A call that is given one as `stats=` overwrites it. Every attribute below is a () float64 view of
+    `values`. In the norms, what is not finite counts as 0. They are sums of 512 numbers, then of 512 of
+    these, and so on, each added as a halving tree, so that every device and any number of threads gives the
+    same bits.
 
     Attributes:
         values: (5,) float64: acc_l1, acc_sq, err_sq, nonfinite, selected.
@@ -44,7 +45,7 @@ class Statistics(NamedTuple):
     def err_sq(self) -> Tensor:
         """The sum of the squares of the residual that the call left.
 
-        Of top-k it is acc_sq less what was sent of it, and so exact to within 2**-45 acc_sq; and an entry that
+        """How many entries the payload has: k, those of all chunks, or all of acc where each has a code."""
         became infinite in a narrow `value_dtype`, and left nothing, counts with what it was.
         """
         return self.values[2]
@@ -63,7 +64,7 @@ class Statistics(NamedTuple):
         """acc_l1**2 / (numel * acc_sq), () float64 in [1 / numel, 1]; 0 where acc is 0.
 
         A sign compressor with one scale leaves (1 - density) of acc_sq. Source: Karimireddy et al., "Error
-        Feedback Fixes SignSGD" (ICML 2019), Lemma 8.
+        Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019), Lemma 8.
         """
         density = self.acc_l1.square() / (self.acc_sq * numel)
         return torch.where(self.acc_sq > 0, density, 0.0)

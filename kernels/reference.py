@@ -25,9 +25,7 @@ def read_residual(compressor: Any, err: Tensor, clip: Tensor | None = None) -> T
     return torch.where(residual.abs() > limit, torch.copysign(limit, residual), residual)
 
 
-def statistics(
-    acc: Tensor, err: Tensor, selected: int, sent: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def statistics(acc: Tensor, err: Tensor, selected: int, sent: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """(5,) float64; see `gck.Statistics`.
 
     Args:

@@ -153,7 +153,8 @@ def _fake_quantize(x: Tensor, bits: int, chunk_size: int, rounding: str, seed: i
 
 register(
     "quantize_ef_(Tensor grad, Tensor(a!) err, int bits, int chunk_size, str rounding, SymInt seed,"
-    " str scale, Tensor(b!)? nonfinite, float decay=1.0, Tensor? clip=None, Tensor(c!)? stats=None) -> Tensor",
+    " str scale, Tensor(b!)? nonfinite,"
+    " float decay=1.0, Tensor? clip=None, Tensor(c!)? stats=None) -> Tensor",
     _quantize_ef,
     _fake_quantize_ef,
 )

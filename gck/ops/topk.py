@@ -134,7 +134,8 @@ def topk_ef_(
         raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
     one: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint)
     if decay != 1 or clip is not None or stats is not None:
-        return _topk_ef_with(*one, decay, clip, stats)
+        options: Any = (decay, clip, stats)
+        return _topk_ef_with(*one, *options)
     return _topk_ef_one(*one)
 
 
@@ -194,7 +195,8 @@ def _topk_ef_with(
     residual = checks.residual_options(function, grad, decay, clip, stats)
     call = _topk_ef if plain(grad, err, nonfinite, hint, *residual[1:]) else torch.ops.gck.topk_ef_
     body = call(grad, err, layout.fields[0].count, value_dtype, nonfinite, hint, *residual)
-    return SparseGrad(*layout.views(body), grad.numel())
+    values, indices = layout.views(body)
+    return SparseGrad(values, indices, grad.numel())
 
 
 def topk(

@@ -5,7 +5,9 @@
 import triton
 import triton.language as tl
 
+from gck.kernels.common.gpu_statistics import store_acc_sums
 from gck.kernels.common.keys import widen
+from gck.kernels.common.residual import AS_IT_IS, read_residual
 from gck.kernels.common.tiles import columns
 from gck.kernels.topk.gpu_control import GUESS, LISTED, TIE, TIES
 
@@ -46,6 +48,12 @@ def stream_tile(
     capacity,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
+    decay=1.0,
+    p_clip=None,
+    p_sums=None,
+    n=0,
+    RESIDUAL: tl.constexpr = AS_IT_IS,
+    STATS: tl.constexpr = False,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
@@ -59,11 +67,13 @@ def stream_tile(
     p_errs = p_err + start + b_local
     # A mask that ends at just any n would make the compiler load element by element.
     if whole:
-        b_acc = widen(tl.load(p_grads)) + tl.load(p_errs)
+        b_acc = widen(tl.load(p_grads)) + read_residual(tl.load(p_errs), decay, p_clip, RESIDUAL)
     else:
         b_inside = b_local < left
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
-        b_acc += tl.load(p_errs, mask=b_inside, other=0.0)
+        b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
+    if STATS:
+        store_acc_sums(p_sums, n, start, b_acc)
     if LISTING:
         guess = tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True)
         tie = tl.load(p_control + TIE).to(tl.int32)
