@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gck
 from gck.compressor import REGISTRY, shard_numel
+from gck.kernels.reference import read_residual
 from tests.cases import CASES, GRAD_DTYPES, Guarded, make, one_nan, same_bytes
 
 VARIANTS: dict[str, list[Any]] = {
@@ -120,7 +121,7 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
             assert out.intact()
 
     # What the reference itself must satisfy, said once more without it.
-    acc = grad.float() + err
+    acc = grad.float() + read_residual(compressor, err)
     residual = acc - dense
     assert same_bytes(new_err, torch.where(residual.isfinite(), residual, 0.0))
     assert bool(acc.isfinite().all()) or not bool(dense.isfinite().all())
