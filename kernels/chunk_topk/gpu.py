@@ -24,9 +24,10 @@ from gck.kernels.chunk_topk.gpu_decode import decompress_, decompress_sum_
 from gck.kernels.chunk_topk.gpu_encode import chunk_of, clear_rest, encode
 from gck.kernels.chunk_topk.gpu_rows import select_rows
 from gck.kernels.chunk_topk.gpu_select import select_chunk
-from gck.kernels.common.gpu_statistics import finish, partial_sums, sum_stored
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.residual import residual_arguments
+from gck.kernels.common.statistics import sum_stored
 
 __all__ = ["compress_", "decompress_", "decompress_sum_"]
 

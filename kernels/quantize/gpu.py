@@ -15,12 +15,13 @@ from torch import Tensor
 
 from gck.compressor import shard_numel
 from gck.kernels.common.codes import scaled_codes, two_level_codes
-from gck.kernels.common.gpu_statistics import finish, partial_sums, store_acc_sums, store_err_sums
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, count_cleared, is_finite, magnitude_key
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import pack_codes, unpack_codes
 from gck.kernels.common.philox import key_of, uniform
 from gck.kernels.common.residual import read_residual, residual_arguments
+from gck.kernels.common.statistics import sum_read, sum_stored
 from gck.wire import Layout
 
 # Elements a warp of `compress`: up to this chunk size no reduction leaves a warp.
@@ -38,8 +39,6 @@ def _compress_group(
     p_codes,
     p_scales,
     p_nonfinite,
-    p_sums,
-    n,
     base,
     stop,
     key_0,
@@ -52,7 +51,6 @@ def _compress_group(
     TWO_LEVELS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    STATS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
@@ -90,9 +88,6 @@ def _compress_group(
     b_residual = b_acc - b_decoded
     b_cleared = b_inside & (is_finite(b_residual) == 0)
     b_residual = tl.where(b_cleared, 0.0, b_residual)
-    if STATS:
-        store_acc_sums(p_sums, n, base, b_acc)
-        store_err_sums(p_sums, n, base, b_residual if WHOLE else tl.where(b_inside, b_residual, 0.0))
     if WHOLE:
         tl.store(p_codes + b_byte, pack_codes(b_code, BITS))
         tl.store(p_err + b_offset, b_residual)
@@ -136,13 +131,15 @@ def compress_kernel(
     stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
     p_codes += i_shard * row_units * 16 + i_chunk * (CHUNK * BITS // 8)
     p_scales += i_shard * row_units * 4 + i_chunk * (2 if TWO_LEVELS else 1)
-    pointers = (p_grad, p_err, p_codes, p_scales, p_nonfinite, p_sums)
-    group = (n, base, stop, key_0, key_1, decay, p_clip)
-    kind = (CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, STATS)
+    if STATS:
+        sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
+    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, decay, p_clip)
     if base + CHUNKS * CHUNK <= stop:
-        _compress_group(*pointers, *group, *kind, True)
+        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, True)
     elif base < stop:
-        _compress_group(*pointers, *group, *kind, False)
+        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, False)
+    if STATS:
+        sum_stored(p_err + base, p_sums, n, base, tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32), False)
 
 
 @triton.jit

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gck.compressor import shard_numel
-from gck.kernels.common.gpu_statistics import finish, partial_sums, store_acc_sums, store_err_sums
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, canonical, is_finite
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import pack_bits, unpack_bits
 from gck.kernels.common.residual import read_residual, residual_arguments
+from gck.kernels.common.statistics import sum_read, sum_stored
 from gck.kernels.common.tree import halving_sum
 
 # Elements a warp of `compress`: up to this chunk size the halving tree never leaves a warp.
@@ -33,8 +34,6 @@ def _compress_group(
     p_words,
     p_scales,
     p_nonfinite,
-    p_sums,
-    n,
     base,
     stop,
     decay,
@@ -42,7 +41,6 @@ def _compress_group(
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    STATS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
@@ -76,9 +74,6 @@ def _compress_group(
     b_finite = is_finite(b_scale)
     b_residual = b_acc - tl.where(b_positive, b_scale[:, None], -b_scale[:, None])
     b_residual = tl.where(b_finite[:, None], b_residual, 0.0)
-    if STATS:
-        store_acc_sums(p_sums, n, base, b_acc)
-        store_err_sums(p_sums, n, base, b_residual if WHOLE else tl.where(b_inside, b_residual, 0.0))
     if WHOLE:
         tl.store(p_err + b_offset, b_residual)
         cleared = tl.sum(tl.where(b_finite, 0, CHUNK), 0)
@@ -116,11 +111,15 @@ def compress_kernel(
     stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
     p_words += i_shard * row_units * 4 + i_chunk * (CHUNK // 32)
     p_scales += i_shard * row_units * 4 + i_chunk
-    group = (p_grad, p_err, p_words, p_scales, p_nonfinite, p_sums, n, base, stop, decay, p_clip)
+    if STATS:
+        sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
+    group = (p_grad, p_err, p_words, p_scales, p_nonfinite, base, stop, decay, p_clip)
     if base + CHUNKS * CHUNK <= stop:
-        _compress_group(*group, CHUNKS, LEVELS, RESIDUAL, STATS, True)
+        _compress_group(*group, CHUNKS, LEVELS, RESIDUAL, True)
     elif base < stop:
-        _compress_group(*group, CHUNKS, LEVELS, RESIDUAL, STATS, False)
+        _compress_group(*group, CHUNKS, LEVELS, RESIDUAL, False)
+    if STATS:
+        sum_stored(p_err + base, p_sums, n, base, tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32), False)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from gck.kernels.common.launch import (
     registers,
 )
 from gck.kernels.common.residual import residual_arguments
+from gck.kernels.common.statistics import sum_read
 from gck.kernels.topk import gpu_guess
 from gck.kernels.topk.gpu_bracket import BRACKET_REGISTERS, BRACKET_WARPS, LINES, guess_kernel
 from gck.kernels.topk.gpu_control import (
@@ -102,16 +103,19 @@ def stream_kernel(
     The many whole tiles take fewer registers when the last one is left to a launch of its own.
     """
     i_tile = first_tile + tl.program_id(0)
+    if STATS:
+        base = i_tile.to(tl.int64) * TILE
+        sum_read(p_grad, p_err, p_sums, n, base, n, decay, p_clip, TILE, RESIDUAL)
     if WHOLE:
         stream_tile(
             *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, 0, capacity),
-            *(TILE, LISTING, decay, p_clip, p_sums, n, RESIDUAL, STATS),
+            *(TILE, LISTING, decay, p_clip, RESIDUAL),
         )
     else:
         left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
         stream_tile(
             *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
-            *(TILE, LISTING, decay, p_clip, p_sums, n, RESIDUAL, STATS),
+            *(TILE, LISTING, decay, p_clip, RESIDUAL),
         )
 
 

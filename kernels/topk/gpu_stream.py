@@ -5,7 +5,6 @@
 import triton
 import triton.language as tl
 
-from gck.kernels.common.gpu_statistics import store_acc_sums
 from gck.kernels.common.keys import widen
 from gck.kernels.common.residual import AS_IT_IS, read_residual
 from gck.kernels.common.tiles import columns
@@ -50,10 +49,7 @@ def stream_tile(
     LISTING: tl.constexpr,
     decay=1.0,
     p_clip=None,
-    p_sums=None,
-    n=0,
     RESIDUAL: tl.constexpr = AS_IT_IS,
-    STATS: tl.constexpr = False,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
@@ -72,8 +68,6 @@ def stream_tile(
         b_inside = b_local < left
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
         b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
-    if STATS:
-        store_acc_sums(p_sums, n, start, b_acc)
     if LISTING:
         guess = tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True)
         tie = tl.load(p_control + TIE).to(tl.int32)

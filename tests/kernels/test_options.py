@@ -103,16 +103,17 @@ def check(
     assert same_bytes(g.inner, grad)
     assert int(nonfinite) == 5 + wanted.cleared
     assert all(guarded.intact() for guarded in (g, e, values))
-    assert limit is None or limit.item() == torch.tensor(clip).item()
+    assert limit is None or same_bytes(limit, torch.tensor([clip]))
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_cpu(compressor: Any, case: str) -> None:
-    for i, n in enumerate((1, 511, 512, 513, 2049, 70_001)):
-        for j, (decay, clip) in enumerate(OPTIONS):
-            grad, err = make(case, n, GRAD_DTYPES[(i + j) % 3])
-            check(replace(compressor, decay=decay), "cpu", grad, err, clip)
+    turn = list(CASES).index(case)
+    for i, n in enumerate((1, 511, 512, 2049, 70_001)):
+        decay, clip = OPTIONS[(turn + i) % len(OPTIONS)]
+        grad, err = make(case, n, GRAD_DTYPES[(turn + i) % 3])
+        check(replace(compressor, decay=decay), "cpu", grad, err, clip)
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
@@ -239,7 +240,8 @@ def test_statistics_are_those_of_exact_sums(name: str, case: str) -> None:
     left = math.fsum(x * x for x in err.double().tolist())
     assert abs(float(stats.acc_l1) - l1) <= bound * l1
     assert abs(float(stats.acc_sq) - sq) <= bound * sq
-    assert abs(float(stats.err_sq) - left) <= (2 * bound + 2.0**-51) * sq if name == "topk" else bound * left
+    allowed = (2 * bound + 2.0**-51) * sq if name == "topk" else bound * left
+    assert abs(float(stats.err_sq) - left) <= allowed
     assert int(stats.nonfinite) == int((~acc.isfinite()).sum())
     selected = {"topk": 3001, "chunk_topk": (n // 64) * 4 + 4}.get(name, n)
     assert int(stats.selected) == selected
