@@ -86,7 +86,9 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
     bodies = memory[:, 16 : 16 + layout.nbytes]
     bodies.zero_()
     nonfinite = torch.full((1,), 5, dtype=torch.int64, device=device)
-    kernels.compress_(compressor, g.inner, e.inner, bodies, nonfinite)
+    # Kernels find a clip on the device, where `KernelCompressor.run` puts it.
+    options = {} if compressor.clip is None else {"clip": torch.tensor([compressor.clip], device=device)}
+    kernels.compress_(compressor, g.inner, e.inner, bodies, nonfinite, **options)
 
     assert same_bytes(g.inner, grad)
     assert same_bytes(e.inner, new_err)

@@ -162,16 +162,24 @@ def check_written(
     function: str, name: str, value: Tensor, dtype: torch.dtype, numel: int, grad: Tensor
 ) -> None:
     """`value`, which a kernel writes to, must be `numel` elements of dtype on the device of grad."""
+    check_elements(function, name, value, dtype, numel, grad)
+    # Tracing cannot ask.
+    if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
+        raise AutogradError(
+            f"{function}: {name} was made in inference mode, got a tensor that cannot be written to here"
+        )
+
+
+def check_elements(
+    function: str, name: str, value: Tensor, dtype: torch.dtype, numel: int, grad: Tensor
+) -> None:
+    """`value` must be `numel` elements of dtype on the device of grad."""
     check_tensor(function, name, value)
     if value.dtype != dtype:
         raise DtypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
     if value.numel() != numel:
         wanted = "one element" if numel == 1 else f"{numel} elements"
         raise ShapeMismatchError(f"{function}: {name} must have {wanted}, got shape {tuple(value.shape)}")
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        raise AutogradError(
-            f"{function}: {name} was made in inference mode, got a tensor that cannot be written to here"
-        )
     check_device(function, name, value, "grad", grad)
 
 
@@ -237,7 +245,7 @@ def residual_options(
         return decay, None, None
     check_residual(function, decay, None if isinstance(clip, Tensor) else clip)
     if isinstance(clip, Tensor):
-        check_scalar(function, "clip", clip, torch.float32, grad)
+        check_elements(function, "clip", clip, torch.float32, 1, grad)
         check_not_recorded(function, "clip", clip)
     elif isinstance(clip, (int, float)):
         clip = torch.full((1,), clip, dtype=torch.float32, device=grad.device)

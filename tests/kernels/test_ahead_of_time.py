@@ -68,6 +68,7 @@ LONE = (255, 176)
 SPILLED = (
     (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
     (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_80", 12),
+    (r"topk\.stream_kernel\[fp32, whole, clip, stats\]", "sm_80", 10),
     (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),
     (r"topk\.emit_kernel\[(fp32|bf16), i32, 0\.0?1\]", "sm_(90|100)", 8),
     (r"topk\.emit_kernel\[fp16, i64, .*\]", "sm_.*", 90),
