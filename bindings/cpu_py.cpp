@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -27,6 +28,15 @@ T* at(Address address) {
 using Runs = std::vector<std::tuple<Address, int, Address, int64_t>>;
 using Place = std::tuple<int64_t, Address, Address, bool>;
 
+// (decay, clip, statistics), the latter two 0 where there are none.
+using Options = std::optional<std::tuple<float, Address, Address>>;
+
+gck::ResidualOptions residual_of(const Options& options) {
+  if (!options) return {};
+  const auto [decay, clip, statistics] = *options;
+  return {decay, at<float>(clip), at<double>(statistics)};
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -38,7 +48,7 @@ void bind_cpu(py::module_& m) {
   m.def(
       "topk_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values, int value_dtype,
-         Address indices, bool wide_indices, Address hint, int threads) {
+         Address indices, bool wide_indices, Address hint, int threads, const Options& options) {
         const TopkRun run{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel};
         return topk_compress({{run},
                               numel,
@@ -48,7 +58,8 @@ void bind_cpu(py::module_& m) {
                               at<void>(indices),
                               wide_indices,
                               at<int32_t>(hint),
-                              threads});
+                              threads},
+                             residual_of(options));
       },
       nogil);
 
@@ -110,11 +121,11 @@ void bind_cpu(py::module_& m) {
       "chunk_topk_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int64_t k,
          int value_bits, int index_bits, Address bodies, int64_t row_stride, int64_t chunks_per_row,
-         int64_t scales_offset, int64_t indices_offset, int threads) {
+         int64_t scales_offset, int64_t indices_offset, int threads, const Options& options) {
         return chunk_topk_compress(
             {at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, k, value_bits, index_bits,
              at<char>(bodies), row_stride, chunks_per_row, scales_offset, indices_offset},
-            threads);
+            residual_of(options), threads);
       },
       nogil);
 
@@ -134,11 +145,11 @@ void bind_cpu(py::module_& m) {
       "quantize_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int bits,
          bool two_levels, bool stochastic, int64_t seed, Address bodies, int64_t row_stride,
-         int64_t chunks_per_row, int64_t scales_offset, int threads) {
+         int64_t chunks_per_row, int64_t scales_offset, int threads, const Options& options) {
         return quantize_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, bits,
                                   two_levels, stochastic, static_cast<uint64_t>(seed), at<char>(bodies),
                                   row_stride, chunks_per_row, scales_offset},
-                                 threads);
+                                 residual_of(options), threads);
       },
       nogil);
 
@@ -182,10 +193,11 @@ void bind_cpu(py::module_& m) {
   m.def(
       "sign_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, Address bodies,
-         int64_t row_stride, int64_t chunks_per_row, int64_t scales_offset, int threads) {
+         int64_t row_stride, int64_t chunks_per_row, int64_t scales_offset, int threads,
+         const Options& options) {
         return sign_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size,
                               at<char>(bodies), row_stride, chunks_per_row, scales_offset},
-                             threads);
+                             residual_of(options), threads);
       },
       nogil);
 

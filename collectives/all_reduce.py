@@ -214,7 +214,7 @@ def _all_reduce(
         for chosen, members in plan.items():
             some, some_states = [flat[i] for i in members], [kept[i] for i in members]
             if chosen == "dense":
-                reduced = dense(transport, some, some_states, op)
+                reduced = dense(transport, compressor, some, some_states, op)
             else:
                 bound = [bindings[i] for i in members]
                 reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)

@@ -10,17 +10,23 @@ from torch import Tensor
 from gck.collectives.average import average_
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
+from gck.compressor import Compressor, residual_of, server_of
 from gck.error_feedback import ErrorFeedback
 
 __all__ = ["dense"]
 
 
 def dense(
-    transport: Transport, grads: Sequence[Tensor], states: Sequence[ErrorFeedback | None], op: str
+    transport: Transport,
+    compressor: Compressor,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    op: str,
 ) -> list[Tensor]:
     """Reduces `grads` in one message and returns flat fp32 results; no residual is left afterwards.
 
-    Residuals that are not allocated stay so: a dense warm-up costs no memory for them.
+    Residuals are read as `compressor` would, decayed and clipped. Those that are not allocated stay so: a
+    dense warm-up costs no memory for them.
     """
     sizes = [grad.numel() for grad in grads]
     flat = torch.empty(sum(sizes), dtype=torch.float32, device=grads[0].device)
@@ -30,7 +36,7 @@ def dense(
         if state is None:
             continue
         if state.worker is not None:
-            acc.add_(state.worker_for(grad))
+            acc.add_(residual_of(compressor, state.worker_for(grad)))
         if state.server is not None and state.binding is not None:
             # The owner's residual is in units of the result: of the mean, where that was taken.
             shards = Shards.of(grad.numel(), state.binding.unit, transport.world_size)
@@ -38,6 +44,7 @@ def dense(
                 : shards.valid(transport.rank)
             ]
             part = shards.part(acc, transport.rank)
+            server = residual_of(server_of(compressor), server)
             part.add_(server, alpha=transport.world_size if op == "avg" else 1)
     transport.all_reduce(flat)
     if op == "avg":

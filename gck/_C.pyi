@@ -1,4 +1,5 @@
 # Addresses are tensor.data_ptr(); dtypes are numbered as in kernels/common/native.py.
+# options: (decay, clip, statistics), the latter two 0 where there are none.
 
 def isa() -> str: ...
 def topk_compress(
@@ -13,6 +14,7 @@ def topk_compress(
     wide_indices: bool,
     hint: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def topk_compress_flat(
     runs: list[tuple[int, int, int, int]],
@@ -59,6 +61,7 @@ def chunk_topk_compress(
     scales_offset: int,
     indices_offset: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def chunk_topk_decompress(
     values: int,
@@ -92,6 +95,7 @@ def quantize_compress(
     chunks_per_row: int,
     scales_offset: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def quantize_decompress(
     codes: int,
@@ -146,6 +150,7 @@ def sign_compress(
     chunks_per_row: int,
     scales_offset: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def sign_decompress(
     words: int,

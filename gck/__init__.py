@@ -28,6 +28,7 @@ from gck.ops import (
     topk_ef_,
 )
 from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.statistics import Statistics
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "Sign",
     "SimulatedGroup",
     "SparseGrad",
+    "Statistics",
     "TopK",
     "all_reduce_",
     "chunk_topk",

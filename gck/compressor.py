@@ -15,7 +15,15 @@ from torch import Tensor
 from gck.errors import ArgumentError
 from gck.wire import Layout
 
-__all__ = ["REGISTRY", "Compressor", "compressor_class", "decompress_sum_", "server_of", "shard_numel"]
+__all__ = [
+    "REGISTRY",
+    "Compressor",
+    "compressor_class",
+    "decompress_sum_",
+    "residual_of",
+    "server_of",
+    "shard_numel",
+]
 
 # One line a compressor: registry name -> module and class. Imported on first use, never before, so
 # that this module stays below the kernels.
@@ -116,6 +124,14 @@ def server_of(compressor: Compressor) -> Compressor:
     """
     server: Compressor = getattr(compressor, "server", compressor)
     return server
+
+
+def residual_of(compressor: Compressor, err: Tensor) -> Tensor:
+    """What `compressor` adds of a residual to a gradient: clamp(decay * err, -clip, clip) where it has
+    these options, else err itself."""
+    decay, clip = getattr(compressor, "decay", 1.0), getattr(compressor, "clip", None)
+    residual = err if decay == 1 else err * decay
+    return residual if clip is None else residual.clamp(-clip, clip)
 
 
 def compressor_class(name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gck
 from gck.compressor import REGISTRY, shard_numel
+from gck.kernels.reference import read_residual
 from tests.cases import CASES, GRAD_DTYPES, Guarded, make, one_nan, same_bytes
 
 VARIANTS: dict[str, list[Any]] = {
@@ -92,7 +93,9 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
     bodies = memory[:, 16 : 16 + layout.nbytes]
     bodies.zero_()
     nonfinite = torch.full((1,), 5, dtype=torch.int64, device=device)
-    kernels.compress_(compressor, g.inner, e.inner, bodies, nonfinite)
+    # Kernels find a clip on the device, where `KernelCompressor.run` puts it.
+    options = {} if compressor.clip is None else {"clip": torch.tensor([compressor.clip], device=device)}
+    kernels.compress_(compressor, g.inner, e.inner, bodies, nonfinite, **options)
 
     assert same_bytes(g.inner, grad)
     assert same_bytes(e.inner, new_err)
@@ -127,7 +130,7 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
             assert out.intact()
 
     # What the reference itself must satisfy, said once more without it.
-    acc = grad.float() + err
+    acc = grad.float() + read_residual(compressor, err)
     residual = acc - dense
     assert same_bytes(new_err, torch.where(residual.isfinite(), residual, 0.0))
     assert bool(acc.isfinite().all()) or not bool(dense.isfinite().all())

@@ -83,6 +83,11 @@ def test_opcheck() -> None:
     opcheck(ops.chunk_topk, (grad, 64, 5, 2))
     opcheck(ops.quantize_ef_, (grad, err, 4, 64, "stochastic", -9, "max", counter))
     opcheck(ops.quantize_ef_, (grad, err, 2, 64, "nearest", 0, "mean", None))
+    options = {"decay": 0.5, "clip": torch.tensor([0.3]), "stats": torch.zeros(5, dtype=torch.float64)}
+    opcheck(ops.topk_ef_, (grad, err, 10, torch.float32, None), options)
+    opcheck(ops.sign_ef_, (grad, err, 64, None), options)
+    opcheck(ops.chunk_topk_ef_, (grad, err, 64, 5, 16, counter), options)
+    opcheck(ops.quantize_ef_, (grad, err, 4, 64, "nearest", 0, "max", None), options)
     opcheck(ops.quantize, (grad, 8, 32, "nearest", 0, "max"))
     opcheck(ops.random_k_ef_, (grad, err, 10, -9, torch.float32, counter))
     opcheck(ops.random_k_ef_, (grad, err, 10, 2**40, torch.float16, None))
@@ -133,6 +138,22 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
         got = compiled(grad, compiled_err)
         assert all(same_bytes(a, b) for a, b in zip(got, wanted, strict=True))
         assert same_bytes(compiled_err, err)
+
+
+def test_options_compile_without_a_graph_break() -> None:
+    def step(grad: torch.Tensor, err: torch.Tensor, stats: gck.Statistics) -> tuple[torch.Tensor, ...]:
+        sparse = gck.topk_ef_(grad, err, 0.01, decay=0.5, clip=0.25, stats=stats)
+        signs = gck.sign_ef_(grad, err, 64, decay=0.9, clip=torch.full((1,), 0.5))
+        return sparse.values, signs.words, stats.density(grad.numel())
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    grad, err = pair(1000)
+    compiled_err, stats, compiled_stats = err.clone(), gck.Statistics.empty(), gck.Statistics.empty()
+    wanted = step(grad, err, stats)
+    got = compiled(grad, compiled_err, compiled_stats)
+    assert all(same_bytes(a, b) for a, b in zip(got, wanted, strict=True))
+    assert same_bytes(compiled_err, err)
+    assert same_bytes(compiled_stats.values, stats.values)
 
 
 def test_autograd_notices_the_mutation() -> None:

@@ -109,21 +109,17 @@ struct Source {
 
 }  // namespace
 
-int64_t chunk_topk_compress(const ChunkTopk& job, int threads) {
+int64_t chunk_topk_compress(const ChunkTopk& job, const ResidualOptions& options, int threads) {
   const Leaves& isa = leaves();
-  const int parts = parts_for(job.numel, threads);
-  const int64_t chunks = chunks_of(job.numel, job.chunk_size);
   std::vector<ThreadMemory> scratch;
-  for (int t = 0; t < parts; ++t) scratch.emplace_back(job.chunk_size);
-  std::vector<int64_t> cleared(static_cast<size_t>(parts));
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
-    const auto p = static_cast<size_t>(t);
-    cleared[p] = isa.chunk_topk_compress(job, scratch[p].arrays, begin, end);
-  });
-  int64_t total = 0;
-  for (int64_t c : cleared) total += c;
-  return total;
+  for (int t = 0; t < parts_for(job.numel, threads); ++t) scratch.emplace_back(job.chunk_size);
+  const int64_t rest = job.numel % job.chunk_size;
+  const int64_t selected = job.numel / job.chunk_size * job.k + std::min(rest, job.k);
+  return compress_chunks({job.grad, job.grad_dtype, job.err, job.numel, job.chunk_size}, options, selected,
+                         threads, [&](int part, int64_t begin, int64_t end) {
+                           return isa.chunk_topk_compress(job, scratch[static_cast<size_t>(part)].arrays,
+                                                          begin, end);
+                         });
 }
 
 int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads) {

@@ -2,13 +2,14 @@
 #pragma once
 
 #include "cpu/isa/leaves.hpp"
+#include "cpu/residual.hpp"
 
 namespace gck {
 
 // Fills the rows of job.bodies and leaves acc - decoded in err; returns the number of residuals cleared
 // because not finite. All memory is allocated before the first write, so that std::bad_alloc leaves err
 // as it was.
-int64_t chunk_topk_compress(const ChunkTopk& job, int threads);
+int64_t chunk_topk_compress(const ChunkTopk& job, const ResidualOptions& options, int threads);
 
 struct ChunkTopkDecode {
   // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.

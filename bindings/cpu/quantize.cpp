@@ -1,23 +1,14 @@
 #include "cpu/quantize.hpp"
 
-#include <vector>
-
 #include "cpu/threads.hpp"
 
 namespace gck {
 
-int64_t quantize_compress(const QuantizeChunks& job, int threads) {
+int64_t quantize_compress(const QuantizeChunks& job, const ResidualOptions& options, int threads) {
   const Leaves& isa = leaves();
-  const int parts = parts_for(job.numel, threads);
-  const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  std::vector<int64_t> cleared(static_cast<size_t>(parts));
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
-    cleared[static_cast<size_t>(t)] = isa.quantize_compress(job, begin, end);
-  });
-  int64_t total = 0;
-  for (int64_t c : cleared) total += c;
-  return total;
+  return compress_chunks(
+      {job.grad, job.grad_dtype, job.err, job.numel, job.chunk_size}, options, job.numel, threads,
+      [&](int, int64_t begin, int64_t end) { return isa.quantize_compress(job, begin, end); });
 }
 
 void quantize_decompress(const QuantizeDecode& job, int threads) {

@@ -2,12 +2,13 @@
 #pragma once
 
 #include "cpu/isa/leaves.hpp"
+#include "cpu/residual.hpp"
 
 namespace gck {
 
 // Fills the rows of job.bodies and leaves acc - decoded in err; returns the number of residuals cleared
 // because not finite.
-int64_t quantize_compress(const QuantizeChunks& job, int threads);
+int64_t quantize_compress(const QuantizeChunks& job, const ResidualOptions& options, int threads);
 
 // Adds or writes alpha * decoded, rank after rank.
 void quantize_decompress(const QuantizeDecode& job, int threads);

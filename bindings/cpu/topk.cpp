@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <new>
 #include <optional>
 
 #include "cpu/isa/leaves.hpp"
+#include "cpu/round.hpp"
 #include "cpu/select.hpp"
 #include "cpu/threads.hpp"
 #include "cpu/topk_emit.hpp"
@@ -28,6 +30,18 @@ constexpr int64_t kPlaceCost = 8;         // of an entry that is emitted, agains
 // Lists nothing: with ties counted every NaN is the one that gck lets out, whose key is below.
 constexpr Guess kNothing{kNanKey + 1, true, false};
 
+// Streams a piece whose residual is read with options, a tile at a time.
+void stream_tiles(const TopkJob& job, Piece& piece, Guess guess) {
+  const int64_t size = piece.dtype == Dtype::fp32 ? 4 : 2;
+  for (int64_t at = 0; at < piece.count; at += kResidualTile) {
+    const int64_t count = std::min(kResidualTile, piece.count - at), listed = piece.list.count;
+    const auto* grad = static_cast<const char*>(piece.grad) + at * size;
+    job.residual->before(grad, piece.dtype, piece.err + at, piece.begin + at, count);
+    leaves().topk_stream(grad, piece.dtype, piece.err + at, count, guess, job.value_dtype, &piece.list);
+    for (int64_t j = listed; j < piece.list.count; ++j) piece.list.indices[j] += static_cast<uint32_t>(at);
+  }
+}
+
 // What is listed has left err but for what a winner leaves; all else is acc in err.
 void stream(const TopkJob& job, std::vector<Part>& parts, const Lists& lists, Guess guess, bool first) {
   const Leaves& isa = leaves();
@@ -39,8 +53,12 @@ void stream(const TopkJob& job, std::vector<Part>& parts, const Lists& lists, Gu
     for (Piece& piece : part.pieces) {
       piece.list = {
           room.values + part.listed, room.indices + part.listed, room.capacity - part.listed, 0, 0, false};
-      isa.topk_stream(first ? piece.grad : nullptr, piece.dtype, piece.err, piece.count, guess,
-                      job.value_dtype, &piece.list);
+      if (first && job.residual) {
+        stream_tiles(job, piece, guess);
+      } else {
+        isa.topk_stream(first ? piece.grad : nullptr, piece.dtype, piece.err, piece.count, guess,
+                        job.value_dtype, &piece.list);
+      }
       part.listed += piece.list.count;
       part.ties += piece.list.ties;
       part.overflow |= piece.list.overflow;
@@ -133,6 +151,7 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
   const Lists lists(parts, job.numel, groups);
   float* next = lists.more();
   for (const Piece& piece : parts[0].pieces) {
+    if (job.residual) job.residual->before(piece.grad, piece.dtype, piece.err, piece.begin, piece.count);
     leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
     next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
   }
@@ -154,8 +173,8 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
     // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
     const Lists lists(parts, 4 * job.k + kMinSampled);
     const bool hinted = job.hint != nullptr && *job.hint > 0;
-    const Sampled first =
-        hinted ? guess_by_hint(*job.hint, job.numel, job.k) : guess_by_sample(job.runs, job.numel, job.k, 0);
+    const Sampled first = hinted ? guess_by_hint(*job.hint, job.numel, job.k)
+                                 : guess_by_sample(job.runs, job.numel, job.k, 0, job.residual);
     if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
     std::vector<TopkRun> runs = job.runs;
     for (TopkRun& run : runs) run.grad = nullptr;
@@ -169,6 +188,32 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   return selection.threshold.key;
 }
 
+// acc^2 - err^2 of the entries that were sent, by blocks of kBlock of them; of one that is not finite as it
+// travels, nothing. acc is the sum of what travels and what stays, exactly.
+void sum_sent(const TopkJob& job, std::vector<double>& sent) {
+  const bool rounds = job.value_dtype != Dtype::fp32;
+  const int parts = parts_for(job.k, job.threads);
+  for_each_part(parts, [&](int t) {
+    const auto [begin, end] = part_of(job.k, parts, t, kBlock);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      double tree[kBlock] = {};
+      for (int64_t i = 0; i < std::min(kBlock, end - first); ++i) {
+        const int64_t j = first + i;
+        const float value = load_widened(job.values, job.value_dtype, j);
+        if (!std::isfinite(value)) continue;
+        const int64_t index =
+            job.wide_indices ? static_cast<int64_t*>(job.indices)[j] : static_cast<int32_t*>(job.indices)[j];
+        const double left = rounds ? job.runs[0].err[index] : 0.0f, acc = value + left;
+        tree[i] = acc * acc - left * left;
+      }
+      for (int64_t half = kBlock / 2; half >= 1; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) tree[i] += tree[i + half];
+      }
+      sent[static_cast<size_t>(first / kBlock)] = tree[0];
+    }
+  });
+}
+
 }  // namespace
 
 int64_t topk_compress(const TopkJob& job) {
@@ -178,6 +223,20 @@ int64_t topk_compress(const TopkJob& job) {
   if (job.hint != nullptr) *job.hint = threshold;
   int64_t cleared = 0;
   for (const Part& part : parts) cleared += part.cleared;
+  return cleared;
+}
+
+int64_t topk_compress(TopkJob job, const ResidualOptions& options) {
+  ResidualPass residual(job.numel, options);
+  if (residual.idle()) return topk_compress(job);
+  job.residual = &residual;
+  std::vector<double> sent;
+  if (residual.measures()) sent = ResidualPass::blocks_of(job.k);
+  const int64_t cleared = topk_compress(job);
+  if (residual.measures()) {
+    sum_sent(job, sent);
+    residual.finish_sent(job.k, std::move(sent));
+  }
   return cleared;
 }
 

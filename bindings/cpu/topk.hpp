@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/residual.hpp"
 #include "cpu/types.hpp"
 
 namespace gck {
@@ -24,12 +25,15 @@ struct TopkJob {
   bool wide_indices;  // int64, else int32
   int32_t* hint;      // null, or the key of the last call's threshold (0: none), replaced by this one's
   int threads;
+  ResidualPass* residual = nullptr;  // of a single run; null: nothing is asked for
 };
 
 // Writes the k largest entries of grad + err, ascending by index, and leaves acc - decoded in err.
 // Returns the number of residuals cleared because not finite. The lists are allocated before the
 // first write, so that std::bad_alloc from them leaves err as it was; smaller allocations follow.
 int64_t topk_compress(const TopkJob& job);
+// The same of a single run, with what is asked for beside it.
+int64_t topk_compress(TopkJob job, const ResidualOptions& options);
 
 // The same for jobs of their own, with `threads` threads for all: large ones in turn, with all threads, small
 // ones side by side. Where memory runs out, some jobs may be done already.

@@ -77,7 +77,9 @@ class Emitter {
     float acc[kTile];
     for (int64_t at = 0; at < piece.count; at += kTile) {
       const int64_t count = std::min(kTile, piece.count - at);
-      leaves().add(static_cast<const char*>(piece.grad) + at * size, piece.dtype, piece.err + at, count, acc);
+      const auto* grad = static_cast<const char*>(piece.grad) + at * size;
+      if (job_.residual) job_.residual->before(grad, piece.dtype, piece.err + at, piece.begin + at, count);
+      leaves().add(grad, piece.dtype, piece.err + at, count, acc);
       if (job_.value_dtype != Dtype::fp32 || job_.wide_indices) {
         for (int64_t i = 0; i < count; ++i) piece.err[at + i] = put(acc[i], piece.begin + at + i);
         continue;

@@ -46,7 +46,8 @@ struct Sample {
   std::vector<uint32_t> coarse_count;  // by key >> kCoarseShift
 };
 
-Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines, int draw) {
+Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines, int draw,
+                   const ResidualPass* residual) {
   const Leaves& isa = leaves();
   Sample sample{lines, {}, {}};
   const int64_t stride = std::max<int64_t>(1, numel / kLine / lines);
@@ -77,7 +78,10 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
     if (line.grad == nullptr) {
       std::copy_n(line.err, line.length, acc);
     } else {
-      isa.add(line.grad, line.dtype, line.err, line.length, acc);
+      float err[kLine];
+      std::copy_n(line.err, line.length, err);
+      if (residual != nullptr) residual->read(err, line.length);
+      isa.add(line.grad, line.dtype, err, line.length, acc);
     }
     for (int64_t j = 0; j < kLine; ++j) {
       ++sample.coarse_count[static_cast<size_t>(key_of(acc[j]) >> kCoarseShift)];
@@ -91,8 +95,9 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
 // The sample's entry of rank f + 5 sqrt(sum of c^2) + 8, where f is the expected rank of the k-th entry and
 // c the number of entries that a line has above rank f: entries of a line are not independent, and c^2
 // measures how clustered they are. Lines are hashed, so that no period of the gradient aligns with them.
-Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int draw) {
-  const Sample sample = take_sample(runs, numel, lines_for(numel, k), draw);
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int draw,
+                        const ResidualPass* residual) {
+  const Sample sample = take_sample(runs, numel, lines_for(numel, k), draw, residual);
   const int64_t size = sample.lines * kLine;
   const double expected = static_cast<double>(k) / static_cast<double>(numel) * static_cast<double>(size);
   const auto clamped = [&](double rank) {

@@ -44,7 +44,7 @@ inline std::vector<Part> parts_of(const TopkJob& job) {
   int64_t begin = 0;  // of the run
   for (int t = 0; t < count; ++t) {
     Part& part = parts[static_cast<size_t>(t)];
-    const auto [first, last] = part_of(job.numel, count, t, 64);
+    const auto [first, last] = part_of(job.numel, count, t, kBlock);
     part.count = last - first;
     for (int64_t at = first; at < last;) {
       for (; at >= begin + run->numel; ++run) begin += run->numel;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from gck.kernels.chunk_topk import ChunkTopK, check_options
 from gck.kernels.common import checks
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import ChunkSparse
+from gck.statistics import Statistics
 
 __all__ = ["chunk_topk", "chunk_topk_ef_"]
 
@@ -22,6 +25,9 @@ def chunk_topk_ef_(
     *,
     value_bits: int = 16,
     nonfinite: Tensor | None = None,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
+    stats: Statistics | None = None,
 ) -> ChunkSparse:
     """Selects the k largest entries of every chunk of acc = grad + err; the rest stays in err.
 
@@ -39,6 +45,13 @@ def chunk_topk_ef_(
             even. 8 and 4: a multiple of max / 127 or max / 7 of the chunk's selected entries. 2: its sign
             and one of two levels, the means of the magnitudes above and below the mean.
         nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+        decay: acc = fp32(grad) + clamp(decay * err, -clip, clip): the residual is multiplied by it as it is
+            read; in (0, 1], rounded to fp32. What travels is what would if each call ended with
+            err = clamp(decay * (acc - decoded), -clip, clip).
+        clip: bound of what is added to the gradient: a number above 0, or a one-element fp32 tensor on the
+            same device, which nobody waits for, and which counts as 0 where it is not above 0. None: no
+            bound. A NaN in err stays NaN.
+        stats: a `gck.Statistics` on the same device, overwritten.
 
     Returns:
         ChunkSparse(values, scales, indices (chunks, k) uint16, numel, chunk_size, k, value_bits).
@@ -51,12 +64,14 @@ def chunk_topk_ef_(
     """
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
-            return chunk_topk_ef_(g, e, chunk_size, k, value_bits=value_bits, nonfinite=nonfinite)
+            options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
+            return chunk_topk_ef_(g, e, chunk_size, k, value_bits=value_bits, **options)
     check_options("chunk_topk_ef_", k, chunk_size, value_bits)
     compressor = _compressor(chunk_size, k, value_bits)
     compressor.check_inputs("chunk_topk_ef_", grad, err, nonfinite)
-    call = _chunk_topk_ef if plain(grad, err, nonfinite) else torch.ops.gck.chunk_topk_ef_
-    body = call(grad, err, chunk_size, k, value_bits, nonfinite)
+    residual = checks.residual_options("chunk_topk_ef_", grad, decay, clip, stats)
+    call = _chunk_topk_ef if plain(grad, err, nonfinite, *residual[1:]) else torch.ops.gck.chunk_topk_ef_
+    body = call(grad, err, chunk_size, k, value_bits, nonfinite, *residual)
     return _payload(compressor, body, grad.numel())
 
 
@@ -75,9 +90,9 @@ def chunk_topk(x: Array, chunk_size: int = 4096, k: int = 64, *, value_bits: int
     return _payload(_compressor(chunk_size, k, value_bits), body, x.numel())
 
 
-def _compressor(chunk_size: int, k: int, value_bits: int) -> ChunkTopK:
+def _compressor(chunk_size: int, k: int, value_bits: int, decay: float = 1.0) -> ChunkTopK:
     # In memory an index is a number of torch's; compressors on collectives pack them closer.
-    return ChunkTopK(k, chunk_size, value_bits, index_bits=16)
+    return ChunkTopK(k, chunk_size, value_bits, index_bits=16, decay=decay)
 
 
 def _payload(compressor: ChunkTopK, body: Tensor, numel: int) -> ChunkSparse:
@@ -92,9 +107,18 @@ def _payload(compressor: ChunkTopK, body: Tensor, numel: int) -> ChunkSparse:
 
 
 def _chunk_topk_ef(
-    grad: Tensor, err: Tensor, chunk_size: int, k: int, value_bits: int, nonfinite: Tensor | None
+    grad: Tensor,
+    err: Tensor,
+    chunk_size: int,
+    k: int,
+    value_bits: int,
+    nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
-    return compress("chunk_topk_ef_", _compressor(chunk_size, k, value_bits), grad, err, nonfinite)
+    compressor = _compressor(chunk_size, k, value_bits, decay)
+    return compress("chunk_topk_ef_", compressor, grad, err, nonfinite, clip=clip, stats=stats)
 
 
 def _chunk_topk(x: Tensor, chunk_size: int, k: int, value_bits: int) -> Tensor:
@@ -102,7 +126,15 @@ def _chunk_topk(x: Tensor, chunk_size: int, k: int, value_bits: int) -> Tensor:
 
 
 def _fake_chunk_topk_ef(
-    grad: Tensor, err: Tensor, chunk_size: int, k: int, value_bits: int, nonfinite: Tensor | None
+    grad: Tensor,
+    err: Tensor,
+    chunk_size: int,
+    k: int,
+    value_bits: int,
+    nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     return fake_body(_compressor(chunk_size, k, value_bits), grad)
 
@@ -113,7 +145,7 @@ def _fake_chunk_topk(x: Tensor, chunk_size: int, k: int, value_bits: int) -> Ten
 
 register(
     "chunk_topk_ef_(Tensor grad, Tensor(a!) err, int chunk_size, int k, int value_bits,"
-    " Tensor(b!)? nonfinite) -> Tensor",
+    " Tensor(b!)? nonfinite, float decay=1.0, Tensor? clip=None, Tensor(c!)? stats=None) -> Tensor",
     _chunk_topk_ef,
     _fake_chunk_topk_ef,
 )

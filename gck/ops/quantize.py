@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from gck.kernels.common import checks
 from gck.kernels.quantize import Quantize, check_options
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import Quantized
+from gck.statistics import Statistics
 
 __all__ = ["quantize", "quantize_ef_"]
 
@@ -24,6 +27,9 @@ def quantize_ef_(
     scale: str = "max",
     *,
     nonfinite: Tensor | None = None,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
+    stats: Statistics | None = None,
 ) -> Quantized:
     """Rounds acc = grad + err to multiples of each chunk's scale, in few bits; the rest stays in err.
 
@@ -45,6 +51,13 @@ def quantize_ef_(
             2 bits and nearest rounding: a sign and one of two levels, the means of the magnitudes above and
             below the mean.
         nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+        decay: acc = fp32(grad) + clamp(decay * err, -clip, clip): the residual is multiplied by it as it is
+            read; in (0, 1], rounded to fp32. What travels is what would if each call ended with
+            err = clamp(decay * (acc - decoded), -clip, clip).
+        clip: bound of what is added to the gradient: a number above 0, or a one-element fp32 tensor on the
+            same device, which nobody waits for, and which counts as 0 where it is not above 0. None: no
+            bound. A NaN in err stays NaN.
+        stats: a `gck.Statistics` on the same device, overwritten.
 
     Returns:
         Quantized(codes (ceil(numel * bits / 8),) uint8, scales, numel, chunk_size, bits, scale).
@@ -57,12 +70,14 @@ def quantize_ef_(
     """
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("quantize_ef_", ("err",), grad=grad, err=err) as (g, e):
-            return quantize_ef_(g, e, bits, chunk_size, rounding, seed, scale, nonfinite=nonfinite)
+            options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
+            return quantize_ef_(g, e, bits, chunk_size, rounding, seed, scale, **options)
     check_options("quantize_ef_", bits, chunk_size, rounding, seed, scale)
     compressor = Quantize(bits, chunk_size, rounding, seed, scale)
     compressor.check_inputs("quantize_ef_", grad, err, nonfinite)
-    call = _quantize_ef if plain(grad, err, nonfinite) else torch.ops.gck.quantize_ef_
-    body = call(grad, err, bits, chunk_size, rounding, seed, scale, nonfinite)
+    residual = checks.residual_options("quantize_ef_", grad, decay, clip, stats)
+    call = _quantize_ef if plain(grad, err, nonfinite, *residual[1:]) else torch.ops.gck.quantize_ef_
+    body = call(grad, err, bits, chunk_size, rounding, seed, scale, nonfinite, *residual)
     return _payload(compressor, body, grad.numel())
 
 
@@ -104,8 +119,12 @@ def _quantize_ef(
     seed: int,
     scale: str,
     nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
-    return compress("quantize_ef_", Quantize(bits, chunk_size, rounding, seed, scale), grad, err, nonfinite)
+    compressor = Quantize(bits, chunk_size, rounding, seed, scale, decay)
+    return compress("quantize_ef_", compressor, grad, err, nonfinite, clip=clip, stats=stats)
 
 
 def _quantize(x: Tensor, bits: int, chunk_size: int, rounding: str, seed: int, scale: str) -> Tensor:
@@ -121,6 +140,9 @@ def _fake_quantize_ef(
     seed: int,
     scale: str,
     nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     return fake_body(Quantize(bits, chunk_size, rounding, scale=scale), grad)
 
@@ -131,7 +153,8 @@ def _fake_quantize(x: Tensor, bits: int, chunk_size: int, rounding: str, seed: i
 
 register(
     "quantize_ef_(Tensor grad, Tensor(a!) err, int bits, int chunk_size, str rounding, SymInt seed,"
-    " str scale, Tensor(b!)? nonfinite) -> Tensor",
+    " str scale, Tensor(b!)? nonfinite,"
+    " float decay=1.0, Tensor? clip=None, Tensor(c!)? stats=None) -> Tensor",
     _quantize_ef,
     _fake_quantize_ef,
 )

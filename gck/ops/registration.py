@@ -68,7 +68,8 @@ def compress(
     body = compressor.layout(grad.numel()).empty_body(grad.device)
     bodies = body if compressor.shard_unit is None else body.unsqueeze(0)
     compressor.run(function, grad, err, bodies, nonfinite, **options)
-    torch.autograd.graph.increment_version([t for t in (err, nonfinite, *options.values()) if t is not None])
+    written = [tensor for name, tensor in options.items() if name != "clip"]
+    torch.autograd.graph.increment_version([t for t in (err, nonfinite, *written) if t is not None])
     return body
 
 

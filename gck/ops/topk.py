@@ -18,6 +18,7 @@ from gck.kernels.topk.cpu import compress_new
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
+from gck.statistics import Statistics
 from gck.wire import Layout
 
 __all__ = ["topk", "topk_ef_"]
@@ -33,6 +34,9 @@ def topk_ef_(
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
     hint: Tensor | None = None,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
+    stats: Statistics | None = None,
 ) -> SparseGrad: ...
 
 
@@ -72,6 +76,9 @@ def topk_ef_(
     nonfinite: Tensor | None = None,
     hint: Tensor | None = None,
     flat: bool = False,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
+    stats: Statistics | None = None,
 ) -> SparseGrad | list[SparseGrad]:
     """Selects the k largest entries of acc = grad + err; the rest stays in err.
 
@@ -92,6 +99,13 @@ def topk_ef_(
             sample that the threshold is guessed from. Whatever it holds, the result is the same. Not for
             lists.
         flat: for lists: select from all tensors together.
+        decay: acc = fp32(grad) + clamp(decay * err, -clip, clip): the residual is multiplied by it as it is
+            read; in (0, 1], rounded to fp32. What travels is what would if each call ended with
+            err = clamp(decay * (acc - decoded), -clip, clip).
+        clip: bound of what is added to the gradient: a number above 0, or a one-element fp32 tensor on the
+            same device, which nobody waits for, and which counts as 0 where it is not above 0. None: no
+            bound. A NaN in err stays NaN.
+        stats: a `gck.Statistics` on the same device, overwritten. decay, clip and stats are not for lists.
 
     Lists of tensors, as grad and err, are worked on in a number of launches that does not depend on their
     number. By default each tensor keeps its own k entries (`k` may then be a list), and a list of payloads
@@ -111,11 +125,19 @@ def topk_ef_(
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
+        if decay != 1 or clip is not None or stats is not None:
+            raise ArgumentError(
+                f"topk_ef_: decay, clip and stats are for single tensors, got {decay}, {clip} and {stats} "
+                "with lists"
+            )
         g, e = cast(Sequence[Array], grad), cast(Sequence[Array], err)
         return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
     if flat:
         raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
     one: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint)
+    if decay != 1 or clip is not None or stats is not None:
+        options: Any = (decay, clip, stats)
+        return _topk_ef_with(*one, *options)
     return _topk_ef_one(*one)
 
 
@@ -154,6 +176,35 @@ def _topk_ef_one(
             body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
     values, indices = layout.views(body)
     return SparseGrad(values, indices, numel)
+
+
+def _topk_ef_with(
+    grad: Array,
+    err: Array,
+    ratio: float | None,
+    k: int | None,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+    hint: Tensor | None,
+    decay: float,
+    clip: float | Tensor | None,
+    stats: Statistics | None,
+) -> SparseGrad:
+    """`_topk_ef_one` with options of the residual."""
+    function = "topk_ef_"
+    if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
+        with interop.borrowed(function, ("err",), grad=grad, err=err) as (g, e):
+            return _topk_ef_with(g, e, ratio, k, value_dtype, nonfinite, hint, decay, clip, stats)
+    check_options(function, ratio, k, value_dtype)
+    checks.check_pair(function, grad, err)
+    layout = _compressor(resolve_k(function, grad.numel(), ratio, k), value_dtype).layout(grad.numel())
+    checks.check_nonfinite(function, nonfinite, grad)
+    checks.check_scalar(function, "hint", hint, torch.int32, grad)
+    residual = checks.residual_options(function, grad, decay, clip, stats)
+    call = _topk_ef if plain(grad, err, nonfinite, hint, *residual[1:]) else torch.ops.gck.topk_ef_
+    body = call(grad, err, layout.fields[0].count, value_dtype, nonfinite, hint, *residual)
+    values, indices = layout.views(body)
+    return SparseGrad(values, indices, grad.numel())
 
 
 def topk(
@@ -204,8 +255,8 @@ def _choice(
     return compressor, compressor.layout(numel)
 
 
-def _compressor(k: int, value_dtype: torch.dtype) -> TopK:
-    return TopK(k=max(1, k), value_dtype=value_dtype)  # of an empty vector nothing is kept
+def _compressor(k: int, value_dtype: torch.dtype, decay: float = 1.0) -> TopK:
+    return TopK(k=max(1, k), value_dtype=value_dtype, decay=decay)  # of an empty vector nothing is kept
 
 
 def _topk_ef(
@@ -215,8 +266,12 @@ def _topk_ef(
     value_dtype: torch.dtype,
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
-    return compress("topk_ef_", _compressor(k, value_dtype), grad, err, nonfinite, hint=hint)
+    compressor = _compressor(k, value_dtype, decay)
+    return compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint, clip=clip, stats=stats)
 
 
 def _topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:
@@ -230,6 +285,9 @@ def _fake_topk_ef(
     value_dtype: torch.dtype,
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     return fake_body(_compressor(k, value_dtype), grad)
 
@@ -240,7 +298,7 @@ def _fake_topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:
 
 register(
     "topk_ef_(Tensor grad, Tensor(a!) err, SymInt k, ScalarType value_dtype, Tensor(b!)? nonfinite,"
-    " Tensor(c!)? hint=None) -> Tensor",
+    " Tensor(c!)? hint=None, float decay=1.0, Tensor? clip=None, Tensor(d!)? stats=None) -> Tensor",
     _topk_ef,
     _fake_topk_ef,
 )

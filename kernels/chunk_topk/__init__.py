@@ -48,22 +48,26 @@ class ChunkTopK(KernelCompressor):
         value_bits: 32 (fp32), 16 (bf16), 8 or 4 (codes times one scale a chunk), 2 (sign and one of two
             levels a chunk).
         index_bits: 16, or 12 where chunk_size is at most 4096. None: the smaller that fits.
+        decay, clip: of residuals, as they are read; see `gck.chunk_topk_ef_`.
 
     Raises:
         ArgumentError: an option is out of range.
-        DtypeError: an option is no int.
+        DtypeError: an option is of the wrong type.
     """
 
     k: int = 64
     chunk_size: int = 4096
     value_bits: int = 16
     index_bits: int | None = None
+    decay: float = 1.0
+    clip: float | None = None
 
     name: ClassVar[str] = "chunk_topk"
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_options("ChunkTopK", self.k, self.chunk_size, self.value_bits, self.index_bits)
+        checks.check_residual("ChunkTopK", self.decay, self.clip)
 
     @property
     def shard_unit(self) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gck._native import load, num_threads
 from gck.compressor import shard_numel
 from gck.errors import CorruptPayloadError
-from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.chunk_topk import ChunkTopK
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def compress_(
-    compressor: ChunkTopK, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None
+    compressor: ChunkTopK,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
     shard = shard_numel(grad.numel(), compressor.chunk_size, bodies.shape[0])
     _, scales, indices = compressor.layout(shard).fields
@@ -36,6 +42,7 @@ def compress_(
         scales.offset,
         indices.offset,
         num_threads(),
+        residual_options(compressor, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared

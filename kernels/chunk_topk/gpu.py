@@ -24,7 +24,10 @@ from gck.kernels.chunk_topk.gpu_decode import decompress_, decompress_sum_
 from gck.kernels.chunk_topk.gpu_encode import chunk_of, clear_rest, encode
 from gck.kernels.chunk_topk.gpu_rows import select_rows
 from gck.kernels.chunk_topk.gpu_select import select_chunk
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.residual import residual_arguments
+from gck.kernels.common.statistics import sum_stored
 
 __all__ = ["compress_", "decompress_", "decompress_sum_"]
 
@@ -48,9 +51,12 @@ def compress_kernel(
     p_scales,
     p_indices,
     p_nonfinite,
+    p_sums,
     n,
     shard_chunks,
     row_units,
+    decay,
+    p_clip,
     K: tl.constexpr,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -61,6 +67,8 @@ def compress_kernel(
     SLOT_LEVELS: tl.constexpr,
     PART: tl.constexpr,
     STEP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """A program compresses CHUNKS chunks of 2**LEVELS elements, a row each; or one
     alone. Positions, of all shards in one array, have room for CAPACITY a chunk, and for K."""
@@ -79,18 +87,23 @@ def compress_kernel(
     if left > 0:
         if CHUNKS == 1:
             wanted, wild = select_chunk(
-                p_grad, p_err, p_position, left, K, LEVELS, GROUPS, CAPACITY, PART, STEP
+                *(p_grad, p_err, p_position, left, decay, p_clip),
+                *(K, LEVELS, GROUPS, CAPACITY, PART, STEP, RESIDUAL),
             )
             b_wanted = tl.zeros((1,), tl.int32) + wanted
         elif left == CHUNKS * CHUNK:
             b_wanted, wild = select_rows(
-                p_grad, p_err, p_position, left, K, CHUNKS, LEVELS, GROUPS, STRIDE, True
+                *(p_grad, p_err, p_position, left, decay, p_clip),
+                *(K, CHUNKS, LEVELS, GROUPS, STRIDE, RESIDUAL, True),
             )
         else:
             b_wanted, wild = select_rows(
-                p_grad, p_err, p_position, left, K, CHUNKS, LEVELS, GROUPS, STRIDE, False
+                *(p_grad, p_err, p_position, left, decay, p_clip),
+                *(K, CHUNKS, LEVELS, GROUPS, STRIDE, RESIDUAL, False),
             )
         tl.debug_barrier()
+        if STATS:
+            sum_stored(p_err, p_sums, n, i_first * CHUNK, left, True)
         encode(
             p_err,
             p_position,
@@ -109,9 +122,13 @@ def compress_kernel(
         if wild:
             tl.debug_barrier()
             clear_rest(p_err, p_nonfinite, left, STEP)
+        if STATS:
+            sum_stored(p_err, p_sums, n, i_first * CHUNK, left, False)
 
 
-def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
+def compress_options(
+    compressor: Any, residual: int = 0, *, stats: bool = False
+) -> tuple[dict[str, Any], int]:
     """(compile-time values, warps) of `compress_kernel`."""
     chunk, slots = compressor.chunk_size, triton.next_power_of_2(compressor.k)
     # Many entries need threads as well as many elements do.
@@ -135,18 +152,30 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
         "SLOT_LEVELS": max(slots, 8).bit_length() - 1,
         "PART": min(LONE_PART if warps == 1 else WARP_PART * warps, chunk),
         "STEP": WARP_STEP * warps,
+        "RESIDUAL": residual,
+        "STATS": stats,
     }
     return options, warps
 
 
-def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+def compress_(
+    compressor: Any,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
     n, chunk, k, shards = grad.numel(), compressor.chunk_size, compressor.k, bodies.shape[0]
     shard = shard_numel(n, chunk, shards)
     shard_chunks = compressor.chunks(shard)
     _, scales, indices = compressor.layout(shard).fields
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
-    options, num_warps = compress_options(compressor)
+    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    sums = partial_sums(err, stats)
+    options, num_warps = compress_options(compressor, residual, stats=stats is not None)
     positions = shards * shard_chunks * max(k, options["CAPACITY"])
     arguments = (
         grad,
@@ -156,11 +185,16 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
         bodies[:, scales.offset :].view(torch.float32),
         bodies[:, indices.offset :].view(torch.uint8 if compressor.packs_indices else torch.int16),
         nonfinite,
+        sums,
         n,
         shard_chunks,
         bodies.stride(0) // 16,
+        decay,
+        p_clip,
     )
     with launching_on(grad):
         compress_kernel[(triton.cdiv(shard_chunks, options["CHUNKS"]), shards)](
             *arguments, **options, num_warps=num_warps, **EXACT
         )
+    if stats is not None:
+        finish(sums, stats, n // chunk * k + min(n % chunk, k))

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from gck.kernels.chunk_topk.gpu_rank import halve, ranked
 from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key
+from gck.kernels.common.residual import read_residual
 
 
 @triton.jit
@@ -24,11 +25,14 @@ def select_rows(
     p_err,
     p_position,
     left,
+    decay,
+    p_clip,
     K: tl.constexpr,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     STRIDE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Moves acc of CHUNKS chunks, of which `left` elements exist, to err; writes the positions of the
@@ -39,14 +43,16 @@ def select_rows(
     b_offset = b_row[:, None] * CHUNK + b_local
     # Only the keys stay in registers: what is selected is read back.
     if WHOLE:
-        b_acc = accumulate(tl.load(p_grad + b_offset), tl.load(p_err + b_offset))
+        b_err = read_residual(tl.load(p_err + b_offset), decay, p_clip, RESIDUAL)
+        b_acc = accumulate(tl.load(p_grad + b_offset), b_err)
         tl.store(p_err + b_offset, b_acc)
         b_key = magnitude_key(b_acc)
         b_wanted = tl.full((CHUNKS,), K, tl.int32)
     else:
         b_inside = b_offset < left
         b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
-        b_acc = accumulate(b_grad, tl.load(p_err + b_offset, mask=b_inside, other=0.0))
+        b_err = tl.load(p_err + b_offset, mask=b_inside, other=0.0)
+        b_acc = accumulate(b_grad, read_residual(b_err, decay, p_clip, RESIDUAL))
         tl.store(p_err + b_offset, b_acc, mask=b_inside)
         b_key = tl.where(b_inside, magnitude_key(b_acc), -1)
         b_wanted = tl.minimum(tl.maximum(left - b_row * CHUNK, 0), K)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from gck.kernels.chunk_topk.gpu_rank import halve, ranked
 from gck.kernels.common.keys import INFINITY, QUIET_NAN, magnitude_key, widen
+from gck.kernels.common.residual import read_residual
 from gck.kernels.common.tiles import columns
 
 MAX_SCAN = tl.constexpr(2048)
@@ -43,21 +44,25 @@ def _find_floor(b_most, most, wanted):
 
 
 @triton.jit
-def _accumulate_rows(p_grad, p_err, SIZE: tl.constexpr, PART: tl.constexpr):
+def _accumulate_rows(
+    p_grad, p_err, decay, p_clip, SIZE: tl.constexpr, PART: tl.constexpr, RESIDUAL: tl.constexpr
+):
     """Moves SIZE elements of acc to err, PART at a time; returns the largest key of each row of 4."""
     if SIZE > PART:
-        b_lower = _accumulate_rows(p_grad, p_err, SIZE // 2, PART)
-        b_upper = _accumulate_rows(p_grad + SIZE // 2, p_err + SIZE // 2, SIZE // 2, PART)
+        HALF: tl.constexpr = SIZE // 2
+        b_lower = _accumulate_rows(p_grad, p_err, decay, p_clip, HALF, PART, RESIDUAL)
+        b_upper = _accumulate_rows(p_grad + HALF, p_err + HALF, decay, p_clip, HALF, PART, RESIDUAL)
         return tl.reshape(tl.permute(tl.join(b_lower, b_upper), (1, 0)), (SIZE // 4,))
     else:
         b_local = tl.arange(0, SIZE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        b_acc = widen(tl.load(p_grad + b_local)) + tl.load(p_err + b_local)
+        b_err = read_residual(tl.load(p_err + b_local), decay, p_clip, RESIDUAL)
+        b_acc = widen(tl.load(p_grad + b_local)) + b_err
         tl.store(p_err + b_local, b_acc)
         return tl.minimum(tl.max(magnitude_key(b_acc), 1), QUIET_NAN)
 
 
 @triton.jit
-def _accumulate_short(p_grad, p_err, left, STEP: tl.constexpr):
+def _accumulate_short(p_grad, p_err, left, decay, p_clip, STEP: tl.constexpr, RESIDUAL: tl.constexpr):
     """Moves acc of a chunk that is short of elements to err; returns the largest keys of STEP groups."""
     # In small steps, because masks take registers.
     b_most = tl.zeros((STEP,), tl.int32)
@@ -65,7 +70,8 @@ def _accumulate_short(p_grad, p_err, left, STEP: tl.constexpr):
         b_local = first + tl.arange(0, STEP)
         b_inside = b_local < left
         b_acc = widen(tl.load(p_grad + b_local, mask=b_inside, other=0.0))
-        b_acc += tl.load(p_err + b_local, mask=b_inside, other=0.0)
+        b_err = tl.load(p_err + b_local, mask=b_inside, other=0.0)
+        b_acc += read_residual(b_err, decay, p_clip, RESIDUAL)
         tl.store(p_err + b_local, b_acc, mask=b_inside)
         b_most = tl.maximum(b_most, magnitude_key(b_acc))
     return tl.minimum(b_most, QUIET_NAN)
@@ -180,12 +186,15 @@ def select_chunk(
     p_err,
     p_list,
     left,
+    decay,
+    p_clip,
     K: tl.constexpr,
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     CAPACITY: tl.constexpr,
     PART: tl.constexpr,
     STEP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """Moves acc of a chunk, of which `left` elements exist, to err; writes the positions of the largest.
     Returns how many those are, and whether anything is not finite."""
@@ -195,7 +204,7 @@ def select_chunk(
     low = wanted * 0
     rows = wanted * 0 + CAPACITY + 1
     if left == CHUNK:
-        b_row = _accumulate_rows(p_grad, p_err, CHUNK, PART)
+        b_row = _accumulate_rows(p_grad, p_err, decay, p_clip, CHUNK, PART, RESIDUAL)
         b_most = _group_maxima(b_row, GROUPS)
         most = tl.max(b_most, 0)
         if GROUPS >= K:
@@ -203,7 +212,7 @@ def select_chunk(
         if CAPACITY > 0:
             rows = _list_rows(p_list, b_row, 0, low, wanted * 0, CAPACITY)
     else:
-        b_part = _accumulate_short(p_grad, p_err, left, STEP)
+        b_part = _accumulate_short(p_grad, p_err, left, decay, p_clip, STEP, RESIDUAL)
         most = tl.max(b_part, 0)
         if STEP >= K:
             low = tl.min(b_part, 0)

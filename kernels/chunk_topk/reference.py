@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gck.kernels.reference import read_residual
+
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -23,7 +25,7 @@ class Entries(NamedTuple):
 def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
     """Returns ((values or codes, scales, indices), new residual, entries cleared because not finite)."""
     n = grad.numel()
-    acc = _one_nan(grad.reshape(-1).float() + err.reshape(-1))
+    acc = _one_nan(grad.reshape(-1).float() + read_residual(compressor, err))
     entries = _select(compressor, acc)
     values, scales = _encode(compressor.value_bits, entries)
     indices = _pack(entries.indices, 12) if compressor.packs_indices else entries.indices.to(torch.uint16)

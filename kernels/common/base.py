@@ -2,7 +2,8 @@
 
 A compressor's folder has three backends, `reference`, `cpu` and `gpu`. `cpu` and `gpu` define
 
-    compress_(compressor, grad, err, bodies, nonfinite)          # flat tensors, already checked; see `run`
+    compress_(compressor, grad, err, bodies, nonfinite, clip=None, stats=None)      # flat tensors, already
+                                                                 # checked; see `run`
     decompress_(compressor, out, fields, alpha, accumulate)      # fields: the payload's typed tensors
 
 may define, where one pass over `out` is possible for all ranks' payloads together,
@@ -65,6 +66,9 @@ class KernelCompressor(ABC):
 
     name: ClassVar[str]
     package: ClassVar[str]  # whose cpu and gpu modules hold the kernels
+    # What is added to a gradient is clamp(decay * err, -clip, clip): see `gck.topk_ef_`.
+    decay: float = 1.0
+    clip: float | None = None
 
     @property
     @abstractmethod
@@ -157,8 +161,12 @@ class KernelCompressor(ABC):
 
         Args:
             bodies: (S, nbytes); or the one body (nbytes,), where `shard_unit` is None.
-            options: further tensors that this compressor's kernels know, by name; None: not given.
+            options: further tensors that this compressor's kernels know, by name; None: not given. Among
+                them `clip`, (1,) fp32, in place of the compressor's own, and `stats`, (5,) fp64, which needs
+                a single body.
         """
+        if self.clip is not None and options.get("clip") is None:
+            options["clip"] = torch.full((1,), self.clip, dtype=torch.float32, device=grad.device)
         kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.
@@ -167,6 +175,9 @@ class KernelCompressor(ABC):
         if not checks.apart([grad, err, *others]):
             tensors = {"grad": grad, "err": err, "nonfinite": nonfinite, **options}
             checks.check_no_overlap(function, **{name: t for name, t in tensors.items() if t is not None})
+        stats = options.get("stats")
+        if stats is not None and not grad.numel():
+            stats.zero_()
         if grad.numel():
             kernels.compress_(self, _flat(grad), _flat(err), bodies, nonfinite, **options)
 

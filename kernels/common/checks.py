@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from operator import le
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from gck.errors import (
     LayoutError,
     ShapeMismatchError,
 )
+from gck.statistics import FIELDS, Statistics
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
@@ -152,17 +154,32 @@ def check_nonfinite(function: str, nonfinite: Tensor | None, grad: Tensor) -> No
 
 def check_scalar(function: str, name: str, value: Tensor | None, dtype: torch.dtype, grad: Tensor) -> None:
     """`value`, which a kernel writes to, must be one element of dtype on the device of grad, or None."""
-    if value is None:
-        return
-    check_tensor(function, name, value)
-    if value.dtype != dtype:
-        raise DtypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
-    if value.numel() != 1:
-        raise ShapeMismatchError(f"{function}: {name} must have one element, got shape {tuple(value.shape)}")
-    if value.is_inference() and not torch.is_inference_mode_enabled():
+    if value is not None:
+        check_written(function, name, value, dtype, 1, grad)
+
+
+def check_written(
+    function: str, name: str, value: Tensor, dtype: torch.dtype, numel: int, grad: Tensor
+) -> None:
+    """`value`, which a kernel writes to, must be `numel` elements of dtype on the device of grad."""
+    check_elements(function, name, value, dtype, numel, grad)
+    # Tracing cannot ask.
+    if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
         raise AutogradError(
             f"{function}: {name} was made in inference mode, got a tensor that cannot be written to here"
         )
+
+
+def check_elements(
+    function: str, name: str, value: Tensor, dtype: torch.dtype, numel: int, grad: Tensor
+) -> None:
+    """`value` must be `numel` elements of dtype on the device of grad."""
+    check_tensor(function, name, value)
+    if value.dtype != dtype:
+        raise DtypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
+    if value.numel() != numel:
+        wanted = "one element" if numel == 1 else f"{numel} elements"
+        raise ShapeMismatchError(f"{function}: {name} must have {wanted}, got shape {tuple(value.shape)}")
     check_device(function, name, value, "grad", grad)
 
 
@@ -208,6 +225,45 @@ def check_alpha(function: str, alpha: object) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -math.inf < alpha < math.inf:
         raise ArgumentError(f"{function}: alpha must be a finite number, got {alpha!r}")
     return float(alpha)
+
+
+def check_residual(function: str, decay: object, clip: object) -> None:
+    """Raises unless decay is a number in (0, 1], and clip None or a number above 0."""
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+        raise DtypeError(f"{function}: decay must be a number, got {type(decay).__name__}")
+    if not 0 < decay <= 1:  # False for NaN
+        raise ArgumentError(f"{function}: decay must be in (0, 1], got {decay}")
+    if clip is None:
+        return
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+        raise DtypeError(f"{function}: clip must be a number or a tensor, got {type(clip).__name__}")
+    if not clip > 0:
+        raise ArgumentError(f"{function}: clip must be above 0, got {clip}")
+
+
+def residual_options(
+    function: str, grad: Tensor, decay: object, clip: object, stats: object
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """Decay, the clip on the device of grad, and the values of the statistics; raises unless all are fit.
+
+    A clip that is a tensor is not looked at: that would wait for the device.
+    """
+    if clip is None and stats is None and type(decay) is float and decay == 1:
+        return decay, None, None
+    check_residual(function, decay, None if isinstance(clip, Tensor) else clip)
+    if isinstance(clip, Tensor):
+        check_elements(function, "clip", clip, torch.float32, 1, grad)
+        check_not_recorded(function, "clip", clip)
+    elif isinstance(clip, (int, float)):
+        clip = torch.full((1,), clip, dtype=torch.float32, device=grad.device)
+    if stats is None:
+        return float(cast(float, decay)), cast(Tensor | None, clip), None
+    if not isinstance(stats, Statistics):
+        raise DtypeError(f"{function}: stats must be a gck.Statistics, got {type(stats).__name__}")
+    values = stats.values
+    check_written(function, "stats", values, torch.float64, len(FIELDS), grad)
+    check_not_recorded(function, "stats", values)
+    return float(cast(float, decay)), cast(Tensor | None, clip), values
 
 
 def check_power_of_two(function: str, name: str, value: object, low: int, high: int) -> int:

@@ -49,6 +49,7 @@ class Quantize(KernelCompressor):
         scale: "max": codes are multiples of the chunk's largest magnitude / (2**(bits - 1) - 1). "mean", for
             2 bits and nearest rounding: a sign and one of two levels, the means of the magnitudes above and
             below the mean.
+        decay, clip: of residuals, as they are read; see `gck.quantize_ef_`.
 
     Raises:
         ArgumentError: an option is out of range.
@@ -60,12 +61,15 @@ class Quantize(KernelCompressor):
     rounding: str = "nearest"
     seed: int = field(default=0, compare=False)
     scale: str = "max"
+    decay: float = 1.0
+    clip: float | None = None
 
     name: ClassVar[str] = "quantize"
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)
+        checks.check_residual("Quantize", self.decay, self.clip)
 
     @property
     def shard_unit(self) -> int | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gck._native import load, num_threads
 from gck.compressor import shard_numel
-from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.quantize import Quantize
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def compress_(
-    compressor: Quantize, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None
+    compressor: Quantize,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
     chunk_size = compressor.chunk_size
     shard = shard_numel(grad.numel(), chunk_size, bodies.shape[0])
@@ -35,6 +41,7 @@ def compress_(
         -(-shard // chunk_size),
         compressor.layout(shard).fields[1].offset,
         num_threads(),
+        residual_options(compressor, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from gck.compressor import shard_numel
 from gck.kernels.common.codes import scaled_codes, two_level_codes
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, count_cleared, is_finite, magnitude_key
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import pack_codes, unpack_codes
 from gck.kernels.common.philox import key_of, uniform
+from gck.kernels.common.residual import read_residual, residual_arguments
+from gck.kernels.common.statistics import sum_read, sum_stored
 from gck.wire import Layout
 
 # Elements a warp of `compress`: up to this chunk size no reduction leaves a warp.
@@ -40,11 +43,14 @@ def _compress_group(
     stop,
     key_0,
     key_1,
+    decay,
+    p_clip,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
     TWO_LEVELS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
@@ -53,7 +59,8 @@ def _compress_group(
     b_local = b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     b_offset = base + b_local
     if WHOLE:
-        b_acc = accumulate(tl.load(p_grad + b_offset), tl.load(p_err + b_offset))
+        b_err = read_residual(tl.load(p_err + b_offset), decay, p_clip, RESIDUAL)
+        b_acc = accumulate(tl.load(p_grad + b_offset), b_err)
         b_inside = tl.full((CHUNKS, CHUNK), 1, tl.int1)
         b_valid = tl.full((CHUNKS,), CHUNK, tl.int32)
     else:
@@ -61,7 +68,8 @@ def _compress_group(
         b_inside = b_local < left
         b_valid = tl.minimum(tl.maximum(left - b_chunk * CHUNK, 0), CHUNK)
         b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
-        b_acc = accumulate(b_grad, tl.load(p_err + b_offset, mask=b_inside, other=0.0))
+        b_err = tl.load(p_err + b_offset, mask=b_inside, other=0.0)
+        b_acc = accumulate(b_grad, read_residual(b_err, decay, p_clip, RESIDUAL))
     b_exists = b_valid > 0
     if TWO_LEVELS:
         b_code, b_low, b_high, b_decoded = two_level_codes(b_acc, b_inside, b_valid, LEVELS)
@@ -98,16 +106,21 @@ def compress_kernel(
     p_codes,
     p_scales,
     p_nonfinite,
+    p_sums,
     n,
     shard_chunks,
     row_units,
     key_0,
     key_1,
+    decay,
+    p_clip,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
     TWO_LEVELS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """Rows of codes and scales are row_units * 16 bytes apart; the key is that of `uniform`."""
     CHUNK: tl.constexpr = 2**LEVELS
@@ -118,11 +131,15 @@ def compress_kernel(
     stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
     p_codes += i_shard * row_units * 16 + i_chunk * (CHUNK * BITS // 8)
     p_scales += i_shard * row_units * 4 + i_chunk * (2 if TWO_LEVELS else 1)
-    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1)
+    if STATS:
+        sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
+    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, decay, p_clip)
     if base + CHUNKS * CHUNK <= stop:
-        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, True)
+        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, True)
     elif base < stop:
-        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, False)
+        _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, False)
+    if STATS:
+        sum_stored(p_err + base, p_sums, n, base, tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32), False)
 
 
 @triton.jit
@@ -265,7 +282,9 @@ def decompress_kernel(
         )
 
 
-def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
+def compress_options(
+    compressor: Any, residual: int = 0, *, stats: bool = False
+) -> tuple[dict[str, Any], int]:
     """(compile-time values, warps) of `compress_kernel`."""
     chunk = compressor.chunk_size
     chunks = max(WARP_ELEMENTS // chunk, 1)
@@ -275,15 +294,27 @@ def compress_options(compressor: Any) -> tuple[dict[str, Any], int]:
         "BITS": compressor.bits,
         "TWO_LEVELS": compressor.two_levels,
         "STOCHASTIC": compressor.rounding == "stochastic",
+        "RESIDUAL": residual,
+        "STATS": stats,
     }
     return options, chunks * chunk // WARP_ELEMENTS
 
 
-def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+def compress_(
+    compressor: Any,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
     n, chunk, shards = grad.numel(), compressor.chunk_size, bodies.shape[0]
     shard = shard_numel(n, chunk, shards)
     scales_at = compressor.layout(shard).fields[1].offset
-    options, num_warps = compress_options(compressor)
+    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    sums = partial_sums(err, stats)
+    options, num_warps = compress_options(compressor, residual, stats=stats is not None)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
     with launching_on(grad):
@@ -293,14 +324,19 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
             bodies,
             bodies[:, scales_at:].view(torch.float32),
             nonfinite,
+            sums,
             n,
             triton.cdiv(shard, chunk),
             bodies.stride(0) // 16,
             *key_of(compressor.seed),
+            decay,
+            p_clip,
             **options,
             num_warps=num_warps,
             **EXACT,
         )
+    if stats is not None:
+        finish(sums, stats, n)
 
 
 def decompress_(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gck.kernels.reference import read_residual
+
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -16,7 +18,7 @@ def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, 
     """Returns ((packed codes, scales), new residual, entries cleared because not finite)."""
     n, size = grad.numel(), compressor.chunk_size
     chunks = -(-n // size)
-    acc = _one_nan(grad.reshape(-1).float() + err.reshape(-1))
+    acc = _one_nan(grad.reshape(-1).float() + read_residual(compressor, err))
     rows = pad(acc, (0, chunks * size - n)).view(chunks, size)
     live = (torch.arange(chunks * size) < n).view(chunks, size)
     if compressor.scale == "mean":

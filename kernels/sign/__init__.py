@@ -29,18 +29,23 @@ class Sign(KernelCompressor):
 
     Attributes:
         chunk_size: elements a scale, a power of two in [32, 8192].
+        decay, clip: of residuals, as they are read; see `gck.sign_ef_`.
 
     Raises:
-        ArgumentError: chunk_size out of range or no power of two.
+        ArgumentError: an option is out of range.
+        DtypeError: an option is of the wrong type.
     """
 
     chunk_size: int = 256
+    decay: float = 1.0
+    clip: float | None = None
 
     name: ClassVar[str] = "sign"
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_chunk_size("Sign", self.chunk_size)
+        checks.check_residual("Sign", self.decay, self.clip)
 
     @property
     def shard_unit(self) -> int | None:

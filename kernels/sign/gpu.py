@@ -14,9 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gck.compressor import shard_numel
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, canonical, is_finite
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import pack_bits, unpack_bits
+from gck.kernels.common.residual import read_residual, residual_arguments
+from gck.kernels.common.statistics import sum_read, sum_stored
 from gck.kernels.common.tree import halving_sum
 
 # Elements a warp of `compress`: up to this chunk size the halving tree never leaves a warp.
@@ -33,8 +36,11 @@ def _compress_group(
     p_nonfinite,
     base,
     stop,
+    decay,
+    p_clip,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
@@ -44,7 +50,8 @@ def _compress_group(
     b_word = tl.arange(0, WORDS)
     b_offset = base + b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     if WHOLE:
-        b_acc = accumulate(tl.load(p_grad + b_offset), tl.load(p_err + b_offset))
+        b_err = read_residual(tl.load(p_err + b_offset), decay, p_clip, RESIDUAL)
+        b_acc = accumulate(tl.load(p_grad + b_offset), b_err)
         b_positive = b_acc >= 0
         b_scale = canonical(halving_sum(tl.abs(b_acc), CHUNKS, LEVELS) * (1.0 / CHUNK))
         tl.store(p_words + b_word, pack_bits(b_positive, WORDS))
@@ -52,7 +59,8 @@ def _compress_group(
     else:
         b_inside = b_offset < stop
         b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
-        b_acc = accumulate(b_grad, tl.load(p_err + b_offset, mask=b_inside, other=0.0))
+        b_err = tl.load(p_err + b_offset, mask=b_inside, other=0.0)
+        b_acc = accumulate(b_grad, read_residual(b_err, decay, p_clip, RESIDUAL))
         b_positive = (b_acc >= 0) & b_inside
         left = (stop - base).to(tl.int32)
         b_valid = tl.minimum(left - b_chunk * CHUNK, CHUNK)
@@ -83,11 +91,16 @@ def compress_kernel(
     p_words,
     p_scales,
     p_nonfinite,
+    p_sums,
     n,
     shard_chunks,
     row_units,
+    decay,
+    p_clip,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """Rows of words and scales are row_units * 16 bytes apart."""
     CHUNK: tl.constexpr = 2**LEVELS
@@ -98,10 +111,15 @@ def compress_kernel(
     stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
     p_words += i_shard * row_units * 4 + i_chunk * (CHUNK // 32)
     p_scales += i_shard * row_units * 4 + i_chunk
+    if STATS:
+        sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
+    group = (p_grad, p_err, p_words, p_scales, p_nonfinite, base, stop, decay, p_clip)
     if base + CHUNKS * CHUNK <= stop:
-        _compress_group(p_grad, p_err, p_words, p_scales, p_nonfinite, base, stop, CHUNKS, LEVELS, True)
+        _compress_group(*group, CHUNKS, LEVELS, RESIDUAL, True)
     elif base < stop:
-        _compress_group(p_grad, p_err, p_words, p_scales, p_nonfinite, base, stop, CHUNKS, LEVELS, False)
+        _compress_group(*group, CHUNKS, LEVELS, RESIDUAL, False)
+    if STATS:
+        sum_stored(p_err + base, p_sums, n, base, tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32), False)
 
 
 @triton.jit
@@ -155,13 +173,23 @@ def decompress_kernel(
         _decompress_tile(p_out, p_words, p_scales, first_word, n, alpha, LEVELS, ACCUMULATE, TILE, False)
 
 
-def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+def compress_(
+    compressor: Any,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
     n, chunk, shards = grad.numel(), compressor.chunk_size, bodies.shape[0]
     shard = shard_numel(n, chunk, shards)
     scales_at = compressor.layout(shard).fields[1].offset
     chunks = max(WARP_ELEMENTS // chunk, 1)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    sums = partial_sums(err, stats)
     with launching_on(grad):
         compress_kernel[(triton.cdiv(shard, chunks * chunk), shards)](
             grad,
@@ -169,14 +197,21 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
             bodies.view(torch.int32),
             bodies[:, scales_at:].view(torch.float32),
             nonfinite,
+            sums,
             n,
             triton.cdiv(shard, chunk),
             bodies.stride(0) // 16,
+            decay,
+            p_clip,
             CHUNKS=chunks,
             LEVELS=chunk.bit_length() - 1,
+            RESIDUAL=residual,
+            STATS=stats is not None,
             num_warps=chunks * chunk // WARP_ELEMENTS,
             **EXACT,
         )
+    if stats is not None:
+        finish(sums, stats, n)
 
 
 def decompress_(

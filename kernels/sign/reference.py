@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gck.kernels.reference import read_residual
+
 
 def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, int]:
     """Returns ((words, scales), new residual, entries cleared because not finite)."""
     n, chunk = grad.numel(), compressor.chunk_size
-    acc = grad.reshape(-1).float() + err.reshape(-1)
+    acc = grad.reshape(-1).float() + read_residual(compressor, err)
     chunks = -(-n // chunk)
     tree = pad(acc.abs(), (0, chunks * chunk - n)).view(chunks, chunk)
     while tree.shape[1] > 1:

@@ -37,21 +37,25 @@ class TopK(KernelCompressor):
         ratio: k = max(1, ceil(ratio * numel)) in double precision; in (0, 1].
         k: entries kept, in [1, numel].
         value_dtype: dtype of the values that travel; their rounding error stays in the residual.
+        decay, clip: of residuals, as they are read; see `gck.topk_ef_`.
 
     Raises:
-        ArgumentError: ratio or k out of range, both or neither given.
-        DtypeError: value_dtype is none of float32, bfloat16, float16.
+        ArgumentError: an option is out of range; ratio and k are both given, or neither.
+        DtypeError: value_dtype is none of float32, bfloat16, float16; an option is of the wrong type.
     """
 
     ratio: float | None = None
     k: int | None = None
     value_dtype: torch.dtype = torch.float32
+    decay: float = 1.0
+    clip: float | None = None
 
     name: ClassVar[str] = "topk"
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_options("TopK", self.ratio, self.k, self.value_dtype)
+        checks.check_residual("TopK", self.decay, self.clip)
 
     @property
     def shard_unit(self) -> int | None:

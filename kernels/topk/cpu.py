@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gck._native import load, num_threads
 from gck.errors import CorruptPayloadError
-from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.topk import TopK
@@ -25,8 +25,11 @@ def compress_(
     bodies: Tensor,
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
-    cleared = _compress(compressor.layout(grad.numel()), grad, err, bodies, hint)
+    options = residual_options(compressor, clip, stats)
+    cleared = _compress(compressor.layout(grad.numel()), grad, err, bodies, hint, options)
     if nonfinite is not None:
         nonfinite += cleared
 
@@ -34,11 +37,18 @@ def compress_(
 def compress_new(layout: Layout, grad: Tensor, err: Tensor) -> Tensor:
     """`compress_` into a new body of this layout, of tensors of any shape that have been checked."""
     body = layout.empty_body(grad.device)
-    _compress(layout, grad, err, body, None)
+    _compress(layout, grad, err, body, None, None)
     return body
 
 
-def _compress(layout: Layout, grad: Tensor, err: Tensor, bodies: Tensor, hint: Tensor | None) -> int:
+def _compress(
+    layout: Layout,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    hint: Tensor | None,
+    options: tuple[float, int, int] | None,
+) -> int:
     values, indices = layout.fields
     body = bodies.data_ptr()
     cleared: int = load().topk_compress(
@@ -53,6 +63,7 @@ def _compress(layout: Layout, grad: Tensor, err: Tensor, bodies: Tensor, hint: T
         indices.dtype == torch.int64,
         0 if hint is None else hint.data_ptr(),
         num_threads(),
+        options,
     )
     return cleared
 

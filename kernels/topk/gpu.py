@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gck.kernels.common.gpu_statistics import finish_sent, partial_sums
 from gck.kernels.common.launch import (
     EXACT,
     INTERPRETED_PROGRAMS,
@@ -28,6 +29,8 @@ from gck.kernels.common.launch import (
     most_together,
     registers,
 )
+from gck.kernels.common.residual import residual_arguments
+from gck.kernels.common.statistics import sum_read
 from gck.kernels.topk import gpu_guess
 from gck.kernels.topk.gpu_bracket import BRACKET_REGISTERS, BRACKET_WARPS, LINES, guess_kernel
 from gck.kernels.topk.gpu_control import (
@@ -86,25 +89,33 @@ def stream_kernel(
     n,
     capacity,
     first_tile,
+    decay,
+    p_clip,
+    p_sums,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
     WHOLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """A tile a program, from first_tile on; all of them are WHOLE, or any may be the last.
 
     The many whole tiles take fewer registers when the last one is left to a launch of its own.
     """
     i_tile = first_tile + tl.program_id(0)
+    if STATS:
+        base = i_tile.to(tl.int64) * TILE
+        sum_read(p_grad, p_err, p_sums, n, base, n, decay, p_clip, TILE, RESIDUAL)
     if WHOLE:
         stream_tile(
             *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, 0, capacity),
-            *(TILE, LISTING),
+            *(TILE, LISTING, decay, p_clip, RESIDUAL),
         )
     else:
         left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
         stream_tile(
             *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
-            *(TILE, LISTING),
+            *(TILE, LISTING, decay, p_clip, RESIDUAL),
         )
 
 
@@ -267,6 +278,8 @@ def compress_(
     bodies: Tensor,
     nonfinite: Tensor | None,
     hint: Tensor | None = None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
     """See `kernels.common.base`.
 
@@ -302,12 +315,16 @@ def compress_(
         nonfinite = control[NONFINITE.value :]
     hinting = {"HINT": hint is not None}
     p_hint = control if hint is None else hint
+    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    sums = partial_sums(err, stats)
     with launching_on(grad):
         if listing:
             guess_kernel[(1,)](
                 *(grad, err, control, p_hint, n, lines, n // LINE // lines, k / n, capacity, words),
+                *(decay, p_clip),
                 LINES=LINES,
                 LINE=LINE,
+                RESIDUAL=residual,
                 num_warps=BRACKET_WARPS,
                 **registers(BRACKET_REGISTERS),
                 **hinting,
@@ -318,9 +335,12 @@ def compress_(
             if count:
                 stream_kernel[(count,)](
                     *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
+                    *(decay, p_clip, sums),
                     TILE=TILE,
                     LISTING=listing,
                     WHOLE=first < whole,
+                    RESIDUAL=residual,
+                    STATS=stats is not None,
                     num_warps=STREAM_WARPS,
                     **EXACT,
                 )
@@ -343,3 +363,5 @@ def compress_(
             **registers(EMIT_REGISTERS),
             **(hinting | shapes[1]),
         )
+    if stats is not None:
+        finish_sent(sums, stats, values, indices, err)

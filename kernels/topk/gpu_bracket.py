@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key
+from gck.kernels.common.residual import read_residual
 from gck.kernels.topk.gpu_control import (
     BRACKET_BITS,
     BRACKET_STOP,
@@ -90,14 +91,17 @@ def bracket_by_sample(
     stride,
     density,
     capacity,
+    decay,
+    p_clip,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     b_line = tl.arange(0, LINES)
     b_at = (place_of_line(b_line, stride) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
     b_inside = (b_line < lines)[:, None]
     b_grad = tl.load(p_grad + b_at, mask=b_inside, other=0.0)
-    b_err = tl.load(p_err + b_at, mask=b_inside, other=0.0)
+    b_err = read_residual(tl.load(p_err + b_at, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
     b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
 
     sampled = lines * LINE
@@ -152,9 +156,12 @@ def guess_kernel(
     density,
     capacity,
     words,
+    decay,
+    p_clip,
     HINT: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """One program: clears the control block, which has `words` words, and says where to look."""
     for first in range(0, words, ZEROED):
@@ -165,4 +172,7 @@ def guess_kernel(
     if hint > 0:
         bracket_by_hint(p_control, hint)
     else:
-        bracket_by_sample(p_grad, p_err, p_control, n, lines, stride, density, capacity, LINES, LINE)
+        bracket_by_sample(
+            *(p_grad, p_err, p_control, n, lines, stride, density, capacity, decay, p_clip),
+            *(LINES, LINE, RESIDUAL),
+        )

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.common.keys import widen
+from gck.kernels.common.residual import AS_IT_IS, read_residual
 from gck.kernels.common.tiles import columns
 from gck.kernels.topk.gpu_control import GUESS, LISTED, TIE, TIES
 
@@ -46,6 +47,9 @@ def stream_tile(
     capacity,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
+    decay=1.0,
+    p_clip=None,
+    RESIDUAL: tl.constexpr = AS_IT_IS,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
@@ -59,11 +63,11 @@ def stream_tile(
     p_errs = p_err + start + b_local
     # A mask that ends at just any n would make the compiler load element by element.
     if whole:
-        b_acc = widen(tl.load(p_grads)) + tl.load(p_errs)
+        b_acc = widen(tl.load(p_grads)) + read_residual(tl.load(p_errs), decay, p_clip, RESIDUAL)
     else:
         b_inside = b_local < left
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
-        b_acc += tl.load(p_errs, mask=b_inside, other=0.0)
+        b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
     if LISTING:
         guess = tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True)
         tie = tl.load(p_control + TIE).to(tl.int32)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gck.kernels.reference import read_residual
+
 
 def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, int]:
     """Returns ((values, indices), new residual, entries cleared because not finite)."""
     n = grad.numel()
     k = _count(n, compressor)
-    acc = grad.reshape(-1).float() + err.reshape(-1)
+    acc = grad.reshape(-1).float() + read_residual(compressor, err)
     acc = torch.where(acc.isnan(), math.nan, acc)  # one NaN, whatever made it
     key = (acc.view(torch.int32) & 0x7FFFFFFF).to(torch.int64)
     indices = torch.argsort(key, descending=True, stable=True)[:k].sort().values

@@ -37,6 +37,8 @@ COMPRESSORS = [
     ChunkTopK(k=5, chunk_size=32, value_bits=2),
     ChunkTopK(k=16, chunk_size=128),
     Quantize(4, 64),
+    TopK(ratio=0.1, decay=0.5, clip=0.3),
+    Quantize(4, 64, decay=0.9, clip=0.1),
     Quantize(8, 32, "stochastic", seed=7),
     RandomK(ratio=0.2, seed=5),
     RandomK(ratio=0.4, seed=-5, value_dtype=torch.bfloat16),
@@ -258,6 +260,17 @@ def test_dense_sends_and_clears_both_residuals() -> None:
     expected[64:] += 16
     for grad in SimulatedGroup(world_size, timeout=20).run(rank_main):
         assert oracle.same(grad, expected)
+
+
+def test_dense_reads_residuals_as_the_compressor_would() -> None:
+    def rank_main(member: SimulatedMember) -> Tensor:
+        state = ErrorFeedback()
+        state.worker = torch.tensor([4.0, -0.5, 1.0, 0.0])
+        grad = torch.ones(4)
+        return all_reduce_(grad, state, TopK(k=1, decay=0.5, clip=1.5), member, algorithm="dense")
+
+    for result in SimulatedGroup(2, timeout=20).run(rank_main):
+        assert result.tolist() == [2.5, 0.75, 1.5, 1.0]
 
 
 def test_dense_allocates_no_residual() -> None:

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import gck.kernels
-from tests.kernels import aot_chunk_topk, aot_quantize, aot_random_k, aot_sign, aot_topk
+from tests.kernels import (
+    aot_chunk_topk,
+    aot_quantize,
+    aot_random_k,
+    aot_sign,
+    aot_statistics,
+    aot_topk,
+)
 from tests.kernels.aot_variant import Variant
 
 TARGETS = {
@@ -30,7 +37,7 @@ TARGETS = {
 
 
 def variants() -> list[Variant]:
-    modules = aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k
+    modules = aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k, aot_statistics
     return [variant for module in modules for variant in module.variants()]
 
 
@@ -109,7 +116,9 @@ def _nvidia(compiled: Any, elements: int) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", sass)),
         # What would change bytes: contraction, flushed denormals, approximate division.
-        "inexact": sorted(set(re.findall(r"fma\.rn\.f32|\S+\.ftz\S*|div\.full\S*|\S+\.approx\S*", ptx))),
+        "inexact": sorted(
+            set(re.findall(r"fma\.rn\.f(?:32|64)|\S+\.ftz\S*|div\.full\S*|\S+\.approx\S*", ptx))
+        ),
     }
 
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from gck.kernels.quantize import Quantize, gpu
-from tests.kernels.aot_variant import Variant
+from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
 def variants() -> list[Variant]:
     types = {"p_err": "*fp32", "p_out": "*fp32", "p_codes": "*u8", "p_scales": "*fp32", "p_nonfinite": "*i64"}
     types |= dict.fromkeys(("n", "shard_chunks", "row_units", "key_0", "key_1", "ranks"), "i32")
-    types |= {"alpha": "fp32"}
+    types |= {"alpha": "fp32", **RESIDUAL_TYPES}
     made = []
-    for grad, compressor in (
-        ("fp32", Quantize(8)),
-        ("bf16", Quantize(4)),
-        ("fp32", Quantize(4, rounding="stochastic")),
-        ("bf16", Quantize(8, 32, rounding="stochastic")),
-        ("fp32", Quantize(2, 1024, rounding="stochastic")),
-        ("fp32", Quantize(2, scale="mean")),
-        ("fp32", Quantize(2, 8192, scale="mean")),
-        ("fp32", Quantize(4, 8192)),
+    for grad, compressor, options in (
+        ("fp32", Quantize(8), ""),
+        ("bf16", Quantize(4), ""),
+        ("fp32", Quantize(4, rounding="stochastic"), ""),
+        ("bf16", Quantize(8, 32, rounding="stochastic"), ""),
+        ("fp32", Quantize(2, 1024, rounding="stochastic"), ""),
+        ("fp32", Quantize(2, scale="mean"), ""),
+        ("fp32", Quantize(2, 8192, scale="mean"), ""),
+        ("fp32", Quantize(4, 8192), ""),
+        ("fp32", Quantize(4), ", clip"),
+        ("fp32", Quantize(4), ", clip, stats"),
     ):
         constants, num_warps = gpu.compress_options(compressor)
+        constants |= residual_constants(options)
         kind = "mean" if compressor.two_levels else compressor.rounding
-        label = f"{grad}, {compressor.bits} bits, {kind}, {compressor.chunk_size}"
+        label = f"{grad}, {compressor.bits} bits, {kind}, {compressor.chunk_size}{options}"
         held = types | {"p_grad": f"*{grad}"}
         made.append(Variant("quantize", "gpu", "compress_kernel", label, held, constants, num_warps))
     for compressor in (Quantize(8), Quantize(4), Quantize(2), Quantize(2, scale="mean")):

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from gck.kernels.sign import gpu
-from tests.kernels.aot_variant import Variant
+from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
 def variants() -> list[Variant]:
     payload = {"p_words": "*i32", "p_scales": "*fp32"}
     made = []
-    for grad, chunk in (("fp32", 32), ("fp32", 256), ("bf16", 256), ("fp32", 1024), ("fp32", 8192)):
+    for grad, chunk, options in (
+        ("fp32", 32, ""),
+        ("fp32", 256, ""),
+        ("bf16", 256, ""),
+        ("fp32", 1024, ""),
+        ("fp32", 8192, ""),
+        ("fp32", 256, ", clip"),
+        ("fp32", 256, ", clip, stats"),
+    ):
         chunks = max(gpu.WARP_ELEMENTS // chunk, 1)
         made.append(
             Variant(
                 "sign",
                 "gpu",
                 "compress_kernel",
-                f"{grad}, {chunk}",
+                f"{grad}, {chunk}{options}",
                 {
                     **payload,
+                    **RESIDUAL_TYPES,
                     "p_grad": f"*{grad}",
                     "p_err": "*fp32",
                     "p_nonfinite": "*i64",
@@ -26,7 +35,7 @@ def variants() -> list[Variant]:
                     "shard_chunks": "i32",
                     "row_units": "i32",
                 },
-                {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1},
+                {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1, **residual_constants(options)},
                 chunks * chunk // gpu.WARP_ELEMENTS,
             )
         )

@@ -20,7 +20,7 @@ from gck.kernels.topk import (
     gpu_select,
     gpu_stream,
 )
-from tests.kernels.aot_variant import Variant
+from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 POINTERS = {
     "p_err": "*fp32",
@@ -63,7 +63,7 @@ NUMBERS = dict.fromkeys(
     ),
     "i32",
 )
-TYPES = {**POINTERS, **NUMBERS, "alpha": "fp32", "density": "fp32"}
+TYPES = {**POINTERS, **NUMBERS, "alpha": "fp32", "density": "fp32", **RESIDUAL_TYPES}
 TILE = {"TILE": gpu_stream.TILE}
 RUN = {**TILE, "ROWS": gpu_select.ROWS, "BLOCK": gpu_select.BLOCK}
 SAMPLE = {"LINE": gpu_guess.LINE, "SHIFT": gpu_guess.BIN_SHIFT}
@@ -92,11 +92,12 @@ def _variant(
 
 def _guess() -> list[Variant]:
     made = []
-    for grad in ("fp32", "bf16"):
+    for grad, options in (("fp32", ""), ("bf16", ""), ("fp32", ", clip")):
         constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
+        constants |= {"RESIDUAL": residual_constants(options)["RESIDUAL"]}
         made.append(
             _variant(
-                *("gpu_bracket", "guess_kernel", grad, constants, gpu_bracket.BRACKET_WARPS),
+                *("gpu_bracket", "guess_kernel", grad + options, constants, gpu_bracket.BRACKET_WARPS),
                 most_registers=gpu_bracket.BRACKET_REGISTERS,
                 p_grad=f"*{grad}",
             )
@@ -114,13 +115,18 @@ def _stream() -> list[Variant]:
             ("last", True, False),
             ("no list", False, False),
         ):
-            constants = {**TILE, "LISTING": listing, "WHOLE": whole}
+            constants = {**TILE, "LISTING": listing, "WHOLE": whole, **residual_constants("")}
             made.append(
                 _variant(
                     *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * whole),
                     p_grad=f"*{grad}",
                 )
             )
+    for options in (", clip", ", clip, stats"):
+        constants = {**TILE, "LISTING": True, "WHOLE": True, **residual_constants(options)}
+        made.append(
+            _variant(*("gpu", "stream_kernel", f"fp32, whole{options}", constants, warps), p_grad="*fp32")
+        )
     return made
 
 

@@ -5,6 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, NamedTuple
 
+# Of kernels that read a residual: what they are given of its options.
+RESIDUAL_TYPES = {"p_sums": "*fp64", "decay": "fp32", "p_clip": "*fp32"}
+
+
+def residual_constants(options: str) -> dict[str, Any]:
+    """Compile-time values for what a label says of them."""
+    return {
+        "RESIDUAL": 2 if "clip" in options else 1 if "decay" in options else 0,
+        "STATS": "stats" in options,
+    }
+
 
 class Variant(NamedTuple):
     """Types of a kernel's arguments by name, and its compile-time values.

@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_grou
 
 # Registers a thread, (NVIDIA, AMD): what the worst variant of the kernel needs, and a little headroom.
 BUDGETS = {
+    "common.tree_kernel": (32, 32),
+    "common.sent_kernel": (40, 32),
     "topk.guess_kernel": (80, 64),
     "topk.stream_kernel": (96, 64),
     # Two programs of 8 warps must fit on a processor, for they wait for each other.
@@ -52,17 +54,24 @@ RARE |= {f"topk.list_stream_kernel[{grad}, unaligned]": 112 for grad in ("fp32",
 RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
 # One program of 16 warps keeps a chunk and its tree: it fits on a processor once, with 128.
 RARE |= {"quantize.compress_kernel[fp32, 2 bits, mean, 8192]": 128}
+# Statistics are summed before and after.
+RARE |= {"quantize.compress_kernel[fp32, 4 bits, nearest, 256, clip, stats]": 72}
 # A warp that has a chunk to itself keeps all of it under way, whatever that takes.
 LONE_WARPS = {
     f"chunk_topk.compress_kernel[{grad}, 64 of 4096, {bits} bits]"
-    for grad, bits in (("fp32", 2), ("fp32", 4), ("bf16", 16))
-}
+    for grad, bits in (
+        ("fp32", 2),
+        ("fp32", 4),
+        ("bf16", 16),
+    )
+} | {f"chunk_topk.compress_kernel[fp32, 64 of 4096, 2 bits{o}]" for o in (", clip", ", clip, stats")}
 LONE = (255, 176)
 # Bytes of stack, and instructions that use it: a word or two where that lets one more program fit on a
 # processor, and more in variants for vectors past 2^31 elements.
 SPILLED = (
     (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
     (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_80", 12),
+    (r"topk\.stream_kernel\[fp32, whole, clip, stats\]", "sm_80", 10),
     (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),
     (r"topk\.emit_kernel\[(fp32|bf16), i32, 0\.0?1\]", "sm_(90|100)", 8),
     (r"topk\.emit_kernel\[fp16, i64, .*\]", "sm_.*", 90),

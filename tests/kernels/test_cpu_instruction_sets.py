@@ -69,7 +69,7 @@ def test_64_bit_indices(n: int) -> None:
     (values, indices), residual, _ = reference.compress(gck.TopK(k=77), grad, err)
     got_values, got = torch.full((77,), torch.nan), torch.full((77,), -1, dtype=torch.int64)
     addresses = grad.data_ptr(), 0, err.data_ptr(), n, 77, got_values.data_ptr(), 0, got.data_ptr()
-    load().topk_compress(*addresses, True, 0, 2)
+    load().topk_compress(*addresses, True, 0, 2, None)
     assert torch.equal(got, indices.long())
     assert same_bytes(got_values, values)
     assert same_bytes(err, residual)

@@ -3,6 +3,7 @@
 #include "cpu/isa/chunk_topk.hpp"
 #include "cpu/isa/quantize.hpp"
 #include "cpu/isa/random_k.hpp"
+#include "cpu/isa/residual.hpp"
 #include "cpu/isa/sign.hpp"
 #include "cpu/isa/sparse.hpp"
 #include "cpu/isa/topk.hpp"
@@ -17,7 +18,8 @@ const Leaves& leaves() {
       GCK_NAME(GCK_ISA), topk_stream,     topk_maxima,         topk_collect,      topk_split,
       topk_emit,         add_to,          sparse_ascends,      sparse_move_out,   sparse_settle,
       sign_compress,     sign_decompress, chunk_topk_compress, quantize_compress, quantize_decompress,
-      random_k_draw,     random_k_picks,  random_k_add,        random_k_send};
+      random_k_draw,     random_k_picks,  random_k_add,        random_k_send,     residual_read,
+      residual_sums};
   return table;
 }
 

@@ -104,6 +104,14 @@ struct QuantizeDecode {
 
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
 
+// Elements whose sums are one number of the statistics of a residual.
+constexpr int64_t kBlock = 512;
+
+// Where the sums of consecutive blocks go: of |x|, of x * x, and how many x are not finite.
+struct BlockSums {
+  double *l1, *sq, *nonfinite;
+};
+
 struct Leaves {
   const char* name;
 
@@ -154,6 +162,11 @@ struct Leaves {
   // values[at + i] = x[i] * factor, rounded to dtype; x[i] becomes what that leaves, or 0 where it is not
   // finite. Returns how many that are. x has room for 16 more.
   int64_t (*random_k_send)(float* x, int64_t count, float factor, void* values, Dtype dtype, int64_t at);
+  // err[i] = clamp(decay * err[i], -clip, clip), where NaN stays; clip >= 0.
+  void (*residual_read)(float* err, int64_t count, float decay, float clip);
+  // Of grad + err; or of err alone where there is no grad, and then of squares alone. What is not finite
+  // counts as 0.
+  void (*residual_sums)(const void* grad, Dtype dtype, const float* err, int64_t count, const BlockSums& out);
 };
 
 #if defined(GCK_X86)

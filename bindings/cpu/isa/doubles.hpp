@@ -1,0 +1,89 @@
+// Sixteen doubles: what sums of a vector's lanes are taken in.
+#pragma once
+
+#include "cpu/isa/vec.hpp"
+
+namespace gck::GCK_ISA {
+
+#if defined(GCK_AVX512)
+
+struct Doubles {
+  __m512d lo, hi;
+};
+
+inline Doubles widened(Vec a) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
+}
+inline Doubles abs(Doubles a) { return {_mm512_abs_pd(a.lo), _mm512_abs_pd(a.hi)}; }
+inline Doubles square(Doubles a) { return {_mm512_mul_pd(a.lo, a.lo), _mm512_mul_pd(a.hi, a.hi)}; }
+inline Doubles add(Doubles a, Doubles b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
+inline void store_halved(double* eight, Doubles a) { _mm512_storeu_pd(eight, _mm512_add_pd(a.lo, a.hi)); }
+
+#elif defined(GCK_AVX2)
+
+struct Doubles {
+  __m256d v[4];
+};
+
+inline Doubles widened(Vec a) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.lo)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.lo, 1)),
+           _mm256_cvtps_pd(_mm256_castps256_ps128(a.hi)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.hi, 1))}};
+}
+inline Doubles abs(Doubles a) {
+  const __m256d magnitude = _mm256_castsi256_pd(_mm256_set1_epi64x(0x7fffffffffffffff));
+  return {{_mm256_and_pd(a.v[0], magnitude), _mm256_and_pd(a.v[1], magnitude),
+           _mm256_and_pd(a.v[2], magnitude), _mm256_and_pd(a.v[3], magnitude)}};
+}
+inline Doubles square(Doubles a) {
+  return {{_mm256_mul_pd(a.v[0], a.v[0]), _mm256_mul_pd(a.v[1], a.v[1]), _mm256_mul_pd(a.v[2], a.v[2]),
+           _mm256_mul_pd(a.v[3], a.v[3])}};
+}
+inline Doubles add(Doubles a, Doubles b) {
+  return {{_mm256_add_pd(a.v[0], b.v[0]), _mm256_add_pd(a.v[1], b.v[1]), _mm256_add_pd(a.v[2], b.v[2]),
+           _mm256_add_pd(a.v[3], b.v[3])}};
+}
+inline void store_halved(double* eight, Doubles a) {
+  _mm256_storeu_pd(eight, _mm256_add_pd(a.v[0], a.v[2]));
+  _mm256_storeu_pd(eight + 4, _mm256_add_pd(a.v[1], a.v[3]));
+}
+
+#else
+
+struct Doubles {
+  double x[kLanes];
+};
+
+inline Doubles widened(Vec a) {
+  Doubles r;
+  for (int i = 0; i < kLanes; ++i) r.x[i] = a.x[i];
+  return r;
+}
+inline Doubles abs(Doubles a) {
+  for (int i = 0; i < kLanes; ++i) a.x[i] = __builtin_fabs(a.x[i]);
+  return a;
+}
+inline Doubles square(Doubles a) {
+  for (int i = 0; i < kLanes; ++i) a.x[i] *= a.x[i];
+  return a;
+}
+inline Doubles add(Doubles a, Doubles b) {
+  for (int i = 0; i < kLanes; ++i) a.x[i] += b.x[i];
+  return a;
+}
+inline void store_halved(double* eight, Doubles a) {
+  for (int i = 0; i < kLanes / 2; ++i) eight[i] = a.x[i] + a.x[i + kLanes / 2];
+}
+
+#endif
+
+// Adds the upper half of the lanes to the lower half until one number is left.
+inline double halved(Doubles a) {
+  double t[kLanes / 2];
+  store_halved(t, a);
+  for (int half = kLanes / 4; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  }
+  return t[0];
+}
+
+}  // namespace gck::GCK_ISA

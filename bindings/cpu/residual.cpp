@@ -1,0 +1,52 @@
+#include "cpu/residual.hpp"
+
+namespace gck {
+namespace {
+
+constexpr size_t padded(size_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
+
+// Sums of kBlock numbers each as a halving tree, then of those sums, until there is one. Takes no memory.
+double total(std::vector<double> sums) {
+  do {
+    sums.resize(padded(sums.size()));
+    const size_t blocks = sums.size() / kBlock;
+    for (size_t block = 0; block < blocks; ++block) {
+      double* t = sums.data() + block * kBlock;
+      for (int64_t half = kBlock / 2; half >= 1; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
+      }
+      sums[block] = t[0];
+    }
+    sums.resize(blocks);
+  } while (sums.size() > 1);
+  return sums[0];
+}
+
+}  // namespace
+
+ResidualPass::ResidualPass(int64_t numel, const ResidualOptions& options)
+    : decay_(options.decay), clip_(kNone), statistics_(options.statistics) {
+  if (options.clip != nullptr) clip_ = *options.clip > 0 ? *options.clip : 0.0f;
+  if (!measures()) return;
+  for (auto* sums : {&l1_, &acc_sq_, &nonfinite_, &err_sq_}) *sums = blocks_of(numel);
+}
+
+std::vector<double> ResidualPass::blocks_of(int64_t count) {
+  return std::vector<double>(padded(static_cast<size_t>((count + kBlock - 1) / kBlock)));
+}
+
+void ResidualPass::finish(int64_t selected) {
+  if (!measures()) return;
+  statistics_[0] = total(std::move(l1_));
+  statistics_[1] = total(std::move(acc_sq_));
+  statistics_[2] = total(std::move(err_sq_));
+  statistics_[3] = total(std::move(nonfinite_));
+  statistics_[4] = static_cast<double>(selected);
+}
+
+void ResidualPass::finish_sent(int64_t selected, std::vector<double> sent) {
+  finish(selected);
+  statistics_[2] = std::max(statistics_[1] - total(std::move(sent)), 0.0);
+}
+
+}  // namespace gck

@@ -1,0 +1,70 @@
+"""What a compressing call can say of what it compressed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["FIELDS", "Statistics"]
+
+FIELDS = ("acc_l1", "acc_sq", "err_sq", "nonfinite", "selected")
+
+
+class Statistics(NamedTuple):
+    """Five numbers of one call, on the device where it ran: nobody waits until one is read.
+
+    A call that is given one as `stats=` overwrites it. Every attribute below is a () float64 view of
+    `values`. In the norms, what is not finite counts as 0. They are sums of 512 numbers, then of 512 of
+    these, and so on, each added as a halving tree, so that every device and any number of threads gives the
+    same bits.
+
+    Attributes:
+        values: (5,) float64: acc_l1, acc_sq, err_sq, nonfinite, selected.
+    """
+
+    values: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device | str | None = None) -> Statistics:
+        """Zeros on `device`; default: torch's current one."""
+        return cls(torch.zeros(len(FIELDS), dtype=torch.float64, device=device))
+
+    @property
+    def acc_l1(self) -> Tensor:
+        """The sum of the magnitudes of acc, the gradient with its residual."""
+        return self.values[0]
+
+    @property
+    def acc_sq(self) -> Tensor:
+        """The sum of the squares of acc."""
+        return self.values[1]
+
+    @property
+    def err_sq(self) -> Tensor:
+        """The sum of the squares of the residual that the call left.
+
+        Of top-k it is acc_sq less what was sent of it, and so exact to within 2**-45 acc_sq. An entry that
+        became infinite in a narrow `value_dtype`, and left nothing, counts with what it was.
+        """
+        return self.values[2]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """How many entries of acc are not finite."""
+        return self.values[3]
+
+    @property
+    def selected(self) -> Tensor:
+        """How many entries the payload has: k, those of all chunks, or all where each has a code."""
+        return self.values[4]
+
+    def density(self, numel: int) -> Tensor:
+        """acc_l1**2 / (numel * acc_sq), () float64 in [1 / numel, 1]; 0 where acc is 0.
+
+        A sign compressor with one scale leaves (1 - density) of acc_sq. Source: Karimireddy et al., "Error
+        Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019), Lemma 8.
+        """
+        density = self.acc_l1.square() / (self.acc_sq * numel)
+        return torch.where(self.acc_sq > 0, density, 0.0)

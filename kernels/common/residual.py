@@ -1,0 +1,30 @@
+"""A residual as it is read: decayed, and clipped."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What a kernel does to a residual, known when it is compiled.
+AS_IT_IS, DECAYED, CLIPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def read_residual(b_err, decay, p_clip, RESIDUAL: tl.constexpr):
+    """clamp(decay * b_err, -clip, clip), in two roundings; a clip that is not above 0 is 0, and NaN stays."""
+    if RESIDUAL > AS_IT_IS:
+        b_err = b_err * decay
+    if RESIDUAL == CLIPPED:
+        clip = tl.load(p_clip)
+        clip = tl.where(clip > 0, clip, 0.0)
+        b_err = tl.where(tl.abs(b_err) > clip, tl.where(b_err < 0, -clip, clip), b_err)
+    return b_err
+
+
+def residual_arguments(compressor: Any, err: Tensor, clip: Tensor | None) -> tuple[float, Tensor, int]:
+    """(decay, clip, RESIDUAL) of a launch; without a clip, any address."""
+    kind = CLIPPED if clip is not None else DECAYED if compressor.decay != 1 else AS_IT_IS
+    return float(compressor.decay), err if clip is None else clip, kind.value
