@@ -26,6 +26,8 @@ T* at(Address address) {
 using Runs = std::vector<std::tuple<Address, int, Address, int64_t>>;
 using Place = std::tuple<int64_t, Address, Address, bool>;
 
+int64_t chunks_of(int64_t numel, int64_t chunk_size) { return (numel + chunk_size - 1) / chunk_size; }
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -145,9 +147,29 @@ void bind_cpu(py::module_& m) {
       "quantize_decompress",
       [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
          bool two_levels, Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
-        quantize_decompress({at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits,
-                             two_levels, at<float>(out), numel, alpha, clear, add},
+        quantize_decompress({at<char>(codes),
+                             at<char>(scales),
+                             ranks,
+                             rank_stride,
+                             chunk_size,
+                             bits,
+                             two_levels,
+                             {at<float>(out), numel, alpha, clear, add, false}},
                             threads);
+      },
+      nogil);
+
+  m.def(
+      "quantize_reduce",
+      [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
+         bool two_levels, float divisor, Address err, int64_t numel, int server_bits, bool server_two_levels,
+         bool stochastic, int64_t seed, Address body, int64_t scales_offset, int threads) {
+        return quantize_reduce(
+            {at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits, two_levels, {}},
+            {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_bits, server_two_levels,
+             stochastic, static_cast<uint64_t>(seed), at<char>(body), 0, chunks_of(numel, chunk_size),
+             scales_offset},
+            divisor, threads);
       },
       nogil);
 
@@ -163,11 +185,26 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "sign_decompress",
-      [](Address words, Address scales, Address out, int64_t numel, int64_t chunk_size, float alpha,
-         bool accumulate, int threads) {
-        sign_decompress(
-            {at<uint32_t>(words), at<float>(scales), at<float>(out), numel, chunk_size, alpha, accumulate},
-            threads);
+      [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, Address out,
+         int64_t numel, float alpha, bool clear, bool add, int threads) {
+        sign_decompress({at<char>(words),
+                         at<char>(scales),
+                         ranks,
+                         rank_stride,
+                         chunk_size,
+                         {at<float>(out), numel, alpha, clear, add, false}},
+                        threads);
+      },
+      nogil);
+
+  m.def(
+      "sign_reduce",
+      [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, float divisor,
+         Address err, int64_t numel, Address body, int64_t scales_offset, int threads) {
+        return sign_reduce({at<char>(words), at<char>(scales), ranks, rank_stride, chunk_size, {}},
+                           {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, at<char>(body), 0,
+                            chunks_of(numel, chunk_size), scales_offset},
+                           divisor, threads);
       },
       nogil);
 }

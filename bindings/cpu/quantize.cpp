@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "cpu/dense.hpp"
+#include "cpu/reduce.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -20,14 +22,27 @@ int64_t quantize_compress(const QuantizeChunks& job, int threads) {
   return total;
 }
 
-void quantize_decompress(const QuantizeDecode& job, int threads) {
+void quantize_decompress(QuantizeDecode job, int threads) {
   const Leaves& isa = leaves();
-  const int parts = parts_for(job.numel, threads);
-  const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
+  decode_dense(job.into, job.chunk_size, threads,
+               [&](int64_t begin, int64_t end) { isa.quantize_decompress(job, begin, end); });
+}
+
+int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, int threads) {
+  const Leaves& isa = leaves();
+  const auto sum = [&](float* out, int64_t begin, int64_t end) {
+    QuantizeDecode job = from;
+    job.into = {out, to.numel, 1.0f, true, true, false};
     isa.quantize_decompress(job, begin, end);
-  });
+  };
+  const auto compress = [&](int, const float* grad, float* err, int64_t begin, int64_t end) {
+    QuantizeChunks job = to;
+    job.grad = grad;
+    job.grad_dtype = Dtype::fp32;
+    job.err = err;
+    return isa.quantize_compress(job, begin, end);
+  };
+  return reduce_tiles({to.numel, to.chunk_size, divisor, to.err, threads}, sum, compress);
 }
 
 }  // namespace gck

@@ -1,9 +1,9 @@
 #include "cpu/sign.hpp"
 
-#include <algorithm>
 #include <vector>
 
-#include "cpu/scratch.hpp"
+#include "cpu/dense.hpp"
+#include "cpu/reduce.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -22,16 +22,27 @@ int64_t sign_compress(const SignChunks& job, int threads) {
   return total;
 }
 
-void sign_decompress(const SignDecode& job, int threads) {
+void sign_decompress(SignDecode job, int threads) {
   const Leaves& isa = leaves();
-  const int parts = parts_for(job.numel, threads);
-  const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
-    if (!job.accumulate)
-      populate_fresh(job.out, begin * job.chunk_size, std::min(end * job.chunk_size, job.numel));
+  decode_dense(job.into, job.chunk_size, threads,
+               [&](int64_t begin, int64_t end) { isa.sign_decompress(job, begin, end); });
+}
+
+int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, int threads) {
+  const Leaves& isa = leaves();
+  const auto sum = [&](float* out, int64_t begin, int64_t end) {
+    SignDecode job = from;
+    job.into = {out, to.numel, 1.0f, true, true, false};
     isa.sign_decompress(job, begin, end);
-  });
+  };
+  const auto compress = [&](int, const float* grad, float* err, int64_t begin, int64_t end) {
+    SignChunks job = to;
+    job.grad = grad;
+    job.grad_dtype = Dtype::fp32;
+    job.err = err;
+    return isa.sign_compress(job, begin, end);
+  };
+  return reduce_tiles({to.numel, to.chunk_size, divisor, to.err, threads}, sum, compress);
 }
 
 }  // namespace gck

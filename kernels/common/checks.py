@@ -21,6 +21,7 @@ from gck.errors import (
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
+MOST_DIVISOR = 1 << 24  # up to which every integer is an fp32 number
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
@@ -146,12 +147,19 @@ def check_no_overlap(function: str, **tensors: Tensor) -> None:
             raise LayoutError(f"{function}: {first} and {second} overlap in memory")
 
 
-def check_nonfinite(function: str, nonfinite: Tensor | None, grad: Tensor) -> None:
-    check_scalar(function, "nonfinite", nonfinite, torch.int64, grad)
+def check_nonfinite(function: str, nonfinite: Tensor | None, like: Tensor, like_name: str = "grad") -> None:
+    check_scalar(function, "nonfinite", nonfinite, torch.int64, like, like_name)
 
 
-def check_scalar(function: str, name: str, value: Tensor | None, dtype: torch.dtype, grad: Tensor) -> None:
-    """`value`, which a kernel writes to, must be one element of dtype on the device of grad, or None."""
+def check_scalar(
+    function: str,
+    name: str,
+    value: Tensor | None,
+    dtype: torch.dtype,
+    like: Tensor,
+    like_name: str = "grad",
+) -> None:
+    """`value`, which a kernel writes to, must be one element of dtype on the device of `like`, or None."""
     if value is None:
         return
     check_tensor(function, name, value)
@@ -163,7 +171,7 @@ def check_scalar(function: str, name: str, value: Tensor | None, dtype: torch.dt
         raise AutogradError(
             f"{function}: {name} was made in inference mode, got a tensor that cannot be written to here"
         )
-    check_device(function, name, value, "grad", grad)
+    check_device(function, name, value, like_name, like)
 
 
 def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "grad") -> int:
@@ -185,6 +193,27 @@ def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "
             f"got strides {bodies.stride()} at offset {bodies.storage_offset()}"
         )
     return rows
+
+
+def check_body(function: str, body: Tensor, nbytes: int, bodies: Tensor) -> None:
+    """`body` must be nbytes of bytes, usable as words, on the device of `bodies`."""
+    check_tensor(function, "body", body)
+    if body.dtype != torch.uint8 or body.shape != (nbytes,):
+        raise ShapeMismatchError(
+            f"{function}: body must be ({nbytes},) uint8, got {tuple(body.shape)} of {body.dtype}"
+        )
+    check_bodies(function, body.unsqueeze(0), bodies, "bodies")
+
+
+def check_reduction(function: str, numel: int, capacity: int, divisor: int) -> None:
+    """Raises unless these are whole numbers in range."""
+    for name, value in (("numel", numel), ("capacity", capacity), ("divisor", divisor)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+    if not 0 <= numel <= capacity:
+        raise ArgumentError(f"{function}: numel must be in [0, capacity], got {numel} and {capacity}")
+    if not 1 <= divisor <= MOST_DIVISOR:
+        raise ArgumentError(f"{function}: divisor must be in [1, {MOST_DIVISOR}], got {divisor}")
 
 
 def check_ratio(function: str, ratio: object) -> float:

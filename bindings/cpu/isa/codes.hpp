@@ -32,6 +32,15 @@ inline Vec one_of_four(const float* values, uint32_t word) {
   // The higher bits of `which` choose among copies.
   return {_mm512_permutexvar_ps(which, _mm512_broadcast_f32x4(_mm_loadu_ps(values)))};
 }
+inline Vec one_of_sixteen(const float* values, const char* packed) {
+  const __m512i place = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  int lo, hi;
+  std::memcpy(&lo, packed, sizeof lo);
+  std::memcpy(&hi, packed + sizeof lo, sizeof hi);
+  const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(lo), 0xff00, hi);
+  // Of each word, the permutation looks at the lowest four bits.
+  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, place), _mm512_load_ps(values))};
+}
 // |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
 inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
   reaching = key_ge(a, threshold);
@@ -148,6 +157,58 @@ inline Vec load_codes(const char* packed) {
   });
 #endif
 }
+
+// What the codes of a chunk stand for: alpha * (code * scale), each product rounded. From its scales, and
+// sixteen at a time.
+template <int Bits>
+struct Steps {
+  float step, factor;
+
+  void set(const char* scales, float alpha) {
+    std::memcpy(&step, scales, sizeof step);
+    factor = alpha;
+  }
+  Vec at(const char* packed) const { return mul(mul(load_codes<Bits>(packed), set1(step)), set1(factor)); }
+};
+
+// The same of codes of 2 bits, from a table of their four values. Levels: a sign, and one of two levels.
+template <bool Levels>
+struct FourValues {
+  float values[4];
+
+  void set(const char* scales, float alpha) {
+    float scale[2];
+    std::memcpy(scale, scales, Levels ? sizeof scale : sizeof scale[0]);
+    if constexpr (Levels) {
+      values[0] = -scale[0], values[1] = -scale[1], values[2] = scale[0], values[3] = scale[1];
+    } else {
+      for (int i = 0; i < 4; ++i) values[i] = static_cast<float>((i ^ 2) - 2) * scale[0];
+    }
+    for (float& value : values) value *= alpha;
+  }
+  Vec at(const char* packed) const {
+    uint32_t word;
+    std::memcpy(&word, packed, sizeof word);
+    return one_of_four(values, word);
+  }
+};
+
+#if defined(GCK_AVX512)
+// The same of codes of 4 bits.
+struct SixteenValues {
+  alignas(64) float values[16];
+
+  void set(const char* scales, float alpha) {
+    float step;
+    std::memcpy(&step, scales, sizeof step);
+    const Vec codes = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
+    store(values, mul(mul(codes, set1(step)), set1(alpha)));
+  }
+  Vec at(const char* packed) const { return one_of_sixteen(values, packed); }
+};
+#else
+using SixteenValues = Steps<4>;
+#endif
 
 // Nearest, ties to even, of magnitudes far below 2^22; never -0.
 inline Vec round_even(Vec a) {

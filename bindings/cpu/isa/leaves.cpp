@@ -2,6 +2,7 @@
 
 #include "cpu/isa/chunk_topk.hpp"
 #include "cpu/isa/quantize.hpp"
+#include "cpu/isa/reduce.hpp"
 #include "cpu/isa/sign.hpp"
 #include "cpu/isa/sparse.hpp"
 #include "cpu/isa/topk.hpp"
@@ -12,10 +13,22 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{
-      GCK_NAME(GCK_ISA), topk_stream,     topk_maxima,         topk_collect,      topk_split,
-      topk_emit,         add_to,          sparse_ascends,      sparse_move_out,   sparse_settle,
-      sign_compress,     sign_decompress, chunk_topk_compress, quantize_compress, quantize_decompress};
+  static constexpr Leaves table{GCK_NAME(GCK_ISA),
+                                topk_stream,
+                                topk_maxima,
+                                topk_collect,
+                                topk_split,
+                                topk_emit,
+                                add_to,
+                                sparse_ascends,
+                                sparse_move_out,
+                                sparse_settle,
+                                sign_compress,
+                                sign_decompress,
+                                chunk_topk_compress,
+                                quantize_compress,
+                                quantize_decompress,
+                                divide};
   return table;
 }
 

@@ -3,6 +3,7 @@
 
 #include "cpu/isa/codes.hpp"
 #include "cpu/isa/philox.hpp"
+#include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
 
 namespace gck::GCK_ISA {
@@ -201,53 +202,51 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
   return cleared;
 }
 
-// One rank's chunk to or onto out[0, valid). Bits: 0 for two levels.
-template <int Bits>
-inline void put(const QuantizeDecode& job, const char* packed, const char* scales, float* out, int64_t valid,
-                bool clear) {
-  constexpr int bits = Bits ? Bits : 2;
-  alignas(64) char part[kMaxChunk];
-  if (valid < job.chunk_size) {  // behind what is there, others' memory lies
-    std::memset(part, 0, static_cast<size_t>(job.chunk_size * bits / 8));
-    std::memcpy(part, packed, static_cast<size_t>((valid * bits + 7) / 8));
-    packed = part;
-  }
-  float scale[2];
-  std::memcpy(scale, scales, Bits ? sizeof(float) : sizeof scale);
-  const Vec step = set1(scale[0]), alpha = set1(job.alpha);
-  const float levels[4] = {-scale[0] * job.alpha, -scale[Bits ? 0 : 1] * job.alpha, scale[0] * job.alpha,
-                           scale[Bits ? 0 : 1] * job.alpha};
-  for (int64_t i = 0; i < valid; i += kLanes, packed += kLanes * bits / 8) {
-    Vec value;
-    if constexpr (Bits) {
-      value = mul(mul(load_codes<Bits>(packed), step), alpha);
-    } else {
-      uint32_t word;
-      std::memcpy(&word, packed, sizeof word);
-      value = one_of_four(levels, word);
-    }
-    const auto rest = static_cast<int>(valid - i);
-    if (rest >= kLanes) {
-      if (job.add) value = add(clear ? set1(0.0f) : load(out + i), value);
-      store(out + i, value);
-    } else {
-      if (job.add) value = add(clear ? set1(0.0f) : load_part<Dtype::fp32>(out, i, rest), value);
-      store_part(out + i, value, rest);
+// Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
+template <int Bits, typename Values, int Vecs>
+void decode_chunks(const QuantizeDecode& job, int64_t begin, int64_t end, int64_t first, int64_t ranks,
+                   From from, bool past_caches) {
+  const int64_t size = job.chunk_size, stride = job.rank_stride, scales_size = job.two_levels ? 8 : 4;
+  const char *codes = job.codes + first * stride, *scales = job.scales + first * stride;
+  Values values[kRanksTogether];
+  for (int64_t c = begin; c < end; ++c) {
+    for (int64_t r = 0; r < ranks; ++r) values[r].set(scales + r * stride + c * scales_size, job.into.alpha);
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+      sum_block<Vecs>(job.into.out + i, from, ranks, past_caches, [&](int64_t r, int v) {
+        return values[r].at(codes + r * stride + (i + v * kLanes) * Bits / 8);
+      });
     }
   }
 }
 
-template <int Bits>
-void decompress_chunks(const QuantizeDecode& job, int64_t begin, int64_t end) {
-  const int64_t size = job.chunk_size;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t at = i * size, valid = job.numel - at < size ? job.numel - at : size;
-    for (int64_t rank = 0; rank < job.ranks; ++rank) {
-      const char* codes = job.codes + rank * job.rank_stride + i * (size * (Bits ? Bits : 2) / 8);
-      const char* scales = job.scales + rank * job.rank_stride + i * (Bits ? 4 : 8);
-      put<Bits>(job, codes, scales, job.out + at, valid, job.clear && rank == 0);
-    }
+// The last chunk, cut short: on copies, because others' memory lies behind.
+void decode_part(const QuantizeDecode& job, int64_t c, int64_t valid) {
+  alignas(64) float part[kMaxChunk] = {};
+  char codes[kMaxChunk] = {};
+  float* out = job.into.out + c * job.chunk_size;
+  const auto nbytes = sizeof(float) * static_cast<size_t>(valid);
+  if (!job.into.clear) std::memcpy(part, out, nbytes);
+  for (int64_t r = 0; r < job.ranks; ++r) {
+    std::memcpy(codes, job.codes + r * job.rank_stride + c * job.chunk_size * job.bits / 8,
+                static_cast<size_t>((valid * job.bits + 7) / 8));
+    QuantizeDecode one = job;
+    one.codes = codes;
+    one.scales += r * job.rank_stride + c * (job.two_levels ? 8 : 4);
+    one.ranks = 1;
+    one.into = {part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+    quantize_decompress(one, 0, 1);
   }
+  std::memcpy(out, part, nbytes);
+}
+
+template <int Bits, typename Values>
+void decode_whole(const QuantizeDecode& job, int64_t begin, int64_t end) {
+  walk_ranks(job.into, job.ranks, job.chunk_size, begin, end, [&](auto... some) {
+    if (job.chunk_size < 4 * kLanes)
+      decode_chunks<Bits, Values, 2>(job, some...);
+    else
+      decode_chunks<Bits, Values, 4>(job, some...);
+  });
 }
 
 }  // namespace
@@ -257,10 +256,16 @@ int64_t quantize_compress(const QuantizeChunks& job, int64_t begin, int64_t end)
 }
 
 void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) {
-  if (job.two_levels) return decompress_chunks<0>(job, begin, end);
-  if (job.bits == 2) return decompress_chunks<2>(job, begin, end);
-  if (job.bits == 4) return decompress_chunks<4>(job, begin, end);
-  decompress_chunks<8>(job, begin, end);
+  const int64_t all = job.into.numel / job.chunk_size, whole = end < all ? end : all;
+  if (job.two_levels)
+    decode_whole<2, FourValues<true>>(job, begin, whole);
+  else if (job.bits == 2)
+    decode_whole<2, FourValues<false>>(job, begin, whole);
+  else if (job.bits == 4)
+    decode_whole<4, SixteenValues>(job, begin, whole);
+  else
+    decode_whole<8, Steps<8>>(job, begin, whole);
+  if (end > all) decode_part(job, all, job.into.numel - all * job.chunk_size);
 }
 
 }  // namespace gck::GCK_ISA

@@ -1,5 +1,6 @@
 #include "cpu/isa/sign.hpp"
 
+#include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
 #include "cpu/isa/vec.hpp"
 
@@ -71,31 +72,59 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
   return cleared;
 }
 
+// Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
+template <int Vecs>
+void decode_chunks(const SignDecode& job, int64_t begin, int64_t end, int64_t first, int64_t ranks, From from,
+                   bool past_caches) {
+  const int64_t size = job.chunk_size, stride = job.rank_stride;
+  const char *words = job.words + first * stride, *scales = job.scales + first * stride;
+  for (int64_t c = begin; c < end; ++c) {
+    float scale[kRanksTogether];
+    for (int64_t r = 0; r < ranks; ++r) {
+      std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
+      // alpha * -scale == -(alpha * scale), so one product a chunk does.
+      scale[r] *= job.into.alpha;
+    }
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+      sum_block<Vecs>(job.into.out + i, from, ranks, past_caches, [&](int64_t r, int v) {
+        uint16_t bits;
+        std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
+        return select(bits, set1(scale[r]), set1(-scale[r]));
+      });
+    }
+  }
+}
+
+// The last chunk, cut short: on copies, because others' memory lies behind.
+void decode_part(const SignDecode& job, int64_t c, int64_t valid) {
+  alignas(64) float part[kMaxChunk] = {};
+  char words[kMaxChunk / 8] = {};
+  float scale;
+  float* out = job.into.out + c * job.chunk_size;
+  const auto nbytes = sizeof(float) * static_cast<size_t>(valid);
+  if (!job.into.clear) std::memcpy(part, out, nbytes);
+  for (int64_t r = 0; r < job.ranks; ++r) {
+    std::memcpy(words, job.words + r * job.rank_stride + c * job.chunk_size / 8,
+                static_cast<size_t>((valid + 31) / 32 * 4));
+    std::memcpy(&scale, job.scales + r * job.rank_stride + 4 * c, sizeof scale);
+    const DecodeInto into{part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+    sign_decompress({words, reinterpret_cast<const char*>(&scale), 1, 0, job.chunk_size, into}, 0, 1);
+  }
+  std::memcpy(out, part, nbytes);
+}
+
 }  // namespace
 
 int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
 }
 
-void sign_decompress(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end) {
-  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    const int64_t at = c * job.chunk_size;
-    const int64_t end = at + job.chunk_size < job.numel ? at + job.chunk_size : job.numel;
-    // alpha * -scale == -(alpha * scale), so one product a chunk does.
-    const Vec plus = set1(job.alpha * job.scales[c]), minus = set1(-(job.alpha * job.scales[c]));
-    for (int64_t i = at; i < end; i += kLanes) {
-      const Mask bits = job.words[i / 32] >> (i % 32);
-      Vec value = select(bits & 0xffffu, plus, minus);
-      const auto rest = static_cast<int>(end - i);
-      if (rest >= kLanes) {
-        if (job.accumulate) value = add(load(job.out + i), value);
-        store(job.out + i, value);
-      } else {
-        if (job.accumulate) value = add(load_part<Dtype::fp32>(job.out, i, rest), value);
-        store_part(job.out + i, value, rest);
-      }
-    }
-  }
+void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
+  const int64_t whole = job.into.numel / job.chunk_size;
+  walk_ranks(job.into, job.ranks, job.chunk_size, begin, end < whole ? end : whole, [&](auto... some) {
+    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, some...) : decode_chunks<4>(job, some...);
+  });
+  if (end > whole) decode_part(job, whole, job.into.numel - whole * job.chunk_size);
 }
 
 }  // namespace gck::GCK_ISA
