@@ -132,6 +132,23 @@ void bind_cpu(py::module_& m) {
       nogil);
 
   m.def(
+      "chunk_topk_reduce",
+      [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
+         int64_t chunk_size, int64_t k, int value_bits, int index_bits, float divisor, Address err,
+         int64_t numel, int64_t server_k, int server_value_bits, int server_index_bits, Address body,
+         int64_t scales_offset, int64_t indices_offset, int threads) {
+        const Reduced done =
+            chunk_topk_reduce({at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride,
+                               chunk_size, k, value_bits, index_bits, nullptr, numel, 1.0f, true, true},
+                              {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_k,
+                               server_value_bits, server_index_bits, at<char>(body), 0,
+                               chunks_of(numel, chunk_size), scales_offset, indices_offset},
+                              divisor, threads);
+        return std::pair(done.bad, done.cleared);
+      },
+      nogil);
+
+  m.def(
       "quantize_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int bits,
          bool two_levels, bool stochastic, int64_t seed, Address bodies, int64_t row_stride,

@@ -77,6 +77,27 @@ def chunk_topk_decompress(
     add: bool,
     threads: int,
 ) -> int: ...
+def chunk_topk_reduce(
+    values: int,
+    scales: int,
+    indices: int,
+    ranks: int,
+    rank_stride: int,
+    chunk_size: int,
+    k: int,
+    value_bits: int,
+    index_bits: int,
+    divisor: float,
+    err: int,
+    numel: int,
+    server_k: int,
+    server_value_bits: int,
+    server_index_bits: int,
+    body: int,
+    scales_offset: int,
+    indices_offset: int,
+    threads: int,
+) -> tuple[int, int]: ...
 def quantize_compress(
     grad: int,
     grad_dtype: int,

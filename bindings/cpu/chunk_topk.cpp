@@ -4,9 +4,10 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/dense.hpp"
 #include "cpu/packing.hpp"
+#include "cpu/reduce.hpp"
 #include "cpu/round.hpp"
-#include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -107,6 +108,28 @@ struct Source {
   }
 };
 
+// The place (rank * chunks + chunk) * k + entry of an index that is out of range or not above the one before
+// it, or -1.
+int64_t first_bad_place(const ChunkTopkDecode& job, int threads) {
+  const int parts = parts_for(job.numel, threads);
+  const int64_t chunks = chunks_of(job.numel, job.chunk_size);
+  std::vector<int64_t> bad(static_cast<size_t>(parts), -1);
+  for_each_part(parts, [&](int t) {
+    const auto [begin, end] = part_of(chunks, parts, t, 1);
+    for (int64_t c = begin; c < end; ++c) {
+      const Source source(job, c);
+      for (int64_t rank = 0; rank < job.ranks; ++rank) {
+        const int64_t entry = source.first_bad(rank);
+        if (entry >= 0) bad[static_cast<size_t>(t)] = (rank * chunks + c) * job.k + entry;
+      }
+    }
+  });
+  for (int64_t place : bad) {
+    if (place >= 0) return place;
+  }
+  return -1;
+}
+
 }  // namespace
 
 int64_t chunk_topk_compress(const ChunkTopk& job, int threads) {
@@ -127,33 +150,50 @@ int64_t chunk_topk_compress(const ChunkTopk& job, int threads) {
 }
 
 int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads) {
+  const Leaves& isa = leaves();
+  if (const int64_t bad = first_bad_place(job, threads); bad >= 0) return bad;
   const int parts = parts_for(job.numel, threads);
   const int64_t chunks = chunks_of(job.numel, job.chunk_size);
-  std::vector<int64_t> bad(static_cast<size_t>(parts), -1);
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
-    for (int64_t c = begin; c < end; ++c) {
-      const Source source(job, c);
-      for (int64_t rank = 0; rank < job.ranks; ++rank) {
-        const int64_t entry = source.first_bad(rank);
-        if (entry >= 0) bad[static_cast<size_t>(t)] = (rank * chunks + c) * job.k + entry;
-      }
-    }
-  });
-  for (int64_t place : bad) {
-    if (place >= 0) return place;
-  }
+  const bool past_caches = job.clear && goes_past_caches(job.out, job.numel);
+  // Where out is written past the caches, a chunk is made elsewhere: of zeros, which moving it out leaves.
+  std::vector<std::vector<float>> made(static_cast<size_t>(parts));
+  for (auto& chunk : made) chunk.resize(static_cast<size_t>(past_caches ? job.chunk_size : 0));
   for_each_part(parts, [&](int t) {
     const auto [begin, end] = part_of(chunks, parts, t, 1);
     if (job.clear) populate_fresh(job.out, begin * job.chunk_size, std::min(end * job.chunk_size, job.numel));
     for (int64_t c = begin; c < end; ++c) {
       const Source source(job, c);
       float* out = job.out + c * job.chunk_size;
-      if (job.clear) std::fill_n(out, source.valid, 0.0f);
-      for (int64_t rank = 0; rank < job.ranks; ++rank) source.put(out, rank);
+      float* put_to = past_caches ? made[static_cast<size_t>(t)].data() : out;
+      if (job.clear && !past_caches) std::fill_n(out, source.valid, 0.0f);
+      for (int64_t rank = 0; rank < job.ranks; ++rank) source.put(put_to, rank);
+      if (past_caches) isa.sparse_move_out(put_to, out, source.valid, true);
     }
+    if (past_caches) isa.sparse_settle();
   });
   return -1;
+}
+
+Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, float divisor, int threads) {
+  const Leaves& isa = leaves();
+  if (const int64_t bad = first_bad_place(from, threads); bad >= 0) return {bad, 0};
+  std::vector<ThreadMemory> scratch;
+  for (int t = 0; t < parts_for(to.numel, threads); ++t) scratch.emplace_back(to.chunk_size);
+  const auto sum = [&](float* out, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Source source(from, c);
+      std::fill_n(out + c * to.chunk_size, source.valid, 0.0f);
+      for (int64_t rank = 0; rank < from.ranks; ++rank) source.put(out + c * to.chunk_size, rank);
+    }
+  };
+  const auto compress = [&](int t, const float* grad, float* err, int64_t begin, int64_t end) {
+    ChunkTopk job = to;
+    job.grad = grad;
+    job.grad_dtype = Dtype::fp32;
+    job.err = err;
+    return isa.chunk_topk_compress(job, scratch[static_cast<size_t>(t)].arrays, begin, end);
+  };
+  return {-1, reduce_tiles({to.numel, to.chunk_size, divisor, to.err, threads}, sum, compress)};
 }
 
 }  // namespace gck
