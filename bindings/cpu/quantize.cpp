@@ -30,19 +30,14 @@ void quantize_decompress(QuantizeDecode job, int threads) {
 
 int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, int threads) {
   const Leaves& isa = leaves();
-  const auto sum = [&](float* out, int64_t begin, int64_t end) {
-    QuantizeDecode job = from;
-    job.into = {out, to.numel, 1.0f, true, true, false};
-    isa.quantize_decompress(job, begin, end);
-  };
-  const auto compress = [&](int, const float* grad, float* err, int64_t begin, int64_t end) {
+  const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
+    isa.quantize_add_mean(from, {err, to.numel, divisor}, begin, end);
     QuantizeChunks job = to;
-    job.grad = grad;
-    job.grad_dtype = Dtype::fp32;
-    job.err = err;
+    job.grad = job.err = err;
+    job.grad_dtype = Dtype::none;
     return isa.quantize_compress(job, begin, end);
   };
-  return reduce_tiles({to.numel, to.chunk_size, divisor, to.err, threads}, sum, compress);
+  return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }
 
 }  // namespace gck

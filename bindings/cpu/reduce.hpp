@@ -9,19 +9,16 @@ namespace gck {
 
 struct Reduce {
   int64_t numel, chunk_size;
-  float divisor;  // of the sum
-  float* err;     // residual of the sum, or null: none
+  float* err;  // residual of the sum, or null: none
   int threads;
 };
 
-// Chunks [begin, end) of a vector of which `sum` points to where its first element would lie.
-using SumChunks = std::function<void(float* sum, int64_t begin, int64_t end)>;
-// The same, and of its residual; on thread `part`. Returns the number of residuals cleared.
-using CompressChunks =
-    std::function<int64_t(int part, const float* sum, float* err, int64_t begin, int64_t end)>;
+// Chunks [begin, end), on thread `part`: adds the mean of all ranks to err, and compresses that; err points
+// to where element 0 of the vector would lie. Returns the number of residuals cleared.
+using ReduceChunks = std::function<int64_t(int part, float* err, int64_t begin, int64_t end)>;
 
-// For every tile: the sum of all ranks, divided, and compressed. All memory is allocated before the first
-// write, so that std::bad_alloc leaves err as it was. Returns the number of residuals cleared.
-int64_t reduce_tiles(const Reduce& job, const SumChunks& sum, const CompressChunks& compress);
+// Calls `reduce` for every tile. All memory is allocated before the first call, so that std::bad_alloc leaves
+// err as it was. Returns the number of residuals cleared.
+int64_t reduce_tiles(const Reduce& job, const ReduceChunks& reduce);
 
 }  // namespace gck

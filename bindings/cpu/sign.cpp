@@ -30,19 +30,14 @@ void sign_decompress(SignDecode job, int threads) {
 
 int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, int threads) {
   const Leaves& isa = leaves();
-  const auto sum = [&](float* out, int64_t begin, int64_t end) {
-    SignDecode job = from;
-    job.into = {out, to.numel, 1.0f, true, true, false};
-    isa.sign_decompress(job, begin, end);
-  };
-  const auto compress = [&](int, const float* grad, float* err, int64_t begin, int64_t end) {
+  const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
+    isa.sign_add_mean(from, {err, to.numel, divisor}, begin, end);
     SignChunks job = to;
-    job.grad = grad;
-    job.grad_dtype = Dtype::fp32;
-    job.err = err;
+    job.grad = job.err = err;
+    job.grad_dtype = Dtype::none;
     return isa.sign_compress(job, begin, end);
   };
-  return reduce_tiles({to.numel, to.chunk_size, divisor, to.err, threads}, sum, compress);
+  return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }
 
 }  // namespace gck

@@ -169,6 +169,8 @@ void decompress(const SparseJob& job) {
         return decompress_part<Index, Dtype::bf16>(job, part, next);
       case Dtype::fp16:
         return decompress_part<Index, Dtype::fp16>(job, part, next);
+      case Dtype::none:  // of gradients alone
+        return;
     }
   });
 }

@@ -93,7 +93,7 @@ def _decompress(
 
 
 def reduce_(compressor: ChunkTopK, job: Reduction) -> None:
-    """See `gck.kernels.common.reduction.Reduction`. Chunk by chunk, so that sums stay in the nearest cache."""
+    """See `gck.kernels.common.reduction.Reduction`; chunk by chunk, so that sums stay in a near cache."""
     values, scales, indices = job.layout.views(job.bodies[0])
     ranks, server = job.bodies.shape[0], job.server
     _, server_scales, server_indices = server.layout(job.numel).fields

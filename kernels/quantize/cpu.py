@@ -89,7 +89,7 @@ def _decompress(
 
 
 def reduce_(compressor: Quantize, job: Reduction) -> None:
-    """See `gck.kernels.common.reduction.Reduction`. Tile by tile, so that sums never leave the nearest cache."""
+    """See `gck.kernels.common.reduction.Reduction`; tile by tile, so that sums stay in the nearest cache."""
     codes, scales = job.layout.views(job.bodies[0])
     server = job.server
     cleared = load().quantize_reduce(

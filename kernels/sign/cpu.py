@@ -78,7 +78,7 @@ def _decompress(
 
 
 def reduce_(compressor: Sign, job: Reduction) -> None:
-    """See `gck.kernels.common.reduction.Reduction`. Tile by tile, so that sums never leave the nearest cache."""
+    """See `gck.kernels.common.reduction.Reduction`; tile by tile, so that sums stay in the nearest cache."""
     words, scales = job.layout.views(job.bodies[0])
     cleared = load().sign_reduce(
         words.data_ptr(),

@@ -12,7 +12,6 @@ struct Halves {
 
 #if defined(GCK_AVX512)
 
-inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec least(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec floor_of(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 inline Vec one_where_less(Vec a, Vec b) {
@@ -34,10 +33,8 @@ inline Vec one_of_four(const float* values, uint32_t word) {
 }
 inline Vec one_of_sixteen(const float* values, const char* packed) {
   const __m512i place = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  int lo, hi;
-  std::memcpy(&lo, packed, sizeof lo);
-  std::memcpy(&hi, packed + sizeof lo, sizeof hi);
-  const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(lo), 0xff00, hi);
+  __m512i words = _mm512_broadcastd_epi32(_mm_loadu_si32(packed));
+  words = _mm512_mask_broadcastd_epi32(words, 0xff00, _mm_loadu_si32(packed + 4));
   // Of each word, the permutation looks at the lowest four bits.
   return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, place), _mm512_load_ps(values))};
 }
@@ -52,7 +49,6 @@ inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
 
 #elif defined(GCK_AVX2)
 
-inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline Vec least(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline Vec floor_of(Vec a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
 inline Vec one_where_less(Vec a, Vec b) {
@@ -102,9 +98,6 @@ inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
 
 #else
 
-inline Vec mul(Vec a, Vec b) {
-  return each([&](int i) { return a.x[i] * b.x[i]; });
-}
 inline Vec least(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
 }

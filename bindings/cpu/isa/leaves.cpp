@@ -25,9 +25,11 @@ const Leaves& leaves() {
                                 sparse_settle,
                                 sign_compress,
                                 sign_decompress,
+                                sign_add_mean,
                                 chunk_topk_compress,
                                 quantize_compress,
                                 quantize_decompress,
+                                quantize_add_mean,
                                 divide};
   return table;
 }

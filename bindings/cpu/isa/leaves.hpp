@@ -68,7 +68,7 @@ struct SignChunks {
   int64_t row_stride, chunks_per_row, scales_offset;
 };
 
-// What is decoded of several ranks: the sum of alpha * decoded, rank after rank, one rounding each.
+// Where the sum of several ranks' alpha * decoded goes, rank after rank, one rounding each.
 struct DecodeInto {
   float* out;
   int64_t numel;
@@ -76,6 +76,13 @@ struct DecodeInto {
   bool clear;        // of what is added to: it starts from zero
   bool add;          // decoded values are added to what is there, else written over it
   bool past_caches;  // out is written, is aligned to a vector of 16 and would not stay in the caches
+};
+
+// What is added to err instead: the sum from zero, divided.
+struct MeanInto {
+  float* err;
+  int64_t numel;
+  float divisor;
 };
 
 struct SignDecode {
@@ -137,12 +144,15 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
   void (*sign_decompress)(const SignDecode& job, int64_t begin, int64_t end);
+  // job.into is of no account.
+  void (*sign_add_mean)(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
+  void (*quantize_add_mean)(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end);
   // x[i] /= divisor.
   void (*divide)(float* x, int64_t count, float divisor);
 };

@@ -116,7 +116,8 @@ inline int64_t compress_scaled(const QuantizeChunks& job, const Keys& keys, cons
 template <Dtype D>
 inline void fetch_ahead(const Chunk& c, int64_t i) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
+  if constexpr (D != Dtype::none)
+    __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
   __builtin_prefetch(c.err + c.size + i, 1, 2);
 }
 
@@ -204,68 +205,70 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
 
 // Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
 template <int Bits, typename Values, int Vecs>
-void decode_chunks(const QuantizeDecode& job, int64_t begin, int64_t end, int64_t first, int64_t ranks,
-                   From from, bool past_caches) {
+void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
   const int64_t size = job.chunk_size, stride = job.rank_stride, scales_size = job.two_levels ? 8 : 4;
-  const char *codes = job.codes + first * stride, *scales = job.scales + first * stride;
+  const char *codes = job.codes + run.first * stride, *scales = job.scales + run.first * stride;
   Values values[kRanksTogether];
   for (int64_t c = begin; c < end; ++c) {
-    for (int64_t r = 0; r < ranks; ++r) values[r].set(scales + r * stride + c * scales_size, job.into.alpha);
+    for (int64_t r = 0; r < run.ranks; ++r) {
+      values[r].set(scales + r * stride + c * scales_size, alpha);
+      ask_ahead(codes + r * stride + c * size * Bits / 8, size * Bits / 8, kSumTile * Bits / 8);
+      ask_ahead(scales + r * stride + c * scales_size, scales_size, kSumTile / size * scales_size);
+    }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      sum_block<Vecs>(job.into.out + i, from, ranks, past_caches, [&](int64_t r, int v) {
+      sum_block<Vecs>(run, i, [&](int64_t r, int v) {
         return values[r].at(codes + r * stride + (i + v * kLanes) * Bits / 8);
       });
     }
   }
 }
 
-// The last chunk, cut short: on copies, because others' memory lies behind.
-void decode_part(const QuantizeDecode& job, int64_t c, int64_t valid) {
-  alignas(64) float part[kMaxChunk] = {};
-  char codes[kMaxChunk] = {};
-  float* out = job.into.out + c * job.chunk_size;
-  const auto nbytes = sizeof(float) * static_cast<size_t>(valid);
-  if (!job.into.clear) std::memcpy(part, out, nbytes);
-  for (int64_t r = 0; r < job.ranks; ++r) {
-    std::memcpy(codes, job.codes + r * job.rank_stride + c * job.chunk_size * job.bits / 8,
-                static_cast<size_t>((valid * job.bits + 7) / 8));
-    QuantizeDecode one = job;
-    one.codes = codes;
-    one.scales += r * job.rank_stride + c * (job.two_levels ? 8 : 4);
-    one.ranks = 1;
-    one.into = {part, job.chunk_size, job.into.alpha, false, job.into.add, false};
-    quantize_decompress(one, 0, 1);
-  }
-  std::memcpy(out, part, nbytes);
+template <int Bits, typename Values>
+void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.chunk_size < 4 * kLanes)
+    decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+  else
+    decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
 }
 
-template <int Bits, typename Values>
-void decode_whole(const QuantizeDecode& job, int64_t begin, int64_t end) {
-  walk_ranks(job.into, job.ranks, job.chunk_size, begin, end, [&](auto... some) {
-    if (job.chunk_size < 4 * kLanes)
-      decode_chunks<Bits, Values, 2>(job, some...);
-    else
-      decode_chunks<Bits, Values, 4>(job, some...);
-  });
+void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.two_levels) return decode_chunks<2, FourValues<true>>(job, alpha, begin, end, run);
+  if (job.bits == 2) return decode_chunks<2, FourValues<false>>(job, alpha, begin, end, run);
+  if (job.bits == 4) return decode_chunks<4, SixteenValues>(job, alpha, begin, end, run);
+  decode_chunks<8, Steps<8>>(job, alpha, begin, end, run);
+}
+
+// One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
+// others' memory lies behind.
+void decode_part(const QuantizeDecode& job, int64_t rank, int64_t c, int64_t valid, float* part) {
+  char codes[kMaxChunk] = {};
+  std::memcpy(codes, job.codes + rank * job.rank_stride + c * job.chunk_size * job.bits / 8,
+              static_cast<size_t>((valid * job.bits + 7) / 8));
+  QuantizeDecode one = job;
+  one.codes = codes;
+  one.scales += rank * job.rank_stride + c * (job.two_levels ? 8 : 4);
+  one.ranks = 1;
+  one.into = {part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+  quantize_decompress(one, 0, 1);
 }
 
 }  // namespace
 
 int64_t quantize_compress(const QuantizeChunks& job, int64_t begin, int64_t end) {
+  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
 }
 
 void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) {
-  const int64_t all = job.into.numel / job.chunk_size, whole = end < all ? end : all;
-  if (job.two_levels)
-    decode_whole<2, FourValues<true>>(job, begin, whole);
-  else if (job.bits == 2)
-    decode_whole<2, FourValues<false>>(job, begin, whole);
-  else if (job.bits == 4)
-    decode_whole<4, SixteenValues>(job, begin, whole);
-  else
-    decode_whole<8, Steps<8>>(job, begin, whole);
-  if (end > all) decode_part(job, all, job.into.numel - all * job.chunk_size);
+  const auto some = [&](int64_t from, int64_t to, const Run& run) {
+    decode_some(job, job.into.alpha, from, to, run);
+  };
+  decode_all(job, begin, end, some, decode_part);
+}
+
+void quantize_add_mean(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
+  const auto some = [&](int64_t from, int64_t to, const Run& run) { decode_some(job, 1.0f, from, to, run); };
+  add_mean_of_all(job, into, begin, end, some, decode_part);
 }
 
 }  // namespace gck::GCK_ISA

@@ -72,59 +72,111 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
   return cleared;
 }
 
+// The sums of four ranks' signed scales, from zero, by their four signs: to begin a sum of more ranks with.
+#if defined(GCK_AVX512)
+struct FourRanks {
+  Vec sums;
+
+  explicit FourRanks(const float* scales) {
+    constexpr Mask positive[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+    sums = set1(0.0f);
+    for (int r = 0; r < 4; ++r) sums = add(sums, select(positive[r], set1(scales[r]), set1(-scales[r])));
+  }
+
+  // Of 64 elements, whose words lie at `words`, `stride` further for each rank.
+  void put(const char* words, int64_t stride, Vec* out) const {
+    __m512i signs = _mm512_setzero_si512();
+    for (int r = 0; r < 4; ++r) {
+      uint64_t bits;
+      std::memcpy(&bits, words + r * stride, sizeof bits);
+      signs = _mm512_mask_add_epi8(signs, bits, signs, _mm512_set1_epi8(static_cast<char>(1 << r)));
+    }
+    alignas(64) char bytes[64];
+    _mm512_store_si512(bytes, signs);
+    for (int v = 0; v < 4; ++v) {
+      const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16 * v));
+      out[v] = {_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(some), sums.v)};
+    }
+  }
+};
+constexpr bool kHasFourRanks = true;
+#else
+struct FourRanks {
+  explicit FourRanks(const float*) {}
+  void put(const char*, int64_t, Vec*) const {}
+};
+constexpr bool kHasFourRanks = false;
+#endif
+
 // Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
 template <int Vecs>
-void decode_chunks(const SignDecode& job, int64_t begin, int64_t end, int64_t first, int64_t ranks, From from,
-                   bool past_caches) {
+void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
   const int64_t size = job.chunk_size, stride = job.rank_stride;
-  const char *words = job.words + first * stride, *scales = job.scales + first * stride;
+  const char *words = job.words + run.first * stride, *scales = job.scales + run.first * stride;
   for (int64_t c = begin; c < end; ++c) {
     float scale[kRanksTogether];
-    for (int64_t r = 0; r < ranks; ++r) {
+    for (int64_t r = 0; r < run.ranks; ++r) {
       std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
       // alpha * -scale == -(alpha * scale), so one product a chunk does.
-      scale[r] *= job.into.alpha;
+      scale[r] *= alpha;
+      ask_ahead(words + r * stride + c * size / 8, size / 8, kSumTile / 8);
+      ask_ahead(scales + r * stride + 4 * c, 4, 4 * kSumTile / size);
     }
-    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      sum_block<Vecs>(job.into.out + i, from, ranks, past_caches, [&](int64_t r, int v) {
-        uint16_t bits;
-        std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
-        return select(bits, set1(scale[r]), set1(-scale[r]));
-      });
+    const auto value = [&](int64_t i, int64_t r, int v) {
+      uint16_t bits;
+      std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
+      return select(bits, set1(scale[r]), set1(-scale[r]));
+    };
+    if (kHasFourRanks && Vecs == 4 && !run.from && run.ranks >= 4) {
+      const FourRanks four(scale);
+      for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+        const auto first_four = [&](Vec* sums) {
+          four.put(words + i / 8, stride, sums);
+          return int64_t{4};
+        };
+        sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); }, first_four);
+      }
+      continue;
     }
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes)
+      sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); });
   }
 }
 
-// The last chunk, cut short: on copies, because others' memory lies behind.
-void decode_part(const SignDecode& job, int64_t c, int64_t valid) {
-  alignas(64) float part[kMaxChunk] = {};
+// One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
+// others' memory lies behind.
+void decode_part(const SignDecode& job, int64_t rank, int64_t c, int64_t valid, float* part) {
   char words[kMaxChunk / 8] = {};
   float scale;
-  float* out = job.into.out + c * job.chunk_size;
-  const auto nbytes = sizeof(float) * static_cast<size_t>(valid);
-  if (!job.into.clear) std::memcpy(part, out, nbytes);
-  for (int64_t r = 0; r < job.ranks; ++r) {
-    std::memcpy(words, job.words + r * job.rank_stride + c * job.chunk_size / 8,
-                static_cast<size_t>((valid + 31) / 32 * 4));
-    std::memcpy(&scale, job.scales + r * job.rank_stride + 4 * c, sizeof scale);
-    const DecodeInto into{part, job.chunk_size, job.into.alpha, false, job.into.add, false};
-    sign_decompress({words, reinterpret_cast<const char*>(&scale), 1, 0, job.chunk_size, into}, 0, 1);
-  }
-  std::memcpy(out, part, nbytes);
+  std::memcpy(words, job.words + rank * job.rank_stride + c * job.chunk_size / 8,
+              static_cast<size_t>((valid + 31) / 32 * 4));
+  std::memcpy(&scale, job.scales + rank * job.rank_stride + 4 * c, sizeof scale);
+  const DecodeInto into{part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+  sign_decompress({words, reinterpret_cast<const char*>(&scale), 1, 0, job.chunk_size, into}, 0, 1);
 }
 
 }  // namespace
 
 int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
+  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
 }
 
 void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
-  const int64_t whole = job.into.numel / job.chunk_size;
-  walk_ranks(job.into, job.ranks, job.chunk_size, begin, end < whole ? end : whole, [&](auto... some) {
-    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, some...) : decode_chunks<4>(job, some...);
-  });
-  if (end > whole) decode_part(job, whole, job.into.numel - whole * job.chunk_size);
+  const auto some = [&](int64_t from, int64_t to, const Run& run) {
+    const float alpha = job.into.alpha;
+    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, alpha, from, to, run)
+                                : decode_chunks<4>(job, alpha, from, to, run);
+  };
+  decode_all(job, begin, end, some, decode_part);
+}
+
+void sign_add_mean(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
+  const auto some = [&](int64_t from, int64_t to, const Run& run) {
+    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, 1.0f, from, to, run)
+                                : decode_chunks<4>(job, 1.0f, from, to, run);
+  };
+  add_mean_of_all(job, into, begin, end, some, decode_part);
 }
 
 }  // namespace gck::GCK_ISA
