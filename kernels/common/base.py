@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gck.compressor import reduce_by_steps_, server_of, shard_numel
+from gck.compressor import reduce_by_steps_, shard_numel
 from gck.errors import (
     ArgumentError,
     BackendUnavailableError,
@@ -39,7 +39,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.kernels.common import checks
-from gck.kernels.common.reduction import Reduction
+from gck.kernels.common.reduction import checked_reduction
 from gck.wire import Layout
 
 
@@ -146,42 +146,21 @@ class KernelCompressor(ABC):
             CorruptPayloadError: before anything is written, where the check costs no host sync.
         """
         function = f"{type(self).__name__}.reduce_"
-        capacity = numel if capacity is None else capacity
-        checks.check_reduction(function, numel, capacity, divisor)
-        server, layout = server_of(self), self.layout(capacity)
-        rows = checks.check_bodies(function, bodies, bodies, "bodies")
-        if bodies.shape[1] != layout.nbytes:
-            raise CorruptPayloadError(
-                f"{function}: bodies must be ({rows}, {layout.nbytes}), got {tuple(bodies.shape)}"
-            )
-        checks.check_body(function, body, server.layout(numel).nbytes, bodies)
-        tensors = {f"bodies[{row}]": each for row, each in enumerate(bodies)} | {"body": body}
-        if err is not None:
-            checks.check_fp32(function, "err", err)
-            checks.check_device(function, "err", err, "bodies", bodies)
-            if err.numel() != numel:
-                raise ShapeMismatchError(f"{function}: err must have {numel} elements, got {err.numel()}")
-            tensors["err"] = err
-        checks.check_nonfinite(function, nonfinite, bodies, "bodies")
-        if nonfinite is not None:
-            tensors["nonfinite"] = nonfinite
-        if not checks.apart(list(tensors.values())):
-            checks.check_no_overlap(function, **tensors)
+        given = bodies, err, body, numel, numel if capacity is None else capacity, divisor, nonfinite
+        job = checked_reduction(function, self, *given)
         if not numel:
             return
-        kernels = backend(function, self.package, bodies.device)
-        alike = isinstance(server, KernelCompressor) and (server.package, server.shard_unit) == (
-            self.package,
-            self.shard_unit,
+        kernels, server = backend(function, self.package, bodies.device), job.server
+        alike = isinstance(server, KernelCompressor) and (
+            (server.package, server.shard_unit) == (self.package, self.shard_unit)
         )
-        if not (alike and hasattr(kernels, "reduce_")):
+        if alike and hasattr(kernels, "reduce_"):
+            with _naming(function):
+                kernels.reduce_(self, job)
+        else:
             reduce_by_steps_(
-                self, bodies, err, body, numel, capacity=capacity, divisor=divisor, nonfinite=nonfinite
+                self, bodies, job.err, body, numel, capacity=capacity, divisor=divisor, nonfinite=nonfinite
             )
-            return
-        flat = None if err is None else _flat(err)
-        with _naming(function):
-            kernels.reduce_(self, Reduction(bodies, layout, numel, divisor, server, flat, body, nonfinite))
 
     def check_inputs(
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None

@@ -21,7 +21,6 @@ from gck.errors import (
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
-MOST_DIVISOR = 1 << 24  # up to which every integer is an fp32 number
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
@@ -193,27 +192,6 @@ def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "
             f"got strides {bodies.stride()} at offset {bodies.storage_offset()}"
         )
     return rows
-
-
-def check_body(function: str, body: Tensor, nbytes: int, bodies: Tensor) -> None:
-    """`body` must be nbytes of bytes, usable as words, on the device of `bodies`."""
-    check_tensor(function, "body", body)
-    if body.dtype != torch.uint8 or body.shape != (nbytes,):
-        raise ShapeMismatchError(
-            f"{function}: body must be ({nbytes},) uint8, got {tuple(body.shape)} of {body.dtype}"
-        )
-    check_bodies(function, body.unsqueeze(0), bodies, "bodies")
-
-
-def check_reduction(function: str, numel: int, capacity: int, divisor: int) -> None:
-    """Raises unless these are whole numbers in range."""
-    for name, value in (("numel", numel), ("capacity", capacity), ("divisor", divisor)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
-    if not 0 <= numel <= capacity:
-        raise ArgumentError(f"{function}: numel must be in [0, capacity], got {numel} and {capacity}")
-    if not 1 <= divisor <= MOST_DIVISOR:
-        raise ArgumentError(f"{function}: divisor must be in [1, {MOST_DIVISOR}], got {divisor}")
 
 
 def check_ratio(function: str, ratio: object) -> float:
