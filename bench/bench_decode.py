@@ -1,22 +1,40 @@
-"""gck.decompress and gck.decompress_add_ of gathered top-k payloads, against torch's index_add_."""
+"""gck.decompress and gck.decompress_add_: of gathered top-k payloads, against torch's index_add_; and of one
+payload of each other kind, against torch operations that unpack it.
+
+The floor is what must move: the payload read, and the result written, or read and written.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import gck
-from bench import inputs, peers
+from bench import inputs, peers, peers_decode
 from bench.measure import Buffers, Pool
 from bench.suite import GCK, Case, Plan, percent
 from gck.kernels.topk import resolve_k
 
 SETTINGS = ((1, 0.001), (1, 0.01), (8, 0.001), (8, 0.01))  # payloads, ratio
 
+# Payloads of one rank, by name: what makes them.
+DENSE: dict[str, Any] = {
+    "sign": gck.Sign(256),
+    "8 bits": gck.Quantize(8, 256),
+    "4 bits": gck.Quantize(4, 256),
+    "2 bits": gck.Quantize(2, 256),
+    "2 bits, mean": gck.Quantize(2, 256, scale="mean"),
+    "top 64 of 4096, 16 bits": gck.ChunkTopK(64, 4096),
+    "top 64 of 4096, 2 bits": gck.ChunkTopK(64, 4096, 2),
+}
+ALPHA = 0.5
+
 Given = tuple[Tensor, list[gck.SparseGrad]]
+GivenDense = tuple[Tensor, Any]
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -37,7 +55,56 @@ def cases(plan: Plan) -> list[Case]:
             if kernel == "decompress":
                 verify = partial(_verify, run, _decompress_anew, world, ratio)
                 made.append(make("gck, new tensor", _decompress_anew, verify))
+    for name in plan.settings(tuple(DENSE), typical="sign"):
+        payload = DENSE[name].layout(n).nbytes / n
+        for kernel, dense_run, dense_peer, dense in (
+            ("decompress", _decompress_one, _unpack, 4),
+            ("decompress_add_", _decompress_add_one_, _unpack_and_add_, 8),
+        ):
+            of = {"bytes": dense + payload, "prepare": partial(_prepare_one, name)}
+            make = partial(Case, kernel, "payloads", name, n, torch.float32, **of)
+            made.append(make(GCK, dense_run))
+            made.append(
+                make("torch composition", dense_peer, partial(_verify_one, dense_run, dense_peer, name))
+            )
     return made
+
+
+def _prepare_one(name: str, buffers: Buffers) -> GivenDense:
+    """(a tensor to decode to, one payload)."""
+    return buffers.err, buffers.pool.made(name, lambda: _one(buffers.pool, name))
+
+
+def _one(pool: Pool, name: str) -> Any:
+    grad, _ = inputs.make(inputs.GAUSSIAN, pool.n)
+    body = torch.zeros(1, DENSE[name].layout(pool.n).nbytes, dtype=torch.uint8, device=pool.device)
+    DENSE[name].compress_(grad.to(pool.device), None, body)
+    return peers_decode.payload_of(DENSE[name], body[0], pool.n)
+
+
+def _decompress_one(given: GivenDense) -> Tensor:
+    return gck.decompress(given[1], out=given[0])
+
+
+def _decompress_add_one_(given: GivenDense) -> Tensor:
+    return gck.decompress_add_(given[0], given[1], ALPHA)
+
+
+def _unpack(given: GivenDense) -> Tensor:
+    return given[0].copy_(peers_decode.torch_decoded(given[1]))
+
+
+def _unpack_and_add_(given: GivenDense) -> Tensor:
+    # Not add_(…, alpha=ALPHA), which may round once for the product and the sum.
+    return given[0].add_(peers_decode.torch_decoded(given[1]).mul_(ALPHA))
+
+
+def _verify_one(
+    run: Callable[[GivenDense], Tensor], peer: Callable[[GivenDense], Tensor], name: str, pool: Pool
+) -> None:
+    ours, theirs = (call(_prepare_one(name, pool.apart())) for call in (run, peer))
+    if not torch.equal(ours, theirs):
+        raise peers.PeerMismatchError(f"decompress: {peer.__name__} and gck disagree (n={pool.n}, {name})")
 
 
 def _prepare(world: int, ratio: float, buffers: Buffers) -> Given:

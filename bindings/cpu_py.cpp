@@ -37,6 +37,8 @@ gck::ResidualOptions residual_of(const Options& options) {
   return {decay, at<float>(clip), at<double>(statistics)};
 }
 
+int64_t chunks_of(int64_t numel, int64_t chunk_size) { return (numel + chunk_size - 1) / chunk_size; }
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -142,6 +144,23 @@ void bind_cpu(py::module_& m) {
       nogil);
 
   m.def(
+      "chunk_topk_reduce",
+      [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
+         int64_t chunk_size, int64_t k, int value_bits, int index_bits, float divisor, Address err,
+         int64_t numel, int64_t server_k, int server_value_bits, int server_index_bits, Address body,
+         int64_t scales_offset, int64_t indices_offset, int threads) {
+        const Reduced done =
+            chunk_topk_reduce({at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride,
+                               chunk_size, k, value_bits, index_bits, nullptr, numel, 1.0f, true, true},
+                              {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_k,
+                               server_value_bits, server_index_bits, at<char>(body), 0,
+                               chunks_of(numel, chunk_size), scales_offset, indices_offset},
+                              divisor, threads);
+        return std::pair(done.bad, done.cleared);
+      },
+      nogil);
+
+  m.def(
       "quantize_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int bits,
          bool two_levels, bool stochastic, int64_t seed, Address bodies, int64_t row_stride,
@@ -157,9 +176,29 @@ void bind_cpu(py::module_& m) {
       "quantize_decompress",
       [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
          bool two_levels, Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
-        quantize_decompress({at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits,
-                             two_levels, at<float>(out), numel, alpha, clear, add},
+        quantize_decompress({at<char>(codes),
+                             at<char>(scales),
+                             ranks,
+                             rank_stride,
+                             chunk_size,
+                             bits,
+                             two_levels,
+                             {at<float>(out), numel, alpha, clear, add, false}},
                             threads);
+      },
+      nogil);
+
+  m.def(
+      "quantize_reduce",
+      [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
+         bool two_levels, float divisor, Address err, int64_t numel, int server_bits, bool server_two_levels,
+         bool stochastic, int64_t seed, Address body, int64_t scales_offset, int threads) {
+        return quantize_reduce(
+            {at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits, two_levels, {}},
+            {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_bits, server_two_levels,
+             stochastic, static_cast<uint64_t>(seed), at<char>(body), 0, chunks_of(numel, chunk_size),
+             scales_offset},
+            divisor, threads);
       },
       nogil);
 
@@ -203,11 +242,26 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "sign_decompress",
-      [](Address words, Address scales, Address out, int64_t numel, int64_t chunk_size, float alpha,
-         bool accumulate, int threads) {
-        sign_decompress(
-            {at<uint32_t>(words), at<float>(scales), at<float>(out), numel, chunk_size, alpha, accumulate},
-            threads);
+      [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, Address out,
+         int64_t numel, float alpha, bool clear, bool add, int threads) {
+        sign_decompress({at<char>(words),
+                         at<char>(scales),
+                         ranks,
+                         rank_stride,
+                         chunk_size,
+                         {at<float>(out), numel, alpha, clear, add, false}},
+                        threads);
+      },
+      nogil);
+
+  m.def(
+      "sign_reduce",
+      [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, float divisor,
+         Address err, int64_t numel, Address body, int64_t scales_offset, int threads) {
+        return sign_reduce({at<char>(words), at<char>(scales), ranks, rank_stride, chunk_size, {}},
+                           {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, at<char>(body), 0,
+                            chunks_of(numel, chunk_size), scales_offset},
+                           divisor, threads);
       },
       nogil);
 }

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gck.collectives.average import average_
+from gck.average import average_
 from gck.collectives.handshake import Signature, agree
 from gck.collectives.transports import Transport, resolve
 from gck.compressor import Compressor, decompress_sum_

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gck.collectives.average import average_
+from gck.average import average_
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
 from gck.compressor import Compressor, residual_of, server_of

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gck.collectives.average import average_
 from gck.collectives.transports import Transport
-from gck.compressor import Compressor, decompress_sum_, server_of, shard_numel
+from gck.compressor import Compressor, reduce_, server_of, shard_numel
 
 __all__ = ["Shards", "two_phase"]
 
@@ -69,7 +68,8 @@ def two_phase(
         2. All-to-all: shard s of every rank goes to rank s, its owner.
         3. The owner decodes the W bodies of its shard and adds them in rank order, in fp32.
         4. The owner divides by W for "avg": the only place where the mean is taken.
-        5. The owner compresses the result with its server residual, by the compressor's `server_of`.
+        5. The owner compresses the result with its server residual, by the compressor's `server_of`. Steps 3
+           to 5 are one pass where the compressor can do them in one.
         6. All-gather the owners' bodies.
         7. Every rank, the owner too, decodes what was gathered: what the owner has more than its
            message is in its server residual.
@@ -92,22 +92,27 @@ def two_phase(
 
     received = transport.all_to_all_bytes(send).split(sizes, 1)
 
-    reduced = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=device)
+    server_sizes = [server.layout(shard.numel).nbytes for shard in shards]
+    reduced = torch.zeros(sum(server_sizes), dtype=torch.uint8, device=device)
     for shard, server_err, counter, bodies, slot in zip(
-        shards, server_errs, counters, received, reduced.split(sizes, 1), strict=True
+        shards, server_errs, counters, received, reduced.split(server_sizes), strict=True
     ):
-        if not shard.valid(rank):
+        valid = shard.valid(rank)
+        if not valid:
             continue
-        owned = torch.empty(shard.valid(rank), dtype=torch.float32, device=device)
-        decompress_sum_(compressor, owned, bodies, capacity=shard.numel)
-        if op == "avg":
-            average_(owned, world_size)
-        residual = None if server_err is None else server_err[: shard.valid(rank)]
-        # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
-        nbytes = server.layout(shard.valid(rank)).nbytes
-        server.compress_(owned, residual, slot[:, :nbytes], nonfinite=counter)
+        reduce_(
+            compressor,
+            bodies,
+            None if server_err is None else server_err[:valid],
+            # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
+            slot[: server.layout(valid).nbytes],
+            valid,
+            capacity=shard.numel,
+            divisor=world_size if op == "avg" else 1,
+            nonfinite=counter,
+        )
 
-    gathered = transport.all_gather_bytes(reduced[0]).split(sizes, 1)
+    gathered = transport.all_gather_bytes(reduced).split(server_sizes, 1)
 
     results = []
     for shard, slots in zip(shards, gathered, strict=True):

@@ -80,6 +80,27 @@ def chunk_topk_decompress(
     add: bool,
     threads: int,
 ) -> int: ...
+def chunk_topk_reduce(
+    values: int,
+    scales: int,
+    indices: int,
+    ranks: int,
+    rank_stride: int,
+    chunk_size: int,
+    k: int,
+    value_bits: int,
+    index_bits: int,
+    divisor: float,
+    err: int,
+    numel: int,
+    server_k: int,
+    server_value_bits: int,
+    server_index_bits: int,
+    body: int,
+    scales_offset: int,
+    indices_offset: int,
+    threads: int,
+) -> tuple[int, int]: ...
 def quantize_compress(
     grad: int,
     grad_dtype: int,
@@ -139,6 +160,25 @@ def random_k_decompress(
     threads: int,
 ) -> None: ...
 def random_k_indices(seed: int, numel: int, k: int, first: int, count: int, out: int) -> None: ...
+def quantize_reduce(
+    codes: int,
+    scales: int,
+    ranks: int,
+    rank_stride: int,
+    chunk_size: int,
+    bits: int,
+    two_levels: bool,
+    divisor: float,
+    err: int,
+    numel: int,
+    server_bits: int,
+    server_two_levels: bool,
+    stochastic: bool,
+    seed: int,
+    body: int,
+    scales_offset: int,
+    threads: int,
+) -> int: ...
 def sign_compress(
     grad: int,
     grad_dtype: int,
@@ -155,10 +195,26 @@ def sign_compress(
 def sign_decompress(
     words: int,
     scales: int,
+    ranks: int,
+    rank_stride: int,
+    chunk_size: int,
     out: int,
     numel: int,
-    chunk_size: int,
     alpha: float,
-    accumulate: bool,
+    clear: bool,
+    add: bool,
     threads: int,
 ) -> None: ...
+def sign_reduce(
+    words: int,
+    scales: int,
+    ranks: int,
+    rank_stride: int,
+    chunk_size: int,
+    divisor: float,
+    err: int,
+    numel: int,
+    body: int,
+    scales_offset: int,
+    threads: int,
+) -> int: ...

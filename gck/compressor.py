@@ -7,11 +7,14 @@ and nothing else.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from gck.average import average_
 from gck.errors import ArgumentError
 from gck.wire import Layout
 
@@ -20,6 +23,8 @@ __all__ = [
     "Compressor",
     "compressor_class",
     "decompress_sum_",
+    "reduce_",
+    "reduce_by_steps_",
     "residual_of",
     "server_of",
     "shard_numel",
@@ -116,11 +121,66 @@ def decompress_sum_(
         compressor.decompress_(out, body, capacity=capacity, accumulate=True)
 
 
+def reduce_(
+    compressor: Compressor,
+    bodies: Tensor,
+    err: Tensor | None,
+    body: Tensor,
+    numel: int,
+    *,
+    capacity: int | None = None,
+    divisor: int = 1,
+    nonfinite: Tensor | None = None,
+) -> None:
+    """The body of the sum of what the rows of `bodies` decode to: what an owner does in the second phase.
+
+    acc = (sum of the rows, added in order to zeros) / divisor + err, each operation rounded once in fp32, is
+    compressed by `server_of(compressor)` into `body`; err becomes acc - decoded.
+
+    A compressor that can do it in one pass has a method `reduce_` (see
+    `gck.kernels.common.base.KernelCompressor`); for any other it is done by steps, with the same bytes.
+
+    Args:
+        bodies: (W, compressor.layout(capacity).nbytes) uint8, rows contiguous; read only.
+        err: (numel,) fp32 contiguous; overwritten. None: no residual.
+        body: (server_of(compressor).layout(numel).nbytes,) uint8 contiguous, **zeroed**.
+        numel: elements of the sum.
+        capacity: elements that each row was laid out for, at least numel. Default: numel.
+        divisor: 1 for a sum, W for a mean.
+        nonfinite: (1,) int64; increased by the residual entries cleared because not finite.
+
+    Raises:
+        CorruptPayloadError: before anything is written, where the check costs no host sync.
+    """
+    fused = getattr(compressor, "reduce_", None)
+    reduce = fused if fused is not None else partial(reduce_by_steps_, compressor)
+    reduce(bodies, err, body, numel, capacity=capacity, divisor=divisor, nonfinite=nonfinite)
+
+
+def reduce_by_steps_(
+    compressor: Compressor,
+    bodies: Tensor,
+    err: Tensor | None,
+    body: Tensor,
+    numel: int,
+    *,
+    capacity: int | None = None,
+    divisor: int = 1,
+    nonfinite: Tensor | None = None,
+) -> None:
+    """`reduce_` of any compressor: decode and add, divide, compress; three passes over a dense vector."""
+    total = torch.empty(numel, dtype=torch.float32, device=bodies.device)
+    decompress_sum_(compressor, total, bodies, capacity=capacity)
+    if divisor != 1:
+        average_(total, divisor)
+    server_of(compressor).compress_(total, err, body.unsqueeze(0), nonfinite=nonfinite)
+
+
 def server_of(compressor: Compressor) -> Compressor:
     """The compressor of the second phase, for what an owner has summed: `compressor.server`, or the same.
 
     A compressor that draws random numbers has one, because what it draws in the second phase must not be what
-    the addends were rounded by. Its layout is that of the compressor.
+    the addends were rounded by. Its shard_unit is that of the compressor; its layout need not be.
     """
     server: Compressor = getattr(compressor, "server", compressor)
     return server

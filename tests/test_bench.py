@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_decode, bench_topk_lists, gpu_check, inputs, peers
+from bench import bench_decode, bench_reduce, bench_topk_lists, gpu_check, inputs, peers, peers_decode
 from bench.measure import Buffers, Pool
 from tests.cases import same_bytes
 
@@ -123,7 +123,7 @@ def test_peers_are_verified_and_compared(report: dict[str, Any]) -> None:
 def test_floors_of_their_own(report: dict[str, Any]) -> None:
     """Of decoding 8 payloads of 1 %: 8 bytes an entry, and out written once, or read and written."""
     for kernel, nbytes in (("decompress", 8 * 8 * 0.01 + 4), ("decompress_add_", 8 * 8 * 0.01 + 8)):
-        records = [r for r in report["records"] if r["kernel"] == kernel]
+        records = [r for r in report["records"] if r["kernel"] == kernel and r["setting"] == "8 of 1%"]
         assert {r["implementation"] for r in records} >= {"gck", "torch index_add_"}
         for record in records:
             least = record["floor_fp32_seconds"] * nbytes / 12
@@ -178,6 +178,37 @@ def test_verification_notices_wrong_sums(small_pool: Pool) -> None:
     bench_decode._verify(bench_decode._decompress, bench_decode._index_add_to_zeros, 3, 0.1, small_pool)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         bench_decode._verify(bench_decode._decompress, bench_decode._index_add_, 3, 0.1, small_pool)
+
+
+@pytest.mark.parametrize("name", bench_decode.DENSE)
+def test_verification_notices_wrong_decoding(
+    name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = bench_decode._decompress_one, bench_decode._unpack
+    bench_decode._verify_one(*runs, name, small_pool)
+    bench_decode._verify_one(
+        bench_decode._decompress_add_one_, bench_decode._unpack_and_add_, name, small_pool
+    )
+    right = peers_decode.torch_decoded
+    monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload).roll(1))
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_decode._verify_one(*runs, name, small_pool)
+
+
+@pytest.mark.parametrize("name", bench_reduce.COMPRESSORS)
+def test_verification_notices_wrong_reductions(
+    name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_reduce._verify_steps(name, small_pool)
+    bench_reduce._verify_composed(name, small_pool)
+    right = peers_decode.torch_decoded
+    monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload) * 2)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_reduce._verify_composed(name, small_pool)
+    steps = bench_reduce._by_steps
+    monkeypatch.setattr(bench_reduce, "_by_steps", lambda *given: steps(*given) ^ 1)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_reduce._verify_steps(name, small_pool)
 
 
 def test_a_report_can_be_shown_again(report: dict[str, Any], run: Any, tmp_path: Path) -> None:

@@ -34,13 +34,4 @@ static inline void pack_codes(const uint32_t* codes, int64_t count, int bits, un
   }
 }
 
-static inline uint32_t packed_code(const unsigned char* row, int64_t j, int bits) {
-  if (bits == 12) {
-    const unsigned char* at = row + j * 3 / 2;
-    const uint32_t two = at[0] | static_cast<uint32_t>(at[1]) << 8;
-    return j % 2 ? two >> 4 : two & 0xfffu;
-  }
-  return row[j * bits / 8] >> (j * bits % 8) & ((1u << bits) - 1);
-}
-
 }  // namespace gck

@@ -1,5 +1,7 @@
 #include "cpu/quantize.hpp"
 
+#include "cpu/dense.hpp"
+#include "cpu/reduce.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -11,14 +13,22 @@ int64_t quantize_compress(const QuantizeChunks& job, const ResidualOptions& opti
       [&](int, int64_t begin, int64_t end) { return isa.quantize_compress(job, begin, end); });
 }
 
-void quantize_decompress(const QuantizeDecode& job, int threads) {
+void quantize_decompress(QuantizeDecode job, int threads) {
   const Leaves& isa = leaves();
-  const int parts = parts_for(job.numel, threads);
-  const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
-    isa.quantize_decompress(job, begin, end);
-  });
+  decode_dense(job.into, job.chunk_size, threads,
+               [&](int64_t begin, int64_t end) { isa.quantize_decompress(job, begin, end); });
+}
+
+int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, int threads) {
+  const Leaves& isa = leaves();
+  const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
+    isa.quantize_add_mean(from, {err, to.numel, divisor}, begin, end);
+    QuantizeChunks job = to;
+    job.grad = job.err = err;
+    job.grad_dtype = Dtype::none;
+    return isa.quantize_compress(job, begin, end);
+  };
+  return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }
 
 }  // namespace gck

@@ -11,6 +11,10 @@ namespace gck {
 int64_t quantize_compress(const QuantizeChunks& job, const ResidualOptions& options, int threads);
 
 // Adds or writes alpha * decoded, rank after rank.
-void quantize_decompress(const QuantizeDecode& job, int threads);
+void quantize_decompress(QuantizeDecode job, int threads);
+
+// Compresses the ranks' sum, divided, with the residual to.err (null: none) to the one row of `to`. Where
+// decoded values go, and the gradient of `to`, are of no account.
+int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, int threads);
 
 }  // namespace gck

@@ -1,8 +1,7 @@
 #include "cpu/sign.hpp"
 
-#include <algorithm>
-
-#include "cpu/scratch.hpp"
+#include "cpu/dense.hpp"
+#include "cpu/reduce.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -14,16 +13,22 @@ int64_t sign_compress(const SignChunks& job, const ResidualOptions& options, int
                          [&](int, int64_t begin, int64_t end) { return isa.sign_compress(job, begin, end); });
 }
 
-void sign_decompress(const SignDecode& job, int threads) {
+void sign_decompress(SignDecode job, int threads) {
   const Leaves& isa = leaves();
-  const int parts = parts_for(job.numel, threads);
-  const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  for_each_part(parts, [&](int t) {
-    const auto [begin, end] = part_of(chunks, parts, t, 1);
-    if (!job.accumulate)
-      populate_fresh(job.out, begin * job.chunk_size, std::min(end * job.chunk_size, job.numel));
-    isa.sign_decompress(job, begin, end);
-  });
+  decode_dense(job.into, job.chunk_size, threads,
+               [&](int64_t begin, int64_t end) { isa.sign_decompress(job, begin, end); });
+}
+
+int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, int threads) {
+  const Leaves& isa = leaves();
+  const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
+    isa.sign_add_mean(from, {err, to.numel, divisor}, begin, end);
+    SignChunks job = to;
+    job.grad = job.err = err;
+    job.grad_dtype = Dtype::none;
+    return isa.sign_compress(job, begin, end);
+  };
+  return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }
 
 }  // namespace gck

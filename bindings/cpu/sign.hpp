@@ -10,7 +10,11 @@ namespace gck {
 // because not finite.
 int64_t sign_compress(const SignChunks& job, const ResidualOptions& options, int threads);
 
-// out (+)= alpha * decoded.
-void sign_decompress(const SignDecode& job, int threads);
+// Adds or writes alpha * decoded, rank after rank.
+void sign_decompress(SignDecode job, int threads);
+
+// Compresses the ranks' sum, divided, with the residual to.err (null: none) to the one row of `to`. Where
+// decoded values go, and the gradient of `to`, are of no account.
+int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, int threads);
 
 }  // namespace gck

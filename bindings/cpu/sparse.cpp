@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/dense.hpp"
 #include "cpu/isa/leaves.hpp"
 #include "cpu/round.hpp"
-#include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
@@ -15,9 +15,6 @@ namespace {
 // ahead, two fit a second and a nearest cache; where few lines of out are needed, long tiles cost least.
 constexpr int64_t kTileMade = 8192, kTileAskedFor = 2048, kTileOfFew = 1 << 15;
 constexpr int64_t kCheckGrain = 1 << 16;
-// From this many entries on, out is written past the caches: it would not stay there, and writing through
-// them reads first what is overwritten.
-constexpr int64_t kPastCaches = 1 << 21;
 constexpr int64_t kLine = 64;          // bytes
 constexpr int64_t kAhead = 4 * kLine;  // bytes of a row's indices that are asked for before they are needed
 
@@ -172,6 +169,8 @@ void decompress(const SparseJob& job) {
         return decompress_part<Index, Dtype::bf16>(job, part, next);
       case Dtype::fp16:
         return decompress_part<Index, Dtype::fp16>(job, part, next);
+      case Dtype::none:  // of gradients alone
+        return;
     }
   });
 }

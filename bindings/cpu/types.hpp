@@ -10,8 +10,8 @@
 
 namespace gck {
 
-// Numbered as in kernels/common/native.py.
-enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+// Numbered as in kernels/common/native.py. none: of a gradient that has been added to its residual already.
+enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2, none = 3 };
 
 constexpr int32_t kInfKey = 0x7f800000;
 constexpr int32_t kNanKey = 0x7fc00000;  // the one NaN that gck lets out

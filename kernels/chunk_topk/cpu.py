@@ -13,6 +13,7 @@ from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.chunk_topk import ChunkTopK
+    from gck.kernels.common.reduction import Reduction
     from gck.wire import Layout
 
 
@@ -95,11 +96,48 @@ def _decompress(
         add,
         num_threads(),
     )
-    if bad >= 0:
-        place, entry = divmod(bad, compressor.k)
-        rank, chunk = divmod(place, compressor.chunks(out.numel()))
-        valid = min(compressor.chunk_size, out.numel() - chunk * compressor.chunk_size)
-        raise CorruptPayloadError(
-            f"indices of a chunk must ascend within [0, {valid}), but entry {entry} of chunk "
-            f"{chunk} does not" + (f" in body {rank}" if ranks > 1 else "")
-        )
+    _refuse(compressor, bad, out.numel(), ranks)
+
+
+def reduce_(compressor: ChunkTopK, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`; chunk by chunk, so that sums stay in a near cache."""
+    values, scales, indices = job.layout.views(job.bodies[0])
+    ranks, server = job.bodies.shape[0], job.server
+    _, server_scales, server_indices = server.layout(job.numel).fields
+    bad, cleared = load().chunk_topk_reduce(
+        values.data_ptr(),
+        scales.data_ptr(),
+        indices.data_ptr(),
+        ranks,
+        job.bodies.stride(0),
+        compressor.chunk_size,
+        compressor.k,
+        compressor.value_bits,
+        12 if compressor.packs_indices else 16,
+        float(job.divisor),
+        0 if job.err is None else job.err.data_ptr(),
+        job.numel,
+        server.k,
+        server.value_bits,
+        12 if server.packs_indices else 16,
+        job.body.data_ptr(),
+        server_scales.offset,
+        server_indices.offset,
+        num_threads(),
+    )
+    _refuse(compressor, bad, job.numel, ranks)
+    if job.nonfinite is not None:
+        job.nonfinite.add_(cleared)
+
+
+def _refuse(compressor: ChunkTopK, bad: int, numel: int, ranks: int) -> None:
+    """Raises if there is a bad index: at `bad`, as bindings/cpu/chunk_topk.hpp counts places; -1: none."""
+    if bad < 0:
+        return
+    place, entry = divmod(bad, compressor.k)
+    rank, chunk = divmod(place, compressor.chunks(numel))
+    valid = min(compressor.chunk_size, numel - chunk * compressor.chunk_size)
+    raise CorruptPayloadError(
+        f"indices of a chunk must ascend within [0, {valid}), but entry {entry} of chunk "
+        f"{chunk} does not" + (f" in body {rank}" if ranks > 1 else "")
+    )

@@ -10,6 +10,10 @@ may define, where one pass over `out` is possible for all ranks' payloads togeth
 
     decompress_sum_(compressor, out, bodies, layout, alpha, accumulate)      # bodies: (W, layout.nbytes)
 
+and, where one pass makes the payload of a sum of payloads,
+
+    reduce_(compressor, job)      # job: a `gck.kernels.common.reduction.Reduction`
+
 and `reference`, the oracle, which shares no code with them,
 
     compress(compressor, grad, err) -> (fields, new_err, cleared)
@@ -27,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gck.compressor import shard_numel
+from gck.compressor import reduce_by_steps_, shard_numel
 from gck.errors import (
     ArgumentError,
     BackendUnavailableError,
@@ -36,6 +40,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.kernels.common import checks
+from gck.kernels.common.reduction import checked_reduction
 from gck.wire import Layout
 
 
@@ -122,6 +127,46 @@ class KernelCompressor(ABC):
         function = f"{type(self).__name__}.decompress_sum_"
         layout = self.layout(out.numel() if capacity is None else capacity)
         self.decompress_sum(function, out, bodies, layout, alpha, accumulate)
+
+    def reduce_(
+        self,
+        bodies: Tensor,
+        err: Tensor | None,
+        body: Tensor,
+        numel: int,
+        *,
+        capacity: int | None = None,
+        divisor: int = 1,
+        nonfinite: Tensor | None = None,
+    ) -> None:
+        """See `gck.compressor.reduce_`; in one pass over err and the payloads where the kernels can.
+
+        Args:
+            bodies, body: rows, and the body, start at multiples of 16 bytes.
+
+        Raises:
+            ArgumentError: numel, capacity or divisor is out of range.
+            ShapeMismatchError, DtypeError, LayoutError, DeviceMismatchError: a tensor does not fit.
+            CorruptPayloadError: before anything is written, where the check costs no host sync.
+        """
+        function = f"{type(self).__name__}.reduce_"
+        given = bodies, err, body, numel, numel if capacity is None else capacity, divisor, nonfinite
+        job = checked_reduction(function, self, *given)
+        if not numel:
+            return
+        kernels, server = backend(function, self.package, bodies.device), job.server
+        alike = isinstance(server, KernelCompressor) and (
+            (server.package, server.shard_unit) == (self.package, self.shard_unit)
+        )
+        # Kernels of reductions add the residual as it is; `compress_` knows options on how it is read.
+        as_it_is = getattr(server, "decay", 1.0) == 1 and getattr(server, "clip", None) is None
+        if alike and as_it_is and hasattr(kernels, "reduce_"):
+            with _naming(function):
+                kernels.reduce_(self, job)
+        else:
+            reduce_by_steps_(
+                self, bodies, job.err, body, numel, capacity=capacity, divisor=divisor, nonfinite=nonfinite
+            )
 
     def check_inputs(
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None

@@ -148,21 +148,34 @@ def check_no_overlap(function: str, **tensors: Tensor) -> None:
             raise LayoutError(f"{function}: {first} and {second} overlap in memory")
 
 
-def check_nonfinite(function: str, nonfinite: Tensor | None, grad: Tensor) -> None:
-    check_scalar(function, "nonfinite", nonfinite, torch.int64, grad)
+def check_nonfinite(function: str, nonfinite: Tensor | None, like: Tensor, like_name: str = "grad") -> None:
+    check_scalar(function, "nonfinite", nonfinite, torch.int64, like, like_name)
 
 
-def check_scalar(function: str, name: str, value: Tensor | None, dtype: torch.dtype, grad: Tensor) -> None:
-    """`value`, which a kernel writes to, must be one element of dtype on the device of grad, or None."""
+def check_scalar(
+    function: str,
+    name: str,
+    value: Tensor | None,
+    dtype: torch.dtype,
+    like: Tensor,
+    like_name: str = "grad",
+) -> None:
+    """`value`, which a kernel writes to, must be one element of dtype on the device of `like`, or None."""
     if value is not None:
-        check_written(function, name, value, dtype, 1, grad)
+        check_written(function, name, value, dtype, 1, like, like_name)
 
 
 def check_written(
-    function: str, name: str, value: Tensor, dtype: torch.dtype, numel: int, grad: Tensor
+    function: str,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    numel: int,
+    like: Tensor,
+    like_name: str = "grad",
 ) -> None:
-    """`value`, which a kernel writes to, must be `numel` elements of dtype on the device of grad."""
-    check_elements(function, name, value, dtype, numel, grad)
+    """`value`, which a kernel writes to, must be `numel` elements of dtype on the device of `like`."""
+    check_elements(function, name, value, dtype, numel, like, like_name)
     # Tracing cannot ask.
     if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
         raise AutogradError(
@@ -171,16 +184,22 @@ def check_written(
 
 
 def check_elements(
-    function: str, name: str, value: Tensor, dtype: torch.dtype, numel: int, grad: Tensor
+    function: str,
+    name: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    numel: int,
+    like: Tensor,
+    like_name: str = "grad",
 ) -> None:
-    """`value` must be `numel` elements of dtype on the device of grad."""
+    """`value` must be `numel` elements of dtype on the device of `like`."""
     check_tensor(function, name, value)
     if value.dtype != dtype:
         raise DtypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {value.dtype}")
     if value.numel() != numel:
         wanted = "one element" if numel == 1 else f"{numel} elements"
         raise ShapeMismatchError(f"{function}: {name} must have {wanted}, got shape {tuple(value.shape)}")
-    check_device(function, name, value, "grad", grad)
+    check_device(function, name, value, like_name, like)
 
 
 def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "grad") -> int:

@@ -11,6 +11,7 @@ from gck.compressor import shard_numel
 from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
+    from gck.kernels.common.reduction import Reduction
     from gck.kernels.quantize import Quantize
     from gck.wire import Layout
 
@@ -92,3 +93,30 @@ def _decompress(
         add,
         num_threads(),
     )
+
+
+def reduce_(compressor: Quantize, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`; tile by tile, so that sums stay in the nearest cache."""
+    codes, scales = job.layout.views(job.bodies[0])
+    server = job.server
+    cleared = load().quantize_reduce(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        job.bodies.shape[0],
+        job.bodies.stride(0),
+        compressor.chunk_size,
+        compressor.bits,
+        compressor.two_levels,
+        float(job.divisor),
+        0 if job.err is None else job.err.data_ptr(),
+        job.numel,
+        server.bits,
+        server.two_levels,
+        server.rounding == "stochastic",
+        server.seed,
+        job.body.data_ptr(),
+        server.layout(job.numel).fields[1].offset,
+        num_threads(),
+    )
+    if job.nonfinite is not None:
+        job.nonfinite.add_(cleared)

@@ -20,8 +20,10 @@ from gck.kernels.common.keys import accumulate, count_cleared, is_finite, magnit
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import pack_codes, unpack_codes
 from gck.kernels.common.philox import key_of, uniform
+from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import read_residual, residual_arguments
 from gck.kernels.common.statistics import sum_read, sum_stored
+from gck.kernels.common.tiles import load_tile
 from gck.wire import Layout
 
 # Elements a warp of `compress`: up to this chunk size no reduction leaves a warp.
@@ -30,6 +32,68 @@ TILE = 2048  # elements a program of `decompress`
 RUN = tl.constexpr(32)  # of them that certainly share a chunk
 # Scales from 2^96 on: NaN, infinities and products that overflow are possible.
 WILD = tl.constexpr((96 + 127) << 23)
+
+
+@triton.jit
+def encode_group(
+    b_acc,
+    p_err,
+    p_codes,
+    p_scales,
+    p_nonfinite,
+    base,
+    stop,
+    key_0,
+    key_1,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STORE: tl.constexpr = True,
+):
+    """Codes of b_acc, the CHUNKS chunks of 2**LEVELS elements from `base` on, zeros from `stop` on."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    b_chunk = tl.arange(0, CHUNKS)
+    b_local = b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    b_offset = base + b_local
+    if WHOLE:
+        b_inside = tl.full((CHUNKS, CHUNK), 1, tl.int1)
+        b_valid = tl.full((CHUNKS,), CHUNK, tl.int32)
+    else:
+        left = (stop - base).to(tl.int32)
+        b_inside = b_local < left
+        b_valid = tl.minimum(tl.maximum(left - b_chunk * CHUNK, 0), CHUNK)
+    b_exists = b_valid > 0
+    if TWO_LEVELS:
+        b_code, b_low, b_high, b_decoded = two_level_codes(b_acc, b_inside, b_valid, LEVELS)
+        tl.store(p_scales + 2 * b_chunk, b_low, mask=b_exists)
+        tl.store(p_scales + 2 * b_chunk + 1, b_high, mask=b_exists)
+        b_top = tl.maximum(magnitude_key(b_low), magnitude_key(b_high))
+    else:
+        if STOCHASTIC:
+            b_uniform = uniform(base, key_0, key_1, CHUNKS, CHUNK)
+            b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS, b_uniform)
+        else:
+            b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS)
+        tl.store(p_scales + b_chunk, b_scale, mask=b_exists)
+        b_top = magnitude_key(b_scale)
+    b_byte = b_chunk[:, None] * (CHUNK * BITS // 8) + tl.arange(0, CHUNK * BITS // 8)[None, :]
+    b_residual = b_acc - b_decoded
+    b_cleared = b_inside & (is_finite(b_residual) == 0)
+    b_residual = tl.where(b_cleared, 0.0, b_residual)
+    if WHOLE:
+        tl.store(p_codes + b_byte, pack_codes(b_code, BITS))
+        if STORE:
+            tl.store(p_err + b_offset, b_residual)
+    else:
+        tl.store(p_codes + b_byte, pack_codes(b_code, BITS), mask=b_byte < (left * BITS + 7) // 8)
+        if STORE:
+            tl.store(p_err + b_offset, b_residual, mask=b_inside)
+    # A test a chunk, where one of every element would be a reduction over all of them.
+    if tl.max(b_top, 0) >= WILD:
+        count_cleared(p_nonfinite, b_cleared)
 
 
 @triton.jit
@@ -55,48 +119,11 @@ def _compress_group(
 ):
     """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
     CHUNK: tl.constexpr = 2**LEVELS
-    b_chunk = tl.arange(0, CHUNKS)
-    b_local = b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    b_offset = base + b_local
-    if WHOLE:
-        b_err = read_residual(tl.load(p_err + b_offset), decay, p_clip, RESIDUAL)
-        b_acc = accumulate(tl.load(p_grad + b_offset), b_err)
-        b_inside = tl.full((CHUNKS, CHUNK), 1, tl.int1)
-        b_valid = tl.full((CHUNKS,), CHUNK, tl.int32)
-    else:
-        left = (stop - base).to(tl.int32)
-        b_inside = b_local < left
-        b_valid = tl.minimum(tl.maximum(left - b_chunk * CHUNK, 0), CHUNK)
-        b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
-        b_err = tl.load(p_err + b_offset, mask=b_inside, other=0.0)
-        b_acc = accumulate(b_grad, read_residual(b_err, decay, p_clip, RESIDUAL))
-    b_exists = b_valid > 0
-    if TWO_LEVELS:
-        b_code, b_low, b_high, b_decoded = two_level_codes(b_acc, b_inside, b_valid, LEVELS)
-        tl.store(p_scales + 2 * b_chunk, b_low, mask=b_exists)
-        tl.store(p_scales + 2 * b_chunk + 1, b_high, mask=b_exists)
-        b_top = tl.maximum(magnitude_key(b_low), magnitude_key(b_high))
-    else:
-        if STOCHASTIC:
-            b_uniform = uniform(base, key_0, key_1, CHUNKS, CHUNK)
-            b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS, b_uniform)
-        else:
-            b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS)
-        tl.store(p_scales + b_chunk, b_scale, mask=b_exists)
-        b_top = magnitude_key(b_scale)
-    b_byte = b_chunk[:, None] * (CHUNK * BITS // 8) + tl.arange(0, CHUNK * BITS // 8)[None, :]
-    b_residual = b_acc - b_decoded
-    b_cleared = b_inside & (is_finite(b_residual) == 0)
-    b_residual = tl.where(b_cleared, 0.0, b_residual)
-    if WHOLE:
-        tl.store(p_codes + b_byte, pack_codes(b_code, BITS))
-        tl.store(p_err + b_offset, b_residual)
-    else:
-        tl.store(p_codes + b_byte, pack_codes(b_code, BITS), mask=b_byte < (left * BITS + 7) // 8)
-        tl.store(p_err + b_offset, b_residual, mask=b_inside)
-    # A test a chunk, where one of every element would be a reduction over all of them.
-    if tl.max(b_top, 0) >= WILD:
-        count_cleared(p_nonfinite, b_cleared)
+    b_offset = base + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    b_err = read_residual(load_tile(p_err, b_offset, stop, WHOLE), decay, p_clip, RESIDUAL)
+    b_acc = accumulate(load_tile(p_grad, b_offset, stop, WHOLE), b_err)
+    group = (p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1)
+    encode_group(b_acc, *group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, WHOLE)
 
 
 @triton.jit(do_not_specialize=["n", "shard_chunks", "row_units", "key_0", "key_1"])
@@ -143,7 +170,7 @@ def compress_kernel(
 
 
 @triton.jit
-def _decode(
+def decode_runs(
     p_codes,
     p_scales,
     first_run,
@@ -155,7 +182,7 @@ def _decode(
     RUNS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """alpha * decoded of RUNS runs of RUN elements, a row each."""
+    """alpha * decoded of RUNS runs of RUN elements, a row each; 0 of either sign from element n on."""
     b_run = first_run + tl.arange(0, RUNS)
     b_byte = b_run[:, None] * (RUN * BITS // 8) + tl.arange(0, RUN * BITS // 8)[None, :]
     b_live = tl.full((RUNS,), 1, tl.int1) if WHOLE else b_run * RUN < n
@@ -204,7 +231,7 @@ def _decompress_tile(
             b_sum = tl.load(p_out + b_offset, mask=b_offset < n, other=0.0)
         for rank in range(ranks):
             i_row = tl.cast(rank, tl.int64) * row_units
-            b_sum += _decode(
+            b_sum += decode_runs(
                 p_codes + i_row * 16,
                 p_scales + i_row * 4,
                 first_run,
@@ -217,7 +244,7 @@ def _decompress_tile(
                 WHOLE,
             )
     else:
-        b_sum = _decode(p_codes, p_scales, first_run, n, alpha, LEVELS, BITS, TWO_LEVELS, RUNS, WHOLE)
+        b_sum = decode_runs(p_codes, p_scales, first_run, n, alpha, LEVELS, BITS, TWO_LEVELS, RUNS, WHOLE)
     if WHOLE:
         tl.store(p_out + b_offset, b_sum)
     else:
@@ -393,3 +420,10 @@ def _decompress(
             num_warps=num_warps,
             **EXACT,
         )
+
+
+def reduce_(compressor: Any, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`."""
+    from gck.kernels.quantize import gpu_reduce  # whose kernel is made of the helpers above
+
+    gpu_reduce.reduce_(compressor, job)

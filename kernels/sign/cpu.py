@@ -11,7 +11,9 @@ from gck.compressor import shard_numel
 from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
+    from gck.kernels.common.reduction import Reduction
     from gck.kernels.sign import Sign
+    from gck.wire import Layout
 
 
 def compress_(
@@ -43,16 +45,62 @@ def compress_(
 
 
 def decompress_(
-    compressor: Sign, out: Tensor, fields: tuple[Tensor, Tensor], alpha: float, accumulate: bool
+    compressor: Sign, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    _decompress(compressor, out, fields, 1, 0, alpha, clear=False, add=accumulate)
+
+
+def decompress_sum_(
+    compressor: Sign, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order."""
+    fields = layout.views(bodies[0])
+    ranks, stride = bodies.shape[0], bodies.stride(0)
+    _decompress(compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True)
+
+
+def _decompress(
+    compressor: Sign,
+    out: Tensor,
+    fields: tuple[Tensor, ...],
+    ranks: int,
+    rank_stride: int,
+    alpha: float,
+    *,
+    clear: bool,
+    add: bool,
 ) -> None:
     words, scales = fields
     load().sign_decompress(
         words.data_ptr(),
         scales.data_ptr(),
+        ranks,
+        rank_stride,
+        compressor.chunk_size,
         out.data_ptr(),
         out.numel(),
-        compressor.chunk_size,
         alpha,
-        accumulate,
+        clear,
+        add,
         num_threads(),
     )
+
+
+def reduce_(compressor: Sign, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`; tile by tile, so that sums stay in the nearest cache."""
+    words, scales = job.layout.views(job.bodies[0])
+    cleared = load().sign_reduce(
+        words.data_ptr(),
+        scales.data_ptr(),
+        job.bodies.shape[0],
+        job.bodies.stride(0),
+        compressor.chunk_size,
+        float(job.divisor),
+        0 if job.err is None else job.err.data_ptr(),
+        job.numel,
+        job.body.data_ptr(),
+        job.server.layout(job.numel).fields[1].offset,
+        num_threads(),
+    )
+    if job.nonfinite is not None:
+        job.nonfinite.add_(cleared)

@@ -18,13 +18,68 @@ from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, canonical, is_finite
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import pack_bits, unpack_bits
+from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import read_residual, residual_arguments
 from gck.kernels.common.statistics import sum_read, sum_stored
+from gck.kernels.common.tiles import load_tile
 from gck.kernels.common.tree import halving_sum
+from gck.wire import Layout
 
 # Elements a warp of `compress`: up to this chunk size the halving tree never leaves a warp.
 WARP_ELEMENTS = 512
 TILE = 2048  # elements a program of `decompress`
+
+
+@triton.jit
+def encode_group(
+    b_acc,
+    p_err,
+    p_words,
+    p_scales,
+    p_nonfinite,
+    base,
+    stop,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STORE: tl.constexpr = True,
+):
+    """Packs b_acc, the CHUNKS chunks of 2**LEVELS elements from `base` on, zeros from `stop` on."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    WORDS: tl.constexpr = CHUNKS * CHUNK // 32
+    b_chunk = tl.arange(0, CHUNKS)
+    b_word = tl.arange(0, WORDS)
+    b_offset = base + b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    if WHOLE:
+        b_positive = b_acc >= 0
+        b_scale = canonical(halving_sum(tl.abs(b_acc), CHUNKS, LEVELS) * (1.0 / CHUNK))
+        tl.store(p_words + b_word, pack_bits(b_positive, WORDS))
+        tl.store(p_scales + b_chunk, b_scale)
+    else:
+        b_inside = b_offset < stop
+        b_positive = (b_acc >= 0) & b_inside
+        left = (stop - base).to(tl.int32)
+        b_valid = tl.minimum(left - b_chunk * CHUNK, CHUNK)
+        # A chunk past the end has no elements: any divisor but 0 will do, as nothing is stored.
+        b_divisor = tl.maximum(b_valid, 1).to(tl.float32)
+        b_scale = canonical(tl.div_rn(halving_sum(tl.abs(b_acc), CHUNKS, LEVELS), b_divisor))
+        tl.store(p_words + b_word, pack_bits(b_positive, WORDS), mask=b_word * 32 < left)
+        tl.store(p_scales + b_chunk, b_scale, mask=b_valid > 0)
+    # The residual of a chunk is finite where its scale is: a non-finite element makes the sum
+    # non-finite, and |acc - scale| never exceeds the larger of the two. So one test a chunk is enough.
+    b_finite = is_finite(b_scale)
+    b_residual = b_acc - tl.where(b_positive, b_scale[:, None], -b_scale[:, None])
+    b_residual = tl.where(b_finite[:, None], b_residual, 0.0)
+    if WHOLE:
+        if STORE:
+            tl.store(p_err + b_offset, b_residual)
+        cleared = tl.sum(tl.where(b_finite, 0, CHUNK), 0)
+    else:
+        if STORE:
+            tl.store(p_err + b_offset, b_residual, mask=b_inside)
+        cleared = tl.sum(tl.where(b_finite, 0, tl.maximum(b_valid, 0)), 0)
+    if cleared > 0:
+        tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -45,43 +100,10 @@ def _compress_group(
 ):
     """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
     CHUNK: tl.constexpr = 2**LEVELS
-    WORDS: tl.constexpr = CHUNKS * CHUNK // 32
-    b_chunk = tl.arange(0, CHUNKS)
-    b_word = tl.arange(0, WORDS)
-    b_offset = base + b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    if WHOLE:
-        b_err = read_residual(tl.load(p_err + b_offset), decay, p_clip, RESIDUAL)
-        b_acc = accumulate(tl.load(p_grad + b_offset), b_err)
-        b_positive = b_acc >= 0
-        b_scale = canonical(halving_sum(tl.abs(b_acc), CHUNKS, LEVELS) * (1.0 / CHUNK))
-        tl.store(p_words + b_word, pack_bits(b_positive, WORDS))
-        tl.store(p_scales + b_chunk, b_scale)
-    else:
-        b_inside = b_offset < stop
-        b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
-        b_err = tl.load(p_err + b_offset, mask=b_inside, other=0.0)
-        b_acc = accumulate(b_grad, read_residual(b_err, decay, p_clip, RESIDUAL))
-        b_positive = (b_acc >= 0) & b_inside
-        left = (stop - base).to(tl.int32)
-        b_valid = tl.minimum(left - b_chunk * CHUNK, CHUNK)
-        # A chunk past the end has no elements: any divisor but 0 will do, as nothing is stored.
-        b_divisor = tl.maximum(b_valid, 1).to(tl.float32)
-        b_scale = canonical(tl.div_rn(halving_sum(tl.abs(b_acc), CHUNKS, LEVELS), b_divisor))
-        tl.store(p_words + b_word, pack_bits(b_positive, WORDS), mask=b_word * 32 < left)
-        tl.store(p_scales + b_chunk, b_scale, mask=b_valid > 0)
-    # The residual of a chunk is finite where its scale is: a non-finite element makes the sum
-    # non-finite, and |acc - scale| never exceeds the larger of the two. So one test a chunk is enough.
-    b_finite = is_finite(b_scale)
-    b_residual = b_acc - tl.where(b_positive, b_scale[:, None], -b_scale[:, None])
-    b_residual = tl.where(b_finite[:, None], b_residual, 0.0)
-    if WHOLE:
-        tl.store(p_err + b_offset, b_residual)
-        cleared = tl.sum(tl.where(b_finite, 0, CHUNK), 0)
-    else:
-        tl.store(p_err + b_offset, b_residual, mask=b_inside)
-        cleared = tl.sum(tl.where(b_finite, 0, tl.maximum(b_valid, 0)), 0)
-    if cleared > 0:
-        tl.atomic_add(p_nonfinite, cleared.to(tl.int64), sem="relaxed")
+    b_offset = base + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    b_err = read_residual(load_tile(p_err, b_offset, stop, WHOLE), decay, p_clip, RESIDUAL)
+    b_acc = accumulate(load_tile(p_grad, b_offset, stop, WHOLE), b_err)
+    encode_group(b_acc, p_err, p_words, p_scales, p_nonfinite, base, stop, CHUNKS, LEVELS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["n", "shard_chunks", "row_units"])
@@ -231,3 +253,19 @@ def decompress_(
             num_warps=4,
             **EXACT,
         )
+
+
+def decompress_sum_(
+    compressor: Any, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order."""
+    from gck.kernels.sign import gpu_sum  # whose kernels are made of the helpers above
+
+    gpu_sum.decompress_sum_(compressor, out, bodies, layout, alpha, accumulate)
+
+
+def reduce_(compressor: Any, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`."""
+    from gck.kernels.sign import gpu_sum
+
+    gpu_sum.reduce_(compressor, job)

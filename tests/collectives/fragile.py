@@ -37,3 +37,12 @@ class Fragile:
         self.calls.append(name)
         if len(self.calls) == self.fail_at:
             raise MemoryError(f"call {self.fail_at}: {name}")
+
+
+@dataclass(frozen=True)
+class FragileInOnePass(Fragile):
+    """The same of a compressor that reduces in one pass."""
+
+    def reduce_(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.reduce_(*args, **kwargs)
+        self._count("reduce_")

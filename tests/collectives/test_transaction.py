@@ -31,7 +31,7 @@ from gck.errors import (
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
-from tests.collectives.fragile import Fragile
+from tests.collectives.fragile import Fragile, FragileInOnePass
 
 
 def used_state(rank: int, n: int) -> ErrorFeedback:
@@ -60,10 +60,16 @@ def unchanged(before: list[Tensor | None], after: list[Tensor | None]) -> bool:
     ids=str,
 )
 @pytest.mark.parametrize("fresh", [True, False])
-def test_failure_at_every_kernel_call(compressor: Any, algorithm: str, fresh: bool) -> None:
+@pytest.mark.parametrize("fails", [Fragile, FragileInOnePass])
+def test_failure_at_every_kernel_call(
+    compressor: Any, algorithm: str, fails: type[Fragile], fresh: bool
+) -> None:
     world_size, numels = 3, (200, 70)
-    # Both vectors: a worker message and W decodes; two phases: an owner's message and W more decodes.
-    total = 2 * (1 + world_size) * (2 if algorithm == "two_phase" else 1)
+    # Both vectors: a worker message and W decodes; two phases: an owner's message and W more decodes, or
+    # the owner's message in one pass.
+    total = 2 * (1 + world_size)
+    if algorithm == "two_phase":
+        total += 2 * (1 + world_size if fails is Fragile else 1)
 
     def rank_main(member: SimulatedMember, fail_at: int) -> str:
         rank = member.rank
@@ -71,7 +77,7 @@ def test_failure_at_every_kernel_call(compressor: Any, algorithm: str, fresh: bo
         grads[0][5] = math.nan
         states = [ErrorFeedback() if fresh else used_state(rank, m) for m in numels]
         copies, before = [g.clone() for g in grads], [contents(s) for s in states]
-        fragile = Fragile(compressor, fail_at if rank == 1 else 0)
+        fragile = fails(compressor, fail_at if rank == 1 else 0)
         try:
             all_reduce_many_(grads, states, fragile, member, algorithm=algorithm)
         except (MemoryError, PeerLostError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.quantize import Quantize, gpu
+from gck.kernels.quantize import Quantize, gpu, gpu_reduce
 from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
@@ -35,4 +35,24 @@ def variants() -> list[Variant]:
             name = f"{'add' if add else 'write'}{' to zeros' if clear else ''}"
             label = f"{compressor.bits} bits, {compressor.scale}, {name}"
             made.append(Variant("quantize", "gpu", "decompress_kernel", label, types, constants, num_warps))
+    types |= {"p_from_codes": "*u8", "p_from_scales": "*fp32", "number": "fp32"}
+    for compressor, kind, residual in (
+        (Quantize(8), "product", True),
+        (Quantize(4), "none", True),
+        (Quantize(4), "product", True),
+        (Quantize(4), "quotient", True),
+        (Quantize(2), "product", False),
+        (Quantize(4, 32, rounding="stochastic"), "product", True),
+        (Quantize(8, 1024, rounding="stochastic"), "quotient", True),
+        (Quantize(2, scale="mean"), "product", True),
+        (Quantize(2, 8192, scale="mean"), "quotient", True),
+        (Quantize(8, 8192), "quotient", True),
+    ):
+        constants, num_warps = gpu_reduce.reduce_options(
+            compressor, compressor.server, kind, residual=residual
+        )
+        rounding = "mean" if compressor.two_levels else compressor.rounding
+        label = f"{compressor.bits} bits, {rounding}, {compressor.chunk_size}, {kind}"
+        label += "" if residual else ", no residual"
+        made.append(Variant("quantize", "gpu_reduce", "reduce_kernel", label, types, constants, num_warps))
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.sign import gpu
+from gck.kernels.sign import Sign, gpu, gpu_sum
 from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
@@ -51,4 +51,32 @@ def variants() -> list[Variant]:
                 4,
             )
         )
+    types = payload | {"p_err": "*fp32", "p_from_words": "*i32", "p_from_scales": "*fp32"}
+    types |= {"p_nonfinite": "*i64", "n": "i32", "ranks": "i32", "row_units": "i32", "number": "fp32"}
+    for clear in (False, True):
+        constants, num_warps = gpu_sum.sum_options(Sign(), clear=clear)
+        label = "to zeros" if clear else "add"
+        made.append(
+            Variant(
+                "sign",
+                "gpu_sum",
+                "sum_kernel",
+                label,
+                types | {"p_out": "*fp32", "alpha": "fp32"},
+                constants,
+                num_warps,
+            )
+        )
+    for chunk, kind, residual in (
+        (32, "product", True),
+        (256, "none", True),
+        (256, "product", True),
+        (256, "quotient", True),
+        (256, "product", False),
+        (1024, "product", True),
+        (8192, "quotient", True),
+    ):
+        constants, num_warps = gpu_sum.reduce_options(Sign(chunk), kind, residual=residual)
+        label = f"{chunk}, {kind}{'' if residual else ', no residual'}"
+        made.append(Variant("sign", "gpu_sum", "reduce_kernel", label, types, constants, num_warps))
     return made

@@ -39,10 +39,13 @@ BUDGETS = {
     "topk.sum_kernel": (48, 64),
     "sign.compress_kernel": (96, 64),
     "sign.decompress_kernel": (64, 48),
+    "sign.sum_kernel": (144, 128),
+    "sign.reduce_kernel": (144, 120),
     "chunk_topk.compress_kernel": (120, 88),
     "chunk_topk.decompress_kernel": (88, 56),
     "quantize.compress_kernel": (96, 64),
     "quantize.decompress_kernel": (96, 56),
+    "quantize.reduce_kernel": (144, 96),
     "random_k.compress_kernel": (80, 48),
     "random_k.spoil_kernel": (40, 32),
     "random_k.decompress_kernel": (40, 40),
@@ -87,8 +90,15 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         "chunk_topk.decompress_kernel": (96, 56),
         "quantize.compress_kernel": (144, 64),
         "quantize.decompress_kernel": (120, 64),
+        # Moving the sum to the order of elements takes all registers of a warp that are left.
+        "sign.reduce_kernel": (255, 132),
+        "sign.sum_kernel": (144, 136),
+        "quantize.reduce_kernel": (176, 96),
     }
-    SPILLED += ((r"topk\.refine_kernel\[.*\]", "sm_80", 30),)
+    SPILLED += (
+        (r"topk\.refine_kernel\[.*\]", "sm_80", 30),
+        (r"quantize\.reduce_kernel\[8 bits, nearest, 256, product\]", "sm_100", 12),
+    )
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STREAMS = {f"topk.stream_kernel[{grad}, whole]": size for grad, size in SIZES.items()}
@@ -98,8 +108,11 @@ WIDE = {
     "topk.stream_kernel[fp32, whole]": (8, 4),
     "topk.stream_kernel[bf16, whole]": (4, 4),
     "sign.compress_kernel[fp32, 256]": (8, 4),
+    # A thread has 32 elements, of which only the residual is wide.
+    "sign.reduce_kernel[256, product]": (8, 8),
     "quantize.compress_kernel[fp32, 8 bits, nearest, 256]": (8, 4),
     "random_k.compress_kernel[fp32, fp32]": (8, 4),
+    "quantize.reduce_kernel[4 bits, nearest, 256, product]": (4, 4),
 }
 INSTRUCTIONS = 45  # an element, of the stream
 

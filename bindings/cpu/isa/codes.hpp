@@ -12,7 +12,6 @@ struct Halves {
 
 #if defined(GCK_AVX512)
 
-inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec least(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Vec floor_of(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 inline Vec one_where_less(Vec a, Vec b) {
@@ -32,6 +31,13 @@ inline Vec one_of_four(const float* values, uint32_t word) {
   // The higher bits of `which` choose among copies.
   return {_mm512_permutexvar_ps(which, _mm512_broadcast_f32x4(_mm_loadu_ps(values)))};
 }
+inline Vec one_of_sixteen(const float* values, const char* packed) {
+  const __m512i place = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  __m512i words = _mm512_broadcastd_epi32(_mm_loadu_si32(packed));
+  words = _mm512_mask_broadcastd_epi32(words, 0xff00, _mm_loadu_si32(packed + 4));
+  // Of each word, the permutation looks at the lowest four bits.
+  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, place), _mm512_load_ps(values))};
+}
 // |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
 inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
   reaching = key_ge(a, threshold);
@@ -43,7 +49,6 @@ inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
 
 #elif defined(GCK_AVX2)
 
-inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 inline Vec least(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline Vec floor_of(Vec a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
 inline Vec one_where_less(Vec a, Vec b) {
@@ -93,9 +98,6 @@ inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
 
 #else
 
-inline Vec mul(Vec a, Vec b) {
-  return each([&](int i) { return a.x[i] * b.x[i]; });
-}
 inline Vec least(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
 }
@@ -148,6 +150,58 @@ inline Vec load_codes(const char* packed) {
   });
 #endif
 }
+
+// What the codes of a chunk stand for: alpha * (code * scale), each product rounded. From its scales, and
+// sixteen at a time.
+template <int Bits>
+struct Steps {
+  float step, factor;
+
+  void set(const char* scales, float alpha) {
+    std::memcpy(&step, scales, sizeof step);
+    factor = alpha;
+  }
+  Vec at(const char* packed) const { return mul(mul(load_codes<Bits>(packed), set1(step)), set1(factor)); }
+};
+
+// The same of codes of 2 bits, from a table of their four values. Levels: a sign, and one of two levels.
+template <bool Levels>
+struct FourValues {
+  float values[4];
+
+  void set(const char* scales, float alpha) {
+    float scale[2];
+    std::memcpy(scale, scales, Levels ? sizeof scale : sizeof scale[0]);
+    if constexpr (Levels) {
+      values[0] = -scale[0], values[1] = -scale[1], values[2] = scale[0], values[3] = scale[1];
+    } else {
+      for (int i = 0; i < 4; ++i) values[i] = static_cast<float>((i ^ 2) - 2) * scale[0];
+    }
+    for (float& value : values) value *= alpha;
+  }
+  Vec at(const char* packed) const {
+    uint32_t word;
+    std::memcpy(&word, packed, sizeof word);
+    return one_of_four(values, word);
+  }
+};
+
+#if defined(GCK_AVX512)
+// The same of codes of 4 bits.
+struct SixteenValues {
+  alignas(64) float values[16];
+
+  void set(const char* scales, float alpha) {
+    float step;
+    std::memcpy(&step, scales, sizeof step);
+    const Vec codes = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
+    store(values, mul(mul(codes, set1(step)), set1(alpha)));
+  }
+  Vec at(const char* packed) const { return one_of_sixteen(values, packed); }
+};
+#else
+using SixteenValues = Steps<4>;
+#endif
 
 // Nearest, ties to even, of magnitudes far below 2^22; never -0.
 inline Vec round_even(Vec a) {

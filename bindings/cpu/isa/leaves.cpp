@@ -3,6 +3,7 @@
 #include "cpu/isa/chunk_topk.hpp"
 #include "cpu/isa/quantize.hpp"
 #include "cpu/isa/random_k.hpp"
+#include "cpu/isa/reduce.hpp"
 #include "cpu/isa/residual.hpp"
 #include "cpu/isa/sign.hpp"
 #include "cpu/isa/sparse.hpp"
@@ -14,12 +15,30 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{
-      GCK_NAME(GCK_ISA), topk_stream,     topk_maxima,         topk_collect,      topk_split,
-      topk_emit,         add_to,          sparse_ascends,      sparse_move_out,   sparse_settle,
-      sign_compress,     sign_decompress, chunk_topk_compress, quantize_compress, quantize_decompress,
-      random_k_draw,     random_k_picks,  random_k_add,        random_k_send,     residual_read,
-      residual_sums};
+  static constexpr Leaves table{GCK_NAME(GCK_ISA),
+                                topk_stream,
+                                topk_maxima,
+                                topk_collect,
+                                topk_split,
+                                topk_emit,
+                                add_to,
+                                sparse_ascends,
+                                sparse_move_out,
+                                sparse_settle,
+                                sign_compress,
+                                sign_decompress,
+                                sign_add_mean,
+                                chunk_topk_compress,
+                                quantize_compress,
+                                quantize_decompress,
+                                quantize_add_mean,
+                                divide,
+                                random_k_draw,
+                                random_k_picks,
+                                random_k_add,
+                                random_k_send,
+                                residual_read,
+                                residual_sums};
   return table;
 }
 

@@ -68,13 +68,28 @@ struct SignChunks {
   int64_t row_stride, chunks_per_row, scales_offset;
 };
 
-struct SignDecode {
-  const uint32_t* words;
-  const float* scales;
+// Where the sum of several ranks' alpha * decoded goes, rank after rank, one rounding each.
+struct DecodeInto {
   float* out;
-  int64_t numel, chunk_size;
+  int64_t numel;
   float alpha;
-  bool accumulate;
+  bool clear;        // of what is added to: it starts from zero
+  bool add;          // decoded values are added to what is there, else written over it
+  bool past_caches;  // out is written, is aligned to a vector of 16 and would not stay in the caches
+};
+
+// What is added to err instead: the sum from zero, divided.
+struct MeanInto {
+  float* err;
+  int64_t numel;
+  float divisor;
+};
+
+struct SignDecode {
+  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
+  const char *words, *scales;
+  int64_t ranks, rank_stride, chunk_size;
+  DecodeInto into;
 };
 
 struct QuantizeChunks {
@@ -95,11 +110,7 @@ struct QuantizeDecode {
   int64_t ranks, rank_stride, chunk_size;
   int bits;
   bool two_levels;
-  float* out;
-  int64_t numel;
-  float alpha;
-  bool clear;  // of what is added to: it starts from zero
-  bool add;    // decoded values are added to what is there, else written over it
+  DecodeInto into;
 };
 
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
@@ -142,13 +153,18 @@ struct Leaves {
   void (*sparse_settle)();
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
-  void (*sign_decompress)(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end);
+  void (*sign_decompress)(const SignDecode& job, int64_t begin, int64_t end);
+  // job.into is of no account.
+  void (*sign_add_mean)(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
+  void (*quantize_add_mean)(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end);
+  // x[i] /= divisor.
+  void (*divide)(float* x, int64_t count, float divisor);
   // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has
   // room for a multiple, too.
   void (*random_k_draw)(uint64_t seed, uint64_t first, int64_t count, uint64_t* out);

@@ -3,6 +3,7 @@
 
 #include "cpu/isa/codes.hpp"
 #include "cpu/isa/philox.hpp"
+#include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
 
 namespace gck::GCK_ISA {
@@ -115,7 +116,8 @@ inline int64_t compress_scaled(const QuantizeChunks& job, const Keys& keys, cons
 template <Dtype D>
 inline void fetch_ahead(const Chunk& c, int64_t i) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
+  if constexpr (D != Dtype::none)
+    __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
   __builtin_prefetch(c.err + c.size + i, 1, 2);
 }
 
@@ -126,7 +128,7 @@ inline int64_t compress_two_levels(const Chunk& c) {
   const int64_t half = c.size / 2;
   const auto take = [&](int64_t i) {
     const Vec acc = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
-    store(c.err + i, acc);
+    if constexpr (D != Dtype::none) store(c.err + i, acc);
     return abs(acc);
   };
   // Strictly upwards: halves read side by side are streams that the hardware does not foresee.
@@ -202,66 +204,72 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
   return cleared;
 }
 
-// One rank's chunk to or onto out[0, valid). Bits: 0 for two levels.
-template <int Bits>
-inline void put(const QuantizeDecode& job, const char* packed, const char* scales, float* out, int64_t valid,
-                bool clear) {
-  constexpr int bits = Bits ? Bits : 2;
-  alignas(64) char part[kMaxChunk];
-  if (valid < job.chunk_size) {  // behind what is there, others' memory lies
-    std::memset(part, 0, static_cast<size_t>(job.chunk_size * bits / 8));
-    std::memcpy(part, packed, static_cast<size_t>((valid * bits + 7) / 8));
-    packed = part;
-  }
-  float scale[2];
-  std::memcpy(scale, scales, Bits ? sizeof(float) : sizeof scale);
-  const Vec step = set1(scale[0]), alpha = set1(job.alpha);
-  const float levels[4] = {-scale[0] * job.alpha, -scale[Bits ? 0 : 1] * job.alpha, scale[0] * job.alpha,
-                           scale[Bits ? 0 : 1] * job.alpha};
-  for (int64_t i = 0; i < valid; i += kLanes, packed += kLanes * bits / 8) {
-    Vec value;
-    if constexpr (Bits) {
-      value = mul(mul(load_codes<Bits>(packed), step), alpha);
-    } else {
-      uint32_t word;
-      std::memcpy(&word, packed, sizeof word);
-      value = one_of_four(levels, word);
+// Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
+template <int Bits, typename Values, int Vecs>
+void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  const int64_t size = job.chunk_size, stride = job.rank_stride, scales_size = job.two_levels ? 8 : 4;
+  const char *codes = job.codes + run.first * stride, *scales = job.scales + run.first * stride;
+  Values values[kRanksTogether];
+  for (int64_t c = begin; c < end; ++c) {
+    for (int64_t r = 0; r < run.ranks; ++r) {
+      values[r].set(scales + r * stride + c * scales_size, alpha);
+      ask_ahead(codes + r * stride + c * size * Bits / 8, size * Bits / 8, kSumTile * Bits / 8);
+      ask_ahead(scales + r * stride + c * scales_size, scales_size, kSumTile / size * scales_size);
     }
-    const auto rest = static_cast<int>(valid - i);
-    if (rest >= kLanes) {
-      if (job.add) value = add(clear ? set1(0.0f) : load(out + i), value);
-      store(out + i, value);
-    } else {
-      if (job.add) value = add(clear ? set1(0.0f) : load_part<Dtype::fp32>(out, i, rest), value);
-      store_part(out + i, value, rest);
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+      sum_block<Vecs>(run, i, [&](int64_t r, int v) {
+        return values[r].at(codes + r * stride + (i + v * kLanes) * Bits / 8);
+      });
     }
   }
 }
 
-template <int Bits>
-void decompress_chunks(const QuantizeDecode& job, int64_t begin, int64_t end) {
-  const int64_t size = job.chunk_size;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t at = i * size, valid = job.numel - at < size ? job.numel - at : size;
-    for (int64_t rank = 0; rank < job.ranks; ++rank) {
-      const char* codes = job.codes + rank * job.rank_stride + i * (size * (Bits ? Bits : 2) / 8);
-      const char* scales = job.scales + rank * job.rank_stride + i * (Bits ? 4 : 8);
-      put<Bits>(job, codes, scales, job.out + at, valid, job.clear && rank == 0);
-    }
-  }
+template <int Bits, typename Values>
+void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.chunk_size < 4 * kLanes)
+    decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+  else
+    decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
+}
+
+void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.two_levels) return decode_chunks<2, FourValues<true>>(job, alpha, begin, end, run);
+  if (job.bits == 2) return decode_chunks<2, FourValues<false>>(job, alpha, begin, end, run);
+  if (job.bits == 4) return decode_chunks<4, SixteenValues>(job, alpha, begin, end, run);
+  decode_chunks<8, Steps<8>>(job, alpha, begin, end, run);
+}
+
+// One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
+// others' memory lies behind.
+void decode_part(const QuantizeDecode& job, int64_t rank, int64_t c, int64_t valid, float* part) {
+  char codes[kMaxChunk] = {};
+  std::memcpy(codes, job.codes + rank * job.rank_stride + c * job.chunk_size * job.bits / 8,
+              static_cast<size_t>((valid * job.bits + 7) / 8));
+  QuantizeDecode one = job;
+  one.codes = codes;
+  one.scales += rank * job.rank_stride + c * (job.two_levels ? 8 : 4);
+  one.ranks = 1;
+  one.into = {part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+  quantize_decompress(one, 0, 1);
 }
 
 }  // namespace
 
 int64_t quantize_compress(const QuantizeChunks& job, int64_t begin, int64_t end) {
+  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
 }
 
 void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) {
-  if (job.two_levels) return decompress_chunks<0>(job, begin, end);
-  if (job.bits == 2) return decompress_chunks<2>(job, begin, end);
-  if (job.bits == 4) return decompress_chunks<4>(job, begin, end);
-  decompress_chunks<8>(job, begin, end);
+  const auto some = [&](int64_t from, int64_t to, const Run& run) {
+    decode_some(job, job.into.alpha, from, to, run);
+  };
+  decode_all(job, begin, end, some, decode_part);
+}
+
+void quantize_add_mean(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
+  const auto some = [&](int64_t from, int64_t to, const Run& run) { decode_some(job, 1.0f, from, to, run); };
+  add_mean_of_all(job, into, begin, end, some, decode_part);
 }
 
 }  // namespace gck::GCK_ISA

@@ -1,5 +1,6 @@
 #include "cpu/isa/sign.hpp"
 
+#include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
 #include "cpu/isa/vec.hpp"
 
@@ -45,7 +46,7 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
   const int64_t half = chunk / 2;
   const auto take = [&](int64_t i) {
     const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
-    store(err + i, acc);
+    if constexpr (D != Dtype::none) store(err + i, acc);
     put_bits(words, i, ge_zero(acc));
     if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
     return abs(acc);
@@ -101,31 +102,111 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
   return cleared;
 }
 
+// The sums of four ranks' signed scales, from zero, by their four signs: to begin a sum of more ranks with.
+#if defined(GCK_AVX512)
+struct FourRanks {
+  Vec sums;
+
+  explicit FourRanks(const float* scales) {
+    constexpr Mask positive[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
+    sums = set1(0.0f);
+    for (int r = 0; r < 4; ++r) sums = add(sums, select(positive[r], set1(scales[r]), set1(-scales[r])));
+  }
+
+  // Of 64 elements, whose words lie at `words`, `stride` further for each rank.
+  void put(const char* words, int64_t stride, Vec* out) const {
+    __m512i signs = _mm512_setzero_si512();
+    for (int r = 0; r < 4; ++r) {
+      uint64_t bits;
+      std::memcpy(&bits, words + r * stride, sizeof bits);
+      signs = _mm512_mask_add_epi8(signs, bits, signs, _mm512_set1_epi8(static_cast<char>(1 << r)));
+    }
+    alignas(64) char bytes[64];
+    _mm512_store_si512(bytes, signs);
+    for (int v = 0; v < 4; ++v) {
+      const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16 * v));
+      out[v] = {_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(some), sums.v)};
+    }
+  }
+};
+constexpr bool kHasFourRanks = true;
+#else
+struct FourRanks {
+  explicit FourRanks(const float*) {}
+  void put(const char*, int64_t, Vec*) const {}
+};
+constexpr bool kHasFourRanks = false;
+#endif
+
+// Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
+template <int Vecs>
+void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  const int64_t size = job.chunk_size, stride = job.rank_stride;
+  const char *words = job.words + run.first * stride, *scales = job.scales + run.first * stride;
+  for (int64_t c = begin; c < end; ++c) {
+    float scale[kRanksTogether];
+    for (int64_t r = 0; r < run.ranks; ++r) {
+      std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
+      // alpha * -scale == -(alpha * scale), so one product a chunk does.
+      scale[r] *= alpha;
+      ask_ahead(words + r * stride + c * size / 8, size / 8, kSumTile / 8);
+      ask_ahead(scales + r * stride + 4 * c, 4, 4 * kSumTile / size);
+    }
+    const auto value = [&](int64_t i, int64_t r, int v) {
+      uint16_t bits;
+      std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
+      return select(bits, set1(scale[r]), set1(-scale[r]));
+    };
+    if (kHasFourRanks && Vecs == 4 && !run.from && run.ranks >= 4) {
+      const FourRanks four(scale);
+      for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+        const auto first_four = [&](Vec* sums) {
+          four.put(words + i / 8, stride, sums);
+          return int64_t{4};
+        };
+        sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); }, first_four);
+      }
+      continue;
+    }
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes)
+      sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); });
+  }
+}
+
+// One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
+// others' memory lies behind.
+void decode_part(const SignDecode& job, int64_t rank, int64_t c, int64_t valid, float* part) {
+  char words[kMaxChunk / 8] = {};
+  float scale;
+  std::memcpy(words, job.words + rank * job.rank_stride + c * job.chunk_size / 8,
+              static_cast<size_t>((valid + 31) / 32 * 4));
+  std::memcpy(&scale, job.scales + rank * job.rank_stride + 4 * c, sizeof scale);
+  const DecodeInto into{part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+  sign_decompress({words, reinterpret_cast<const char*>(&scale), 1, 0, job.chunk_size, into}, 0, 1);
+}
+
 }  // namespace
 
 int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
+  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
 }
 
-void sign_decompress(const SignDecode& job, int64_t chunk_begin, int64_t chunk_end) {
-  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    const int64_t at = c * job.chunk_size;
-    const int64_t end = at + job.chunk_size < job.numel ? at + job.chunk_size : job.numel;
-    // alpha * -scale == -(alpha * scale), so one product a chunk does.
-    const Vec plus = set1(job.alpha * job.scales[c]), minus = set1(-(job.alpha * job.scales[c]));
-    for (int64_t i = at; i < end; i += kLanes) {
-      const Mask bits = job.words[i / 32] >> (i % 32);
-      Vec value = select(bits & 0xffffu, plus, minus);
-      const auto rest = static_cast<int>(end - i);
-      if (rest >= kLanes) {
-        if (job.accumulate) value = add(load(job.out + i), value);
-        store(job.out + i, value);
-      } else {
-        if (job.accumulate) value = add(load_part<Dtype::fp32>(job.out, i, rest), value);
-        store_part(job.out + i, value, rest);
-      }
-    }
-  }
+void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
+  const auto some = [&](int64_t from, int64_t to, const Run& run) {
+    const float alpha = job.into.alpha;
+    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, alpha, from, to, run)
+                                : decode_chunks<4>(job, alpha, from, to, run);
+  };
+  decode_all(job, begin, end, some, decode_part);
+}
+
+void sign_add_mean(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
+  const auto some = [&](int64_t from, int64_t to, const Run& run) {
+    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, 1.0f, from, to, run)
+                                : decode_chunks<4>(job, 1.0f, from, to, run);
+  };
+  add_mean_of_all(job, into, begin, end, some, decode_part);
 }
 
 }  // namespace gck::GCK_ISA

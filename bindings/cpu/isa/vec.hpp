@@ -33,6 +33,8 @@ inline void order_stores() { _mm_sfence(); }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 // Lane by lane the larger key, where `best` holds keys already.
 inline Vec max_key(Vec best, Vec a) {
@@ -117,6 +119,8 @@ inline void order_stores() { _mm_sfence(); }
 inline Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 inline Vec abs(Vec a) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(a.lo, magnitude), _mm256_and_ps(a.hi, magnitude)};
@@ -276,6 +280,12 @@ inline Vec add(Vec a, Vec b) {
 inline Vec sub(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] - b.x[i]; });
 }
+inline Vec mul(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] * b.x[i]; });
+}
+inline Vec div(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] / b.x[i]; });
+}
 inline Vec abs(Vec a) {
   return each([&](int i) { return float_of(bits_of(a.x[i]) & 0x7fffffffu); });
 }
@@ -343,6 +353,7 @@ inline Vec load_as(const void* base, int64_t i) {
   if constexpr (D == Dtype::fp32) return load(static_cast<const float*>(base) + i);
   if constexpr (D == Dtype::bf16) return load_bf16(static_cast<const uint16_t*>(base) + i);
   if constexpr (D == Dtype::fp16) return load_fp16(static_cast<const uint16_t*>(base) + i);
+  if constexpr (D == Dtype::none) return set1(-0.0f);  // x + (-0.0) is x for every x
 }
 
 // Copies `count` < 16 elements into a full vector's worth, zeros behind them.

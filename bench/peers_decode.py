@@ -1,0 +1,119 @@
+"""Payloads to dense vectors, and sums of payloads to payloads, as one would write it without gck: a few torch
+operations each. What they return is what gck does, and they are held to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gck
+from bench import peers
+from bench.measure import Buffers, Pool
+from bench.peers import PeerMismatchError, torch_chunk_topk_ef_, torch_quantize_ef_
+
+__all__ = ["payload_of", "torch_decoded", "torch_reduced_", "verify_reduced"]
+
+# A choice among equal magnitudes at the threshold of a chunk.
+MOST_TIES = 1e-5  # of all elements
+
+
+def torch_decoded(payload: Any) -> Tensor:
+    """(numel,) fp32: what the payload decodes to."""
+    if isinstance(payload, gck.PackedSigns):
+        octets = payload.words.view(torch.uint8)[: -(-payload.numel // 8)]
+        positive = _unpacked(octets, 1)[: payload.numel] == 1
+        scale = _spread(payload.scales, payload.chunk_size, payload.numel)
+        return torch.where(positive, scale, -scale)
+    if isinstance(payload, gck.Quantized):
+        codes = _unpacked(payload.codes, payload.bits)[: payload.numel]
+        if payload.scale == "mean":
+            levels = payload.scales.view(-1, 2)
+            low, high = (_spread(levels[:, i], payload.chunk_size, payload.numel) for i in (0, 1))
+            return _of_levels(codes, low, high)
+        sign = 1 << (payload.bits - 1)
+        signed = codes.to(torch.int16).bitwise_xor_(sign).sub_(sign).float()
+        return signed.mul_(_spread(payload.scales, payload.chunk_size, payload.numel))
+    chunks = -(-payload.numel // payload.chunk_size)
+    dense = torch.zeros(chunks, payload.chunk_size, device=payload.values.device)
+    if payload.value_bits == 2:
+        codes = _unpacked(payload.values.view(-1), 2).view(chunks, -1)[:, : payload.k]
+        levels = payload.scales.view(chunks, 2)
+        values = _of_levels(codes, levels[:, :1], levels[:, 1:])
+    else:
+        values = payload.values.view(chunks, payload.k).float()
+    dense.scatter_(1, _positions(payload, chunks), values)
+    return dense.view(-1)[: payload.numel]
+
+
+def torch_reduced_(payloads: list[Any], err: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """The mean of what payloads decode to, compressed again with the residual `err`, which is overwritten."""
+    first = payloads[0]
+    mean = torch_decoded(first)
+    for payload in payloads[1:]:
+        mean.add_(torch_decoded(payload))
+    mean.div_(len(payloads))
+    buffers = Buffers(pool, mean, mean, err)
+    if isinstance(first, gck.PackedSigns):
+        return peers.sign_ef_peer_(buffers, first.chunk_size)
+    if isinstance(first, gck.Quantized):
+        return torch_quantize_ef_(buffers, first.bits, first.chunk_size)
+    return torch_chunk_topk_ef_(buffers, first.chunk_size, first.k, first.values.dtype)
+
+
+def payload_of(compressor: Any, body: Tensor, n: int) -> Any:
+    """The payload of a vector of n elements whose body this is."""
+    views = compressor.layout(n).views(body)
+    if isinstance(compressor, gck.Sign):
+        return gck.PackedSigns(*views, n, compressor.chunk_size)
+    if isinstance(compressor, gck.Quantize):
+        return gck.Quantized(*views, n, compressor.chunk_size, compressor.bits, compressor.scale)
+    return gck.ChunkSparse(*views, n, compressor.chunk_size, compressor.k, compressor.value_bits)
+
+
+def verify_reduced(payload: Any, theirs: tuple[Tensor, Tensor], errs: tuple[Tensor, Tensor]) -> None:
+    """Of a payload of gck: the same codes, and residuals that say the same.
+
+    Signs' means are summed in another order; of chunk top-k, another of two equal magnitudes may be chosen.
+    """
+    if isinstance(payload, gck.ChunkSparse):
+        same = float((errs[0] != errs[1]).float().mean()) < MOST_TIES
+    elif isinstance(payload, gck.PackedSigns):
+        largest = float(payload.scales.max())
+        same = torch.equal(
+            payload.words.view(torch.uint8)[: theirs[0].numel()], theirs[0]
+        ) and torch.allclose(*errs, rtol=0, atol=peers.SCALE_TOLERANCE * largest)
+    else:
+        same = torch.equal(payload.codes, theirs[0]) and torch.equal(*errs)
+    if not same:
+        raise PeerMismatchError(
+            f"reduce_: torch and gck disagree ({type(payload).__name__}, n={payload.numel})"
+        )
+
+
+def _unpacked(octets: Tensor, bits: int) -> Tensor:
+    """uint8 codes of 8, 4, 2 or 1 bits, little end first."""
+    if bits == 8:
+        return octets
+    places = torch.arange(0, 8, bits, device=octets.device, dtype=torch.uint8)
+    return ((octets[:, None] >> places) & ((1 << bits) - 1)).view(-1)
+
+
+def _of_levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    level = torch.where((codes & 1) == 1, high, low)
+    return torch.where((codes & 2) == 2, level, -level)
+
+
+def _spread(scales: Tensor, chunk_size: int, numel: int) -> Tensor:
+    return scales.repeat_interleave(chunk_size)[:numel]
+
+
+def _positions(payload: gck.ChunkSparse, chunks: int) -> Tensor:
+    """(chunks, k) int64: from two indices in three bytes, or from one in two."""
+    if payload.indices.dtype != torch.uint8:
+        return payload.indices.view(torch.int16).view(chunks, payload.k).long() & 0xFFFF
+    three = payload.indices.view(chunks, -1, 3).long()
+    low = three[:, :, 0] | (three[:, :, 1] & 15) << 8
+    high = three[:, :, 1] >> 4 | three[:, :, 2] << 4
+    return torch.stack([low, high], 2).view(chunks, -1)[:, : payload.k]

@@ -1,0 +1,143 @@
+// Sums over ranks, of elements that stay in registers while ranks are walked.
+#pragma once
+
+#include "cpu/isa/vec.hpp"
+
+namespace gck::GCK_ISA {
+
+// Ranks that are added together: as many streams as the hardware follows, and lines that have one place in
+// the nearest cache.
+constexpr int64_t kRanksTogether = 8;
+// Elements that these ranks are walked for before the next ones come: a part of the nearest cache.
+constexpr int64_t kSumTile = 4096;
+constexpr int64_t kMostOfTile = 8192;  // the largest chunk is a tile as well
+
+// Asks for a row of `bytes` bytes, so far ahead of where it lies: processors follow fewer streams by
+// themselves than there are ranks, and lose them where a tile is left for something else.
+inline void ask_ahead(const char* row, int64_t bytes, int64_t ahead) {
+  for (int64_t line = 0; line < bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) +
+                                                     static_cast<uintptr_t>(ahead + line)));
+}
+
+// Of a run of ranks: what their sum starts from, and what becomes of it. All are indexed as the vector is.
+struct Run {
+  int64_t first, ranks;
+  const float* from;  // null: zero, or where `written`, nothing: the one rank is not added to anything
+  float* to;
+  bool written, past_caches;
+  const float* err;  // not null, of the last ranks of a mean: it is added to what has been divided
+  bool exact;        // multiplying by the inverse divides
+  float divisor, inverse;
+};
+
+// Vecs vectors of 16 at element i; value(rank, vector) of each rank in turn. begin(sums), where it is given,
+// makes the sum of the first ranks, and returns how many these are; 0: none.
+template <int Vecs, typename Value, typename Begin>
+inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
+  Vec sum[Vecs];
+  int64_t rank = begin(sum);
+  if (rank == 0 && run.written) {
+    for (int v = 0; v < Vecs; ++v) sum[v] = value(0, v);
+    rank = 1;
+  } else if (rank == 0) {
+    for (int v = 0; v < Vecs; ++v) sum[v] = run.from ? load(run.from + i + v * kLanes) : set1(0.0f);
+  }
+  for (; rank < run.ranks; ++rank) {
+    for (int v = 0; v < Vecs; ++v) sum[v] = add(sum[v], value(rank, v));
+  }
+  if (run.err) {
+    for (int v = 0; v < Vecs; ++v) {
+      __builtin_prefetch(run.err + i + kSumTile / 2 + v * kLanes, 1);
+      const Vec mean = run.exact ? mul(sum[v], set1(run.inverse)) : div(sum[v], set1(run.divisor));
+      sum[v] = add(mean, load(run.err + i + v * kLanes));
+    }
+  }
+  for (int v = 0; v < Vecs; ++v) {
+    float* to = run.to + i + v * kLanes;
+    run.past_caches ? store_past_caches(to, sum[v]) : store(to, sum[v]);
+  }
+}
+
+template <int Vecs, typename Value>
+inline void sum_block(const Run& run, int64_t i, Value value) {
+  sum_block<Vecs>(run, i, value, [](Vec*) { return int64_t{0}; });
+}
+
+// Calls some(chunk_begin, chunk_end, run) for all of chunks [begin, end), which are whole, and all ranks, in
+// the order that caches like.
+template <typename Some>
+inline void walk_ranks(const DecodeInto& into, int64_t ranks, int64_t chunk_size, int64_t begin, int64_t end,
+                       Some some) {
+  const int64_t tile = chunk_size < kSumTile ? kSumTile / chunk_size : 1;
+  for (int64_t c = begin; c < end; c += tile) {
+    const int64_t stop = c + tile < end ? c + tile : end;
+    Run run{};
+    run.from = into.add && !into.clear ? into.out : nullptr;
+    run.to = into.out;
+    run.written = !into.add;
+    for (; run.first < ranks; run.first += kRanksTogether) {
+      const bool last = ranks - run.first <= kRanksTogether;
+      run.ranks = last ? ranks - run.first : kRanksTogether;
+      run.past_caches = into.past_caches && last;
+      some(c, stop, run);
+      run.from = into.out;
+    }
+  }
+  if (into.past_caches) order_stores();
+}
+
+// The same of a mean that is added to a residual.
+template <typename Some>
+inline void walk_mean(const MeanInto& into, int64_t ranks, int64_t chunk_size, int64_t begin, int64_t end,
+                      Some some) {
+  alignas(64) float sums[kMostOfTile];  // of all ranks but the last few
+  const int64_t tile = chunk_size < kSumTile ? kSumTile / chunk_size : 1;
+  for (int64_t c = begin; c < end; c += tile) {
+    const int64_t stop = c + tile < end ? c + tile : end;
+    // Where element 0 would lie; an address, not to be read.
+    auto* const origin = reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(sums) -
+                                                  sizeof(float) * static_cast<uintptr_t>(c * chunk_size));
+    Run run{};
+    run.to = origin;
+    run.divisor = into.divisor;
+    run.inverse = 1.0f / into.divisor;
+    run.exact = (bits_of(into.divisor) & 0x7fffffu) == 0;  // a power of two
+    for (; run.first < ranks; run.first += kRanksTogether) {
+      const bool last = ranks - run.first <= kRanksTogether;
+      run.ranks = last ? ranks - run.first : kRanksTogether;
+      if (last) run.err = run.to = into.err;
+      some(c, stop, run);
+      run.from = origin;
+    }
+  }
+}
+
+// A compressor's whole decode: `some` as for walk_ranks, and part(job, rank, chunk, valid, to) of one rank's
+// last chunk that is cut short.
+template <typename Job, typename Some, typename Part>
+inline void decode_all(const Job& job, int64_t begin, int64_t end, Some some, Part part) {
+  const DecodeInto& into = job.into;
+  const int64_t whole = into.numel / job.chunk_size, at = whole * job.chunk_size;
+  walk_ranks(into, job.ranks, job.chunk_size, begin, end < whole ? end : whole, some);
+  if (end <= whole) return;
+  alignas(64) float sum[kMostOfTile] = {};
+  const auto nbytes = sizeof(float) * static_cast<size_t>(into.numel - at);
+  if (!into.clear) std::memcpy(sum, into.out + at, nbytes);
+  for (int64_t rank = 0; rank < job.ranks; ++rank) part(job, rank, whole, into.numel - at, sum);
+  std::memcpy(into.out + at, sum, nbytes);
+}
+
+// The same of a mean that is added to a residual; job.into is of no account.
+template <typename Job, typename Some, typename Part>
+inline void add_mean_of_all(Job job, const MeanInto& into, int64_t begin, int64_t end, Some some, Part part) {
+  const int64_t whole = into.numel / job.chunk_size, at = whole * job.chunk_size;
+  walk_mean(into, job.ranks, job.chunk_size, begin, end < whole ? end : whole, some);
+  if (end <= whole) return;
+  alignas(64) float sum[kMostOfTile] = {};
+  job.into = {sum, into.numel - at, 1.0f, false, true, false};
+  for (int64_t rank = 0; rank < job.ranks; ++rank) part(job, rank, whole, into.numel - at, sum);
+  for (int64_t i = at; i < into.numel; ++i) into.err[i] = sum[i - at] / into.divisor + into.err[i];
+}
+
+}  // namespace gck::GCK_ISA

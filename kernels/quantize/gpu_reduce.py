@@ -1,0 +1,192 @@
+"""Codes of all ranks to the codes of their sum: one pass, a group of whole chunks a program.
+
+What a program reads, the residual and the codes of several ranks, is all asked for before the first of it is
+used. The sum stays in registers and is encoded as an accumulated gradient is.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gck.kernels.common.division import divided, division
+from gck.kernels.common.keys import accumulate, canonical
+from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.philox import key_of
+from gck.kernels.common.reduction import Reduction
+from gck.kernels.common.tiles import load_tile
+from gck.kernels.quantize.gpu import RUN, compress_options, decode_runs, encode_group
+
+TOGETHER = 2  # ranks whose codes are under way at the same time
+MOST_WARPS = 8  # of a program in which there are registers for so many
+
+
+@triton.jit
+def _reduce_group(
+    p_err,
+    p_from_codes,
+    p_from_scales,
+    p_codes,
+    p_scales,
+    p_nonfinite,
+    base,
+    n,
+    ranks,
+    row_units,
+    number,
+    key_0,
+    key_1,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FROM_BITS: tl.constexpr,
+    FROM_TWO_LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DIVISION: tl.constexpr,
+    STORE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The CHUNKS chunks of 2**LEVELS elements from `base` on, as far as n."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    RUNS: tl.constexpr = CHUNKS * CHUNK // RUN
+    b_offset = base + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    if STORE:
+        b_err = load_tile(p_err, b_offset, n, WHOLE)
+    b_sum = tl.zeros((RUNS, RUN), tl.float32)
+    for first in range(0, ranks, TOGETHER):
+        for i in tl.static_range(TOGETHER):
+            # Past the last rank it is read as nothing, so that its elements are 0, which changes no sum.
+            end = tl.where(first + i < ranks, n, 0)
+            i_row = tl.cast(first + i, tl.int64) * row_units
+            b_sum += decode_runs(
+                p_from_codes + i_row * 16,
+                p_from_scales + i_row * 4,
+                base // RUN,
+                end,
+                1.0,
+                LEVELS,
+                FROM_BITS,
+                FROM_TWO_LEVELS,
+                RUNS,
+                False,
+            )
+    b_acc = tl.reshape(divided(b_sum, number, DIVISION), (CHUNKS, CHUNK))
+    b_acc = accumulate(b_acc, b_err) if STORE else canonical(b_acc)
+    if not WHOLE:
+        b_acc = tl.where(b_offset < n, b_acc, 0.0)
+    group = (p_err, p_codes, p_scales, p_nonfinite, base, n, key_0, key_1)
+    encode_group(b_acc, *group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, WHOLE, STORE)
+
+
+@triton.jit(do_not_specialize=["n", "ranks", "row_units", "key_0", "key_1"])
+def reduce_kernel(
+    p_err,
+    p_from_codes,
+    p_from_scales,
+    p_codes,
+    p_scales,
+    p_nonfinite,
+    n,
+    ranks,
+    row_units,
+    number,
+    key_0,
+    key_1,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FROM_BITS: tl.constexpr,
+    FROM_TWO_LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DIVISION: tl.constexpr,
+    STORE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Bodies of the ranks are row_units * 16 bytes apart. Without STORE p_err is of no account."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    i_chunk = tl.program_id(0).to(tl.int64) * CHUNKS
+    base = i_chunk * CHUNK
+    p_codes += i_chunk * (CHUNK * BITS // 8)
+    p_scales += i_chunk * (2 if TWO_LEVELS else 1)
+    given = (p_err, p_from_codes, p_from_scales, p_codes, p_scales, p_nonfinite)
+    sizes = (base, tl.cast(n, tl.int64), ranks, row_units, number, key_0, key_1)
+    if base + CHUNKS * CHUNK <= n:
+        _reduce_group(
+            *given,
+            *sizes,
+            CHUNKS,
+            LEVELS,
+            FROM_BITS,
+            FROM_TWO_LEVELS,
+            BITS,
+            TWO_LEVELS,
+            STOCHASTIC,
+            DIVISION,
+            STORE,
+            TOGETHER,
+            True,
+        )
+    else:
+        _reduce_group(
+            *given,
+            *sizes,
+            CHUNKS,
+            LEVELS,
+            FROM_BITS,
+            FROM_TWO_LEVELS,
+            BITS,
+            TWO_LEVELS,
+            STOCHASTIC,
+            DIVISION,
+            STORE,
+            TOGETHER,
+            False,
+        )
+
+
+def reduce_options(compressor: Any, server: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of `reduce_kernel`."""
+    options, num_warps = compress_options(server)
+    options |= {
+        "FROM_BITS": compressor.bits,
+        "FROM_TWO_LEVELS": compressor.two_levels,
+        "DIVISION": kind,
+        "STORE": residual,
+        "TOGETHER": TOGETHER if num_warps <= MOST_WARPS else 1,
+    }
+    return options, num_warps
+
+
+def reduce_(compressor: Any, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`."""
+    codes, scales = job.layout.views(job.bodies[0])
+    out_codes, out_scales = job.server.layout(job.numel).views(job.body)
+    number, kind = division(job.divisor)
+    options, num_warps = reduce_options(compressor, job.server, kind, residual=job.err is not None)
+    nonfinite = job.nonfinite
+    if nonfinite is None:
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=job.body.device)
+    grid = (triton.cdiv(job.numel, options["CHUNKS"] * compressor.chunk_size),)
+    with launching_on(job.body):
+        reduce_kernel[grid](
+            out_scales if job.err is None else job.err,
+            codes,
+            scales,
+            out_codes,
+            out_scales,
+            nonfinite,
+            job.numel,
+            job.bodies.shape[0],
+            job.bodies.stride(0) // 16,
+            number,
+            *key_of(job.server.seed),
+            **options,
+            num_warps=num_warps,
+            **EXACT,
+        )
