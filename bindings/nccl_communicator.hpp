@@ -68,7 +68,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
                       abi::Stream stream, double timeout);
   void broadcast(const void* send, void* recv, size_t bytes, int root, abi::Stream stream, double timeout);
 
-  // Raises what has gone wrong since the last call, if anything has.
+  // Raises what the watch has found, or what ended the communicator; at any time, from any thread.
   void check(const char* operation);
   // Ranks of one colour form a communicator, ordered by key; null for those of kNoColor. All ranks call it.
   std::shared_ptr<Communicator> split(int color, int key, double timeout);
@@ -96,6 +96,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void watch_over();
   bool watch();
   void raise_if_over();
+  [[noreturn]] void raise_verdict(const char* operation);  // with state_ locked
   void give_up(const Verdict& verdict);
   [[noreturn]] void fail(const char* type, const char* phrase, const std::string& detail);
 

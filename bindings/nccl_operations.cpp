@@ -22,7 +22,6 @@ bool Communicator::grouped() const {
 }
 
 void Communicator::group_start(const char* operation, double timeout) {
-  if (!elsewhere() && grouped()) throw Failure("ArgumentError", "group: a group is open already");
   take_turn(operation, timeout);
   group_result_ = abi::Result::Success;
   settle(call([&] { return library_.GroupStart(); }));

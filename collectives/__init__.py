@@ -11,9 +11,11 @@ from gck.collectives.all_reduce import (
     packed_all_reduce_,
 )
 from gck.collectives.transports import Transport, resolve
+from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
 
 __all__ = [
+    "NcclCommunicator",
     "SimulatedGroup",
     "SimulatedMember",
     "Transport",

@@ -236,6 +236,7 @@ def _all_reduce(
                 bound = [bindings[i] for i in members]
                 reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)
             results += zip(some, reduced, strict=True)
+        transport.synchronize()
         # Copies of all of them first: an interrupt may come between two writes, or within one.
         written = [(grad, grad.clone()) for grad, _ in results]
         for grad, result in results:

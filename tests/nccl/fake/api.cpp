@@ -131,7 +131,9 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* chil
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm) { return comm->engine->progress(); }
 ncclResult_t ncclCommDestroy(ncclComm_t comm) { return end(comm, false); }
+#ifndef FAKE_NCCL_WITHOUT_ABORT
 ncclResult_t ncclCommAbort(ncclComm_t comm) { return end(comm, true); }
+#endif
 
 const char* ncclGetErrorString(ncclResult_t result) {
   switch (result) {
