@@ -5,6 +5,7 @@
 // call says why. A thread looks after it while nobody waits.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <functional>
@@ -120,7 +121,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   Clock::time_point deadline_;
   Verdict verdict_;    // why it is over; no type while it is not
   bool told_ = false;  // somebody has had that raised
-  bool quiescent_ = true;
+  std::atomic<bool> quiescent_ = true;
 };
 
 }  // namespace gck::nccl

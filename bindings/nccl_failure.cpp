@@ -99,9 +99,7 @@ void Communicator::give_up(const Verdict& verdict) {
     dead = std::exchange(comm_, nullptr);
   }
   if (dead == nullptr) return;
-  const bool ended = bounded([&library = library_, dead] { library.CommAbort(dead); });
-  const std::lock_guard lock(state_);
-  quiescent_ = ended;
+  quiescent_ = bounded([&library = library_, dead] { library.CommAbort(dead); });
 }
 
 void Communicator::abort(const std::string& why) {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gck._native import load
 from gck.collectives.transports import CallLog, check_timeout, resolve
-from gck.collectives.transports.nccl_operations import Operations, Shared
+from gck.collectives.transports.nccl_operations import Operations, Shared, orphans
 from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchange_by_store, wheels
 from gck.errors import ArgumentError, CollectiveError, GckError
 
@@ -192,16 +192,23 @@ class NcclCommunicator(Operations):
         Sends and receives among several ranks need it. Results are there once the block has ended. An
         exception that leaves the block aborts the communicator: peers have started the whole of it.
         """
-        native = self._shared.native
-        native.group_start(self._timeout)
+        shared = self._shared
+        shared.native.group_start(self._timeout)
+        held: list[Tensor] = []
+        shared.grouped = held
         try:
-            yield
-        except BaseException as error:
-            self.abort(f"{type(error).__name__} left a group")
-            with suppress(GckError):
-                native.group_end(self._timeout)
-            raise
-        native.group_end(self._timeout)
+            try:
+                yield
+            except BaseException as error:
+                self.abort(f"{type(error).__name__} left a group")
+                with suppress(GckError):
+                    shared.native.group_end(self._timeout)
+                raise
+            shared.native.group_end(self._timeout)
+        finally:
+            shared.grouped = None
+            if not shared.native.quiescent:
+                orphans.extend(held)
 
     def split(self, color: int | None, key: int = 0) -> NcclCommunicator | None:
         """A communicator of the ranks that give the same colour, ordered by key, then by rank.
@@ -234,4 +241,5 @@ def _leave(native: Any) -> None:
     try:
         native.close(LEAVE)
     except CollectiveError as error:
+        native.abort("its owner is gone")  # also under a thread that still waits
         sys.stderr.write(f"gck: an NcclCommunicator that was never closed: {error}\n")

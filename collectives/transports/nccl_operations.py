@@ -21,7 +21,7 @@ from gck.errors import (
 )
 from gck.kernels.common import checks
 
-__all__ = ["Operations", "Shared"]
+__all__ = ["Operations", "Shared", "orphans"]
 
 # ncclDataType_t and ncclRedOp_t
 DTYPES = {
@@ -30,7 +30,7 @@ DTYPES = {
 }  # fmt: skip
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
 # Buffers that an abort which did not end may still write to: never freed.
-_orphans: list[Tensor] = []
+orphans: list[Tensor] = []
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Shared:
     native: Any
     device: torch.device
     calls: CallLog = field(default_factory=CallLog)
+    grouped: list[Tensor] | None = None  # of the open group, which uses them when it ends
 
 
 class Operations:
@@ -159,7 +160,9 @@ class Operations:
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> None:
         """Reduces in place; op "sum", "prod", "max", "min" or "avg". The same bits on every rank."""
         code = _op("all_reduce", op)
-        local = self._here(tensor)
+        checks.check_tensor("all_reduce", "tensor", tensor)
+        # What a group returns elsewhere could only be copied back once it has ended.
+        local = tensor if self._shared.grouped is not None else self._here(tensor)
         self._check("all_reduce", "tensor", local)
         if local.numel():
             address, count, dtype = local.data_ptr(), local.numel(), DTYPES[local.dtype]
@@ -204,11 +207,13 @@ class Operations:
                 stream = current.cuda_stream
                 for tensor in tensors:
                     tensor.record_stream(current)  # it may have been made on another
+            if self._shared.grouped is not None:
+                self._shared.grouped += tensors
             try:
                 getattr(native, operation)(*arguments, stream, self._timeout)
             except BaseException:
                 if not native.quiescent:
-                    _orphans.extend(tensors)
+                    orphans.extend(tensors)
                 raise
 
     def _check(self, operation: str, name: str, tensor: object) -> None:

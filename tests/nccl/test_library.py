@@ -12,7 +12,9 @@ import pytest
 from gck.collectives.transports.nccl_rendezvous import wheels
 from tests.nccl.library import ROOT, fake_library
 
-OPEN = "from gck.collectives.transports.nccl_rendezvous import nccl_library; print(*nccl_library(), sep='\\n')"
+OPEN = (
+    "from gck.collectives.transports.nccl_rendezvous import nccl_library; print(*nccl_library(), sep='\\n')"
+)
 
 
 def run(code: str, **environment: str | Path) -> subprocess.CompletedProcess[str]:
@@ -29,7 +31,7 @@ def test_the_environment_chooses() -> None:
 
 def test_one_that_is_loaded_comes_first() -> None:
     library = fake_library()
-    done = run(f"import ctypes; ctypes.CDLL({str(library)!r}); {OPEN}")
+    done = run(f"import ctypes; ctypes.CDLL({str(library)!r})\n{OPEN}")
     assert done.stdout.split("\n")[1:3] == [str(library), "process"], done.stderr
 
 
@@ -41,7 +43,9 @@ def test_then_a_wheel_then_the_system(tmp_path: Path) -> None:
     paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     from_wheel = run(OPEN, **paths)
     if not wheels():  # else the installed one is found first, or this one: both are right
-        assert from_wheel.stdout.split("\n")[1:3] == [str(package / "libnccl.so.2"), "wheel"], from_wheel.stderr
+        assert from_wheel.stdout.split("\n")[1:3] == [str(package / "libnccl.so.2"), "wheel"], (
+            from_wheel.stderr
+        )
         from_system = run(OPEN, LD_LIBRARY_PATH=package)
         assert from_system.stdout.split("\n")[2] == "system", from_system.stderr
 
@@ -49,7 +53,10 @@ def test_then_a_wheel_then_the_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({"GCK_NCCL_LIBRARY": "/nowhere/libnccl.so"}, "GCK_NCCL_LIBRARY cannot be opened: /nowhere/libnccl.so"),
+        (
+            {"GCK_NCCL_LIBRARY": "/nowhere/libnccl.so"},
+            "GCK_NCCL_LIBRARY cannot be opened: /nowhere/libnccl.so",
+        ),
         ({"FAKE_NCCL_VERSION": "21403"}, "is NCCL 2.14.3, older than 2.18.1"),
         ({"FAKE_NCCL_VERSION": "2708"}, "is NCCL 2.7.8, older than 2.18.1"),
     ],
