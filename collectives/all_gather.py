@@ -36,7 +36,7 @@ def sparse_all_gather(
 
     Args:
         payload: any payload NamedTuple of flat tensors and ints; read only.
-        group: None (WORLD), a torch ProcessGroup or a member of a `SimulatedGroup`.
+        group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a `SimulatedGroup`.
         validate: when ranks compare what they call: "first", "always" or "off"; see `gck.all_reduce_`.
         timeout: seconds that each wait may take. Default: the group's own.
 

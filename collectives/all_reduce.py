@@ -48,7 +48,8 @@ def all_reduce_(
             decoded average.
         state: the residuals of this tensor on this rank, updated; None for no error feedback.
         compressor: how to compress; the same on all ranks.
-        group: None (WORLD), a torch ProcessGroup or a member of a `SimulatedGroup`.
+        group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a
+            `SimulatedGroup`.
         op: "avg" or "sum".
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
