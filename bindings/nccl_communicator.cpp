@@ -92,14 +92,12 @@ void Communicator::take_turn(const char* operation, double timeout) {
   if (grouped()) throw Failure("ArgumentError", std::string(operation) + ": not while a group is open");
   const auto began = Clock::now();
   const auto deadline = began + std::chrono::duration_cast<Clock::duration>(duration<double>(timeout));
-  if (!turn_.try_lock_until(deadline))
+  std::unique_lock lock(state_);
+  const bool came = idle_.wait_until(lock, deadline, [this] { return !busy_ || verdict_.type != nullptr; });
+  if (verdict_.type != nullptr) raise_verdict(operation);
+  if (!came)
     throw Failure("CollectiveTimeoutError",
                   std::string(operation) + ": another thread had the group for " + seconds_text(timeout));
-  const std::lock_guard lock(state_);
-  if (verdict_.type != nullptr) {
-    turn_.unlock();
-    raise_verdict(operation);
-  }
   holder_ = std::this_thread::get_id();
   operation_ = operation;
   began_ = began;
@@ -115,7 +113,6 @@ void Communicator::end_turn() {
     calling_ = false;
   }
   idle_.notify_all();
-  turn_.unlock();
 }
 
 abi::Result Communicator::call(const std::function<abi::Result()>& function) {

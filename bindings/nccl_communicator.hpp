@@ -106,13 +106,13 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const int pid_;
   int rank_ = 0, world_size_ = 0, device_ = -1;
 
-  std::timed_mutex turn_;  // held by the thread that runs an operation, or has a group open
+  // Of the thread that has the turn: it runs an operation, or has a group open.
   const char* operation_ = "";
   Clock::time_point began_;
   abi::Result group_result_ = abi::Result::Success;  // the first failure within the open group
 
-  mutable std::mutex state_;  // of what follows; never held while the library might block
-  std::condition_variable idle_;
+  mutable std::mutex state_;      // of what follows; never held while the library might block
+  std::condition_variable idle_;  // the turn is free, or a call has returned
   abi::CommPtr comm_ = nullptr;
   std::thread::id holder_;  // the thread that has the turn
   bool busy_ = false;       // there is one

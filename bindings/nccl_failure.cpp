@@ -92,6 +92,7 @@ void Communicator::give_up(const Verdict& verdict) {
   {
     std::unique_lock lock(state_);
     if (verdict_.type == nullptr) verdict_ = verdict;
+    idle_.notify_all();
     // The library must not lose a communicator that an open group refers to: who closes the group aborts.
     if (depth_ > 0) return;
     // A call of another thread's may be about to return; one that hangs is ended by the abort.

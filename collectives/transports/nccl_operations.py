@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from gck.errors import (
     DtypeError,
     ShapeMismatchError,
 )
+from gck.interop import borrowed
 from gck.kernels.common import checks
 
 __all__ = ["Operations", "Shared", "orphans"]
@@ -49,6 +50,10 @@ class Operations:
     Operations are ordered on torch's current stream and return once the library has taken them;
     `synchronize` waits, within the timeout, for what was started. A library that works on host memory, as
     the tests' does, has moved the bytes when an operation returns.
+
+    Arrays of CuPy, NumPy and whatever speaks DLPack are taken as tensors are, CuPy's on CuPy's current
+    stream; what is new is returned as a tensor. Every operation raises DtypeError, LayoutError,
+    DeviceMismatchError or ArgumentError before anything is sent, and then what the communicator does.
     """
 
     _shared: Shared
@@ -75,14 +80,14 @@ class Operations:
 
     def all_gather_many(self, sends: Sequence[Tensor]) -> list[Tensor]:
         """`all_gather` of several tensors in one launch: values and indices, say."""
-        for i, send in enumerate(sends):
-            self._check("all_gather", f"sends[{i}]", send)
-        recvs = [send.new_empty(self.world_size, *send.shape) for send in sends]
-        pairs = [(send, recv) for send, recv in zip(sends, recvs, strict=True) if send.numel()]
-        fields = [(send.data_ptr(), recv.data_ptr(), send.nbytes) for send, recv in pairs]
-        if fields:
-            self._run("all_gather", (fields,), *sends, *recvs)
-        return recvs
+        named = {f"sends[{i}]": send for i, send in enumerate(sends)}
+        with self._taken("all_gather", (), **named) as tensors:
+            recvs = [send.new_empty(self.world_size, *send.shape) for send in tensors]
+            pairs = [(send, recv) for send, recv in zip(tensors, recvs, strict=True) if send.numel()]
+            fields = [(send.data_ptr(), recv.data_ptr(), send.nbytes) for send, recv in pairs]
+            if fields:
+                self._run("all_gather", (fields,), *tensors, *recvs)
+            return recvs
 
     def all_to_all(
         self,
@@ -97,78 +102,82 @@ class Operations:
             send_counts, recv_counts: elements of each part; rank s sends to rank r what r expects from s.
         """
         size = self.world_size
-        self._check("all_to_all", "send", send)
-        if (send_counts is None) != (recv_counts is None):
-            raise ArgumentError("all_to_all: send_counts and recv_counts must both be given, or neither")
-        if send_counts is None or recv_counts is None:
-            if send.dim() == 0 or send.shape[0] != size:
-                raise ShapeMismatchError(f"all_to_all: send must have {size} rows, got {tuple(send.shape)}")
-            recv = torch.empty_like(send)
-            send_counts = recv_counts = [send.numel() // size] * size
-        else:
-            for name, counts in (("send_counts", send_counts), ("recv_counts", recv_counts)):
-                if len(counts) != size or any(not isinstance(n, int) or n < 0 for n in counts):
-                    raise ArgumentError(
-                        f"all_to_all: {name} must be {size} ints of at least 0, got {list(counts)}"
+        with self._taken("all_to_all", (), send=send) as [send]:
+            if (send_counts is None) != (recv_counts is None):
+                raise ArgumentError("all_to_all: send_counts and recv_counts must both be given, or neither")
+            if send_counts is None or recv_counts is None:
+                if send.dim() == 0 or send.shape[0] != size:
+                    raise ShapeMismatchError(
+                        f"all_to_all: send must have {size} rows, got {tuple(send.shape)}"
                     )
-            if sum(send_counts) != send.numel():
-                raise ShapeMismatchError(
-                    f"all_to_all: send_counts add up to {sum(send_counts)}, send has {send.numel()} elements"
-                )
-            recv = send.new_empty(sum(recv_counts))
-        width, peers = send.element_size(), []
-        source, target = send.data_ptr(), recv.data_ptr()
-        for peer, (out, back) in enumerate(zip(send_counts, recv_counts, strict=True)):
-            peers.append((peer, source, out * width, target, back * width))
-            source, target = source + out * width, target + back * width
-        self._run("all_to_all", (peers,), send, recv)
-        return recv
+                recv = torch.empty_like(send)
+                send_counts = recv_counts = [send.numel() // size] * size
+            else:
+                for name, counts in (("send_counts", send_counts), ("recv_counts", recv_counts)):
+                    if len(counts) != size or any(not isinstance(n, int) or n < 0 for n in counts):
+                        raise ArgumentError(
+                            f"all_to_all: {name} must be {size} ints of at least 0, got {list(counts)}"
+                        )
+                if sum(send_counts) != send.numel():
+                    raise ShapeMismatchError(
+                        f"all_to_all: send_counts add up to {sum(send_counts)}, send has {send.numel()}"
+                    )
+                recv = send.new_empty(sum(recv_counts))
+            width, peers = send.element_size(), []
+            source, target = send.data_ptr(), recv.data_ptr()
+            for peer, (out, back) in enumerate(zip(send_counts, recv_counts, strict=True)):
+                peers.append((peer, source, out * width, target, back * width))
+                source, target = source + out * width, target + back * width
+            self._run("all_to_all", (peers,), send, recv)
+            return recv
 
     def reduce_scatter(self, send: Tensor, op: str = "sum") -> Tensor:
         """Row r of `send`, (world_size, ...), reduced over ranks goes to rank r: a new tensor."""
         code = _op("reduce_scatter", op)
-        self._check("reduce_scatter", "send", send)
-        if send.dim() == 0 or send.shape[0] != self.world_size:
-            raise ShapeMismatchError(
-                f"reduce_scatter: send must have {self.world_size} rows, got {tuple(send.shape)}"
-            )
-        recv = send.new_empty(send.shape[1:])
-        if recv.numel():
-            arguments = (send.data_ptr(), recv.data_ptr(), recv.numel(), DTYPES[send.dtype], code)
-            self._run("reduce_scatter", arguments, send, recv)
-        return recv
+        with self._taken("reduce_scatter", (), send=send) as [send]:
+            if send.dim() == 0 or send.shape[0] != self.world_size:
+                raise ShapeMismatchError(
+                    f"reduce_scatter: send must have {self.world_size} rows, got {tuple(send.shape)}"
+                )
+            recv = send.new_empty(send.shape[1:])
+            if recv.numel():
+                arguments = (send.data_ptr(), recv.data_ptr(), recv.numel(), DTYPES[send.dtype], code)
+                self._run("reduce_scatter", arguments, send, recv)
+            return recv
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> None:
         """`tensor` of rank `root` to all others', in place."""
-        self._check("broadcast", "tensor", tensor)
         self._check_peer("broadcast", "root", root)
-        if tensor.numel():
-            self._run("broadcast", (tensor.data_ptr(), tensor.data_ptr(), tensor.nbytes, root), tensor)
+        with self._taken("broadcast", ("tensor",), tensor=tensor) as [tensor]:
+            if tensor.numel():
+                address = tensor.data_ptr()
+                self._run("broadcast", (address, address, tensor.nbytes, root), tensor)
 
     def send(self, tensor: Tensor, peer: int) -> None:
         """To `peer`, which must call `recv` with as many bytes."""
-        self._check("send", "tensor", tensor)
         self._check_peer("send", "peer", peer)
-        self._run("all_to_all", ([(peer, tensor.data_ptr(), tensor.nbytes, 0, 0)],), tensor)
+        with self._taken("send", (), tensor=tensor) as [tensor]:
+            self._run("all_to_all", ([(peer, tensor.data_ptr(), tensor.nbytes, 0, 0)],), tensor)
 
     def recv(self, tensor: Tensor, peer: int) -> None:
         """From `peer`, into `tensor`."""
-        self._check("recv", "tensor", tensor)
         self._check_peer("recv", "peer", peer)
-        self._run("all_to_all", ([(peer, 0, 0, tensor.data_ptr(), tensor.nbytes)],), tensor)
+        with self._taken("recv", ("tensor",), tensor=tensor) as [tensor]:
+            self._run("all_to_all", ([(peer, 0, 0, tensor.data_ptr(), tensor.nbytes)],), tensor)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> None:
         """Reduces in place; op "sum", "prod", "max", "min" or "avg". The same bits on every rank."""
         code = _op("all_reduce", op)
-        checks.check_tensor("all_reduce", "tensor", tensor)
-        # What a group returns elsewhere could only be copied back once it has ended.
-        local = tensor if self._shared.grouped is not None else self._here(tensor)
-        self._check("all_reduce", "tensor", local)
-        if local.numel():
-            address, count, dtype = local.data_ptr(), local.numel(), DTYPES[local.dtype]
-            self._run("all_reduce", (address, address, count, dtype, code), local)
-        if local is not tensor:
-            tensor.copy_(self._returned(local, tensor))
+        with borrowed("all_reduce", ("tensor",), tensor=tensor) as [tensor]:
+            checks.check_tensor("all_reduce", "tensor", tensor)
+            # What a group returns elsewhere could only be copied back once it has ended.
+            local = tensor if self._shared.grouped is not None else self._here(tensor)
+            self._check("all_reduce", "tensor", local)
+            if local.numel():
+                address, count, dtype = local.data_ptr(), local.numel(), DTYPES[local.dtype]
+                self._run("all_reduce", (address, address, count, dtype, code), local)
+            if local is not tensor:
+                tensor.copy_(self._returned(local, tensor))
 
     def synchronize(self) -> None:
         """Waits until what the current stream holds has ended, at most `timeout` seconds.
@@ -179,10 +188,12 @@ class Operations:
         """
         native = self._shared.native
         native.check("synchronize")
-        if self.device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cpu":
             return
         began = time.monotonic()
         with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                return
             ended = torch.cuda.Event()
             ended.record()
             while not ended.query():
@@ -216,10 +227,16 @@ class Operations:
                     orphans.extend(tensors)
                 raise
 
-    def _check(self, operation: str, name: str, tensor: object) -> None:
+    @contextmanager
+    def _taken(self, operation: str, mutable: tuple[str, ...], **arrays: Any) -> Iterator[list[Tensor]]:
+        """The arrays as tensors that NCCL can take, by name."""
+        with borrowed(operation, mutable, **arrays) as tensors:
+            for name, tensor in zip(arrays, tensors, strict=True):
+                self._check(operation, name, tensor)
+            yield tensors
+
+    def _check(self, operation: str, name: str, tensor: Tensor) -> None:
         checks.check_tensor(operation, name, tensor)
-        if not isinstance(tensor, Tensor):
-            return
         if tensor.dtype not in DTYPES:
             raise DtypeError(f"{operation}: {name} must be of a dtype that NCCL has, got {tensor.dtype}")
         if tensor.device != self.device:

@@ -39,6 +39,7 @@ def test_processes_have_the_bytes_of_simulated_ranks(
         found = {name: tuple(digests) for name, digests in reports[rank]["scenarios"].items()}
         assert found == expected
         assert reports[rank]["again"] == reports[rank]["scenarios"]
+        assert reports[rank]["ddp"], "a model differs from the one whose gradients went over gloo"
 
 
 @pytest.mark.usefixtures("fake")

@@ -160,6 +160,27 @@ def test_split() -> None:
     assert results == [(2, [4, 2, 0]), (1, [3, 1]), (1, [4, 2, 0]), (0, [3, 1]), (0, [4, 2, 0])]
 
 
+def test_arrays_of_others() -> None:
+    """Written where they lie."""
+    numpy = pytest.importorskip("numpy")
+
+    def rank_main(comm: gck.NcclCommunicator) -> None:
+        array = numpy.full(5, comm.rank + 1, dtype=numpy.float32)
+        comm.all_reduce(array)
+        assert array.tolist() == [3.0] * 5
+        fixed = numpy.arange(2) + comm.rank
+        fixed.flags.writeable = False
+        assert comm.all_gather(fixed).tolist() == [[0, 1], [1, 2]]
+        with pytest.raises(LayoutError, match="broadcast: tensor is a read-only array"):
+            comm.broadcast(fixed)
+        with comm.group():
+            comm.send(array * 2, 1 - comm.rank)
+            comm.recv(array, 1 - comm.rank)
+        assert array.tolist() == [6.0] * 5
+
+    run_ranks(2, rank_main)
+
+
 def test_is_a_transport() -> None:
     def rank_main(comm: gck.NcclCommunicator) -> None:
         assert isinstance(comm, Transport)
@@ -305,7 +326,7 @@ class TestRendezvous:
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda c: c.all_gather([1]), DtypeError, "must be a tensor, got list"),
+        (lambda c: c.all_gather([1]), DtypeError, r"must be a tensor or an array .*, got list"),
         (lambda c: c.all_gather(torch.ones(2).bool()), DtypeError, "a dtype that NCCL has, got torch.bool"),
         (lambda c: c.all_reduce(torch.ones(2, 3).t()), LayoutError, "all_reduce: tensor must be contiguous"),
         (lambda c: c.all_gather(torch.ones(2, device="meta")), DeviceMismatchError, "device cpu, got meta"),
