@@ -207,6 +207,9 @@ class NcclCommunicator(Operations):
             shared.native.group_end(self._timeout)
         finally:
             shared.grouped = None
+            for stream in shared.streams:
+                shared.mark(stream)
+            shared.streams.clear()
             if not shared.native.quiescent:
                 orphans.extend(held)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from gck.collectives.transports import CallLog
 from gck.errors import (
     ArgumentError,
+    CollectiveError,
     CollectiveTimeoutError,
     DeviceMismatchError,
     DtypeError,
@@ -42,6 +43,16 @@ class Shared:
     device: torch.device
     calls: CallLog = field(default_factory=CallLog)
     grouped: list[Tensor] | None = None  # of the open group, which uses them when it ends
+    # By stream, since the last wait: where it stood after its last operation.
+    events: dict[int, torch.cuda.Event] = field(default_factory=dict)
+    streams: list[torch.cuda.Stream] = field(default_factory=list)  # of the open group's operations
+
+    def mark(self, stream: torch.cuda.Stream) -> None:
+        """An operation went to `stream`; a group's go there when it ends."""
+        if self.grouped is not None:
+            self.streams.append(stream)
+        elif not torch.cuda.is_current_stream_capturing():
+            self.events.setdefault(stream.cuda_stream, torch.cuda.Event()).record(stream)
 
 
 class Operations:
@@ -180,7 +191,9 @@ class Operations:
                 tensor.copy_(self._returned(local, tensor))
 
     def synchronize(self) -> None:
-        """Waits until what the current stream holds has ended, at most `timeout` seconds.
+        """Waits until what the current stream holds has ended, and what was started on others.
+
+        At most `timeout` seconds; in a capture, not at all.
 
         Raises:
             CollectiveTimeoutError: it has not; the communicator is aborted.
@@ -194,9 +207,10 @@ class Operations:
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing():
                 return
-            ended = torch.cuda.Event()
-            ended.record()
-            while not ended.query():
+            current = torch.cuda.Event()
+            current.record()
+            ended = [*self._shared.events.values(), current]
+            while not self._ended(ended):
                 native.check("synchronize")
                 elapsed = time.monotonic() - began
                 if elapsed > self._timeout:
@@ -204,8 +218,16 @@ class Operations:
                     native.abort(f"synchronize on {text}")
                     raise CollectiveTimeoutError(f"synchronize on {text}")
                 time.sleep(0 if elapsed < 1e-3 else 1e-4)
+        self._shared.events.clear()
         # Operations that an abort ended have ended too.
         native.check("synchronize")
+
+    def _ended(self, events: list[torch.cuda.Event]) -> bool:
+        try:
+            return all(event.query() for event in events)
+        except RuntimeError as error:  # of the device, by one of its kernels
+            self._shared.native.abort(f"a device error: {error}")
+            raise CollectiveError(f"synchronize on rank {self.rank}: a device error ({error})") from error
 
     def _run(self, operation: str, arguments: tuple[Any, ...], *tensors: Tensor) -> None:
         """Starts an operation of the native communicator on the current stream."""
@@ -222,6 +244,8 @@ class Operations:
                 self._shared.grouped += tensors
             try:
                 getattr(native, operation)(*arguments, stream, self._timeout)
+                if cuda:
+                    self._shared.mark(current)
             except BaseException:
                 if not native.quiescent:
                     orphans.extend(tensors)
