@@ -36,14 +36,14 @@ test: $(VENV)/dev.stamp  ## every test that this machine can run
 lint: $(VENV)/dev.stamp  ## format, lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find bindings -name '*.[ch]pp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find bindings tests/nccl -name '*.[ch]pp')
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/dev.stamp  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find bindings -name '*.[ch]pp')
+	$(BIN)/clang-format -i $(shell find bindings tests/nccl -name '*.[ch]pp')
 
 bench: $(VENV)/dev.stamp  ## kernels against the memory floor and their peers
 	$(BIN)/python -m bench

@@ -11,11 +11,13 @@ from gck.collectives.all_reduce import (
 )
 from gck.collectives.cost import Cost, Link, all_reduce_cost, break_even_density, choose_algorithm
 from gck.collectives.transports import Transport, resolve
+from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
 
 __all__ = [
     "Cost",
     "Link",
+    "NcclCommunicator",
     "SimulatedGroup",
     "SimulatedMember",
     "Transport",

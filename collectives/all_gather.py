@@ -36,7 +36,7 @@ def sparse_all_gather(
 
     Args:
         payload: any payload NamedTuple of flat tensors and ints; read only.
-        group: None (WORLD), a torch ProcessGroup or a member of a `SimulatedGroup`.
+        group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a `SimulatedGroup`.
         validate: when ranks compare what they call: "first", "always" or "off"; see `gck.all_reduce_`.
         timeout: seconds that each wait may take. Default: the group's own.
 
@@ -71,8 +71,10 @@ def sparse_all_gather(
     )
     agree(transport, "sparse_all_gather", signature, validate)
     body, layout = body_of(*tensors), layout_of(*tensors)
+    rows = transport.all_gather_bytes(body)
+    transport.synchronize()
     gathered = []
-    for row in transport.all_gather_bytes(body):
+    for row in rows:
         views = iter(layout.views(row))
         fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in payload)
         gathered.append(type(payload)(*fields))

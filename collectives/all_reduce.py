@@ -49,7 +49,8 @@ def all_reduce_(
             decoded average.
         state: the residuals of this tensor on this rank, updated; None for no error feedback.
         compressor: how to compress; the same on all ranks.
-        group: None (WORLD), a torch ProcessGroup or a member of a `SimulatedGroup`.
+        group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a
+            `SimulatedGroup`.
         op: "avg" or "sum".
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
@@ -219,6 +220,7 @@ def _all_reduce(
                 bound = [bindings[i] for i in members]
                 reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)
             results += zip(some, reduced, strict=True)
+        transport.synchronize()
         # Copies of all of them first: an interrupt may come between two writes, or within one.
         written = [(grad, grad.clone()) for grad, _ in results]
         for grad, result in results:

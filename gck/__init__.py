@@ -5,7 +5,13 @@
 """
 
 from gck import errors
-from gck.collectives import SimulatedGroup, all_reduce_, packed_all_reduce_, sparse_all_gather
+from gck.collectives import (
+    NcclCommunicator,
+    SimulatedGroup,
+    all_reduce_,
+    packed_all_reduce_,
+    sparse_all_gather,
+)
 from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
 from gck.integrations import ddp
@@ -38,6 +44,7 @@ __all__ = [
     "Compressor",
     "ErrorFeedback",
     "ErrorFeedbackMap",
+    "NcclCommunicator",
     "PackedSigns",
     "Payload",
     "Quantize",

@@ -72,6 +72,14 @@ class Transport(Protocol):
         """Returns once every rank has called it."""
         ...
 
+    def synchronize(self) -> None:
+        """Returns once every result is there; raises where one never will be.
+
+        What the methods above return on the host is there when they return. On a device it may be ordered
+        on the current stream only: nothing may be kept of it, or copied to the host, before this.
+        """
+        ...
+
     def abort(self, reason: str) -> None:
         """Gives the group up on this rank; peers that wait for it fail at once where the backend can tell."""
         ...
@@ -93,7 +101,7 @@ def resolve(group: Any = None, timeout: float | None = None) -> Transport:
 
     Args:
         group: None (the WORLD group of torch.distributed), a torch ProcessGroup, or any Transport,
-            such as a member of a `SimulatedGroup`.
+            such as an `NcclCommunicator` or a member of a `SimulatedGroup`.
         timeout: seconds that one wait may take. Default: the group's own.
 
     Raises:
@@ -116,8 +124,8 @@ def resolve(group: Any = None, timeout: float | None = None) -> Transport:
         raise ArgumentError("group: this rank is not a member of the group")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise ArgumentError(
-            "group must be None, a torch.distributed ProcessGroup or a member of a SimulatedGroup, "
-            f"got {type(group).__name__}"
+            "group must be None, a torch.distributed ProcessGroup, an NcclCommunicator or a member of a "
+            f"SimulatedGroup, got {type(group).__name__}"
         )
     from gck.collectives.transports.process_group import ProcessGroupTransport
 

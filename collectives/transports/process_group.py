@@ -29,7 +29,7 @@ from torch import Tensor
 from gck.collectives.transports import CallLog, check_timeout
 from gck.errors import CollectiveError, CollectiveTimeoutError, GroupUnusableError, PeerLostError
 
-__all__ = ["ProcessGroupTransport"]
+__all__ = ["ProcessGroupTransport", "typed_error"]
 
 TIMEOUT_TEXT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 PEER_TEXT = re.compile(
@@ -135,6 +135,9 @@ class ProcessGroupTransport:
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1))
 
+    def synchronize(self) -> None:
+        """Nothing: every operation has waited for its end."""
+
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
@@ -163,7 +166,7 @@ class ProcessGroupTransport:
                 self._poll(work, began)
         except BaseException as error:
             elapsed = time.monotonic() - began
-            typed = _typed(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
+            typed = typed_error(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
             self._state.unusable = str(typed or repr(error))
             if typed is None:
                 raise
@@ -182,7 +185,7 @@ class ProcessGroupTransport:
         work.wait()
 
 
-def _typed(where: str, error: BaseException, elapsed: float) -> CollectiveError | None:
+def typed_error(where: str, error: BaseException, elapsed: float) -> CollectiveError | None:
     """The gck error for what torch raised, or None where it is no failure of the group."""
     if not isinstance(error, RuntimeError | OSError):
         return None

@@ -231,6 +231,9 @@ class SimulatedMember:
     def barrier(self) -> None:
         self.group._exchange(self, "barrier", None)
 
+    def synchronize(self) -> None:
+        """Nothing: every operation has waited for its end."""
+
     def abort(self, reason: str) -> None:
         self.group._spoil(self._rank, PeerLostError(f"rank {self._rank} aborted: {reason}"))
 

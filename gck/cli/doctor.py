@@ -6,7 +6,6 @@ doctor never fails because of what it looks for.
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import json
 import os
@@ -187,27 +186,26 @@ def _triton() -> Iterator[Finding]:
 
 
 def _nccl() -> Iterator[Finding]:
-    """Looks for the library as the binding will, without opening it."""
-    version = ""
-    if torch.version.cuda and torch.distributed.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version())) + ", "
-    chosen = os.environ.get("GCK_NCCL_LIBRARY")
-    loaded = _mapped(r"libnccl\.so")
-    wheel = [path for root in _wheel_folders("nvidia.nccl") for path in (root / "lib").glob("libnccl.so.2")]
-    system = ctypes.util.find_library("nccl")
-    if chosen:
-        exists = Path(chosen).exists()
-        advice = "" if exists else "GCK_NCCL_LIBRARY names a file that does not exist"
-        yield Finding("NCCL", exists, f"{version}GCK_NCCL_LIBRARY={chosen}", advice)
-    elif loaded:
-        yield Finding("NCCL", True, f"{version}loaded with PyTorch: {loaded[0]}")
-    elif wheel:
-        yield Finding("NCCL", True, f"{version}from the nvidia-nccl wheel: {wheel[0]}")
-    elif system:
-        yield Finding("NCCL", True, f"{version}from the system: {system}")
-    else:
-        advice = "needed between GPUs only: `pip install nvidia-nccl-cu12`"
-        yield Finding("NCCL", False, "libnccl.so.2 is nowhere: PyTorch, nvidia-nccl wheel, system", advice)
+    """Opens the library as `gck.NcclCommunicator` does: no device or driver is needed for that."""
+    from gck.collectives.transports.nccl_rendezvous import nccl_library
+    from gck.errors import BackendUnavailableError
+
+    try:
+        library = nccl_library()
+    except BackendUnavailableError as error:
+        yield Finding("NCCL", False, str(error), "only communication between GPUs needs it")
+        return
+    ways = {
+        "GCK_NCCL_LIBRARY": "chosen by GCK_NCCL_LIBRARY",
+        "process": "loaded with PyTorch",
+        "wheel": "from the nvidia-nccl wheel",
+        "system": "from the system",
+    }
+    yield Finding("NCCL", True, f"{library.version}, {ways[library.origin]}: {library.path}")
+    copies = [str(path) for path in _mapped(r"libnccl\.so")]
+    if len(copies) > 1:
+        advice = "PyTorch and gck use different ones; unset GCK_NCCL_LIBRARY, or install one NCCL"
+        yield Finding("NCCL copies", False, f"several in the process: {', '.join(copies)}", advice)
 
 
 def _cupy() -> Iterator[Finding]:
@@ -262,14 +260,6 @@ def _release(version: str) -> tuple[int, int]:
     """(major, minor), such as of "3.6.0+git1a2b"."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def _wheel_folders(package: str) -> list[Path]:
-    try:
-        spec = find_spec(package)
-    except ImportError:  # the parent package is missing
-        return []
-    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
 
 
 def _mapped(pattern: str) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gck.collectives.transports.process_group import _typed
+from gck.collectives.transports.process_group import typed_error
 from gck.errors import CollectiveError, CollectiveTimeoutError, PeerLostError
 from tests.collectives.launcher import run_ranks
 
@@ -56,10 +56,10 @@ def test_survivors_raise_in_time(mode: str, expected: set[str], tmp_path: Path) 
     ],
 )
 def test_texts_of_torch_become_types(text: str, error: type[Exception]) -> None:
-    typed = _typed("all_gather", RuntimeError(text), 1.0)
+    typed = typed_error("all_gather", RuntimeError(text), 1.0)
     assert type(typed) is error
     assert "typically" not in str(typed)
 
 
 def test_interrupts_are_not_failures_of_the_group() -> None:
-    assert _typed("all_gather", KeyboardInterrupt(), 1.0) is None
+    assert typed_error("all_gather", KeyboardInterrupt(), 1.0) is None

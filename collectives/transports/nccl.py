@@ -1,0 +1,248 @@
+"""NCCL as a transport, and NCCL's own operations on tensors, through `gck._C`.
+
+Operations are ordered on torch's current stream and return once the library has taken them;
+`synchronize` waits, within the timeout, for what was started. A library that works on host memory, as the
+tests' does, has moved the bytes when an operation returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gck._native import load
+from gck.collectives.transports import CallLog, check_timeout, resolve
+from gck.collectives.transports.nccl_operations import Operations, Shared, orphans
+from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchange_by_store, wheels
+from gck.errors import ArgumentError, CollectiveError, GckError
+
+__all__ = ["NcclCommunicator"]
+
+LEAVE = 2.0  # seconds that closing may take where nobody asked for it
+
+
+class NcclCommunicator(Operations):
+    """One rank's end of an NCCL communicator; implements `Transport`, so every collective of gck takes it.
+
+    All ranks make it at the same time, and call the same operations in the same order. Every wait is
+    bounded by `timeout`. After any failure it is aborted and cannot be used any more: GroupUnusableError
+    says why. Close it, or use it as a context manager, which aborts where an exception leaves the block.
+
+    Args:
+        unique_id: 128 bytes that rank 0 got from `create_unique_id` and sent to all; whoever has them can
+            join. For one communicator only.
+        rank: this rank, in [0, world_size).
+        world_size: number of ranks.
+        timeout: seconds that one wait may take, and the initialisation.
+        device: the CUDA device of this rank. Default: torch's current one.
+
+    Raises:
+        ArgumentError: an argument is out of range.
+        BackendUnavailableError: NCCL is not installed, too old or incomplete; says what to do.
+        CollectiveTimeoutError: not all ranks came in time.
+        PeerLostError, CollectiveError: with NCCL's own text.
+    """
+
+    def __init__(
+        self,
+        unique_id: bytes,
+        rank: int,
+        world_size: int,
+        *,
+        timeout: float = 60.0,
+        device: torch.device | int | str | None = None,
+    ) -> None:
+        function = "NcclCommunicator"
+        if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+            raise ArgumentError(f"{function}: world_size must be a positive int, got {world_size!r}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+            raise ArgumentError(f"{function}: rank must be an int in [0, {world_size}), got {rank!r}")
+        if not isinstance(unique_id, bytes) or len(unique_id) != 128:
+            # Not its value, which would let others in.
+            size = f" of {len(unique_id)}" if isinstance(unique_id, bytes) else ""
+            raise ArgumentError(
+                f"{function}: unique_id must be 128 bytes, got {type(unique_id).__name__}{size}"
+            )
+        seconds = check_timeout(timeout)
+        with _on(device):
+            native = load().NcclCommunicator(wheels(), unique_id, rank, world_size, seconds)
+        self._take(native, seconds)
+
+    @staticmethod
+    def create_unique_id() -> bytes:
+        """128 bytes for all ranks of one new communicator; made by rank 0 alone, and kept secret."""
+        unique_id: bytes = load().nccl_unique_id(wheels())
+        return unique_id
+
+    @classmethod
+    def from_group(
+        cls,
+        group: Any = None,
+        *,
+        timeout: float | None = None,
+        device: torch.device | int | str | None = None,
+    ) -> NcclCommunicator:
+        """The ranks of `group` (as all collectives take it; default: WORLD), which carries the unique id.
+
+        Raises:
+            BackendUnavailableError: a rank has no NCCL; raised on all.
+            CollectiveMismatchError: ranks have different versions of NCCL; on all.
+            As the constructor, and as collectives over `group`.
+        """
+        transport = resolve(group, timeout)
+        unique_id = exchange_by_group(transport)
+        return cls(unique_id, transport.rank, transport.world_size, timeout=transport.timeout, device=device)
+
+    @classmethod
+    def from_store(
+        cls,
+        store: Any,
+        rank: int,
+        world_size: int,
+        *,
+        timeout: float = 60.0,
+        device: torch.device | int | str | None = None,
+        name: str = "gck/nccl",
+    ) -> NcclCommunicator:
+        """Ranks that share a torch.distributed Store, which carries the unique id and forgets it.
+
+        Args:
+            name: prefix of the keys; ranks that share a store but no communicator need different ones.
+
+        Raises:
+            Those of `from_group`; CollectiveTimeoutError, PeerLostError of the store.
+        """
+        seconds = check_timeout(timeout)
+        unique_id, forget = exchange_by_store(store, rank, world_size, name, seconds)
+        made = cls(unique_id, rank, world_size, timeout=seconds, device=device)
+        with suppress(RuntimeError, NotImplementedError):  # not every store can delete
+            forget()
+        return made
+
+    def _take(self, native: Any, timeout: float) -> None:
+        device = torch.device("cpu") if native.device < 0 else torch.device("cuda", native.device)
+        self._shared, self._timeout = Shared(native, device), timeout
+        # Also at the end of the interpreter, before the library's own threads lose what they stand on.
+        weakref.finalize(self._shared, _leave, native)
+
+    @property
+    def timeout(self) -> float:
+        return self._timeout
+
+    @property
+    def calls(self) -> CallLog:
+        return self._shared.calls
+
+    def with_timeout(self, seconds: float) -> NcclCommunicator:
+        """The same communicator with another timeout."""
+        same = copy.copy(self)
+        same._timeout = check_timeout(seconds)
+        return same
+
+    def __repr__(self) -> str:
+        reason = self._shared.native.reason
+        state = f", unusable: {reason}" if reason else ""
+        return f"<NcclCommunicator rank {self.rank} of {self.world_size} on {self.device}{state}>"
+
+    # Transport
+
+    def all_gather_bytes(self, send: Tensor) -> Tensor:
+        return self._returned(self.all_gather(self._here(send)), send)
+
+    def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        return self._returned(self.all_to_all(self._here(send)), send)
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it, and what was started before has ended."""
+        self.all_reduce(torch.zeros(1, dtype=torch.int32, device=self.device))
+        self.synchronize()
+
+    def abort(self, reason: str) -> None:
+        """Stops what runs; peers that wait for this rank fail. At any time, from any thread."""
+        self._shared.native.abort(str(reason))
+
+    def close(self) -> None:
+        """Ends what was started, at most `timeout` seconds, and leaves. A second time does nothing.
+
+        Raises:
+            CollectiveTimeoutError, PeerLostError, CollectiveError: it was aborted instead.
+        """
+        self._shared.native.close(self._timeout)
+
+    def __enter__(self) -> NcclCommunicator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort(f"{kind.__name__} left its block")
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Operations of the block start together at its end, as NCCL's group calls do.
+
+        Sends and receives among several ranks need it. Results are there once the block has ended. An
+        exception that leaves the block aborts the communicator: peers have started the whole of it.
+        """
+        shared = self._shared
+        shared.native.group_start(self._timeout)
+        held: list[Tensor] = []
+        shared.grouped = held
+        try:
+            try:
+                yield
+            except BaseException as error:
+                self.abort(f"{type(error).__name__} left a group")
+                with suppress(GckError):
+                    shared.native.group_end(self._timeout)
+                raise
+            shared.native.group_end(self._timeout)
+        finally:
+            shared.grouped = None
+            for stream in shared.streams:
+                shared.mark(stream)
+            shared.streams.clear()
+            if not shared.native.quiescent:
+                orphans.extend(held)
+
+    def split(self, color: int | None, key: int = 0) -> NcclCommunicator | None:
+        """A communicator of the ranks that give the same colour, ordered by key, then by rank.
+
+        All ranks call it; one without a colour gets None.
+        """
+        if color is not None and (isinstance(color, bool) or not isinstance(color, int) or color < 0):
+            raise ArgumentError(f"split: color must be None or an int of at least 0, got {color!r}")
+        with _on(self.device if self.device.type == "cuda" else None):
+            native = self._shared.native.split(-1 if color is None else color, key, self._timeout)
+        if native is None:
+            return None
+        child = object.__new__(NcclCommunicator)
+        child._take(native, self._timeout)
+        return child
+
+
+def _on(device: torch.device | int | str | None) -> AbstractContextManager[Any]:
+    """Within it, `device` is the current CUDA device and has a context; nothing without CUDA."""
+    if not torch.cuda.is_available():
+        return nullcontext()
+    torch.cuda.init()
+    return torch.cuda.device(torch.cuda.current_device() if device is None else device)
+
+
+def _leave(native: Any) -> None:
+    """Closes what nobody closed; peers may still be reading what this rank sent."""
+    if native.reason:
+        return
+    try:
+        native.close(LEAVE)
+    except CollectiveError as error:
+        native.abort("its owner is gone")  # also under a thread that still waits
+        sys.stderr.write(f"gck: an NcclCommunicator that was never closed: {error}\n")

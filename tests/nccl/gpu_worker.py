@@ -1,0 +1,158 @@
+"""One rank of test_gpu.py. Ranks may share a GPU: each then claims to be a host of its own.
+
+usage: gpu_worker DIRECTORY collectives | kill
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# What NCCL reads when it starts: ranks on one GPU talk through sockets of the loopback device.
+if __name__ == "__main__":
+    os.environ |= {
+        "NCCL_HOSTID": f"gck-rank-{os.environ['RANK']}",
+        "NCCL_NET": "Socket",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_SOCKET_IFNAME": "=lo",
+        "NCCL_MAX_CTAS": "1",
+        "NCCL_ALGO": "Ring",
+        "NCCL_PROTO": "Simple",
+        "NCCL_NVLS_ENABLE": "0",
+        "NCCL_RAS_ENABLE": "0",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_DEBUG_FILE": f"{sys.argv[1]}/nccl.{os.environ['RANK']}.log",
+    }
+
+import torch
+import torch.distributed as dist
+
+import gck
+from gck.collectives import all_reduce_, sparse_all_gather
+from gck.error_feedback import ErrorFeedback
+from gck.errors import CollectiveError, GroupUnusableError
+from tests.collectives import launcher, scenarios
+
+KILL_TIMEOUT = 5.0
+NUMEL = 100_003
+
+
+def on_device(rank: int, group: Any, device: torch.device) -> dict[str, list[str]]:
+    """Digests of what collectives of tensors on `device` leave behind."""
+    found = {}
+    for compressor, algorithm in (
+        (gck.TopK(ratio=0.01), "one_phase"),
+        (gck.Sign(256), "two_phase"),
+        (gck.ChunkTopK(k=16, chunk_size=1024, value_bits=8), "two_phase"),
+    ):
+        state, results = ErrorFeedback(), []
+        for step in range(2):
+            results.append(scenarios.gradient(rank, NUMEL, step=step).to(device))
+            all_reduce_(results[-1], state, compressor, group, algorithm=algorithm)
+        residuals = [None if t is None else t.cpu() for t in (state.worker, state.server)]
+        shared = [result.cpu() for result in results]
+        found[f"{type(compressor).__name__} {algorithm}"] = [
+            scenarios.digest(*shared),
+            scenarios.digest(*residuals),
+        ]
+    payload = gck.topk(scenarios.gradient(rank, NUMEL).to(device), 0.01)
+    gathered = sparse_all_gather(payload, group)
+    found["gather"] = [scenarios.digest(*(t.cpu() for p in gathered for t in (p.values, p.indices)))]
+    return found
+
+
+def operations(comm: gck.NcclCommunicator) -> None:
+    """Each operation once, with values that any order of additions gives exactly."""
+    rank, size, device = comm.rank, comm.world_size, comm.device
+    ranks = torch.arange(size, device=device)
+    mine = torch.full((1000,), rank, device=device)
+    assert torch.equal(comm.all_gather(mine), ranks[:, None].expand(size, 1000))
+    rows = (100 * rank + ranks)[:, None].expand(size, 50).contiguous()
+    assert torch.equal(comm.all_to_all(rows), (100 * ranks + rank)[:, None].expand(size, 50))
+    sends = [(rank + s) % 3 for s in range(size)]
+    uneven = comm.all_to_all(torch.full((sum(sends),), rank, device=device), sends, sends)
+    assert uneven.tolist() == [r for r in range(size) for _ in range((r + rank) % 3)]
+    total = torch.full((1000,), float(rank), device=device)
+    comm.all_reduce(total)
+    assert (total == sum(range(size))).all()
+    assert (comm.reduce_scatter(rows, "max") == 100 * (size - 1) + rank).all()
+    comm.broadcast(mine, root=size - 1)
+    assert (mine == size - 1).all()
+    ring = torch.zeros(3, dtype=torch.int64, device=device)
+    with comm.group():
+        comm.send(torch.full((3,), rank, device=device), (rank + 1) % size)
+        comm.recv(ring, (rank - 1) % size)
+    assert (ring == (rank - 1) % size).all()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        comm.all_reduce(total, "avg")
+        comm.synchronize()
+    assert (total == sum(range(size))).all()
+    comm.barrier()
+
+    captured = torch.ones(1000, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        comm.all_reduce(captured)
+    for _ in range(3):
+        graph.replay()
+    comm.synchronize()
+    assert (captured == size**3).all()
+
+
+def libraries() -> list[str]:
+    maps = Path("/proc/self/maps").read_text()
+    return sorted({line.split()[-1] for line in maps.splitlines() if "libnccl.so" in line})
+
+
+def killed(comm: gck.NcclCommunicator) -> dict[str, Any]:
+    """The last rank dies while all of them are inside all-reduces."""
+    grad, state = torch.ones(1_000_000, device=comm.device), ErrorFeedback()
+    state.worker_for(grad).fill_(3.0)
+    all_reduce_(grad.clone(), ErrorFeedback(), gck.Sign(256), comm)
+    comm.barrier()
+    if comm.rank == comm.world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result: dict[str, Any] = {"error": "none"}
+    began = time.monotonic()
+    try:
+        all_reduce_(grad, state, gck.Sign(256), comm)
+    except CollectiveError as error:
+        result = {"error": type(error).__name__, "text": str(error)}
+    result["seconds"] = time.monotonic() - began
+    assert state.worker is not None
+    result["unchanged"] = bool((grad == 1).all() and (state.worker == 3).all())
+    try:
+        comm.barrier()
+    except GroupUnusableError as error:
+        result["after"] = str(error)
+    return result
+
+
+if __name__ == "__main__":
+    directory, rank, world_size = launcher.init(timeout=120)
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    if sys.argv[2] == "kill":
+        with gck.NcclCommunicator.from_group(timeout=60) as comm:
+            result = killed(comm.with_timeout(KILL_TIMEOUT))
+    else:
+        backend = dist.new_group(backend="nccl")
+        dist.all_reduce(torch.ones(1, device=device), group=backend)
+        with gck.NcclCommunicator.from_group(timeout=60) as comm, comm.split(0) as other:
+            assert comm.device == device
+            operations(comm)
+            operations(other)
+            result = {
+                "scenarios": scenarios.run(rank, world_size, comm),
+                "on_device": on_device(rank, comm, device),
+                "on_device_of_the_other": on_device(rank, other, device),
+                "libraries": libraries(),
+            }
+    launcher.report(directory, rank, result)
+    launcher.leave()

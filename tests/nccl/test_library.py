@@ -1,0 +1,104 @@
+"""Which library is opened, and what is said where none can be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gck.collectives.transports.nccl_rendezvous import wheels
+from tests.nccl.library import ROOT, fake_library
+
+OPEN = (
+    "from gck.collectives.transports.nccl_rendezvous import nccl_library; print(*nccl_library(), sep='\\n')"
+)
+
+
+def run(code: str, **environment: str | Path) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "GCK_NCCL_LIBRARY"}
+    variables = kept | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in environment.items()}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+
+
+def test_the_environment_chooses() -> None:
+    library = fake_library()
+    done = run(OPEN, GCK_NCCL_LIBRARY=library)
+    assert done.stdout.split("\n")[:3] == ["2.32.3", str(library), "GCK_NCCL_LIBRARY"], done.stderr
+
+
+def test_one_that_is_loaded_comes_first() -> None:
+    library = fake_library()
+    done = run(f"import ctypes; ctypes.CDLL({str(library)!r})\n{OPEN}")
+    assert done.stdout.split("\n")[1:3] == [str(library), "process"], done.stderr
+
+
+def test_then_a_wheel_then_the_system(tmp_path: Path) -> None:
+    package = tmp_path / "nvidia/nccl/lib"
+    package.mkdir(parents=True)
+    (tmp_path / "nvidia/nccl/__init__.py").touch()
+    (package / "libnccl.so.2").symlink_to(fake_library())
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    from_wheel = run(OPEN, **paths)
+    if not wheels():  # else the installed one is found first, or this one: both are right
+        assert from_wheel.stdout.split("\n")[1:3] == [str(package / "libnccl.so.2"), "wheel"], (
+            from_wheel.stderr
+        )
+        from_system = run(OPEN, LD_LIBRARY_PATH=package)
+        assert from_system.stdout.split("\n")[2] == "system", from_system.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        (
+            {"GCK_NCCL_LIBRARY": "/nowhere/libnccl.so"},
+            "GCK_NCCL_LIBRARY cannot be opened: /nowhere/libnccl.so",
+        ),
+        ({"FAKE_NCCL_VERSION": "21403"}, "is NCCL 2.14.3, older than 2.18.1"),
+        ({"FAKE_NCCL_VERSION": "2708"}, "is NCCL 2.7.8, older than 2.18.1"),
+    ],
+)
+def test_unusable_libraries(variables: dict[str, str], text: str) -> None:
+    done = run(OPEN, **({"GCK_NCCL_LIBRARY": fake_library()} | variables))
+    assert "BackendUnavailableError" in done.stderr
+    assert text in done.stderr
+
+
+def test_a_library_without_what_is_needed() -> None:
+    done = run(OPEN, GCK_NCCL_LIBRARY=fake_library("FAKE_NCCL_WITHOUT_ABORT"))
+    assert "lacks ncclCommAbort" in done.stderr
+
+
+def test_what_is_missing_fails_when_it_is_used() -> None:
+    code = """
+import gck
+with gck.NcclCommunicator(gck.NcclCommunicator.create_unique_id(), 0, 1, timeout=10) as comm:
+    try:
+        comm.split(0)
+    except gck.errors.BackendUnavailableError as error:
+        print(error)
+    comm.barrier()
+    print("usable")
+"""
+    done = run(code, GCK_NCCL_LIBRARY=fake_library("FAKE_NCCL_WITHOUT_SPLIT"))
+    assert "lacks ncclCommSplit" in done.stdout, done.stderr
+    assert "usable" in done.stdout
+
+
+@pytest.mark.skipif(bool(wheels()), reason="NCCL is installed here")
+def test_none_at_all() -> None:
+    done = run("import gck; gck.NcclCommunicator.create_unique_id()")
+    assert "BackendUnavailableError: NCCL is not installed" in done.stderr
+    assert "pip install nvidia-nccl-cu12" in done.stderr
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_doctor_says_what_it_found(broken: bool) -> None:
+    code = "from gck.cli.doctor import examine; print([f for f in examine() if f.name == 'NCCL'][0])"
+    library = Path("/nowhere/libnccl.so") if broken else fake_library()
+    done = run(code, GCK_NCCL_LIBRARY=library)
+    assert f"works={not broken}" in done.stdout, done.stderr
+    assert ("cannot be opened" if broken else "2.32.3, chosen by GCK_NCCL_LIBRARY") in done.stdout
