@@ -64,14 +64,17 @@ def chunk_topk_ef_(
     """
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
-            options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
-            return chunk_topk_ef_(g, e, chunk_size, k, value_bits=value_bits, **options)
+            named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
+            return chunk_topk_ef_(g, e, chunk_size, k, value_bits=value_bits, **named)
     check_options("chunk_topk_ef_", k, chunk_size, value_bits)
-    compressor = _compressor(chunk_size, k, value_bits)
+    beta, limit, values = checks.residual_options("chunk_topk_ef_", grad, decay, clip, stats)
+    compressor = _compressor(chunk_size, k, value_bits, beta)
     compressor.check_inputs("chunk_topk_ef_", grad, err, nonfinite)
-    residual = checks.residual_options("chunk_topk_ef_", grad, decay, clip, stats)
-    call = _chunk_topk_ef if plain(grad, err, nonfinite, *residual[1:]) else torch.ops.gck.chunk_topk_ef_
-    body = call(grad, err, chunk_size, k, value_bits, nonfinite, *residual)
+    if plain(grad, err, nonfinite, limit, values):
+        body = compress("chunk_topk_ef_", compressor, grad, err, nonfinite, limit, stats=values)
+    else:
+        options = (chunk_size, k, value_bits, nonfinite, beta, limit, values)
+        body = torch.ops.gck.chunk_topk_ef_(grad, err, *options)
     return _payload(compressor, body, grad.numel())
 
 
@@ -118,7 +121,7 @@ def _chunk_topk_ef(
     stats: Tensor | None = None,
 ) -> Tensor:
     compressor = _compressor(chunk_size, k, value_bits, decay)
-    return compress("chunk_topk_ef_", compressor, grad, err, nonfinite, clip=clip, stats=stats)
+    return compress("chunk_topk_ef_", compressor, grad, err, nonfinite, clip, stats=stats)
 
 
 def _chunk_topk(x: Tensor, chunk_size: int, k: int, value_bits: int) -> Tensor:

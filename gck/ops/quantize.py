@@ -70,14 +70,17 @@ def quantize_ef_(
     """
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("quantize_ef_", ("err",), grad=grad, err=err) as (g, e):
-            options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
-            return quantize_ef_(g, e, bits, chunk_size, rounding, seed, scale, **options)
+            named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
+            return quantize_ef_(g, e, bits, chunk_size, rounding, seed, scale, **named)
     check_options("quantize_ef_", bits, chunk_size, rounding, seed, scale)
-    compressor = Quantize(bits, chunk_size, rounding, seed, scale)
+    beta, limit, values = checks.residual_options("quantize_ef_", grad, decay, clip, stats)
+    compressor = Quantize(bits, chunk_size, rounding, seed, scale, beta)
     compressor.check_inputs("quantize_ef_", grad, err, nonfinite)
-    residual = checks.residual_options("quantize_ef_", grad, decay, clip, stats)
-    call = _quantize_ef if plain(grad, err, nonfinite, *residual[1:]) else torch.ops.gck.quantize_ef_
-    body = call(grad, err, bits, chunk_size, rounding, seed, scale, nonfinite, *residual)
+    if plain(grad, err, nonfinite, limit, values):
+        body = compress("quantize_ef_", compressor, grad, err, nonfinite, limit, stats=values)
+    else:
+        options = (bits, chunk_size, rounding, seed, scale, nonfinite, beta, limit, values)
+        body = torch.ops.gck.quantize_ef_(grad, err, *options)
     return _payload(compressor, body, grad.numel())
 
 
@@ -124,7 +127,7 @@ def _quantize_ef(
     stats: Tensor | None = None,
 ) -> Tensor:
     compressor = Quantize(bits, chunk_size, rounding, seed, scale, decay)
-    return compress("quantize_ef_", compressor, grad, err, nonfinite, clip=clip, stats=stats)
+    return compress("quantize_ef_", compressor, grad, err, nonfinite, clip, stats=stats)
 
 
 def _quantize(x: Tensor, bits: int, chunk_size: int, rounding: str, seed: int, scale: str) -> Tensor:

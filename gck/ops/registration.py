@@ -58,18 +58,18 @@ def compress(
     grad: Tensor,
     err: Tensor | None,
     nonfinite: Tensor | None,
+    clip: Tensor | None = None,
     **options: Tensor | None,
 ) -> Tensor:
     """The new body that `compressor` makes of grad and err, on behalf of a public function.
 
-    Inputs must have passed `compressor.check_inputs`.
+    Inputs must have passed `compressor.check_inputs`; see `KernelCompressor.run` for the options.
     """
     # Not zeroed as a whole: kernels write all of a single body's fields, and it may be large.
     body = compressor.layout(grad.numel()).empty_body(grad.device)
     bodies = body if compressor.shard_unit is None else body.unsqueeze(0)
-    compressor.run(function, grad, err, bodies, nonfinite, **options)
-    written = [tensor for name, tensor in options.items() if name != "clip"]
-    torch.autograd.graph.increment_version([t for t in (err, nonfinite, *written) if t is not None])
+    compressor.run(function, grad, err, bodies, nonfinite, clip, **options)
+    torch.autograd.graph.increment_version([t for t in (err, nonfinite, *options.values()) if t is not None])
     return body
 
 

@@ -58,11 +58,13 @@ def sign_ef_(
             options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
             return sign_ef_(g, e, chunk_size, **options)
     check_chunk_size("sign_ef_", chunk_size)
-    compressor = Sign(chunk_size)
+    beta, limit, values = checks.residual_options("sign_ef_", grad, decay, clip, stats)
+    compressor = Sign(chunk_size, beta)
     compressor.check_inputs("sign_ef_", grad, err, nonfinite)
-    residual = checks.residual_options("sign_ef_", grad, decay, clip, stats)
-    call = _sign_ef if plain(grad, err, nonfinite, *residual[1:]) else torch.ops.gck.sign_ef_
-    body = call(grad, err, chunk_size, nonfinite, *residual)
+    if plain(grad, err, nonfinite, limit, values):
+        body = compress("sign_ef_", compressor, grad, err, nonfinite, limit, stats=values)
+    else:
+        body = torch.ops.gck.sign_ef_(grad, err, chunk_size, nonfinite, beta, limit, values)
     words, scales = compressor.layout(grad.numel()).views(body)
     return PackedSigns(words, scales, grad.numel(), chunk_size)
 
@@ -76,7 +78,7 @@ def _sign_ef(
     clip: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
-    return compress("sign_ef_", Sign(chunk_size, decay), grad, err, nonfinite, clip=clip, stats=stats)
+    return compress("sign_ef_", Sign(chunk_size, decay), grad, err, nonfinite, clip, stats=stats)
 
 
 def _fake_sign_ef(

@@ -271,7 +271,7 @@ def _topk_ef(
     stats: Tensor | None = None,
 ) -> Tensor:
     compressor = _compressor(k, value_dtype, decay)
-    return compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint, clip=clip, stats=stats)
+    return compress("topk_ef_", compressor, grad, err, nonfinite, clip, hint=hint, stats=stats)
 
 
 def _topk(x: Tensor, k: int, value_dtype: torch.dtype) -> Tensor:

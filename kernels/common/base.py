@@ -200,31 +200,33 @@ class KernelCompressor(ABC):
         err: Tensor | None,
         bodies: Tensor,
         nonfinite: Tensor | None,
+        clip: Tensor | None = None,
         **options: Tensor | None,
     ) -> None:
         """`compress` of what `check_inputs` has passed, into bodies that fit.
 
         Args:
             bodies: (S, nbytes); or the one body (nbytes,), where `shard_unit` is None.
-            options: further tensors that this compressor's kernels know, by name; None: not given. Among
-                them `clip`, (1,) fp32, in place of the compressor's own, and `stats`, (5,) fp64, which needs
-                a single body.
+            clip: one fp32 element, in place of the compressor's own.
+            options: further tensors that this compressor's kernels know, by name; None: not given. All are
+                written to. `stats`, (5,) fp64, needs a single body.
         """
-        if self.clip is not None and options.get("clip") is None:
-            options["clip"] = torch.full((1,), self.clip, dtype=torch.float32, device=grad.device)
+        if clip is None and self.clip is not None:
+            clip = torch.full((1,), self.clip, dtype=torch.float32, device=grad.device)
         kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.
             err = torch.full((grad.numel(),), -0.0, dtype=torch.float32, device=grad.device)
+        if clip is not None:
+            options["clip"] = clip
         others = [tensor for tensor in (nonfinite, *options.values()) if tensor is not None]
         if not checks.apart([grad, err, *others]):
             tensors = {"grad": grad, "err": err, "nonfinite": nonfinite, **options}
             checks.check_no_overlap(function, **{name: t for name, t in tensors.items() if t is not None})
-        stats = options.get("stats")
-        if stats is not None and not grad.numel():
-            stats.zero_()
         if grad.numel():
             kernels.compress_(self, _flat(grad), _flat(err), bodies, nonfinite, **options)
+        elif (stats := options.get("stats")) is not None:
+            stats.zero_()
 
     def decompress(
         self, function: str, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool

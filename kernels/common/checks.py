@@ -248,6 +248,8 @@ def check_alpha(function: str, alpha: object) -> float:
 
 def check_residual(function: str, decay: object, clip: object) -> None:
     """Raises unless decay is a number in (0, 1], and clip None or a number above 0."""
+    if clip is None and type(decay) is float and decay == 1:  # by far the most calls
+        return
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
         raise DtypeError(f"{function}: decay must be a number, got {type(decay).__name__}")
     if not 0 < decay <= 1:  # False for NaN

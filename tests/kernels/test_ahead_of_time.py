@@ -59,6 +59,7 @@ RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
 RARE |= {"quantize.compress_kernel[fp32, 2 bits, mean, 8192]": 128}
 # Statistics are summed before and after.
 RARE |= {"quantize.compress_kernel[fp32, 4 bits, nearest, 256, clip, stats]": 72}
+RARE |= {f"chunk_topk.compress_kernel[fp32, 64 of 4096, 2 bits{o}]": 180 for o in (", clip", ", clip, stats")}
 # A warp that has a chunk to itself keeps all of it under way, whatever that takes.
 LONE_WARPS = {
     f"chunk_topk.compress_kernel[{grad}, 64 of 4096, {bits} bits]"
