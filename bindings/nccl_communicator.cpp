@@ -54,7 +54,9 @@ std::shared_ptr<Communicator> Communicator::split(int color, int key, double tim
   auto* slot = new abi::CommPtr(nullptr);
   abi::Config config;
   config.blocking = 0;
-  settle(call([&] { return library_.CommSplit(comm_, color, key, slot, &config); }));
+  // The library writes the child when it is made, and may call the parent done before.
+  settle(call([&] { return library_.CommSplit(comm_, color, key, slot, &config); }),
+         color == abi::kNoColor ? nullptr : slot);
   const abi::CommPtr comm = __atomic_load_n(slot, __ATOMIC_ACQUIRE);
   const double left = duration<double>(deadline_ - Clock::now()).count();
   end_turn();
@@ -130,10 +132,12 @@ abi::Result Communicator::call(const std::function<abi::Result()>& function) {
   return result;
 }
 
-void Communicator::settle(abi::Result result) {
+void Communicator::settle(abi::Result result, const abi::CommPtr* awaited) {
   auto signals = Clock::now() + kSignals;
   for (int polls = 0;; ++polls) {
     raise_if_over();
+    if (result == abi::Result::Success && awaited && __atomic_load_n(awaited, __ATOMIC_ACQUIRE) == nullptr)
+      result = abi::Result::InProgress;
     if (result != abi::Result::InProgress) break;
     const auto now = Clock::now();
     if (now > deadline_) fail("CollectiveTimeoutError", "no answer", "the deadline is over");

@@ -91,7 +91,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void end_turn();
   void launch(const char* operation, double timeout, const std::function<abi::Result()>& enqueue);
   abi::Result call(const std::function<abi::Result()>& function);
-  void settle(abi::Result result);
+  void settle(abi::Result result, const abi::CommPtr* awaited = nullptr);
   void adopt(abi::CommPtr comm);
   bool grouped() const;  // the calling thread has a group open
   void watch_over();

@@ -309,10 +309,8 @@ def decompress_kernel(
         )
 
 
-def compress_options(
-    compressor: Any, residual: int = 0, *, stats: bool = False
-) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `compress_kernel`."""
+def encode_options(compressor: Any) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of a kernel that encodes groups of chunks."""
     chunk = compressor.chunk_size
     chunks = max(WARP_ELEMENTS // chunk, 1)
     options = {
@@ -321,8 +319,6 @@ def compress_options(
         "BITS": compressor.bits,
         "TWO_LEVELS": compressor.two_levels,
         "STOCHASTIC": compressor.rounding == "stochastic",
-        "RESIDUAL": residual,
-        "STATS": stats,
     }
     return options, chunks * chunk // WARP_ELEMENTS
 
@@ -341,7 +337,7 @@ def compress_(
     scales_at = compressor.layout(shard).fields[1].offset
     decay, p_clip, residual = residual_arguments(compressor, err, clip)
     sums = partial_sums(err, stats)
-    options, num_warps = compress_options(compressor, residual, stats=stats is not None)
+    options, num_warps = encode_options(compressor)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
     with launching_on(grad):
@@ -358,6 +354,8 @@ def compress_(
             *key_of(compressor.seed),
             decay,
             p_clip,
+            RESIDUAL=residual,
+            STATS=stats is not None,
             **options,
             num_warps=num_warps,
             **EXACT,

@@ -18,7 +18,7 @@ from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.philox import key_of
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.tiles import load_tile
-from gck.kernels.quantize.gpu import RUN, compress_options, decode_runs, encode_group
+from gck.kernels.quantize.gpu import RUN, decode_runs, encode_group, encode_options
 
 TOGETHER = 2  # ranks whose codes are under way at the same time
 MOST_WARPS = 8  # of a program in which there are registers for so many
@@ -152,7 +152,7 @@ def reduce_kernel(
 
 def reduce_options(compressor: Any, server: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int]:
     """(compile-time values, warps) of `reduce_kernel`."""
-    options, num_warps = compress_options(server)
+    options, num_warps = encode_options(server)
     options |= {
         "FROM_BITS": compressor.bits,
         "FROM_TWO_LEVELS": compressor.two_levels,

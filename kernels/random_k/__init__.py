@@ -93,11 +93,12 @@ class RandomK(KernelCompressor):
         err: Tensor | None,
         bodies: Tensor,
         nonfinite: Tensor | None,
+        clip: Tensor | None = None,
         **options: Tensor | None,
     ) -> None:
         """See `KernelCompressor.run`. Without a residual the message is unbiased."""
         compressor = self if err is not None else Unbiased(self.ratio, self.k, self.seed, self.value_dtype)
-        KernelCompressor.run(compressor, function, grad, err, bodies, nonfinite, **options)
+        KernelCompressor.run(compressor, function, grad, err, bodies, nonfinite, clip, **options)
 
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         (values,) = fields

@@ -23,7 +23,7 @@ def variants() -> list[Variant]:
         ("fp32", Quantize(4), ", clip"),
         ("fp32", Quantize(4), ", clip, stats"),
     ):
-        constants, num_warps = gpu.compress_options(compressor)
+        constants, num_warps = gpu.encode_options(compressor)
         constants |= residual_constants(options)
         kind = "mean" if compressor.two_levels else compressor.rounding
         label = f"{grad}, {compressor.bits} bits, {kind}, {compressor.chunk_size}{options}"
