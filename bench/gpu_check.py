@@ -107,6 +107,8 @@ def run_tests(folder: Path) -> dict[str, Any]:
     status = run(
         "GPU tests", sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-p", "no:cacheprovider",
         "--durations=5", f"--junitxml={results}", *beside,
+        # Workers whose references take a thread a processor each keep one another from working.
+        environment={"OMP_NUM_THREADS": "1"} if "-n" in beside else {},
     )  # fmt: skip
     return {"exit_status": status, **counts(results)}
 
@@ -138,16 +140,16 @@ def run_benchmark(folder: Path, quick: bool) -> dict[str, Any]:
     return {"exit_status": status, **report}
 
 
-def run(title: str, *command: str | Path) -> int:
+def run(title: str, *command: str | Path, environment: dict[str, str] | None = None) -> int:
     """Runs a command in the repository with its output shown; returns its exit status."""
     words = [str(word) for word in command]
     CONSOLE.rule(title)
     CONSOLE.print("$ " + " ".join(words), style="dim", soft_wrap=True, highlight=False)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    known = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    paths = [str(ROOT), known.get("PYTHONPATH", "")]
+    known["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     try:
-        return subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
+        return subprocess.run(words, cwd=ROOT, env=known | (environment or {}), check=False).returncode
     except FileNotFoundError:
         CONSOLE.print(f"gpu-check: {words[0]} was not found", style="bold red")
         return 127
