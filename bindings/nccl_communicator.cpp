@@ -67,7 +67,7 @@ std::shared_ptr<Communicator> Communicator::split(int color, int key, double tim
     const std::lock_guard lock(child->state_);
     child->comm_ = comm;
   }
-  child->settle(comm == nullptr ? abi::Result::InternalError : abi::Result::InProgress);
+  child->settle(abi::Result::InProgress);
   child->adopt(comm);
   delete slot;
   child->end_turn();
