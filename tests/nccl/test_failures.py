@@ -29,6 +29,7 @@ from tests.nccl.ranks import on_threads
 pytestmark = pytest.mark.usefixtures("fake")
 
 TIMEOUT = 1.0
+LONG = 20.0  # where no timeout is expected: a busy machine may keep a thread waiting for a second
 LATE = 2.0  # what a typed error may take beyond the timeout
 
 
@@ -70,7 +71,7 @@ def test_an_operation_that_fails(name: str, at: int, fault: Any) -> None:
     unique_id = gck.NcclCommunicator.create_unique_id()
 
     def rank_main(rank: int) -> tuple[str, str, float]:
-        comm = join(rank, 3, unique_id)
+        comm = join(rank, 3, unique_id, timeout=LONG if name == "REMOTE_ERROR_AT" else TIMEOUT)
         grad, state = torch.randn(1000), ErrorFeedback()
         state.worker_for(grad).normal_()
         before = grad.clone(), state.worker.clone()
@@ -148,7 +149,7 @@ def test_a_rank_that_gives_up_during_the_initialisation() -> None:
 
 def test_wrong_worlds() -> None:
     unique_id = gck.NcclCommunicator.create_unique_id()
-    outcomes = on_threads(2, lambda rank: outcome(lambda: join(rank, 2 + rank, unique_id)))
+    outcomes = on_threads(2, lambda rank: outcome(lambda: join(rank, 2 + rank, unique_id, timeout=LONG)))
     assert {kind for kind, _, _ in outcomes} <= {"CollectiveError", "PeerLostError", "CollectiveTimeoutError"}
     texts = "rank 1 is one of 3, this is one of 2", "rank 0 is one of 2, this is one of 3"
     assert any(text in outcome[1] for outcome in outcomes for text in texts)
@@ -169,7 +170,7 @@ def test_an_id_is_for_one_communicator() -> None:
 
 def test_two_that_take_the_same_rank() -> None:
     unique_id = gck.NcclCommunicator.create_unique_id()
-    outcomes = on_threads(2, lambda _: outcome(lambda: join(1, 2, unique_id)))
+    outcomes = on_threads(2, lambda _: outcome(lambda: join(1, 2, unique_id, timeout=3)))
     assert sorted(kind for kind, _, _ in outcomes) == ["CollectiveError", "CollectiveTimeoutError"]
     assert any("rank 1 of this unique id is taken" in text for _, text, _ in outcomes)
 
@@ -190,7 +191,7 @@ def test_ranks_that_expect_other_sizes() -> None:
     unique_id = gck.NcclCommunicator.create_unique_id()
 
     def rank_main(rank: int) -> tuple[str, str, float]:
-        comm = join(rank, 2, unique_id)
+        comm = join(rank, 2, unique_id, timeout=LONG)
         return outcome(lambda: comm.all_reduce(torch.ones(3 + rank)))
 
     outcomes = on_threads(2, rank_main)
