@@ -19,6 +19,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gck.collectives.transports import CallLog, check_timeout
+from gck.collectives.transports import CallLog, check_timeout, rotation
 from gck.errors import CollectiveError, CollectiveTimeoutError, GroupUnusableError, PeerLostError
 
 __all__ = ["ProcessGroupTransport", "typed_error"]
@@ -115,6 +116,12 @@ class ProcessGroupTransport:
             return send.clone()
         local = _onto(group, send)
         recv = torch.empty_like(local)
+        if local[0].numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo":
+            recv[self._rank] = local[self._rank]
+            for to, source in rotation.rotation(self._rank, self._world_size):
+                ends = (local[to], to, recv[source], source)
+                self._wait("all_to_all", partial(rotation.Exchange, group, *ends), local, recv)
+            return recv.to(send.device)
         self._wait(
             "all_to_all",
             lambda: dist.all_to_all_single(recv, local, group=group, async_op=True),

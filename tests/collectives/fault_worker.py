@@ -1,6 +1,6 @@
 """One rank of test_faults.py. The last rank dies or stalls; the others report what they saw.
 
-usage: fault_worker DIRECTORY kill | stop | midway
+usage: fault_worker DIRECTORY kill | stop | midway [bytes from which an all-to-all goes in rounds]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from gck.collectives import all_reduce_
+from gck.collectives.transports import rotation
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveError, GroupUnusableError
 from gck.kernels.sign import Sign
@@ -73,6 +74,8 @@ def survive(compressor: Any, algorithm: str, group: Any, timeout: float | None) 
 if __name__ == "__main__":
     directory, rank, world_size = launcher.init(timeout=60)
     mode = sys.argv[2]
+    if len(sys.argv) > 3:
+        rotation.ROTATE_FROM = int(sys.argv[3])
     algorithms = ("two_phase",) if mode == "midway" else ("one_phase", "two_phase", "dense")
     # The dense one has the short timeout as its group's own, the others as an argument.
     groups = {

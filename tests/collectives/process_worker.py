@@ -1,10 +1,16 @@
-"""One rank of test_processes.py: the scenarios, then a mismatch, then the group once more."""
+"""One rank of test_processes.py: the scenarios, then a mismatch, then the group once more.
+
+usage: process_worker DIRECTORY [bytes from which an all-to-all goes in rounds]
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 from gck.collectives import all_reduce_, resolve
+from gck.collectives.transports import rotation
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveMismatchError
 from gck.kernels.sign import Sign
@@ -12,6 +18,8 @@ from tests.collectives import launcher, scenarios
 
 if __name__ == "__main__":
     directory, rank, world_size = launcher.init()
+    if len(sys.argv) > 2:
+        rotation.ROTATE_FROM = int(sys.argv[2])
     result = {"scenarios": scenarios.run(rank, world_size, None), "timeout": resolve().timeout}
 
     last = world_size - 1

@@ -15,8 +15,8 @@ from tests.collectives import scenarios
 from tests.collectives.launcher import run_ranks
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_same_bytes_as_simulated_ranks(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world_size", "rounds"), [(2, ()), (3, ("0",)), (4, ("100",))])
+def test_same_bytes_as_simulated_ranks(world_size: int, rounds: tuple[str, ...], tmp_path: Path) -> None:
     simulated = SimulatedGroup(world_size, timeout=30).run(
         lambda member: scenarios.run(member.rank, world_size, member)
     )
@@ -24,7 +24,7 @@ def test_same_bytes_as_simulated_ranks(world_size: int, tmp_path: Path) -> None:
         assert len({ranks[name][0] for ranks in simulated}) == 1, f"{name}: simulated ranks differ"
     assert len({ranks["gather"][1] for ranks in simulated}) == world_size  # digests do tell ranks apart
 
-    reports = run_ranks("tests.collectives.process_worker", world_size, tmp_path)
+    reports = run_ranks("tests.collectives.process_worker", world_size, tmp_path, *rounds)
     for rank, report in enumerate(reports):
         assert report["timeout"] == 30
         for name, (shared, own) in simulated[rank].items():

@@ -6,17 +6,15 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gck.cli.crew import WorkerError, crew
 from gck.cli.demo.configurations import CONFIGURATIONS
-from gck.cli.demo.crew import DemoError, crew
 from gck.cli.demo.model import save_images
 from gck.cli.demo.report import (
     Point,
@@ -29,28 +27,12 @@ from gck.cli.demo.report import (
     write_files,
 )
 from gck.cli.demo.settings import Assignment, Settings
-from gck.cli.links import LinksUnavailableError, Node, links
+from gck.cli.network import Network, join
 from gck.cli.signals import raising
 
 __all__ = ["run"]
 
 IMAGES = "images.pt"
-
-
-@dataclass(frozen=True)
-class Network:
-    """Where the workers run: in a node each, or, without nodes, side by side on the loopback interface."""
-
-    nodes: list[Node]
-    rate: str | None
-    reason: str | None  # why there are no nodes
-
-    def command(self, rank: int, argv: list[str]) -> list[str]:
-        return self.nodes[rank].command(argv) if self.nodes else argv
-
-    @property
-    def interface(self) -> str:
-        return self.nodes[0].interface if self.nodes else "lo"
 
 
 def run(
@@ -67,13 +49,13 @@ def run(
 
     Raises:
         BackendUnavailableError: the images or matplotlib are not installed.
-        DemoError: a worker failed or took too long; nothing keeps running.
+        WorkerError: a worker failed or took too long; nothing keeps running.
     """
     require_matplotlib()
     with raising(), tempfile.TemporaryDirectory(prefix="gck-demo-") as scratch:
         console.print("Loading 5,000 MNIST digits: 4,000 to train on, 1,000 to test on.")
         save_images(Path(scratch) / IMAGES)
-        with _network(settings.workers, rate, use_links) as network:
+        with join(settings.workers, rate if use_links else None, "--no-links was given") as network:
             console.print(network_sentence(settings.workers, network.rate, network.reason))
             results = _train(console, settings, names, network, Path(scratch), limit)
     report = Report(settings, network.rate, network.reason, results)
@@ -81,18 +63,6 @@ def run(
     console.print(verdict(report))
     for path in write_files(report, out):
         console.print(f"wrote {path}", soft_wrap=True)
-
-
-@contextmanager
-def _network(workers: int, rate: str, use_links: bool) -> Iterator[Network]:
-    with ExitStack() as stack:
-        network = Network([], None, "--no-links was given")
-        if use_links:
-            try:
-                network = Network(stack.enter_context(links(workers, rate)), rate, None)
-            except LinksUnavailableError as error:
-                network = Network([], None, str(error))
-        yield network
 
 
 def _train(
@@ -124,8 +94,8 @@ def _train(
                         case "done":
                             ends[report["configuration"]][rank] = report
                             progress.stop_task(tasks[report["configuration"]])
-        except DemoError as error:
-            raise DemoError(f"{CONFIGURATIONS[current].title}: {error}") from error
+        except WorkerError as error:
+            raise WorkerError(f"{CONFIGURATIONS[current].title}: {error}") from error
     return [_result(settings, name, network, curves[name], ends[name]) for name in names]
 
 
@@ -153,7 +123,7 @@ def _result(
     settings: Settings, name: str, network: Network, curve: list[Point], ends: dict[int, dict[str, Any]]
 ) -> Result:
     if len(ends) < settings.workers or not curve:
-        raise DemoError(f"{name}: {len(ends)} of {settings.workers} workers reported their results")
+        raise WorkerError(f"{name}: {len(ends)} of {settings.workers} workers reported their results")
     # On loopback every worker reads the same interface, which carries what all of them send.
     counted = ends.values() if network.nodes else [ends[0]]
     return Result(

@@ -6,15 +6,12 @@ images, every rank what it has sent when it is done.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.demo.configurations import CONFIGURATIONS
 from gck.cli.demo.model import Images, build_model, load_images
 from gck.cli.demo.settings import Assignment, Settings
@@ -29,7 +27,6 @@ from gck.cli.links import read_counters
 
 __all__ = ["main"]
 
-PR_SET_PDEATHSIG = 1
 # DDP must put all gradients into one bucket: PyTorch's PowerSGD hook runs its collectives from
 # callbacks, and with two buckets on gloo ranks may run them in different orders and abort.
 BUCKET_MEGABYTES = 64
@@ -37,8 +34,8 @@ BUCKET_MEGABYTES = 64
 
 def main(argv: list[str]) -> None:
     assignment = Assignment.from_json(argv[1])
-    _end_with(assignment.parent)
-    events = _event_stream()
+    end_with(assignment.parent)
+    events = event_stream()
     # The workers share one machine; more threads each would only get in each other's way.
     torch.set_num_threads(1)
     train_images, test_images = load_images(Path(assignment.data))
@@ -72,7 +69,7 @@ def train(assignment: Assignment, name: str, images: Images, test: Images, event
     step_seconds: list[float] = []
     dist.barrier()
     if rank == 0:
-        _tell(events, event="begin", configuration=name)
+        tell(events, event="begin", configuration=name)
     sent = read_counters(assignment.interface).tx_bytes
     for step in range(1, settings.steps + 1):
         mine = order[step - 1, rank]
@@ -84,16 +81,16 @@ def train(assignment: Assignment, name: str, images: Images, test: Images, event
         optimizer.step()
         step_seconds.append(time.perf_counter() - started)
         if rank == 0:
-            _tell(events, event="step", step=step)
+            tell(events, event="step", step=step)
         if settings.evaluate_after(step):
             dist.barrier()
             if rank == 0:
                 _look(events, step, sum(step_seconds), model.module, test)
             dist.barrier()
     if rank == 0:
-        _tell(events, event="begin", configuration=name)
+        tell(events, event="begin", configuration=name)
     sent = read_counters(assignment.interface).tx_bytes - sent
-    _tell(events, event="done", configuration=name, step_seconds=step_seconds, sent_bytes=sent)
+    tell(events, event="done", configuration=name, step_seconds=step_seconds, sent_bytes=sent)
 
 
 def _look(events: TextIO, step: int, seconds: float, model: nn.Module, test: Images) -> None:
@@ -101,7 +98,7 @@ def _look(events: TextIO, step: int, seconds: float, model: nn.Module, test: Ima
         scores = model(test.pixels)
     accuracy = (scores.argmax(1) == test.labels).double().mean().item()
     loss = cross_entropy(scores, test.labels).item()
-    _tell(events, event="test", step=step, seconds=seconds, accuracy=accuracy, loss=loss)
+    tell(events, event="test", step=step, seconds=seconds, accuracy=accuracy, loss=loss)
 
 
 def _batches(count: int, settings: Settings) -> Tensor:
@@ -110,24 +107,6 @@ def _batches(count: int, settings: Settings) -> Tensor:
     needed = settings.steps * settings.workers * settings.batch
     epochs = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
     return torch.cat(epochs)[:needed].view(settings.steps, settings.workers, settings.batch)
-
-
-def _event_stream() -> TextIO:
-    """Standard output as it was; whatever else is printed from now on goes to standard error."""
-    events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return events
-
-
-def _tell(events: TextIO, **fields: Any) -> None:
-    print(json.dumps(fields), file=events, flush=True)
-
-
-def _end_with(parent: int) -> None:
-    """Asks the kernel to kill this process when the one that started it is gone, even by SIGKILL."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("gck demo: the process that started this worker is gone")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""The worker processes of one configuration: started, listened to, and never left behind."""
+"""Worker processes: started, listened to, and never left behind; and what a worker does for its part.
+
+A worker reports on standard output, one JSON object with an "event" a line.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from gck.cli.signals import shielded
 from gck.errors import GckError
 
-__all__ = ["Crew", "DemoError", "crew"]
+__all__ = ["Crew", "WorkerError", "crew", "end_with", "event_stream", "tell"]
+
+PR_SET_PDEATHSIG = 1
 
 # After the first failure the others get this long to say why they failed: one that dies takes its
 # peers along, and which of them is heard first is chance.
@@ -24,8 +31,8 @@ LAST_WORDS = 1.0
 TAIL_LINES = 6
 
 
-class DemoError(GckError, RuntimeError):
-    """A worker failed, or a configuration took longer than it may."""
+class WorkerError(GckError, RuntimeError):
+    """A worker failed, or took longer than it may."""
 
 
 class Crew:
@@ -39,7 +46,7 @@ class Crew:
         """(rank, report) in the order of arrival, until every worker has ended well.
 
         Raises:
-            DemoError: a worker ended otherwise, or more than `limit` seconds have passed since the start
+            WorkerError: a worker ended otherwise, or more than `limit` seconds have passed since the start
                 or the last report of a "begin".
         """
         deadline = time.monotonic() + limit
@@ -51,7 +58,7 @@ class Crew:
             while selector.get_map():
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise DemoError(f"not finished within {limit:.0f} s; see --limit")
+                    raise WorkerError(f"not finished within {limit:.0f} s; see --limit")
                 for key, _ in ready:
                     rank = key.data
                     data = os.read(key.fd, 1 << 16)
@@ -69,10 +76,10 @@ class Crew:
         try:
             status = self.processes[rank].wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise DemoError(f"worker {rank} said its last word but does not end") from None
+            raise WorkerError(f"worker {rank} said its last word but does not end") from None
         if status:
             time.sleep(LAST_WORDS)
-            raise DemoError(self._failure())
+            raise WorkerError(self._failure())
 
     def _failure(self) -> str:
         statuses = [process.poll() for process in self.processes]
@@ -107,7 +114,7 @@ def crew(commands: Sequence[Sequence[str]], environment: dict[str, str], logs: P
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     env={**os.environ, **environment},
-                    # Ctrl-C in a terminal is for the demo; it ends its workers itself.
+                    # Ctrl-C in a terminal is for this process, which ends its workers itself.
                     start_new_session=True,
                 )
             started.processes.append(process)
@@ -125,7 +132,7 @@ def crew(commands: Sequence[Sequence[str]], environment: dict[str, str], logs: P
 
 def _pipe(process: subprocess.Popen[bytes]) -> BinaryIO:
     if process.stdout is None:
-        raise DemoError(f"worker process {process.pid} has no pipe to report through")
+        raise WorkerError(f"worker process {process.pid} has no pipe to report through")
     return process.stdout  # type: ignore[return-value]
 
 
@@ -134,3 +141,22 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def end_with(parent: int) -> None:
+    """Asks the kernel to kill this process when the one that started it is gone, even by SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the process that started this worker is gone")
+
+
+def event_stream() -> TextIO:
+    """Standard output as it was; whatever else is printed from now on goes to standard error."""
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return events
+
+
+def tell(events: TextIO, **fields: Any) -> None:
+    """Sends one report to whoever runs the crew."""
+    print(json.dumps(fields), file=events, flush=True)

@@ -1,0 +1,1 @@
+"""`python -m bench.link`: whole all-reduces by real processes over slow links."""

@@ -1,0 +1,105 @@
+"""One process of `python -m bench.link`, started as `python -m bench.link.worker ASSIGNMENT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+
+from bench.link.methods import METHODS, Method
+from gck.cli.crew import end_with, event_stream, tell
+from gck.cli.links import read_counters
+
+__all__ = ["Assignment", "main"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker is told on its command line.
+
+    Attributes:
+        repeats: of each (method, numel), how many all-reduces are timed.
+    """
+
+    rank: int
+    world_size: int
+    parent: int
+    rendezvous: str
+    interface: str
+    shared_interface: bool  # all workers read the same counters
+    timeout: float
+    repeats: list[tuple[str, int, int]]
+
+
+def main(argv: list[str]) -> None:
+    assignment = Assignment(**json.loads(argv[1]))
+    end_with(assignment.parent)
+    events = event_stream()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.world_size))
+    dist.init_process_group(
+        "gloo",
+        init_method=(Path(assignment.rendezvous) / "rendezvous").as_uri(),
+        rank=assignment.rank,
+        world_size=assignment.world_size,
+        timeout=timedelta(seconds=assignment.timeout),
+    )
+    for title, numel, repeats in assignment.repeats:
+        if assignment.rank == 0:
+            tell(events, event="begin", method=title, numel=numel)
+        measure(assignment, METHODS[title], numel, repeats, events)
+    dist.barrier()
+    events.close()
+    sys.stderr.flush()
+    os._exit(0)  # destroying groups may hang, see gck.cli.demo.worker
+
+
+def measure(assignment: Assignment, method: Method, numel: int, repeats: int, events: TextIO) -> None:
+    run = method.make(numel)
+    source = torch.randn(numel, generator=torch.Generator().manual_seed(assignment.rank))
+    grad = source.clone()
+    for _ in range(method.untimed):
+        grad.copy_(source)
+        run(grad)
+    seconds = []
+    dist.barrier()
+    time.sleep(0.05)  # the last rank's words of the barrier are not counted
+    sent = read_counters(assignment.interface).tx_bytes
+    for _ in range(repeats):
+        grad.copy_(source)
+        dist.barrier()
+        seconds.append(run(grad))
+    dist.barrier()
+    time.sleep(0.05)
+    sent = read_counters(assignment.interface).tx_bytes - sent
+    # A step is over when the last rank has the result.
+    slowest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    total = torch.tensor([sent], dtype=torch.float64)
+    dist.all_reduce(total)
+    # On loopback every worker has read what all of them sent.
+    shares = assignment.world_size * repeats * (assignment.world_size if assignment.shared_interface else 1)
+    if assignment.rank == 0:
+        tell(
+            events,
+            event="done",
+            method=method.title,
+            numel=numel,
+            seconds=slowest.tolist(),
+            wire_bytes=total.item() / shares,
+        )
+
+
+def to_json(assignment: Assignment) -> str:
+    return json.dumps(asdict(assignment))
+
+
+if __name__ == "__main__":
+    main(sys.argv)
