@@ -1,0 +1,160 @@
+"""A transport whose messages carry checksums, so that damaged ones are found, and by all ranks.
+
+Every message ends in 16 bytes, little-endian:
+
+    8  xxh3_64 of the message      4  sequence of the collective      2  operation in it      2  sender
+
+After an operation ranks tell one another in 16 bytes each whether all was well, so that either all of them
+go on or all raise the same error, with the group in step.
+
+    8  xxh3_64 of the rest   1  what was wrong, 0: nothing   1  zero   2  with whose message   4  sequence
+
+A message of the right content in the wrong place, such as one that is repeated, differs in its sequence or
+operation. Checksums are taken on the host: messages from a device are copied there, which waits for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import torch
+from torch import Tensor
+
+from gck.collectives.transports import CallLog, Transport
+from gck.errors import BackendUnavailableError, CorruptPayloadError, GroupUnusableError
+
+__all__ = ["Checked"]
+
+TRAILER = struct.Struct("<QIHH")
+VERDICT = struct.Struct("<QBxHI")
+NBYTES = 16
+_NONE = memoryview(b"")
+WELL, DAMAGED, MISPLACED = range(3)
+WORDS = {DAMAGED: "was damaged: its checksum differs", MISPLACED: "belongs to another operation"}
+
+
+class Checked:
+    """Implements `Transport` over another one; made for a single collective."""
+
+    def __init__(self, inner: Transport) -> None:
+        """
+        Raises:
+            BackendUnavailableError: xxhash is not installed.
+        """
+        try:
+            from xxhash import xxh3_64_intdigest
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"checksums need xxhash, which cannot be imported ({error}): `pip install xxhash`"
+            ) from error
+        self._hash = xxh3_64_intdigest
+        self._inner = inner
+        self._operation = 0
+
+    @property
+    def rank(self) -> int:
+        return self._inner.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._inner.world_size
+
+    @property
+    def timeout(self) -> float:
+        return self._inner.timeout
+
+    @property
+    def calls(self) -> CallLog:
+        return self._inner.calls
+
+    def with_timeout(self, seconds: float) -> Checked:
+        return Checked(self._inner.with_timeout(seconds))
+
+    def all_gather_bytes(self, send: Tensor) -> Tensor:
+        """As of any transport; raises CorruptPayloadError on all ranks where one got damaged bytes."""
+        return self._checked("all_gather", self._inner.all_gather_bytes(self._sealed(send.unsqueeze(0))[0]))
+
+    def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        """As of any transport; raises CorruptPayloadError on all ranks where one got damaged bytes."""
+        return self._checked("all_to_all", self._inner.all_to_all_bytes(self._sealed(send)))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """As of any transport; what the backend sends cannot be sealed, so ranks compare their results.
+
+        Damage before the sum reaches all ranks alike, and is not found.
+        """
+        self._inner.all_reduce(tensor)
+        self._inner.synchronize()
+        host = _on_host(tensor)
+        digest = self._hash(_view(host))
+        send = torch.frombuffer(bytearray(struct.pack("<Q", digest)), dtype=torch.uint8)
+        digests = {bytes(row.tolist()) for row in self.all_gather_bytes(send)}
+        if len(digests) > 1:
+            raise CorruptPayloadError("all_reduce: a message was damaged: ranks have different sums")
+
+    def barrier(self) -> None:
+        self._inner.barrier()
+
+    def synchronize(self) -> None:
+        self._inner.synchronize()
+
+    def abort(self, reason: str) -> None:
+        self._inner.abort(reason)
+
+    def _sealed(self, rows: Tensor) -> Tensor:
+        """Each row with its trailer."""
+        self._operation += 1
+        sealed = torch.empty(rows.shape[0], rows.shape[1] + NBYTES, dtype=torch.uint8, device=rows.device)
+        sealed[:, :-NBYTES] = rows
+        trailers = bytearray()
+        for row in rows:
+            trailers += self._trailer(_on_host(row), self.rank)
+        sealed[:, -NBYTES:] = torch.frombuffer(trailers, dtype=torch.uint8).view(-1, NBYTES)
+        return sealed
+
+    def _trailer(self, message: Tensor, sender: int) -> bytes:
+        place = self.calls.sequence & 0xFFFFFFFF, self._operation & 0xFFFF, sender & 0xFFFF
+        return TRAILER.pack(self._hash(_view(message)), *place)
+
+    def _checked(self, operation: str, received: Tensor) -> Tensor:
+        """The rows of `received` without their trailers, once every rank has found its own well."""
+        self._inner.synchronize()
+        fault = next(filter(None, (self._fault(row, sender) for sender, row in enumerate(received))), None)
+        what, whose = fault or (WELL, 0)
+        verdict = struct.pack("<BxHI", what, whose & 0xFFFF, self.calls.sequence & 0xFFFFFFFF)
+        own = struct.pack("<Q", self._hash(verdict)) + verdict
+        rows = self._inner.all_gather_bytes(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        for rank, row in enumerate(rows):
+            digest, what, whose, _ = VERDICT.unpack(packed := bytes(row.tolist()))
+            if digest != self._hash(packed[8:]):
+                # Others may have understood it, and gone on: nobody knows who has what.
+                self._inner.abort(f"{operation}: what rank {rank} says of its messages was damaged")
+                raise GroupUnusableError(
+                    f"{operation}: what rank {rank} says of its messages was damaged; ranks may have gone on "
+                    "without this one"
+                )
+            if what != WELL:
+                words = WORDS.get(what, f"is wrong ({what})")
+                raise CorruptPayloadError(
+                    f"{operation}: the message from rank {whose} to rank {rank} {words}"
+                )
+        return received[:, :-NBYTES]
+
+    def _fault(self, row: Tensor, sender: int) -> tuple[int, int] | None:
+        """(what is wrong, with whose message), if anything."""
+        host = _on_host(row)
+        trailer, expected = bytes(host[-NBYTES:].tolist()), self._trailer(host[:-NBYTES], sender)
+        if trailer == expected:
+            return None
+        return (DAMAGED if trailer[:8] != expected[:8] else MISPLACED), sender
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Its bytes: (nbytes,) uint8, without a copy where it is on the host already."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _view(host: Tensor) -> memoryview:
+    """The memory of a tensor that is alive, for whoever reads buffers."""
+    return memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())) if len(host) else _NONE
