@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import time
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+_servers = multiprocessing.get_context("forkserver")
+_servers.set_forkserver_preload(["torch.nn.parallel", "torch.distributed", "gck.collectives", "gck._native"])
 
 
 def run_ranks(
@@ -27,44 +30,55 @@ def run_ranks(
     Ranks in `lost` are expected to die or hang: they are killed once the others have ended, and report
     None. Nothing is left running, whatever happens.
     """
-    environment = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = []
     for rank in range(world_size):
-        with (directory / f"{rank}.log").open("wb") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, str(directory), *args],
-                    env=environment | {"RANK": str(rank)},
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        argv = [module, str(directory), *args]
+        ranks.append(start(argv, environment | {"RANK": str(rank)}, directory / f"{rank}.log"))
     deadline = time.monotonic() + timeout
     failed = []
     try:
         for rank, process in enumerate(ranks):
             if rank in lost:
                 continue
-            try:
-                code: int | str = process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                code = f"still running after {timeout} s"
+            process.join(max(0.1, deadline - time.monotonic()))
+            code = process.exitcode
             if code != 0:
+                how = f"still running after {timeout} s" if code is None else str(code)
                 text = (directory / f"{rank}.log").read_text()[-3000:]
-                failed.append(f"rank {rank} ({code}):\n{text}")
+                failed.append(f"rank {rank} ({how}):\n{text}")
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.join()
     assert not failed, "\n".join(failed)
     reports = [directory / f"{rank}.json" for rank in range(world_size)]
     return [None if rank in lost else json.loads(report.read_text()) for rank, report in enumerate(reports)]
+
+
+def start(argv: list[str], environment: dict[str, str], log: Path) -> BaseProcess:
+    """``python -m argv[0] argv[1:]`` in a process of its own, forked where torch is imported already."""
+    process = _servers.Process(target=_main, args=(argv, environment, log), daemon=True)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when libraries are loaded, in the server
+    try:
+        process.start()
+    finally:
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
+    return process
+
+
+def _main(argv: list[str], environment: dict[str, str], log: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = argv.copy()
+    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 
 def init(timeout: float = 30) -> tuple[Path, int, int]:
