@@ -97,6 +97,11 @@ class Node:
         stats = json.loads(shown)[0]["stats64"]
         return Counters(stats["tx"]["bytes"], stats["rx"]["bytes"])
 
+    def plug(self, plugged: bool) -> None:
+        """Puts the cable into the switch, or pulls it out: nothing is delivered, and nobody is told."""
+        switch = self.namespace.rpartition("-")[0] + "-switch"
+        _run("ip", "-n", switch, "link", "set", f"port{self.index}", "up" if plugged else "down")
+
     def tcp_socket(self) -> socket.socket:
         """A TCP socket that lives in this namespace; the calling thread does not move there."""
         libc = ctypes.CDLL(None, use_errno=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+NETNS_DIRECTORY = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
 _servers = multiprocessing.get_context("forkserver")
 _servers.set_forkserver_preload(["torch.nn.parallel", "torch.distributed", "gck.collectives", "gck._native"])
 
@@ -24,17 +28,21 @@ def run_ranks(
     *args: str,
     timeout: float = 90,
     lost: tuple[int, ...] = (),
+    namespaces: Sequence[str] | None = None,
 ) -> list[Any]:
     """Runs ``python -m module directory *args`` on every rank; what each reported, in rank order.
 
     Ranks in `lost` are expected to die or hang: they are killed once the others have ended, and report
-    None. Nothing is left running, whatever happens.
+    None. Nothing is left running, whatever happens. With `namespaces`, see `gck.cli.links`, rank r lives in
+    the r-th network namespace.
     """
-    environment = os.environ | {"WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"}
+    interface = "lo" if namespaces is None else "eth0"
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": interface}
     ranks = []
     for rank in range(world_size):
         argv = [module, str(directory), *args]
-        ranks.append(start(argv, environment | {"RANK": str(rank)}, directory / f"{rank}.log"))
+        log, namespace = directory / f"{rank}.log", namespaces[rank] if namespaces else None
+        ranks.append(start(argv, environment | {"RANK": str(rank)}, log, namespace))
     deadline = time.monotonic() + timeout
     failed = []
     try:
@@ -56,9 +64,11 @@ def run_ranks(
     return [None if rank in lost else json.loads(report.read_text()) for rank, report in enumerate(reports)]
 
 
-def start(argv: list[str], environment: dict[str, str], log: Path) -> BaseProcess:
+def start(
+    argv: list[str], environment: dict[str, str], log: Path, namespace: str | None = None
+) -> BaseProcess:
     """``python -m argv[0] argv[1:]`` in a process of its own, forked where torch is imported already."""
-    process = _servers.Process(target=_main, args=(argv, environment, log), daemon=True)
+    process = _servers.Process(target=_main, args=(argv, environment, log, namespace), daemon=True)
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when libraries are loaded, in the server
     try:
@@ -71,7 +81,11 @@ def start(argv: list[str], environment: dict[str, str], log: Path) -> BaseProces
     return process
 
 
-def _main(argv: list[str], environment: dict[str, str], log: Path) -> None:
+def _main(argv: list[str], environment: dict[str, str], log: Path, namespace: str | None) -> None:
+    if namespace is not None:
+        with (NETNS_DIRECTORY / namespace).open() as there:
+            if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"setns to {namespace}")
     os.environ.clear()
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
