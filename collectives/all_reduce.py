@@ -12,6 +12,7 @@ from gck.collectives.cost import choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, describe
 from gck.collectives.transports import Transport, resolve
+from gck.collectives.transports.checked import Checked
 from gck.collectives.two_phase import two_phase
 from gck.compressor import Compressor, compressor_class, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding
@@ -33,6 +34,7 @@ def all_reduce_(
     algorithm: str = "auto",
     *,
     validate: str = "first",
+    checksum: bool = False,
     timeout: float | None = None,
 ) -> Tensor:
     """Averages a gradient over the group through a compressor, with error feedback.
@@ -59,6 +61,9 @@ def all_reduce_(
             "off". The same on all ranks. With "first", ranks that later mix up configurations which they
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
             "always" (a small message more a call) where configurations change during training.
+        checksum: every message carries a checksum, and ranks tell one another whether theirs were right: 16
+            bytes a message, and one more small message a phase. Without it a bit that flips on its way may
+            make ranks differ. Of dense sums, the results are compared.
         timeout: seconds that each wait may take. Default: the group's own.
 
     Returns:
@@ -68,6 +73,8 @@ def all_reduce_(
         ArgumentError: an argument is out of range or does not fit another.
         StateMismatchError: state belongs to another tensor, rank or world size.
         CollectiveMismatchError: ranks call different things; on all ranks, and the group stays usable.
+        CorruptPayloadError: a message was damaged; with `checksum` on all ranks, and the group stays usable.
+        BackendUnavailableError: `checksum`, and xxhash is not installed.
         PeerLostError, CollectiveTimeoutError: a peer died or did not answer; the group is unusable.
         GroupUnusableError: an earlier failure spoilt the group.
 
@@ -78,7 +85,9 @@ def all_reduce_(
         for the one that is missing.
     """
     states = None if state is None else [state]
-    _all_reduce("all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate)
+    _all_reduce(
+        "all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate, checksum
+    )
     return grad
 
 
@@ -91,6 +100,7 @@ def all_reduce_many_(
     algorithm: str = "auto",
     *,
     validate: str = "first",
+    checksum: bool = False,
     timeout: float | None = None,
 ) -> None:
     """`all_reduce_` of several tensors with one message a phase; all on one device.
@@ -108,7 +118,7 @@ def all_reduce_many_(
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """
     transport = resolve(group, timeout)
-    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate)
+    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate, checksum)
 
 
 def packed_all_reduce_(
@@ -121,6 +131,7 @@ def packed_all_reduce_(
     *,
     nonfinite: Tensor | None = None,
     validate: str = "first",
+    checksum: bool = False,
     timeout: float | None = None,
 ) -> Tensor:
     """The 1-bit all-reduce: signs and a scale a chunk in both phases, with worker and server residuals.
@@ -135,7 +146,7 @@ def packed_all_reduce_(
         server_err: fp32, `gck.shard_numel(numel, chunk_size, world_size)` elements; the
             residual of the shard that this rank owns, overwritten.
         chunk_size: elements a scale, a power of two in [32, 8192].
-        group, op, validate, timeout: as for `all_reduce_`.
+        group, op, validate, checksum, timeout: as for `all_reduce_`.
         nonfinite: (1,) int64; increased by the residual entries cleared because not finite.
 
     Returns:
@@ -163,7 +174,7 @@ def packed_all_reduce_(
     state = ErrorFeedback()
     state.worker, state.server, state.nonfinite = err.view(-1), server_err.view(-1), nonfinite
     state.binding = ServerBinding(transport.rank, transport.world_size, chunk_size)
-    _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate)
+    _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate, checksum)
     return grad
 
 
@@ -194,6 +205,7 @@ def _all_reduce(
     op: str,
     algorithm: str,
     validate: str,
+    checksum: bool,
 ) -> None:
     """Checks, agrees with the other ranks, reduces, and writes only when everything succeeded."""
     kept: Sequence[ErrorFeedback | None] = [None] * len(grads) if states is None else states
@@ -204,8 +216,10 @@ def _all_reduce(
     plan = _plan(compressor, numels, transport.world_size, algorithm)
     bindings = _check_states(kept, numels, compressor, transport)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
-    signature = Signature(name, describe(compressor), tuple(g.dtype for g in grads), numels, op)
+    configuration = describe(compressor) + (", checksum" if checksum else "")
+    signature = Signature(name, configuration, tuple(g.dtype for g in grads), numels, op)
     agree(transport, function, signature, validate)
+    transport = Checked(transport) if checksum else transport
 
     saved = [None if state is None else state.snapshot() for state in kept]
     flat = [grad.detach().view(-1) for grad in grads]

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -42,8 +42,8 @@ class Crew:
         self.processes = processes
         self.logs = logs
 
-    def events(self, limit: float) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(rank, report) in the order of arrival, until every worker has ended well.
+    def events(self, limit: float, lost: Container[int] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(rank, report) in the order of arrival, until all have ended, and well unless in `lost`.
 
         Raises:
             WorkerError: a worker ended otherwise, or more than `limit` seconds have passed since the start
@@ -70,7 +70,8 @@ class Crew:
                         yield rank, report
                     if not data:
                         selector.unregister(key.fileobj)
-                        self._require_good_end(rank, deadline)
+                        if rank not in lost:
+                            self._require_good_end(rank, deadline)
 
     def _require_good_end(self, rank: int, deadline: float) -> None:
         try:

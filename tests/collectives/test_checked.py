@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gck.collectives import SimulatedGroup, SimulatedMember
+from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
 from gck.collectives.transports import CallLog, Transport
 from gck.collectives.transports.checked import NBYTES, Checked
-from gck.errors import CorruptPayloadError, GroupUnusableError
+from gck.error_feedback import ErrorFeedback
+from gck.errors import CollectiveMismatchError, CorruptPayloadError, GroupUnusableError
+from gck.kernels.sign import Sign
 
 Damage = Callable[[Tensor, dict[str, Any]], None]
 
@@ -104,6 +106,48 @@ def test_damage_is_found_by_all(operation: str, damage: Damage, text: str, rank:
     first, second, third = found[0]
     assert first == third == ""
     assert f"{operation}: the message from rank {rank} to rank 2 {text}" in second
+
+
+@pytest.mark.parametrize("place", [1, 3], ids=["the all-to-all", "the all-gather"])
+def test_all_reduce(place: int) -> None:
+    def rank_main(member: SimulatedMember, checksum: bool) -> list[Any]:
+        state, outcomes = ErrorFeedback(), []
+        for step in range(3):
+            fault = place if step == 1 and member.rank == 2 and checksum else 0
+            faulty = Faulty(member, fault, flip(20))
+            grad = torch.randn(500, generator=torch.Generator().manual_seed(member.rank + 10 * step))
+            if step == 1 and not checksum:
+                continue
+            before = [t.clone() for t in (grad, state.worker, state.server) if t is not None]
+            try:
+                all_reduce_(
+                    grad, state, Sign(32), faulty, algorithm="two_phase", validate="off", checksum=checksum
+                )
+                outcomes.append(grad)
+            except CorruptPayloadError:
+                after = (grad, state.worker, state.server)
+                outcomes.append(all(map(torch.equal, before, after)))
+        return outcomes
+
+    plain = SimulatedGroup(3, timeout=20).run(rank_main, False)
+    checked = SimulatedGroup(3, timeout=20).run(rank_main, True)
+    for (first, last), (mine, unchanged, again) in zip(plain, checked, strict=True):
+        assert unchanged is True
+        assert torch.equal(first, mine)
+        assert torch.equal(last, again)
+
+
+def test_ranks_must_agree_on_checksums() -> None:
+    def rank_main(member: SimulatedMember) -> str:
+        try:
+            all_reduce_(torch.ones(99), None, Sign(32), member, checksum=member.rank == 1)
+        except CollectiveMismatchError as error:
+            return str(error)
+        return ""
+
+    for text in SimulatedGroup(3, timeout=20).run(rank_main):
+        assert "rank 1 differs from most ranks in compressor" in text
+        assert "Sign(chunk_size=32" in text
 
 
 def test_what_it_costs() -> None:

@@ -1,0 +1,1 @@
+"""`python -m bench.soak`: thousands of all-reduces with faults, and whether any of them went unnoticed."""
