@@ -11,6 +11,7 @@ from gck.collectives.all_gather import one_phase
 from gck.collectives.cost import choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, describe
+from gck.collectives.pieces import check_piece_numel, piece_numel_of
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.two_phase import two_phase
 from gck.compressor import Compressor, compressor_class, shard_numel
@@ -32,6 +33,7 @@ def all_reduce_(
     op: str = "avg",
     algorithm: str = "auto",
     *,
+    piece_numel: int | None = None,
     validate: str = "first",
     timeout: float | None = None,
 ) -> Tensor:
@@ -55,6 +57,10 @@ def all_reduce_(
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
             the one that sends least, see `gck.collectives.choose_algorithm`.
+        piece_numel: elements of a piece of the two-phase algorithm: while one piece is on the wire, the next
+            is compressed and the last decoded, with the same bits as without. 0: all at once. The same on
+            all ranks; may change from call to call. Default: `gck.collectives.choose_piece_numel`. A
+            compressor without a method `at` (see `gck.compressor.compressor_at`) goes all at once.
         validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
             "off". The same on all ranks. With "first", ranks that later mix up configurations which they
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
@@ -78,7 +84,8 @@ def all_reduce_(
         for the one that is missing.
     """
     states = None if state is None else [state]
-    _all_reduce("all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate)
+    transport = resolve(group, timeout)
+    _all_reduce("all_reduce_", [grad], states, compressor, transport, op, algorithm, validate, piece_numel)
     return grad
 
 
@@ -90,6 +97,7 @@ def all_reduce_many_(
     op: str = "avg",
     algorithm: str = "auto",
     *,
+    piece_numel: int | None = None,
     validate: str = "first",
     timeout: float | None = None,
 ) -> None:
@@ -104,11 +112,14 @@ def all_reduce_many_(
     Args:
         grads: tensors as for `all_reduce_`; must not overlap.
         states: one `ErrorFeedback` (or None) a tensor; None: no error feedback at all.
+        piece_numel: elements of a piece, of all tensors that go by two phases, one after the other.
 
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """
     transport = resolve(group, timeout)
-    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate)
+    _all_reduce(
+        "all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate, piece_numel
+    )
 
 
 def packed_all_reduce_(
@@ -194,17 +205,23 @@ def _all_reduce(
     op: str,
     algorithm: str,
     validate: str,
+    piece_numel: int | None = None,
 ) -> None:
     """Checks, agrees with the other ranks, reduces, and writes only when everything succeeded."""
     kept: Sequence[ErrorFeedback | None] = [None] * len(grads) if states is None else states
     _check(function, grads, kept, compressor, op, algorithm)
+    check_piece_numel(function, piece_numel)
     if not grads:
         return
     numels = tuple(grad.numel() for grad in grads)
     plan = _plan(compressor, numels, transport.world_size, algorithm)
     bindings = _check_states(kept, numels, compressor, transport)
+    together = [numels[i] for i in plan.get("two_phase", ())]
+    pieces = piece_numel_of(compressor, together, transport.world_size, grads[0].device.type, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
-    signature = Signature(name, describe(compressor), tuple(g.dtype for g in grads), numels, op)
+    # A message of pieces is another: what ranks compare of the compressor says so.
+    text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
+    signature = Signature(name, text, tuple(g.dtype for g in grads), numels, op)
     agree(transport, function, signature, validate)
 
     saved = [None if state is None else state.snapshot() for state in kept]
@@ -218,7 +235,7 @@ def _all_reduce(
                 reduced = dense(transport, compressor, some, some_states, op)
             else:
                 bound = [bindings[i] for i in members]
-                reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)
+                reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op, pieces)
             results += zip(some, reduced, strict=True)
         transport.synchronize()
         # Copies of all of them first: an interrupt may come between two writes, or within one.
@@ -259,6 +276,7 @@ def _compressed(
     states: Sequence[ErrorFeedback | None],
     bindings: Sequence[tuple[int, ServerBinding] | None],
     op: str,
+    piece_numel: int,
 ) -> list[Tensor]:
     pairs = list(zip(grads, states, strict=True))
     errs = [None if state is None else state.worker_for(grad) for grad, state in pairs]
@@ -270,7 +288,7 @@ def _compressed(
         None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
         for (grad, state), bound in zip(pairs, bindings, strict=True)
     ]
-    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op)
+    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op, piece_numel)
 
 
 def _check(

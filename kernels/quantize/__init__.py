@@ -84,6 +84,10 @@ class Quantize(KernelCompressor):
     def two_levels(self) -> bool:
         return self.scale == "mean"
 
+    def at(self, start: int) -> Quantize | None:
+        """See `gck.compressor.compressor_at`."""
+        return self if self.rounding == "nearest" else None
+
     def layout(self, numel: int) -> Layout:
         chunks = -(-numel // self.chunk_size)
         return Layout.of(
