@@ -1,7 +1,7 @@
-"""`python -m bench.pipeline`: the two-phase all-reduce in pieces of several sizes, on links of several speeds.
+"""`python -m bench.pipeline`: the two-phase all-reduce in pieces of several sizes, on several links.
 
-Every rank is a process with a thread to compute and a network namespace of its own, whose interface is shaped;
-"loopback" has neither. Namespaces need root, see `gck.cli.links`.
+Every rank is a process with one thread to compute. It has a network namespace of its own, whose interface is
+shaped; on "loopback" it has not. Namespaces need root, see `gck.cli.links`.
 """
 
 from __future__ import annotations

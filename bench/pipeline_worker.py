@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def _measure(rank: int, assignment: dict[str, Any], name: str, numel: int) -> dict[str, Any]:
-    """Seconds of every repeat by piece_numel; they take turns, so that what else the machine does hits all."""
+    """Seconds of every repeat by piece_numel; these take turns, so that what else runs here hits all."""
     compressor, given = COMPRESSORS[name], torch.empty(numel, dtype=torch.float32)
     given.normal_(generator=torch.Generator().manual_seed(rank))
     state = gck.ErrorFeedback()

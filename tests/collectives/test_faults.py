@@ -21,6 +21,7 @@ LOST = {"PeerLostError"}
         # The first survivor whose wait ends closes its connections, which the other may see first.
         ("stop", {"CollectiveTimeoutError", "PeerLostError"}),
         ("midway", LOST),
+        ("pieces", LOST),
     ],
 )
 def test_survivors_raise_in_time(mode: str, expected: set[str], tmp_path: Path) -> None:
