@@ -42,6 +42,7 @@ def main(
     pieces: Annotated[
         str, typer.Option(help="In how many pieces; 1 is all at once. Separated by commas.")
     ] = "1,2,4,8,16",
+    compressor: Annotated[list[str], typer.Option(help="May be repeated.")] = list(COMPRESSORS),  # noqa: B006
     ranks: Annotated[int, typer.Option(help="Processes.")] = 4,
     repeats: Annotated[int, typer.Option(help="Of every case; the median counts.")] = 9,
     limit: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 300,
@@ -52,11 +53,10 @@ def main(
     counts = [int(count) for count in pieces.split(",")]
     records: list[Record] = []
     with Progress(console=console) as progress:
-        cases = [(name, size) for size in numel for name in COMPRESSORS]
-        task = progress.add_task("cases", total=len(link) * len(cases))
+        task = progress.add_task("cases", total=len(link) * len(numel) * len(compressor))
         for rate in link:
             for size in numel:
-                for record in measure(rate, size, counts, ranks, repeats, limit):
+                for record in measure(rate, size, compressor, counts, ranks, repeats, limit):
                     records.append(record)
                     progress.advance(task)
     show(records, ranks, counts, console)
@@ -72,11 +72,16 @@ def main(
 
 
 def measure(
-    rate: str, numel: int, counts: Sequence[int], ranks: int, repeats: int, limit: float
+    rate: str,
+    numel: int,
+    names: Sequence[str],
+    counts: Sequence[int],
+    ranks: int,
+    repeats: int,
+    limit: float,
 ) -> Iterator[Record]:
     """Every compressor on one link and size."""
     piece_numels = [0 if count == 1 else -(-numel // count) for count in counts]
-    names = list(COMPRESSORS)
     with tempfile.TemporaryDirectory(prefix="gck-pipeline-") as folder, _nodes(rate, ranks) as nodes:
         interface = nodes[0].interface if nodes else "lo"
         commands = []

@@ -45,15 +45,15 @@ def main(argv: list[str]) -> None:
 
 def _measure(rank: int, assignment: dict[str, Any], name: str, numel: int) -> dict[str, Any]:
     """Seconds of every repeat by piece_numel; these take turns, so that what else runs here hits all."""
-    compressor, given = COMPRESSORS[name], torch.empty(numel, dtype=torch.float32)
-    given.normal_(generator=torch.Generator().manual_seed(rank))
+    compressor, grad = COMPRESSORS[name], torch.empty(numel, dtype=torch.float32)
     state = gck.ErrorFeedback()
     seconds: dict[int, list[float]] = {piece: [] for piece in assignment["pieces"]}
     sent: dict[int, int] = {}
     bits: set[int] = set()
     for repeat in range(assignment["repeats"] + 1):
         for piece in seconds:
-            grad = given.clone()
+            if not repeat:
+                grad.normal_(generator=torch.Generator().manual_seed(rank))
             before = read_counters(assignment["interface"])
             dist.barrier()
             began = time.perf_counter()
