@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -235,11 +236,15 @@ def _all_reduce(
                 reduced = dense(transport, compressor, some, some_states, op)
             else:
                 bound = [bindings[i] for i in members]
-                reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op, pieces)
+                keep = partial(_keep, written, some)
+                reduced = _compressed(
+                    transport, compressor, chosen, some, some_states, bound, op, pieces, keep
+                )
             results += zip(some, reduced, strict=True)
         transport.synchronize()
         # Copies of all of them first: an interrupt may come between two writes, or within one.
-        written = [(grad, grad.clone()) for grad, _ in results]
+        copied = {id(grad) for grad, _ in written}
+        _keep(written, [grad for grad, _ in results if id(grad) not in copied])
         for grad, result in results:
             grad.copy_(result)
     except BaseException:
@@ -249,6 +254,11 @@ def _all_reduce(
             if state is not None and snapshot is not None:
                 state.restore(snapshot)
         raise
+
+
+def _keep(copies: list[tuple[Tensor, Tensor]], grads: Sequence[Tensor]) -> None:
+    """Adds copies to go back to; two phases have it done while the link is busy."""
+    copies += [(grad, grad.clone()) for grad in grads]
 
 
 def _plan(
@@ -277,6 +287,7 @@ def _compressed(
     bindings: Sequence[tuple[int, ServerBinding] | None],
     op: str,
     piece_numel: int,
+    keep: Callable[[], None],
 ) -> list[Tensor]:
     pairs = list(zip(grads, states, strict=True))
     errs = [None if state is None else state.worker_for(grad) for grad, state in pairs]
@@ -288,7 +299,7 @@ def _compressed(
         None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
         for (grad, state), bound in zip(pairs, bindings, strict=True)
     ]
-    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op, piece_numel)
+    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op, piece_numel, keep)
 
 
 def _check(

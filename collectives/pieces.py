@@ -105,6 +105,7 @@ def pipelined(
     compress: Callable[[Piece], Tensor],
     reduce: Callable[[Piece, Tensor], Tensor],
     decode: Callable[[Piece, Tensor], None],
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Runs every piece through both phases; the same operations in the same order on all ranks.
 
@@ -121,6 +122,7 @@ def pipelined(
         compress: the message of a piece: a row for each rank.
         reduce: the body of the sum of what an all-to-all returned.
         decode: takes what an all-gather returned.
+        meanwhile: called once, with the first messages on the wire.
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
@@ -129,6 +131,8 @@ def pipelined(
         for j, piece in enumerate(pieces):
             if j + 1 < len(pieces):
                 swaps.append(start_all_to_all(transport, compress(pieces[j + 1])))
+            if meanwhile is not None and not j:
+                meanwhile()
             reduced = reduce(piece, swaps.popleft().wait())
             gathers.append(start_all_gather(transport, reduced))
             if j:
@@ -141,12 +145,14 @@ def pipelined(
 
 def _settle(transport: Transport, started: Sequence[Started], error: BaseException) -> None:
     """Waits for operations that nobody wants any more; where that is no use, gives the group up."""
+    if started and (isinstance(error, CollectiveError) or not isinstance(error, Exception)):
+        # The group failed, or somebody pressed Ctrl-C: whatever is under way may never end.
+        transport.abort(f"{type(error).__name__} between pieces")
+        return
     try:
-        if started and (isinstance(error, CollectiveError) or not isinstance(error, Exception)):
-            # The group failed, or somebody pressed Ctrl-C: whatever is under way may never end.
-            transport.abort(f"{type(error).__name__} between pieces")
-            return
         for operation in started:
             operation.wait()
-    except CollectiveError:
-        transport.abort("an operation failed after an error between pieces")
+    except BaseException as another:
+        transport.abort(f"{type(another).__name__} after {type(error).__name__} between pieces")
+        if not isinstance(another, Exception):
+            raise

@@ -9,7 +9,7 @@ Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ def two_phase(
     counters: Sequence[Tensor | None],
     op: str,
     piece_numel: int = 0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Reduces `grads` and returns flat fp32 results, the same bits on every rank.
 
@@ -85,14 +86,17 @@ def two_phase(
         server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
         piece_numel: elements a piece, of all shards together; 0: one piece.
+        meanwhile: called once, after `grads` have gone out in part or whole: they must not change, but what
+            else is to be done may be done while the link is busy.
     """
     rank, world_size = transport.rank, transport.world_size
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
-    results = [torch.zeros(shard.total, dtype=torch.float32, device=grads[0].device) for shard in shards]
+    # Decoding writes all of it: every element has one owner.
+    results = [torch.empty(shard.total, dtype=torch.float32, device=grads[0].device) for shard in shards]
     divisor = world_size if op == "avg" else 1
     job = _Job(compressor, rank, world_size, shards, grads, errs, server_errs, counters, results, divisor)
     pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
-    pipelined(transport, pieces, job.compress, job.reduce, job.decode)
+    pipelined(transport, pieces, job.compress, job.reduce, job.decode, meanwhile)
     return results
 
 
