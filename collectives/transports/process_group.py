@@ -54,9 +54,9 @@ class _GroupState:
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
 _states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
-# Operations under way, on any group, and those that have ended since one was started last. gloo's threads let
-# go of an operation's tensors some time after `wait` returned; who lets go last needs the interpreter's lock,
-# and in a process that is about to end, a thread that waits for the lock aborts it.
+# Operations on CPU tensors that are under way, on any group, and those that have ended since the last start.
+# gloo's threads let go of an operation's tensors some time after `wait` returned; who lets go last needs the
+# interpreter's lock, and in a process that is about to end, a thread that waits for the lock aborts it.
 _held: list[_Operation] = []
 
 
@@ -68,12 +68,13 @@ class _Operation:
     name: str
     tensors: tuple[Tensor, ...]
     result: Callable[[], Tensor]
-    work: Any = None
+    work: Any = None  # keeps the group's sockets open
     ended: bool = False
 
     def start(self, begin: Callable[[], Any]) -> _Operation:
         _held[:] = [operation for operation in _held if not operation.ended]
-        _held.append(self)
+        if self.tensors[0].device.type == "cpu":
+            _held.append(self)
         began = time.monotonic()
         try:
             self.work = begin()
@@ -89,11 +90,14 @@ class _Operation:
                 self.transport._poll(self.work, began)
         except BaseException as error:
             self._failed(error, began)
-        self.ended = True
+        self.end()
         return self.result()
 
+    def end(self) -> None:
+        self.ended, self.work = True, None
+
     def _failed(self, error: BaseException, began: float) -> NoReturn:
-        self.ended = True
+        self.end()
         self.transport._spoil(self.name, error, time.monotonic() - began)
 
 
@@ -183,6 +187,9 @@ class ProcessGroupTransport:
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
+        for operation in _held:
+            if operation.transport._state is self._state:
+                operation.end()  # nobody will wait for it
         # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
         if group is not None and hasattr(group, "abort"):
             group.abort()
