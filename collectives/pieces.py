@@ -20,6 +20,12 @@ from gck.errors import ArgumentError, CollectiveError, DtypeError
 __all__ = ["Piece", "Slice", "check_piece_numel", "choose_piece_numel", "cut", "piece_numel_of", "pipelined"]
 
 
+# By default: elements a piece and of each rank's shard in it, at least; and pieces, at most.
+SMALLEST = 2 << 20
+SMALLEST_SLICE = 1 << 16  # is compressed in the time of a few calls
+MOST = 4
+
+
 class Slice(NamedTuple):
     """Elements [start, start + numel) of every rank's shard of one tensor.
 
@@ -52,8 +58,15 @@ def check_piece_numel(function: str, piece_numel: object) -> None:
 
 
 def choose_piece_numel(compressor: Compressor, numel: int, world_size: int, device_type: str = "cpu") -> int:
-    """Elements a piece when `numel` elements go by two phases; 0: all at once. Of the arguments alone."""
-    return 0
+    """Elements a piece when `numel` elements go by two phases; 0: all at once. Of the arguments alone.
+
+    As docs/collectives.md measures it on CPUs: a piece costs what its messages cost, so that small ones do
+    not pay, and a few hide most of what can be hidden. Other devices are not measured: there it is 0.
+    """
+    if compressor_at(compressor, 0) is None or device_type != "cpu" or world_size == 1:
+        return 0
+    count = min(numel // SMALLEST, numel // (SMALLEST_SLICE * world_size), MOST)
+    return -(-numel // count) if count > 1 else 0
 
 
 def piece_numel_of(
@@ -65,11 +78,9 @@ def piece_numel_of(
         piece_numel: the caller's choice; None: `choose_piece_numel`. Neither counts for a compressor that
             cannot be told where a piece starts.
     """
-    if not numels or compressor_at(compressor, 0) is None:
-        return 0
     if piece_numel is None:
         return choose_piece_numel(compressor, sum(numels), world_size, device_type)
-    return piece_numel
+    return piece_numel if numels and compressor_at(compressor, 0) is not None else 0
 
 
 def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: int) -> list[Piece]:

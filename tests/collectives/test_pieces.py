@@ -16,12 +16,14 @@ from gck.collectives import (
     SimulatedMember,
     all_reduce_,
     all_reduce_many_,
+    choose_piece_numel,
 )
+from gck.collectives import pieces as module
 from gck.collectives.pieces import Slice, cut, pipelined
 from gck.collectives.transports import Started
 from gck.compressor import Compressor, compressor_at
 from gck.error_feedback import ErrorFeedback
-from gck.errors import ArgumentError, DtypeError, PeerLostError
+from gck.errors import ArgumentError, CollectiveMismatchError, DtypeError, PeerLostError
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
@@ -320,6 +322,43 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
     grad = torch.ones(64)
     with pytest.raises(error, match=text):
         all_reduce_(grad, None, Sign(32), SimulatedGroup(1).members[0], piece_numel=piece_numel)
+
+
+@pytest.mark.parametrize(
+    ("numel", "world_size", "device_type", "pieces"),
+    [
+        ((4 << 20) - 1, 4, "cpu", 0),
+        (4 << 20, 4, "cpu", 2),
+        (25_000_000, 4, "cpu", 4),
+        (25_000_000, 4, "cuda", 0),
+        (25_000_000, 1, "cpu", 0),
+        (25_000_000, 128, "cpu", 2),
+        (25_000_000, 1024, "cpu", 0),
+        (0, 4, "cpu", 0),
+    ],
+)
+def test_the_default(numel: int, world_size: int, device_type: str, pieces: int) -> None:
+    chosen = choose_piece_numel(Sign(256), numel, world_size, device_type)
+    assert chosen == (-(-numel // pieces) if pieces else 0)
+    assert choose_piece_numel(Fragile(Sign(256), 0), numel, world_size, device_type) == 0
+
+
+def test_the_default_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks notice one that does otherwise."""
+    monkeypatch.setattr(module, "SMALLEST", 64)
+    monkeypatch.setattr(module, "SMALLEST_SLICE", 32)
+    chosen = choose_piece_numel(Sign(32), 640, 2)
+    assert chosen == 160
+
+    def rank_main(member: SimulatedMember) -> None:
+        options: dict[str, Any] = {"piece_numel": chosen} if member.rank else {}
+        all_reduce_(torch.ones(640), None, Sign(32), member, algorithm="two_phase", **options)
+        options = {"piece_numel": 0} if member.rank else {}
+        options["validate"] = "always"
+        with pytest.raises(CollectiveMismatchError, match=r"differs from .* in compressor"):
+            all_reduce_(torch.ones(640), None, Sign(32), member, algorithm="two_phase", **options)
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
 
 
 def test_who_cannot_be_cut_goes_at_once() -> None:
