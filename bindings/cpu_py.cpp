@@ -163,10 +163,10 @@ void bind_cpu(py::module_& m) {
   m.def(
       "quantize_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t chunk_size, int bits,
-         bool two_levels, bool stochastic, int64_t seed, Address bodies, int64_t row_stride,
+         bool two_levels, bool stochastic, int64_t seed, int64_t first, Address bodies, int64_t row_stride,
          int64_t chunks_per_row, int64_t scales_offset, int threads, const Options& options) {
         return quantize_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, bits,
-                                  two_levels, stochastic, static_cast<uint64_t>(seed), at<char>(bodies),
+                                  two_levels, stochastic, static_cast<uint64_t>(seed), first, at<char>(bodies),
                                   row_stride, chunks_per_row, scales_offset},
                                  residual_of(options), threads);
       },
@@ -192,11 +192,11 @@ void bind_cpu(py::module_& m) {
       "quantize_reduce",
       [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
          bool two_levels, float divisor, Address err, int64_t numel, int server_bits, bool server_two_levels,
-         bool stochastic, int64_t seed, Address body, int64_t scales_offset, int threads) {
+         bool stochastic, int64_t seed, int64_t first, Address body, int64_t scales_offset, int threads) {
         return quantize_reduce(
             {at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits, two_levels, {}},
             {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_bits, server_two_levels,
-             stochastic, static_cast<uint64_t>(seed), at<char>(body), 0, chunks_of(numel, chunk_size),
+             stochastic, static_cast<uint64_t>(seed), first, at<char>(body), 0, chunks_of(numel, chunk_size),
              scales_offset},
             divisor, threads);
       },

@@ -10,6 +10,7 @@ from gck.collectives.all_reduce import (
     packed_all_reduce_,
 )
 from gck.collectives.cost import Cost, Link, all_reduce_cost, break_even_density, choose_algorithm
+from gck.collectives.pieces import choose_piece_numel
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
@@ -26,6 +27,7 @@ __all__ = [
     "all_reduce_many_",
     "break_even_density",
     "choose_algorithm",
+    "choose_piece_numel",
     "packed_all_reduce_",
     "resolve",
     "sparse_all_gather",

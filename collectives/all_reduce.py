@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from gck.collectives.all_gather import one_phase
 from gck.collectives.cost import choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, describe
+from gck.collectives.pieces import check_piece_numel, piece_numel_of
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.checked import Checked
 from gck.collectives.two_phase import two_phase
@@ -33,6 +35,7 @@ def all_reduce_(
     op: str = "avg",
     algorithm: str = "auto",
     *,
+    piece_numel: int | None = None,
     validate: str = "first",
     checksum: bool = False,
     timeout: float | None = None,
@@ -57,6 +60,10 @@ def all_reduce_(
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
             the one that sends least, see `gck.collectives.choose_algorithm`.
+        piece_numel: elements of a piece of the two-phase algorithm: while one piece is on the wire, the next
+            is compressed and the last decoded, with the same bits as without. 0: all at once. The same on
+            all ranks; may change from call to call. Default: `gck.collectives.choose_piece_numel`. A
+            compressor without a method `at` (see `gck.compressor.compressor_at`) goes all at once.
         validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
             "off". The same on all ranks. With "first", ranks that later mix up configurations which they
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
@@ -85,9 +92,9 @@ def all_reduce_(
         for the one that is missing.
     """
     states = None if state is None else [state]
-    _all_reduce(
-        "all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate, checksum
-    )
+    transport = resolve(group, timeout)
+    options = validate, piece_numel, checksum
+    _all_reduce("all_reduce_", [grad], states, compressor, transport, op, algorithm, *options)
     return grad
 
 
@@ -99,6 +106,7 @@ def all_reduce_many_(
     op: str = "avg",
     algorithm: str = "auto",
     *,
+    piece_numel: int | None = None,
     validate: str = "first",
     checksum: bool = False,
     timeout: float | None = None,
@@ -114,11 +122,13 @@ def all_reduce_many_(
     Args:
         grads: tensors as for `all_reduce_`; must not overlap.
         states: one `ErrorFeedback` (or None) a tensor; None: no error feedback at all.
+        piece_numel: elements of a piece, of all tensors that go by two phases, one after the other.
 
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """
     transport = resolve(group, timeout)
-    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate, checksum)
+    options = validate, piece_numel, checksum
+    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, *options)
 
 
 def packed_all_reduce_(
@@ -174,7 +184,7 @@ def packed_all_reduce_(
     state = ErrorFeedback()
     state.worker, state.server, state.nonfinite = err.view(-1), server_err.view(-1), nonfinite
     state.binding = ServerBinding(transport.rank, transport.world_size, chunk_size)
-    _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate, checksum)
+    _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate, None, checksum)
     return grad
 
 
@@ -205,19 +215,25 @@ def _all_reduce(
     op: str,
     algorithm: str,
     validate: str,
+    piece_numel: int | None,
     checksum: bool,
 ) -> None:
     """Checks, agrees with the other ranks, reduces, and writes only when everything succeeded."""
     kept: Sequence[ErrorFeedback | None] = [None] * len(grads) if states is None else states
     _check(function, grads, kept, compressor, op, algorithm)
+    check_piece_numel(function, piece_numel)
     if not grads:
         return
     numels = tuple(grad.numel() for grad in grads)
     plan = _plan(compressor, numels, transport.world_size, algorithm)
     bindings = _check_states(kept, numels, compressor, transport)
+    together = [numels[i] for i in plan.get("two_phase", ())]
+    pieces = piece_numel_of(compressor, together, transport.world_size, grads[0].device.type, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
-    configuration = describe(compressor) + (", checksum" if checksum else "")
-    signature = Signature(name, configuration, tuple(g.dtype for g in grads), numels, op)
+    # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
+    text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
+    text += " with checksums" if checksum else ""
+    signature = Signature(name, text, tuple(g.dtype for g in grads), numels, op)
     agree(transport, function, signature, validate)
     transport = Checked(transport) if checksum else transport
 
@@ -232,11 +248,15 @@ def _all_reduce(
                 reduced = dense(transport, compressor, some, some_states, op)
             else:
                 bound = [bindings[i] for i in members]
-                reduced = _compressed(transport, compressor, chosen, some, some_states, bound, op)
+                keep = partial(_keep, written, some)
+                reduced = _compressed(
+                    transport, compressor, chosen, some, some_states, bound, op, pieces, keep
+                )
             results += zip(some, reduced, strict=True)
         transport.synchronize()
         # Copies of all of them first: an interrupt may come between two writes, or within one.
-        written = [(grad, grad.clone()) for grad, _ in results]
+        copied = {id(grad) for grad, _ in written}
+        _keep(written, [grad for grad, _ in results if id(grad) not in copied])
         for grad, result in results:
             grad.copy_(result)
     except BaseException:
@@ -246,6 +266,11 @@ def _all_reduce(
             if state is not None and snapshot is not None:
                 state.restore(snapshot)
         raise
+
+
+def _keep(copies: list[tuple[Tensor, Tensor]], grads: Sequence[Tensor]) -> None:
+    """Adds copies to go back to; two phases have it done while the link is busy."""
+    copies += [(grad, grad.clone()) for grad in grads]
 
 
 def _plan(
@@ -273,6 +298,8 @@ def _compressed(
     states: Sequence[ErrorFeedback | None],
     bindings: Sequence[tuple[int, ServerBinding] | None],
     op: str,
+    piece_numel: int,
+    keep: Callable[[], None],
 ) -> list[Tensor]:
     pairs = list(zip(grads, states, strict=True))
     errs = [None if state is None else state.worker_for(grad) for grad, state in pairs]
@@ -284,7 +311,7 @@ def _compressed(
         None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
         for (grad, state), bound in zip(pairs, bindings, strict=True)
     ]
-    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op)
+    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op, piece_numel, keep)
 
 
 def _check(

@@ -9,14 +9,16 @@ Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gck.collectives.pieces import Piece, Slice, cut, pipelined
 from gck.collectives.transports import Transport
-from gck.compressor import Compressor, reduce_, server_of, shard_numel
+from gck.compressor import Compressor, compressor_at, reduce_, server_of, shard_numel
+from gck.errors import ArgumentError
 
 __all__ = ["Shards", "two_phase"]
 
@@ -57,10 +59,14 @@ def two_phase(
     server_errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
     op: str,
+    piece_numel: int = 0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Reduces `grads` and returns flat fp32 results, the same bits on every rank.
 
-    All tensors travel in one message a phase: row r of a message is one body a tensor, side by side.
+    All tensors travel in one message a phase: row r of a message is one body a tensor, side by side. Or they
+    are cut into pieces with messages of their own, which overlap: see `gck.collectives.pieces`. The bits are
+    the same, since chunks are compressed by themselves and added in rank order.
 
     Steps, with W ranks:
         1. Cut every tensor into W shards of whole chunks and compress acc = fp32(grad) + err in one pass
@@ -79,47 +85,112 @@ def two_phase(
         errs: (numel,) fp32 each, overwritten, or None for no error feedback.
         server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
+        piece_numel: elements a piece, of all shards together; 0: one piece.
+        meanwhile: called once, after `grads` have gone out in part or whole: they must not change, but what
+            else is to be done may be done while the link is busy.
     """
-    server = server_of(compressor)
-    rank, world_size, device = transport.rank, transport.world_size, grads[0].device
+    rank, world_size = transport.rank, transport.world_size
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
-    sizes = [compressor.layout(shard.numel).nbytes for shard in shards]
-
-    send = torch.zeros(world_size, sum(sizes), dtype=torch.uint8, device=device)
-    for grad, err, counter, bodies in zip(grads, errs, counters, send.split(sizes, 1), strict=True):
-        if grad.numel():
-            compressor.compress_(grad, err, bodies, nonfinite=counter)
-
-    received = transport.all_to_all_bytes(send).split(sizes, 1)
-
-    server_sizes = [server.layout(shard.numel).nbytes for shard in shards]
-    reduced = torch.zeros(sum(server_sizes), dtype=torch.uint8, device=device)
-    for shard, server_err, counter, bodies, slot in zip(
-        shards, server_errs, counters, received, reduced.split(server_sizes), strict=True
-    ):
-        valid = shard.valid(rank)
-        if not valid:
-            continue
-        reduce_(
-            compressor,
-            bodies,
-            None if server_err is None else server_err[:valid],
-            # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
-            slot[: server.layout(valid).nbytes],
-            valid,
-            capacity=shard.numel,
-            divisor=world_size if op == "avg" else 1,
-            nonfinite=counter,
-        )
-
-    gathered = transport.all_gather_bytes(reduced).split(server_sizes, 1)
-
-    results = []
-    for shard, slots in zip(shards, gathered, strict=True):
-        result = torch.zeros(shard.total, dtype=torch.float32, device=device)
-        for owner, slot in enumerate(slots):
-            if shard.valid(owner):
-                body = slot[: server.layout(shard.valid(owner)).nbytes]
-                server.decompress_(shard.part(result, owner), body)
-        results.append(result)
+    # Decoding writes all of it: every element has one owner.
+    results = [torch.empty(shard.total, dtype=torch.float32, device=grads[0].device) for shard in shards]
+    divisor = world_size if op == "avg" else 1
+    job = _Job(compressor, rank, world_size, shards, grads, errs, server_errs, counters, results, divisor)
+    pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
+    pipelined(transport, pieces, job.compress, job.reduce, job.decode, meanwhile)
     return results
+
+
+class _Job(NamedTuple):
+    """What the steps work on: of each tensor its shards, gradient, residuals, counter and result."""
+
+    compressor: Compressor
+    rank: int
+    world_size: int
+    shards: Sequence[Shards]
+    grads: Sequence[Tensor]
+    errs: Sequence[Tensor | None]
+    server_errs: Sequence[Tensor | None]
+    counters: Sequence[Tensor | None]
+    results: Sequence[Tensor]
+    divisor: int
+
+    def compress(self, piece: Piece) -> Tensor:
+        """Step 1: the message of a piece, a row for each owner."""
+        sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
+        send = self._zeros(self.world_size, sum(sizes))
+        for part, bodies in zip(piece, send.split(sizes, 1), strict=True):
+            grad, err = self.grads[part.tensor], self.errs[part.tensor]
+            counter = self.counters[part.tensor]
+            if self._whole(part):
+                self.compressor.compress_(grad, err, bodies, nonfinite=counter)
+                continue
+            for owner, body in enumerate(bodies):
+                valid = self._valid(part, owner)
+                if not valid:
+                    continue
+                first = owner * self.shards[part.tensor].numel + part.start
+                compressor = self._at(first)
+                compressor.compress_(
+                    grad[first : first + valid],
+                    None if err is None else err[first : first + valid],
+                    body[: compressor.layout(valid).nbytes].unsqueeze(0),
+                    nonfinite=counter,
+                )
+        return send
+
+    def reduce(self, piece: Piece, received: Tensor) -> Tensor:
+        """Steps 3 to 5: the body of what this rank owns of a piece, from what came for it."""
+        server = server_of(self.compressor)
+        sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
+        server_sizes = [server.layout(part.numel).nbytes for part in piece]
+        reduced = self._zeros(sum(server_sizes))
+        rows = zip(piece, received.split(sizes, 1), reduced.split(server_sizes), strict=True)
+        for part, bodies, slot in rows:
+            valid = self._valid(part, self.rank)
+            if not valid:
+                continue
+            # In one pass the bodies of a shard cut short were laid out as those of the others.
+            capacity = part.numel if self._whole(part) else valid
+            err = self.server_errs[part.tensor]
+            reduce_(
+                self.compressor if self._whole(part) else self._at(part.start),
+                bodies[:, : self.compressor.layout(capacity).nbytes],
+                None if err is None else err[part.start : part.start + valid],
+                # A shard cut short by the vector's end has a shorter body; it lies at the start of its slot.
+                slot[: server.layout(valid).nbytes],
+                valid,
+                capacity=capacity,
+                divisor=self.divisor,
+                nonfinite=self.counters[part.tensor],
+            )
+        return reduced
+
+    def decode(self, piece: Piece, gathered: Tensor) -> None:
+        """Step 7: a piece of the results, from the owners' bodies."""
+        server = server_of(self.compressor)
+        server_sizes = [server.layout(part.numel).nbytes for part in piece]
+        for part, slots in zip(piece, gathered.split(server_sizes, 1), strict=True):
+            for owner, slot in enumerate(slots):
+                valid = self._valid(part, owner)
+                if valid:
+                    first = owner * self.shards[part.tensor].numel + part.start
+                    out = self.results[part.tensor][first : first + valid]
+                    server.decompress_(out, slot[: server.layout(valid).nbytes])
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.uint8, device=self.results[0].device)
+
+    def _whole(self, part: Slice) -> bool:
+        """Whether it is all of a tensor, which is compressed in one pass."""
+        return part.numel == self.shards[part.tensor].numel
+
+    def _valid(self, part: Slice, owner: int) -> int:
+        """Elements of the tensor that lie in the slice of `owner`."""
+        return max(0, min(part.numel, self.shards[part.tensor].valid(owner) - part.start))
+
+    def _at(self, start: int) -> Compressor:
+        """The compressor for chunks from element `start` on."""
+        part = compressor_at(self.compressor, start)
+        if part is None:
+            raise ArgumentError(f"two_phase: {self.compressor} cannot be cut into pieces")
+        return part

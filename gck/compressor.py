@@ -21,6 +21,7 @@ from gck.wire import Layout
 __all__ = [
     "REGISTRY",
     "Compressor",
+    "compressor_at",
     "compressor_class",
     "decompress_sum_",
     "reduce_",
@@ -184,6 +185,21 @@ def server_of(compressor: Compressor) -> Compressor:
     """
     server: Compressor = getattr(compressor, "server", compressor)
     return server
+
+
+def compressor_at(compressor: Compressor, start: int) -> Compressor | None:
+    """The compressor of a part of a vector: `compressor.at(start)`; None where it cannot be told.
+
+    It makes of each chunk what the compressor makes of it in the whole vector. One that draws random numbers
+    by an element's index must know where a part starts. One without a method `at` may have to, too: its
+    vectors are never cut into parts other than the rows of `compress_`.
+
+    Args:
+        start: index, in the vector, of the part's first element; a multiple of shard_unit.
+    """
+    at = getattr(compressor, "at", None)
+    part: Compressor | None = None if at is None else at(start)
+    return part
 
 
 def residual_of(compressor: Compressor, err: Tensor) -> Tensor:

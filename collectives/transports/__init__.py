@@ -11,7 +11,16 @@ from torch import Tensor
 
 from gck.errors import ArgumentError
 
-__all__ = ["CallLog", "Transport", "check_timeout", "resolve"]
+__all__ = [
+    "CallLog",
+    "Done",
+    "Started",
+    "Transport",
+    "check_timeout",
+    "resolve",
+    "start_all_gather",
+    "start_all_to_all",
+]
 
 
 @dataclass
@@ -34,6 +43,9 @@ class Transport(Protocol):
     Every method is a collective: all ranks call it, in the same order, with tensors of the same size.
     Each wait is bounded by `timeout`. After PeerLostError or CollectiveTimeoutError the group is
     unusable, and every later call raises GroupUnusableError, which says why.
+
+    A transport may also have `start_all_gather_bytes` and `start_all_to_all_bytes`, which return a `Started`
+    at once: see `start_all_gather`.
     """
 
     @property
@@ -83,6 +95,38 @@ class Transport(Protocol):
     def abort(self, reason: str) -> None:
         """Gives the group up on this rank; peers that wait for it fail at once where the backend can tell."""
         ...
+
+
+class Started(Protocol):
+    """An operation under way; the tensor that was sent must not change before its end."""
+
+    def wait(self) -> Tensor:
+        """What the blocking method returns, or raises. Call it once, in the order of starts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """An operation that had ended when it was started."""
+
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        return self.result
+
+
+def start_all_gather(transport: Transport, send: Tensor) -> Started:
+    """`transport.all_gather_bytes(send)`, under way where the transport can; else done when this returns."""
+    start = getattr(transport, "start_all_gather_bytes", None)
+    started: Started = Done(transport.all_gather_bytes(send)) if start is None else start(send)
+    return started
+
+
+def start_all_to_all(transport: Transport, send: Tensor) -> Started:
+    """`transport.all_to_all_bytes(send)`, likewise."""
+    start = getattr(transport, "start_all_to_all_bytes", None)
+    started: Started = Done(transport.all_to_all_bytes(send)) if start is None else start(send)
+    return started
 
 
 def check_timeout(seconds: object) -> float:

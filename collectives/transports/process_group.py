@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gck.collectives.transports import CallLog, check_timeout, rotation
+from gck.collectives.transports import CallLog, Done, Started, check_timeout, rotation
 from gck.errors import CollectiveError, CollectiveTimeoutError, GroupUnusableError, PeerLostError
 
 __all__ = ["ProcessGroupTransport", "typed_error"]
@@ -54,10 +54,51 @@ class _GroupState:
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
 _states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
-# CPU tensors of the last operation, on any group. gloo's threads let go of them some time after `wait`
-# returned; who lets go last needs the interpreter's lock, and in a process that is about to end, a thread
-# that waits for the lock aborts it.
-_last: list[Tensor] = []
+# Operations on CPU tensors that are under way, on any group, and those that have ended since the last start.
+# gloo's threads let go of an operation's tensors some time after `wait` returned; who lets go last needs the
+# interpreter's lock, and in a process that is about to end, a thread that waits for the lock aborts it.
+_held: list[_Operation] = []
+
+
+@dataclass(eq=False)
+class _Operation:
+    """One operation; `result` makes what it returns from its tensors."""
+
+    transport: ProcessGroupTransport
+    name: str
+    tensors: tuple[Tensor, ...]
+    result: Callable[[], Tensor]
+    work: Any = None  # keeps the group's sockets open
+    ended: bool = False
+
+    def start(self, begin: Callable[[], Any]) -> _Operation:
+        _held[:] = [operation for operation in _held if not operation.ended]
+        if self.tensors[0].device.type == "cpu":
+            _held.append(self)
+        began = time.monotonic()
+        try:
+            self.work = begin()
+        except BaseException as error:
+            self._failed(error, began)
+        return self
+
+    def wait(self) -> Tensor:
+        """Its result; failures become typed errors. Bounded by the transport's timeout, from now on."""
+        began = time.monotonic()
+        try:
+            if self.work is not None:
+                self.transport._poll(self.work, began)
+        except BaseException as error:
+            self._failed(error, began)
+        self.end()
+        return self.result()
+
+    def end(self) -> None:
+        self.ended, self.work = True, None
+
+    def _failed(self, error: BaseException, began: float) -> NoReturn:
+        self.end()
+        self.transport._spoil(self.name, error, time.monotonic() - began)
 
 
 class ProcessGroupTransport:
@@ -102,40 +143,40 @@ class ProcessGroupTransport:
         return ProcessGroupTransport.of(self._group("with_timeout"), seconds)
 
     def all_gather_bytes(self, send: Tensor) -> Tensor:
-        group = self._group("all_gather")
-        if self._world_size == 1 or send.numel() == 0:
-            return send.expand(self._world_size, -1).clone()
-        local = _onto(group, send)
-        recv = local.new_empty(self._world_size * local.numel())
-        self._wait("all_gather", lambda: _all_gather(recv, local, group=group, async_op=True), local, recv)
-        return recv.view(self._world_size, -1).to(send.device)
+        return self.start_all_gather_bytes(send).wait()
 
     def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        return self.start_all_to_all_bytes(send).wait()
+
+    def start_all_gather_bytes(self, send: Tensor) -> Started:
+        group = self._group("all_gather")
+        if self._world_size == 1 or send.numel() == 0:
+            return Done(send.expand(self._world_size, -1).clone())
+        local = _onto(group, send)
+        recv = local.new_empty(self._world_size * local.numel())
+        operation = _Operation(
+            self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
+        )
+        return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))
+
+    def start_all_to_all_bytes(self, send: Tensor) -> Started:
         group = self._group("all_to_all")
         if self._world_size == 1 or send.numel() == 0:
-            return send.clone()
+            return Done(send.clone())
         local = _onto(group, send)
         recv = torch.empty_like(local)
+        operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
         if local[0].numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo":
-            recv[self._rank] = local[self._rank]
-            for to, source in rotation.rotation(self._rank, self._world_size):
-                ends = (local[to], to, recv[source], source)
-                self._wait("all_to_all", partial(rotation.Exchange, group, *ends), local, recv)
-            return recv.to(send.device)
-        self._wait(
-            "all_to_all",
-            lambda: dist.all_to_all_single(recv, local, group=group, async_op=True),
-            local,
-            recv,
-        )
-        return recv.to(send.device)
+            return operation.start(lambda: rotation.Rotation(group, local, recv, self._rank))
+        return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
 
     def all_reduce(self, tensor: Tensor) -> None:
         group = self._group("all_reduce")
         if self._world_size == 1 or tensor.numel() == 0:
             return
         local = _onto(group, tensor)
-        self._wait("all_reduce", lambda: dist.all_reduce(local, group=group, async_op=True), local)
+        operation = _Operation(self, "all_reduce", (local,), lambda: local)
+        operation.start(lambda: dist.all_reduce(local, group=group, async_op=True)).wait()
         if local is not tensor:
             tensor.copy_(local)
 
@@ -148,6 +189,9 @@ class ProcessGroupTransport:
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
+        for operation in _held:
+            if operation.transport._state is self._state:
+                operation.end()  # nobody will wait for it
         # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
         if group is not None and hasattr(group, "abort"):
             group.abort()
@@ -163,21 +207,13 @@ class ProcessGroupTransport:
             raise GroupUnusableError(f"{operation}: the group was destroyed")
         return group
 
-    def _wait(self, operation: str, start: Any, *tensors: Tensor) -> None:
-        """Starts an operation on `tensors` and waits for it; failures become typed errors."""
-        _last[:] = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-        began = time.monotonic()
-        try:
-            work = start()
-            if work is not None:
-                self._poll(work, began)
-        except BaseException as error:
-            elapsed = time.monotonic() - began
-            typed = typed_error(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
-            self._state.unusable = str(typed or repr(error))
-            if typed is None:
-                raise
-            raise typed from error
+    def _spoil(self, operation: str, error: BaseException, elapsed: float) -> NoReturn:
+        """Makes the group unusable and raises what `error` means."""
+        typed = typed_error(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
+        self._state.unusable = self._state.unusable or str(typed or repr(error))
+        if typed is None:
+            raise error
+        raise typed from error
 
     def _poll(self, work: Any, began: float) -> None:
         if dist.get_backend(self._state.group()) == "gloo":

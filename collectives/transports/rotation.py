@@ -11,13 +11,14 @@ section 4.3, the pairwise-exchange algorithm for long messages.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ROTATE_FROM", "Exchange", "rotation"]
+__all__ = ["ROTATE_FROM", "Rotation", "rotation"]
 
 ROTATE_FROM = 256 << 10  # bytes of a message; at 1 Gbit/s they take 2 ms
 TAG = 0x67636B  # apart from what the group's user may send
@@ -29,14 +30,26 @@ def rotation(rank: int, world_size: int) -> Iterator[tuple[int, int]]:
         yield (rank + i) % world_size, (rank - i) % world_size
 
 
-class Exchange:
-    """One round, started; `wait` as torch.distributed's works have it."""
+class Rotation:
+    """The whole all-to-all, its first round started; `wait` as torch.distributed's works have it."""
 
-    def __init__(self, group: dist.ProcessGroup, send: Tensor, to: int, recv: Tensor, source: int) -> None:
-        self._recv = dist.irecv(recv, group=group, tag=TAG, group_src=source)
-        self._send = dist.isend(send, group=group, tag=TAG, group_dst=to)
+    def __init__(self, group: dist.ProcessGroup, send: Tensor, recv: Tensor, rank: int) -> None:
+        self._group, self._send, self._recv = group, send, recv
+        self._rounds = rotation(rank, len(send))
+        recv[rank] = send[rank]
+        self._start()
 
     def wait(self, timeout: timedelta) -> None:
-        for work in (self._recv, self._send):
-            if work is not None:
+        """Every round may take `timeout`."""
+        while self._works:
+            for work in self._works:
                 work.wait(timeout)
+            self._start()
+
+    def _start(self) -> None:
+        """The next round, if there is one."""
+        self._works: list[dist.Work] = []
+        for to, source in itertools.islice(self._rounds, 1):
+            receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
+            sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
+            self._works = [work for work in (receiving, sending) if work is not None]

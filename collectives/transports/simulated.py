@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from gck.collectives.transports import CallLog, check_timeout
+from gck.collectives.transports import CallLog, Started, check_timeout
 from gck.errors import (
     ArgumentError,
     CollectiveMismatchError,
@@ -108,8 +108,8 @@ class SimulatedGroup:
             raise errors[0]
         return results
 
-    def _exchange(self, member: SimulatedMember, kind: str, send: Tensor | None) -> list[Tensor | None]:
-        """Posts this rank's tensor and returns everybody's, once all have posted."""
+    def _post(self, member: SimulatedMember, kind: str, send: Tensor | None) -> int:
+        """Posts a copy of this rank's tensor; the number of the round."""
         rank = member.rank
         own = None if send is None else send.detach().clone()
         with self._condition:
@@ -123,6 +123,14 @@ class SimulatedGroup:
             current.posts[rank] = (kind, own)
             if len(current.posts) == self.world_size:
                 self._condition.notify_all()
+        return number
+
+    def _collect(self, member: SimulatedMember, number: int) -> list[Tensor | None]:
+        """What every rank has posted to a round, once all have."""
+        rank = member.rank
+        with self._condition:
+            current = self._rounds[number]
+            kind, own = current.posts[rank]
             self._wait(member, kind, current)
             current.readers += 1
             if current.readers == self.world_size:
@@ -201,27 +209,38 @@ class SimulatedMember:
         return member
 
     def all_gather_bytes(self, send: Tensor) -> Tensor:
-        rows = self._exchange("all_gather", send)
-        self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.numel()
-        recv = send.new_empty(self.world_size, send.numel())
-        for rank, row in enumerate(rows):
-            recv[rank] = row
-        return recv
+        return self.start_all_gather_bytes(send).wait()
 
     def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        return self.start_all_to_all_bytes(send).wait()
+
+    def start_all_gather_bytes(self, send: Tensor) -> Started:
+        def gathered(rows: list[Tensor]) -> Tensor:
+            self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.numel()
+            recv = send.new_empty(self.world_size, send.numel())
+            for rank, row in enumerate(rows):
+                recv[rank] = row
+            return recv
+
+        return self._start("all_gather", send, gathered)
+
+    def start_all_to_all_bytes(self, send: Tensor) -> Started:
         if send.dim() != 2 or send.shape[0] != self.world_size:
             raise ArgumentError(
                 f"all_to_all_bytes: send must have {self.world_size} rows, got {tuple(send.shape)}"
             )
-        rows = self._exchange("all_to_all", send)
-        self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.shape[1]
-        recv = send.new_empty(send.shape)
-        for rank, row in enumerate(rows):
-            recv[rank] = row[self._rank]
-        return recv
+
+        def swapped(rows: list[Tensor]) -> Tensor:
+            self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.shape[1]
+            recv = send.new_empty(send.shape)
+            for rank, row in enumerate(rows):
+                recv[rank] = row[self._rank]
+            return recv
+
+        return self._start("all_to_all", send, swapped)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        rows = self._exchange("all_reduce", tensor)
+        rows = self._rows(self.group._post(self, "all_reduce", tensor))
         sent = 2 * tensor.numel() * tensor.element_size() * (self.world_size - 1) // self.world_size
         self.group._bytes_sent[self._rank] += sent
         tensor.copy_(rows[0])
@@ -229,7 +248,7 @@ class SimulatedMember:
             tensor += row
 
     def barrier(self) -> None:
-        self.group._exchange(self, "barrier", None)
+        self.group._collect(self, self.group._post(self, "barrier", None))
 
     def synchronize(self) -> None:
         """Nothing: every operation has waited for its end."""
@@ -237,9 +256,23 @@ class SimulatedMember:
     def abort(self, reason: str) -> None:
         self.group._spoil(self._rank, PeerLostError(f"rank {self._rank} aborted: {reason}"))
 
-    def _exchange(self, kind: str, send: Tensor) -> list[Tensor]:
-        rows = self.group._exchange(self, kind, send)
-        return [row for row in rows if row is not None]
+    def _start(self, kind: str, send: Tensor, result: Callable[[list[Tensor]], Tensor]) -> Started:
+        return _Posted(self, self.group._post(self, kind, send), result)
+
+    def _rows(self, number: int) -> list[Tensor]:
+        return [row for row in self.group._collect(self, number) if row is not None]
+
+
+@dataclass(frozen=True)
+class _Posted:
+    """An operation that waits for the others' posts."""
+
+    member: SimulatedMember
+    number: int
+    result: Callable[[list[Tensor]], Tensor]
+
+    def wait(self) -> Tensor:
+        return self.result(self.member._rows(self.number))
 
 
 def _shape(post: Tensor | None) -> str:

@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class KernelCompressor(ABC):
 
     @abstractmethod
     def layout(self, numel: int) -> Layout: ...
+
+    def at(self, start: int) -> Self | None:
+        """See `gck.compressor.compressor_at`: the same, where chunks do not depend on their places."""
+        return None if self.shard_unit is None else self
 
     def compress_(
         self, grad: Tensor, err: Tensor | None, bodies: Tensor, *, nonfinite: Tensor | None = None

@@ -50,6 +50,8 @@ class Quantize(KernelCompressor):
             2 bits and nearest rounding: a sign and one of two levels, the means of the magnitudes above and
             below the mean.
         decay, clip: of residuals, as they are read; see `gck.quantize_ef_`.
+        first: index, in the vector, of the first element: of a part that is compressed by itself, which then
+            rounds as it does in the whole. A multiple of chunk_size. Of no account to a receiver.
 
     Raises:
         ArgumentError: an option is out of range.
@@ -63,6 +65,7 @@ class Quantize(KernelCompressor):
     scale: str = "max"
     decay: float = 1.0
     clip: float | None = None
+    first: int = field(default=0, compare=False, repr=False)
 
     name: ClassVar[str] = "quantize"
     package: ClassVar[str] = __name__
@@ -70,6 +73,13 @@ class Quantize(KernelCompressor):
     def __post_init__(self) -> None:
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)
         checks.check_residual("Quantize", self.decay, self.clip)
+        if isinstance(self.first, bool) or not isinstance(self.first, int):
+            raise DtypeError(f"Quantize: first must be an int, got {type(self.first).__name__}")
+        if not 0 <= self.first < 2**62 or self.first % self.chunk_size:
+            raise ArgumentError(
+                f"Quantize: first must be a multiple of chunk_size {self.chunk_size} in [0, 2**62), "
+                f"got {self.first}"
+            )
 
     @property
     def shard_unit(self) -> int | None:
@@ -83,6 +93,10 @@ class Quantize(KernelCompressor):
     @property
     def two_levels(self) -> bool:
         return self.scale == "mean"
+
+    def at(self, start: int) -> Quantize:
+        """See `gck.compressor.compressor_at`."""
+        return self if self.rounding == "nearest" else replace(self, first=self.first + start)
 
     def layout(self, numel: int) -> Layout:
         chunks = -(-numel // self.chunk_size)

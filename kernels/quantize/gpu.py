@@ -45,6 +45,7 @@ def encode_group(
     stop,
     key_0,
     key_1,
+    first,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
@@ -53,7 +54,10 @@ def encode_group(
     WHOLE: tl.constexpr,
     STORE: tl.constexpr = True,
 ):
-    """Codes of b_acc, the CHUNKS chunks of 2**LEVELS elements from `base` on, zeros from `stop` on."""
+    """Codes of b_acc, the CHUNKS chunks of 2**LEVELS elements from `base` on, zeros from `stop` on.
+
+    Random numbers are those of the elements from `first` + `base`, int64, on.
+    """
     CHUNK: tl.constexpr = 2**LEVELS
     b_chunk = tl.arange(0, CHUNKS)
     b_local = b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -73,7 +77,7 @@ def encode_group(
         b_top = tl.maximum(magnitude_key(b_low), magnitude_key(b_high))
     else:
         if STOCHASTIC:
-            b_uniform = uniform(base, key_0, key_1, CHUNKS, CHUNK)
+            b_uniform = uniform(first + base, key_0, key_1, CHUNKS, CHUNK)
             b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS, b_uniform)
         else:
             b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS)
@@ -107,6 +111,7 @@ def _compress_group(
     stop,
     key_0,
     key_1,
+    first,
     decay,
     p_clip,
     CHUNKS: tl.constexpr,
@@ -122,11 +127,11 @@ def _compress_group(
     b_offset = base + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     b_err = read_residual(load_tile(p_err, b_offset, stop, WHOLE), decay, p_clip, RESIDUAL)
     b_acc = accumulate(load_tile(p_grad, b_offset, stop, WHOLE), b_err)
-    group = (p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1)
+    group = (p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, first)
     encode_group(b_acc, *group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, WHOLE)
 
 
-@triton.jit(do_not_specialize=["n", "shard_chunks", "row_units", "key_0", "key_1"])
+@triton.jit(do_not_specialize=["n", "shard_chunks", "row_units", "key_0", "key_1", "first_chunk"])
 def compress_kernel(
     p_grad,
     p_err,
@@ -139,6 +144,7 @@ def compress_kernel(
     row_units,
     key_0,
     key_1,
+    first_chunk,
     decay,
     p_clip,
     CHUNKS: tl.constexpr,
@@ -160,7 +166,8 @@ def compress_kernel(
     p_scales += i_shard * row_units * 4 + i_chunk * (2 if TWO_LEVELS else 1)
     if STATS:
         sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
-    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, decay, p_clip)
+    first = tl.cast(first_chunk, tl.int64) * CHUNK
+    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, first, decay, p_clip)
     if base + CHUNKS * CHUNK <= stop:
         _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, True)
     elif base < stop:
@@ -352,6 +359,7 @@ def compress_(
             triton.cdiv(shard, chunk),
             bodies.stride(0) // 16,
             *key_of(compressor.seed),
+            compressor.first // chunk,
             decay,
             p_clip,
             RESIDUAL=residual,

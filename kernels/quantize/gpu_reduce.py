@@ -39,6 +39,7 @@ def _reduce_group(
     number,
     key_0,
     key_1,
+    first_chunk,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     FROM_BITS: tl.constexpr,
@@ -79,11 +80,12 @@ def _reduce_group(
     b_acc = accumulate(b_acc, b_err) if STORE else canonical(b_acc)
     if not WHOLE:
         b_acc = tl.where(b_offset < n, b_acc, 0.0)
-    group = (p_err, p_codes, p_scales, p_nonfinite, base, n, key_0, key_1)
+    first = tl.cast(first_chunk, tl.int64) * CHUNK
+    group = (p_err, p_codes, p_scales, p_nonfinite, base, n, key_0, key_1, first)
     encode_group(b_acc, *group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, WHOLE, STORE)
 
 
-@triton.jit(do_not_specialize=["n", "ranks", "row_units", "key_0", "key_1"])
+@triton.jit(do_not_specialize=["n", "ranks", "row_units", "key_0", "key_1", "first_chunk"])
 def reduce_kernel(
     p_err,
     p_from_codes,
@@ -97,6 +99,7 @@ def reduce_kernel(
     number,
     key_0,
     key_1,
+    first_chunk,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     FROM_BITS: tl.constexpr,
@@ -115,7 +118,7 @@ def reduce_kernel(
     p_codes += i_chunk * (CHUNK * BITS // 8)
     p_scales += i_chunk * (2 if TWO_LEVELS else 1)
     given = (p_err, p_from_codes, p_from_scales, p_codes, p_scales, p_nonfinite)
-    sizes = (base, tl.cast(n, tl.int64), ranks, row_units, number, key_0, key_1)
+    sizes = (base, tl.cast(n, tl.int64), ranks, row_units, number, key_0, key_1, first_chunk)
     if base + CHUNKS * CHUNK <= n:
         _reduce_group(
             *given,
@@ -186,6 +189,7 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             job.bodies.stride(0) // 16,
             number,
             *key_of(job.server.seed),
+            job.server.first // compressor.chunk_size,
             **options,
             num_warps=num_warps,
             **EXACT,

@@ -44,12 +44,13 @@ def decompress(compressor: Any, fields: tuple[Tensor, Tensor], numel: int) -> Te
     return signed.float() * scales[:, 0]
 
 
-def uniform(seed: int, numel: int) -> Tensor:
+def uniform(seed: int, numel: int, first: int = 0) -> Tensor:
     """(numel,) fp32, multiples of 2**-24 in [0, 1): the upper 24 of each element's 32 random bits.
 
-    Element i has word i % 4 of the four that Philox4x32-10 makes of the counter i // 4.
+    Of the elements from index `first` on, a multiple of 4. Element i has word i % 4 of the four that
+    Philox4x32-10 makes of the counter i // 4.
     """
-    counter = torch.arange(-(-numel // 4))
+    counter = first // 4 + torch.arange(-(-numel // 4))
     zero = torch.zeros_like(counter)
     counters = [counter & 0xFFFFFFFF, counter >> 32, zero, zero]
     words = philox(counters, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
@@ -80,7 +81,7 @@ def _scaled(compressor: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     codes = rows * inverse
     if compressor.rounding == "stochastic":
         whole = codes.abs().floor()
-        up = uniform(compressor.seed, rows.numel()).view_as(rows) < codes.abs() - whole
+        up = uniform(compressor.seed, rows.numel(), compressor.first).view_as(rows) < codes.abs() - whole
         codes = torch.where(rows >= 0, 1.0, -1.0) * (whole + up)
     else:
         codes = codes.round()

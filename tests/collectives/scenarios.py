@@ -88,6 +88,17 @@ def _scenarios(
     all_reduce_many_(grads, states, Sign(32), group, algorithm="two_phase")
     yield "many", grads, [state.worker for state in states] + [state.server for state in states]
 
+    for compressor in (Sign(32), Quantize(4, 64, "stochastic", seed=rank)):
+        grads = [gradient(rank, n) for n in SIZES]
+        states = [ErrorFeedback() for _ in SIZES]
+        for _ in range(2):
+            all_reduce_many_(grads, states, compressor, group, algorithm="two_phase", piece_numel=200)
+        yield (
+            f"pieces {compressor.name}",
+            grads,
+            [t for state in states for t in (state.worker, state.server)],
+        )
+
     whole = torch.arange(1001).float() * (rank + 1)  # integers, exact in any order
     all_reduce_(whole, None, Sign(32), group, "sum", "dense")
     yield "dense", [whole], []

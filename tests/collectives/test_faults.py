@@ -23,6 +23,7 @@ LOST = {"PeerLostError"}
         ("stop", {"CollectiveTimeoutError", "PeerLostError"}),
         ("stop 0", {"CollectiveTimeoutError", "PeerLostError"}),
         ("midway", LOST),
+        ("pieces", LOST),
     ],
 )
 def test_survivors_raise_in_time(mode: str, expected: set[str], tmp_path: Path) -> None:

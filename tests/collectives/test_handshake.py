@@ -72,6 +72,8 @@ def disagree(most: Call, odd: Call, odd_rank: int, world_size: int = 3) -> list[
         (reduce(), reduce(dtype=torch.bfloat16), "dtype (bfloat16, not float32)"),
         (reduce(), reduce(compressor=Sign(64, decay=0.9)), "compressor"),
         (reduce(), reduce(compressor=Sign(64, clip=1.0)), "compressor"),
+        (reduce(), reduce(piece_numel=256), "compressor"),
+        (reduce(piece_numel=256), reduce(piece_numel=128), "compressor"),
         (reduce(), reduce(op="sum"), "reduction (sum, not avg)"),
         (reduce(), reduce(algorithm="dense"), "algorithm (dense, not two_phase)"),
         (reduce_many(600, 700), reduce_many(700, 600), "shapes"),

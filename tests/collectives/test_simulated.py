@@ -129,3 +129,35 @@ def test_wrong_arguments() -> None:
         SimulatedGroup(2, timeout=0)
     with pytest.raises(ArgumentError, match="send must have 2 rows"):
         SimulatedGroup(2).run(lambda m: m.all_to_all_bytes(torch.zeros(3, 1, dtype=torch.uint8)))
+
+
+def test_operations_that_start() -> None:
+    """Two under way at once, of different kinds, waited for in the order of their starts."""
+
+    def rank_main(member: SimulatedMember) -> tuple[list[list[int]], list[list[int]]]:
+        send = torch.tensor([[10 * member.rank + r] for r in range(3)], dtype=torch.uint8)
+        swap = member.start_all_to_all_bytes(send)
+        send.zero_()  # it has been posted
+        gather = member.start_all_gather_bytes(torch.tensor([member.rank], dtype=torch.uint8))
+        return swap.wait().tolist(), gather.wait().tolist()
+
+    group = SimulatedGroup(3, timeout=20)
+    for rank, (swapped, gathered) in enumerate(group.run(rank_main)):
+        assert swapped == [[rank], [10 + rank], [20 + rank]]
+        assert gathered == [[0], [1], [2]]
+    assert group.bytes_sent == (2 + 2,) * 3
+
+
+def test_a_started_operation_ends_though_a_rank_has_left() -> None:
+    """It has posted what it had to; only what it has not started is lost."""
+
+    def rank_main(member: SimulatedMember) -> list[list[int]]:
+        gather = member.start_all_gather_bytes(torch.tensor([member.rank], dtype=torch.uint8))
+        if member.rank == 1:
+            return []
+        gathered: list[list[int]] = gather.wait().tolist()
+        with pytest.raises(PeerLostError, match="rank 1 left"):
+            member.start_all_gather_bytes(torch.tensor([9], dtype=torch.uint8)).wait()
+        return gathered
+
+    assert SimulatedGroup(2, timeout=20).run(rank_main) == [[[0], [1]], []]

@@ -8,7 +8,9 @@ from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constant
 
 def variants() -> list[Variant]:
     types = {"p_err": "*fp32", "p_out": "*fp32", "p_codes": "*u8", "p_scales": "*fp32", "p_nonfinite": "*i64"}
-    types |= dict.fromkeys(("n", "shard_chunks", "row_units", "key_0", "key_1", "ranks"), "i32")
+    types |= dict.fromkeys(
+        ("n", "shard_chunks", "row_units", "key_0", "key_1", "first_chunk", "ranks"), "i32"
+    )
     types |= {"alpha": "fp32", **RESIDUAL_TYPES}
     made = []
     for grad, compressor, options in (

@@ -100,7 +100,8 @@ struct QuantizeChunks {
   int bits;
   bool two_levels, stochastic;
   uint64_t seed;
-  char* bodies;  // row s holds chunks [s * chunks_per_row, ...): codes, then scales at scales_offset
+  int64_t first;  // index, in the vector that random numbers are counted in, of the first element
+  char* bodies;   // row s holds chunks [s * chunks_per_row, ...): codes, then scales at scales_offset
   int64_t row_stride, chunks_per_row, scales_offset;
 };
 

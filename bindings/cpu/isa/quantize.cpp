@@ -188,7 +188,8 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     const int64_t valid = job.numel - at < size ? job.numel - at : size;
     if (valid == size) {
       cleared += compress_chunk<D>(job, keys,
-                                   {job.grad, at, at, job.err + at, size, size, body + slot * row, scales});
+                                   {job.grad, at, job.first + at, job.err + at, size, size,
+                                    body + slot * row, scales});
       continue;
     }
     // The last chunk, cut short: on a copy padded with zeros.
@@ -197,7 +198,7 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     char codes[kMaxChunk];
     std::memcpy(part, job.err + at, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
-    cleared += compress_chunk<D>(job, keys, {grads, 0, at, part, size, valid, codes, scales});
+    cleared += compress_chunk<D>(job, keys, {grads, 0, job.first + at, part, size, valid, codes, scales});
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));
   }
