@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench.machine import ROOT, describe
 from bench.pipeline_worker import COMPRESSORS
-from gck.cli.demo.crew import crew
+from gck.cli.crew import crew
 from gck.cli.links import Node, links, parse_rate
 from gck.collectives import Link, all_reduce_cost, choose_piece_numel
 
