@@ -88,13 +88,14 @@ def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: in
 
     Args:
         shard_numels: elements of a shard of each tensor.
-        unit: the compressor's chunk; a piece has at least one of a tensor.
-        piece_numel: elements of all ranks' shards together. 0: one piece of everything.
+        unit: the compressor's chunk.
+        piece_numel: elements of all ranks' shards together, rounded up to whole chunks of each, so that the
+            last piece is no crumb. 0: one piece of everything.
 
     Returns:
         pieces that together have every element once, in order; none is empty. At least one.
     """
-    most = max(piece_numel // world_size // unit * unit, unit) if piece_numel else sum(shard_numels)
+    most = -(-piece_numel // (world_size * unit)) * unit if piece_numel else sum(shard_numels)
     pieces: list[Piece] = [[]]
     room = most
     for tensor, numel in enumerate(shard_numels):
