@@ -330,7 +330,7 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
     [
         ((4 << 20) - 1, 4, "cpu", 0),
         (4 << 20, 4, "cpu", 2),
-        (25_000_000, 4, "cpu", 4),
+        (25_000_000, 4, "cpu", 2),
         (25_000_000, 4, "cuda", 0),
         (25_000_000, 1, "cpu", 0),
         (25_000_000, 128, "cpu", 2),
@@ -349,7 +349,7 @@ def test_the_default_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALLEST", 64)
     monkeypatch.setattr(module, "SMALLEST_SLICE", 32)
     chosen = choose_piece_numel(Sign(32), 640, 2)
-    assert chosen == 160
+    assert chosen == 320
 
     def rank_main(member: SimulatedMember) -> None:
         options: dict[str, Any] = {"piece_numel": chosen} if member.rank else {}
