@@ -166,8 +166,8 @@ void bind_cpu(py::module_& m) {
          bool two_levels, bool stochastic, int64_t seed, int64_t first, Address bodies, int64_t row_stride,
          int64_t chunks_per_row, int64_t scales_offset, int threads, const Options& options) {
         return quantize_compress({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel, chunk_size, bits,
-                                  two_levels, stochastic, static_cast<uint64_t>(seed), first, at<char>(bodies),
-                                  row_stride, chunks_per_row, scales_offset},
+                                  two_levels, stochastic, static_cast<uint64_t>(seed), first,
+                                  at<char>(bodies), row_stride, chunks_per_row, scales_offset},
                                  residual_of(options), threads);
       },
       nogil);

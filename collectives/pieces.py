@@ -20,10 +20,9 @@ from gck.errors import ArgumentError, CollectiveError, DtypeError
 __all__ = ["Piece", "Slice", "check_piece_numel", "choose_piece_numel", "cut", "piece_numel_of", "pipelined"]
 
 
-# By default: elements a piece and of each rank's shard in it, at least; and pieces, at most.
+# By default: elements of a piece, and of each rank's shard in it, at least.
 SMALLEST = 2 << 20
 SMALLEST_SLICE = 1 << 16  # is compressed in the time of a few calls
-MOST = 4
 
 
 class Slice(NamedTuple):
@@ -61,12 +60,11 @@ def choose_piece_numel(compressor: Compressor, numel: int, world_size: int, devi
     """Elements a piece when `numel` elements go by two phases; 0: all at once. Of the arguments alone.
 
     As docs/collectives.md measures it on CPUs: a piece costs what its messages cost, so that small ones do
-    not pay, and a few hide most of what can be hidden. Other devices are not measured: there it is 0.
+    not pay, and more than two hide no more than that. Other devices are not measured: there it is 0.
     """
     if compressor_at(compressor, 0) is None or device_type != "cpu" or world_size == 1:
         return 0
-    count = min(numel // SMALLEST, numel // (SMALLEST_SLICE * world_size), MOST)
-    return -(-numel // count) if count > 1 else 0
+    return -(-numel // 2) if numel >= 2 * max(SMALLEST, SMALLEST_SLICE * world_size) else 0
 
 
 def piece_numel_of(
@@ -88,13 +86,14 @@ def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: in
 
     Args:
         shard_numels: elements of a shard of each tensor.
-        unit: the compressor's chunk; a piece has at least one of a tensor.
-        piece_numel: elements of all ranks' shards together. 0: one piece of everything.
+        unit: the compressor's chunk.
+        piece_numel: elements of all ranks' shards together, rounded up to whole chunks of each, so that the
+            last piece is no crumb. 0: one piece of everything.
 
     Returns:
         pieces that together have every element once, in order; none is empty. At least one.
     """
-    most = max(piece_numel // world_size // unit * unit, unit) if piece_numel else sum(shard_numels)
+    most = -(-piece_numel // (world_size * unit)) * unit if piece_numel else sum(shard_numels)
     pieces: list[Piece] = [[]]
     room = most
     for tensor, numel in enumerate(shard_numels):

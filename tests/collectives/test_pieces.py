@@ -187,12 +187,13 @@ def test_cut(units: list[int], cut_short: int, world_size: int, piece_numel: int
         starts = [sum(part.numel for part in parts[:i]) for i in range(len(parts))]
         assert [part.start for part in parts] == starts
     assert [part.tensor for part in slices] == sorted(part.tensor for part in slices)
-    most = max(piece_numel, 32 * world_size) if piece_numel else world_size * sum(numels)
+    most = piece_numel + 32 * world_size - 1 if piece_numel else world_size * sum(numels)
     assert all(world_size * sum(part.numel for part in piece) <= most for piece in pieces)
     assert len(pieces) == 1 or all(pieces)
 
 
 def test_cut_by_hand() -> None:
+    assert len(cut([24_415 * 256], 256, 4, 25_000_000 // 4)) == 4
     assert cut([96, 0, 64], 32, 2, 128) == [
         [Slice(0, 0, 64)],
         [Slice(0, 64, 32), Slice(2, 0, 32)],
@@ -329,7 +330,7 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
     [
         ((4 << 20) - 1, 4, "cpu", 0),
         (4 << 20, 4, "cpu", 2),
-        (25_000_000, 4, "cpu", 4),
+        (25_000_000, 4, "cpu", 2),
         (25_000_000, 4, "cuda", 0),
         (25_000_000, 1, "cpu", 0),
         (25_000_000, 128, "cpu", 2),
@@ -348,7 +349,7 @@ def test_the_default_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMALLEST", 64)
     monkeypatch.setattr(module, "SMALLEST_SLICE", 32)
     chosen = choose_piece_numel(Sign(32), 640, 2)
-    assert chosen == 160
+    assert chosen == 320
 
     def rank_main(member: SimulatedMember) -> None:
         options: dict[str, Any] = {"piece_numel": chosen} if member.rank else {}

@@ -198,6 +198,19 @@ def test_chunk_sizes_and_shards_in_the_interpreter(chunk_size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "interpreter"])
+@pytest.mark.parametrize("first", [64, 3 << 34])
+def test_a_part_rounds_as_it_does_in_the_whole(first: int, backend: str) -> None:
+    """By the random numbers of its place, which may need the upper word of a counter."""
+    kernels_of(backend)
+    compressor = STOCHASTIC.at(first)
+    assert compressor.first == compressor.server.first == first
+    assert compressor.at(128).first == first + 128
+    assert compressor == STOCHASTIC
+    check_case(compressor, backend, *make("gaussian", 3000, torch.float32), shards=3)
+    check_case(compressor, backend, *make("gaussian", 999, torch.bfloat16))
+
+
 def test_random_bits_in_the_interpreter() -> None:
     n = 4000
     for compressor in (Quantize(8, 32), Quantize(2, 32, "stochastic"), Quantize(2, 32, scale="mean")):
@@ -240,6 +253,9 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ArgumentError,
         'scale "mean" needs rounding "nearest", got "stochastic"',
     ),
+    ({"first": 1.5}, DtypeError, "first must be an int, got float"),
+    ({"first": 300}, ArgumentError, "first must be a multiple of chunk_size 256 .*, got 300"),
+    ({"first": -256}, ArgumentError, "got -256"),
     ({"seed": 1.5}, DtypeError, "seed must be an int, got float"),
     ({"seed": 2**63}, ArgumentError, r"seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
 ]

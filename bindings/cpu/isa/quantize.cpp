@@ -187,9 +187,8 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     auto* scales = reinterpret_cast<float*>(body + job.scales_offset) + slot * (job.two_levels ? 2 : 1);
     const int64_t valid = job.numel - at < size ? job.numel - at : size;
     if (valid == size) {
-      cleared += compress_chunk<D>(job, keys,
-                                   {job.grad, at, job.first + at, job.err + at, size, size,
-                                    body + slot * row, scales});
+      cleared += compress_chunk<D>(
+          job, keys, {job.grad, at, job.first + at, job.err + at, size, size, body + slot * row, scales});
       continue;
     }
     // The last chunk, cut short: on a copy padded with zeros.
