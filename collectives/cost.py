@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gck.compressor import Compressor, shard_numel
+from gck.compressor import Compressor, server_of, shard_numel
 from gck.errors import ArgumentError
 
 __all__ = ["Cost", "Link", "all_reduce_cost", "break_even_density", "choose_algorithm"]
@@ -84,21 +84,21 @@ def all_reduce_cost(
     if algorithm == "one_phase":
         return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
     if algorithm == "two_phase" and unit is not None:
-        shards = _nbytes(compressor, numels, world_size)
-        return Cost(algorithm, 2 * others * shards, 2 * others, 1 + others if others else 0)
+        shards = _both_phases(compressor, numels, world_size)
+        return Cost(algorithm, others * shards, 2 * others, 1 + others if others else 0)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
 
 
 def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
     """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
 
-    One phase sends (W - 1) payloads, two phases 2 (W - 1) / W, a dense ring 8 (W - 1) / W bytes an
-    element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
+    One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and of an owner's, a dense ring
+    8 (W - 1) / W bytes an element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
     """
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
     if compressor.shard_unit is not None:
-        volumes["two_phase"] = 2 * world_size * _nbytes(compressor, numels, world_size)
+        volumes["two_phase"] = world_size * _both_phases(compressor, numels, world_size)
     return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
 
 
@@ -119,6 +119,12 @@ def break_even_density(world_size: int, entry_nbytes: float = 8) -> float:
             f"and {entry_nbytes}"
         )
     return min(1.0, 8 / (world_size * entry_nbytes))
+
+
+def _both_phases(compressor: Compressor, numels: Sequence[int], world_size: int) -> int:
+    """Bytes of one shard's bodies of all tensors, the workers' and the owner's."""
+    server = server_of(compressor, world_size)
+    return _nbytes(compressor, numels, world_size) + _nbytes(server, numels, world_size)
 
 
 def _nbytes(compressor: Compressor, numels: Sequence[int], shards: int) -> int:

@@ -44,7 +44,7 @@ def dense(
                 : shards.valid(transport.rank)
             ]
             part = shards.part(acc, transport.rank)
-            server = residual_of(server_of(compressor), server)
+            server = residual_of(server_of(compressor, transport.world_size), server)
             part.add_(server, alpha=transport.world_size if op == "avg" else 1)
     transport.all_reduce(flat)
     if op == "avg":

@@ -1,6 +1,6 @@
 """Two phases: a compressed reduce-scatter, then a compressed all-gather.
 
-Sends about two payloads a rank whatever the number of ranks. Needs a compressor that works on chunks
+Sends about two payloads a rank, its own and an owner's, whatever the number of ranks. Needs a compressor that works on chunks
 (`shard_unit`), and keeps a residual in both phases.
 
 Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence
@@ -80,7 +80,7 @@ def two_phase(
         server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
     """
-    server = server_of(compressor)
+    server = server_of(compressor, transport.world_size)
     rank, world_size, device = transport.rank, transport.world_size, grads[0].device
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
     sizes = [compressor.layout(shard.numel).nbytes for shard in shards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -42,7 +43,7 @@ def two_phase(
             total = total + decoded
         if op == "avg":
             total = total / len(grads)
-        decoded, residual = _message(getattr(compressor, "server", compressor), total, server)
+        decoded, residual = _message(server_of(compressor, len(grads)), total, server)
         parts.append(decoded)
         new_servers.append(residual)
     return torch.cat(parts), [residual for _, residual in messages], new_servers
@@ -53,6 +54,14 @@ def valid_numels(n: int, unit: int, world_size: int) -> list[int]:
     units = -(-n // unit)
     shard = -(-units // world_size) * unit
     return [max(0, min(n, (r + 1) * shard) - r * shard) for r in range(world_size)]
+
+
+def server_of(compressor: Any, world_size: int) -> Any:
+    """The second phase's compressor."""
+    if compressor.name == "chunk_topk":
+        k = compressor.server_k or min(compressor.k * min(world_size, 4), compressor.chunk_size // 2)
+        return replace(compressor, k=k)
+    return compressor.server_for(world_size) if compressor.name == "quantize" else compressor
 
 
 def _message(compressor: Any, grad: Tensor, err: Tensor) -> tuple[Tensor, Tensor]:
