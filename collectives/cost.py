@@ -93,7 +93,8 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
 
     One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and of an owner's, a dense ring
-    8 (W - 1) / W bytes an element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
+    8 (W - 1) / W bytes an element. On a tie the simpler one wins; in a world of one nothing is sent, so
+    nothing is compressed.
     """
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}

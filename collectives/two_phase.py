@@ -1,7 +1,7 @@
 """Two phases: a compressed reduce-scatter, then a compressed all-gather.
 
-Sends about two payloads a rank, its own and an owner's, whatever the number of ranks. Needs a compressor that works on chunks
-(`shard_unit`), and keeps a residual in both phases.
+Sends about two payloads a rank, a worker's and an owner's, whatever the number of ranks. Needs a compressor
+that works on chunks (`shard_unit`), and keeps a residual in both phases.
 
 Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence
 Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorithm 1.

@@ -23,8 +23,8 @@ __all__ = ["VALUE_BITS", "ChunkTopK", "Row", "check_options"]
 VALUE_BITS = (32, 16, 8, 4, 2)
 # Larger chunks have positions that 12 bits cannot hold.
 MAX_CHUNK_OF_12_BITS = 4096
-# What ranks keep of a chunk they mostly keep at different places, so that a sum has more entries than an addend;
-# from four times k on, training lost nothing more (docs/collectives.md).
+# Ranks keep different places of a chunk, so that a sum has more large entries than an addend; from four times
+# k on, training gains little (docs/collectives.md).
 MOST_SERVER_FACTOR = 4
 
 

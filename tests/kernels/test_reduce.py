@@ -28,7 +28,6 @@ from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
 from tests.kernels.test_gpu import synchronisation_is_an_error
 
-
 TOPK = gck.ChunkTopK(k=5, chunk_size=32, value_bits=4)
 # Whose kernels do it in one pass on the GPU, too.
 FUSED = [
