@@ -9,13 +9,24 @@ from gck.collectives.all_reduce import (
     all_reduce_many_,
     packed_all_reduce_,
 )
-from gck.collectives.cost import Cost, Link, all_reduce_cost, break_even_density, choose_algorithm
+from gck.collectives.cost import (
+    Cost,
+    HierarchicalCost,
+    Link,
+    all_reduce_cost,
+    break_even_density,
+    choose_algorithm,
+    hierarchical_cost,
+)
+from gck.collectives.hierarchical import HierarchicalGroup
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
 
 __all__ = [
     "Cost",
+    "HierarchicalCost",
+    "HierarchicalGroup",
     "Link",
     "NcclCommunicator",
     "SimulatedGroup",
@@ -26,6 +37,7 @@ __all__ = [
     "all_reduce_many_",
     "break_even_density",
     "choose_algorithm",
+    "hierarchical_cost",
     "packed_all_reduce_",
     "resolve",
     "sparse_all_gather",

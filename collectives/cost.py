@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from gck.compressor import Compressor, server_of, shard_numel
 from gck.errors import ArgumentError
 
-__all__ = ["Cost", "Link", "all_reduce_cost", "break_even_density", "choose_algorithm"]
+__all__ = [
+    "Cost",
+    "HierarchicalCost",
+    "Link",
+    "all_reduce_cost",
+    "break_even_density",
+    "choose_algorithm",
+    "hierarchical_cost",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,23 @@ class Cost:
         return self.rounds * link.latency + self.nbytes / link.bandwidth
 
 
+@dataclass(frozen=True)
+class HierarchicalCost:
+    """What one rank sends in either tier of a `HierarchicalGroup`.
+
+    Attributes:
+        local: inside its node.
+        cross: to other nodes.
+    """
+
+    local: Cost
+    cross: Cost
+
+    def seconds(self, fast: Link, slow: Link) -> float:
+        """The time of both tiers, one after the other; every rank of a node has a `slow` link of its own."""
+        return self.local.seconds(fast) + self.cross.seconds(slow)
+
+
 def all_reduce_cost(
     compressor: Compressor, numels: Sequence[int], world_size: int, algorithm: str = "auto"
 ) -> Cost:
@@ -87,6 +112,38 @@ def all_reduce_cost(
         shards = _both_phases(compressor, numels, world_size)
         return Cost(algorithm, others * shards, 2 * others, 1 + others if others else 0)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
+
+
+def hierarchical_cost(
+    compressor: Compressor,
+    numels: Sequence[int],
+    nodes: int,
+    local_world_size: int,
+    algorithm: str = "auto",
+    element_nbytes: int = 4,
+) -> HierarchicalCost:
+    """What a rank sends to reduce tensors of `numels` elements over nodes of `local_world_size` ranks each.
+
+    Inside a node, an all-to-all of shards and a gather; across nodes, what a flat all-reduce of `nodes` ranks
+    sends for a shard. Where a tensor is not whole shards long, ranks with a shorter one send less.
+
+    Args:
+        algorithm: across nodes; "auto" chooses by the bytes that travel there.
+        element_nbytes: of the gradient's dtype, in which it travels inside a node.
+
+    Raises:
+        ArgumentError: as for `all_reduce_cost`.
+    """
+    for value in (nodes, local_world_size):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(
+                f"hierarchical_cost: nodes and local_world_size must be positive ints, got {nodes} "
+                f"and {local_world_size}"
+            )
+    shards = [shard_numel(numel, compressor.shard_unit or 1, local_world_size) for numel in numels]
+    others, nbytes = local_world_size - 1, sum(-(-numel * element_nbytes // 16) * 16 for numel in shards)
+    local = Cost("dense", 2 * others * nbytes, 2 * others, 1 + others if others else 0)
+    return HierarchicalCost(local, all_reduce_cost(compressor, shards, nodes, algorithm))
 
 
 def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:

@@ -56,7 +56,7 @@ def two_phase(
     errs: Sequence[Tensor | None],
     server_errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
-    op: str,
+    divisor: int,
 ) -> list[Tensor]:
     """Reduces `grads` and returns flat fp32 results, the same bits on every rank.
 
@@ -67,7 +67,7 @@ def two_phase(
            into W bodies; err becomes acc - decoded.
         2. All-to-all: shard s of every rank goes to rank s, its owner.
         3. The owner decodes the W bodies of its shard and adds them in rank order, in fp32.
-        4. The owner divides by W for "avg": the only place where the mean is taken.
+        4. The owner divides by `divisor`: the only place where a mean is taken.
         5. The owner compresses the result with its server residual, by the compressor's `server_of`. Steps 3
            to 5 are one pass where the compressor can do them in one.
         6. All-gather the owners' bodies.
@@ -79,6 +79,7 @@ def two_phase(
         errs: (numel,) fp32 each, overwritten, or None for no error feedback.
         server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
+        divisor: of the sums; the number of ranks, of all tiers, for a mean.
     """
     server = server_of(compressor, transport.world_size)
     rank, world_size, device = transport.rank, transport.world_size, grads[0].device
@@ -108,7 +109,7 @@ def two_phase(
             slot[: server.layout(valid).nbytes],
             valid,
             capacity=shard.numel,
-            divisor=world_size if op == "avg" else 1,
+            divisor=divisor,
             nonfinite=counter,
         )
 
