@@ -56,7 +56,8 @@ def all_reduce_(
         op: "avg" or "sum".
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
-            the one that sends least, see `gck.collectives.choose_algorithm`.
+            the one that sends least, see `gck.collectives.choose_algorithm`. On a `HierarchicalGroup`, what
+            happens across nodes.
         validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
             "off". The same on all ranks. With "first", ranks that later mix up configurations which they
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
