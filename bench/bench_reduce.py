@@ -28,7 +28,7 @@ COMPRESSORS: dict[str, Any] = {
     "8 bits": gck.Quantize(8, 256),
     "4 bits": gck.Quantize(4, 256),
     "2 bits": gck.Quantize(2, 256),
-    "top 64 of 4096": gck.ChunkTopK(64, 4096),
+    "top 64 of 4096": gck.ChunkTopK(64, 4096, server_k=64),  # one size, in and out, as of the others
 }
 
 

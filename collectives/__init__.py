@@ -9,7 +9,16 @@ from gck.collectives.all_reduce import (
     all_reduce_many_,
     packed_all_reduce_,
 )
-from gck.collectives.cost import Cost, Link, all_reduce_cost, break_even_density, choose_algorithm
+from gck.collectives.cost import (
+    Cost,
+    HierarchicalCost,
+    Link,
+    all_reduce_cost,
+    break_even_density,
+    choose_algorithm,
+    hierarchical_cost,
+)
+from gck.collectives.hierarchical import HierarchicalGroup
 from gck.collectives.pieces import choose_piece_numel
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.nccl import NcclCommunicator
@@ -17,6 +26,8 @@ from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
 
 __all__ = [
     "Cost",
+    "HierarchicalCost",
+    "HierarchicalGroup",
     "Link",
     "NcclCommunicator",
     "SimulatedGroup",
@@ -28,6 +39,7 @@ __all__ = [
     "break_even_density",
     "choose_algorithm",
     "choose_piece_numel",
+    "hierarchical_cost",
     "packed_all_reduce_",
     "resolve",
     "sparse_all_gather",

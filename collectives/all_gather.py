@@ -87,14 +87,15 @@ def one_phase(
     grads: Sequence[Tensor],
     errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
-    op: str,
+    divisor: int,
 ) -> list[Tensor]:
     """Reduces by gathering payloads; returns flat fp32 results. All tensors travel in one message.
 
     Steps:
         1. Compress every gradient with its worker residual, which becomes what was left out.
         2. All-gather the bodies.
-        3. Decode and add in rank order, this rank's own message too; divide once for "avg".
+        3. Decode and add in rank order, this rank's own message too; divide once by `divisor`, which is the
+           number of ranks, of all tiers, for a mean.
     """
     sizes = [compressor.layout(grad.numel()).nbytes for grad in grads]
     send = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=grads[0].device)
@@ -107,7 +108,7 @@ def one_phase(
         result = torch.empty(grad.numel(), dtype=torch.float32, device=grad.device)
         if grad.numel():
             decompress_sum_(compressor, result, bodies)
-            if op == "avg":
-                average_(result, transport.world_size)
+            if divisor != 1:
+                average_(result, divisor)
         results.append(result)
     return results

@@ -12,12 +12,13 @@ from gck.collectives.all_gather import one_phase
 from gck.collectives.cost import choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, describe
+from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
 from gck.collectives.pieces import check_piece_numel, piece_numel_of
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.checked import Checked
-from gck.collectives.two_phase import two_phase
+from gck.collectives.two_phase import Shards, two_phase
 from gck.compressor import Compressor, compressor_class, shard_numel
-from gck.error_feedback import ErrorFeedback, ServerBinding
+from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 
@@ -54,12 +55,14 @@ def all_reduce_(
             decoded average.
         state: the residuals of this tensor on this rank, updated; None for no error feedback.
         compressor: how to compress; the same on all ranks.
-        group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a
-            `SimulatedGroup`.
+        group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator`, a member of a
+            `SimulatedGroup`, or a `HierarchicalGroup`: then the gradient is added up inside nodes, and what
+            follows happens across nodes, on this rank's shard, as do residuals.
         op: "avg" or "sum".
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
             only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
-            the one that sends least, see `gck.collectives.choose_algorithm`.
+            the one that sends least, see `gck.collectives.choose_algorithm`. On a `HierarchicalGroup`, what
+            happens across nodes.
         piece_numel: elements of a piece of the two-phase algorithm: while one piece is on the wire, the next
             is compressed and the last decoded, with the same bits as without. 0: all at once. The same on
             all ranks; may change from call to call. Default: `gck.collectives.choose_piece_numel`. A
@@ -78,7 +81,7 @@ def all_reduce_(
 
     Raises:
         ArgumentError: an argument is out of range or does not fit another.
-        StateMismatchError: state belongs to another tensor, rank or world size.
+        StateMismatchError: state belongs to another tensor, rank, world size or topology.
         CollectiveMismatchError: ranks call different things; on all ranks, and the group stays usable.
         CorruptPayloadError: a message was damaged; with `checksum` on all ranks, and the group stays usable.
         BackendUnavailableError: `checksum`, and xxhash is not installed.
@@ -169,6 +172,8 @@ def packed_all_reduce_(
     # By name: this function is the sign format's own, and collectives do not import kernels.
     compressor: Compressor = compressor_class("sign")(chunk_size=chunk_size)
     transport = resolve(group, timeout)
+    if isinstance(transport, HierarchicalGroup):
+        raise ArgumentError(f"{function}: group must be flat, got {transport}; all_reduce_ takes it")
     checks.check_grad(function, grad)
     checks.check_fp32(function, "err", err)
     checks.check_same(function, "err", err, "grad", grad)
@@ -225,39 +230,46 @@ def _all_reduce(
     if not grads:
         return
     numels = tuple(grad.numel() for grad in grads)
-    plan = _plan(compressor, numels, transport.world_size, algorithm)
-    bindings = _check_states(kept, numels, compressor, transport)
-    together = [numels[i] for i in plan.get("two_phase", ())]
-    pieces = piece_numel_of(compressor, together, transport.world_size, grads[0].device.type, piece_numel)
+    tiers = transport if isinstance(transport, HierarchicalGroup) else None
+    # Payloads travel across `tier`; `cuts` is how the ranks of a node share each tensor.
+    tier, local_world_size = (transport, 1) if tiers is None else (tiers.cross, tiers.local.world_size)
+    cuts = cut(numels, compressor.shard_unit, local_world_size)
+    plan = _plan(compressor, cuts, local_world_size, tier.world_size, algorithm)
+    shards = bindings_of(tiers, cuts)
+    bindings = _check_states(kept, cuts, shards, compressor, tier)
+    together = [cuts[i].numel for i in plan.get("two_phase", ())]
+    pieces = piece_numel_of(compressor, together, tier.world_size, grads[0].device.type, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
     text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
     text += " with checksums" if checksum else ""
     signature = Signature(name, text, tuple(g.dtype for g in grads), numels, op)
     agree(transport, function, signature, validate)
-    transport = Checked(transport) if checksum else transport
+    local = transport if tiers is None else tiers.local
+    if checksum:
+        sequence = transport.calls.sequence
+        tier, local = Checked(tier, sequence), Checked(local, sequence)
 
     saved = [None if state is None else state.snapshot() for state in kept]
     flat = [grad.detach().view(-1) for grad in grads]
+    divisor = transport.world_size if op == "avg" else 1
     written: list[tuple[Tensor, Tensor]] = []
     try:
-        results: list[tuple[Tensor, Tensor]] = []
-        for chosen, members in plan.items():
-            some, some_states = [flat[i] for i in members], [kept[i] for i in members]
-            if chosen == "dense":
-                reduced = dense(transport, compressor, some, some_states, op)
-            else:
-                bound = [bindings[i] for i in members]
-                keep = partial(_keep, written, some)
-                reduced = _compressed(
-                    transport, compressor, chosen, some, some_states, bound, op, pieces, keep
-                )
-            results += zip(some, reduced, strict=True)
+        if tiers is None:
+            keep = partial(_keep, written, flat)
+            results = _reduced(tier, compressor, plan, flat, kept, shards, bindings, divisor, pieces, keep)
+        else:
+            with tiers.both_or_none():
+                parts = reduce_scatter(local, flat, cuts)
+                # The ranks across nodes hold parts of one size: those of none have nothing to send.
+                held = {chosen: [i for i in those if parts[i].numel()] for chosen, those in plan.items()}
+                parts = _reduced(tier, compressor, held, parts, kept, shards, bindings, divisor, pieces)
+                results = all_gather(local, parts, [grad.dtype for grad in grads], cuts)
         transport.synchronize()
         # Copies of all of them first: an interrupt may come between two writes, or within one.
-        copied = {id(grad) for grad, _ in written}
-        _keep(written, [grad for grad, _ in results if id(grad) not in copied])
-        for grad, result in results:
+        if not written:
+            _keep(written, flat)
+        for grad, result in zip(flat, results, strict=True):
             grad.copy_(result)
     except BaseException:
         for grad, copy in written:
@@ -274,20 +286,52 @@ def _keep(copies: list[tuple[Tensor, Tensor]], grads: Sequence[Tensor]) -> None:
 
 
 def _plan(
-    compressor: Compressor, numels: Sequence[int], world_size: int, algorithm: str
+    compressor: Compressor, cuts: Sequence[Shards], local_world_size: int, world_size: int, algorithm: str
 ) -> dict[str, list[int]]:
     """Which tensors go by which algorithm, in the same order on all ranks; options that do not fit a
-    size raise here, before anything is sent."""
+    size raise here, on all ranks and before anything is sent."""
+    for shards in cuts if algorithm != "dense" else ():
+        for numel in {shards.valid(rank) for rank in range(local_world_size)}:
+            if numel or local_world_size == 1:
+                compressor.layout(numel)
     if algorithm != "auto":
-        for numel in numels if algorithm != "dense" else ():
-            compressor.layout(numel)
-        return {algorithm: list(range(len(numels)))}
+        return {algorithm: list(range(len(cuts)))}
     # Each tensor by itself: whether and how it is compressed must not depend on what it shares a message
     # with, since DDP rebuilds its buckets after the first step, and again after a restart.
     plan: dict[str, list[int]] = {}
-    for i, numel in enumerate(numels):
-        plan.setdefault(choose_algorithm(compressor, [numel], world_size), []).append(i)
+    for i, shards in enumerate(cuts):
+        plan.setdefault(choose_algorithm(compressor, [shards.numel], world_size), []).append(i)
     return plan
+
+
+def _reduced(
+    transport: Transport,
+    compressor: Compressor,
+    plan: dict[str, list[int]],
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    shards: Sequence[ShardBinding | None],
+    bindings: Sequence[tuple[int, ServerBinding] | None],
+    divisor: int,
+    piece_numel: int,
+    keep: Callable[[], None] | None = None,
+) -> list[Tensor]:
+    """The reduced `grads`, flat, in their order; those that are in no plan as they are."""
+    results = list(grads)
+    for chosen, members in plan.items():
+        if not members:
+            continue
+        some, some_states = [grads[i] for i in members], [states[i] for i in members]
+        if chosen == "dense":
+            reduced = dense(transport, compressor, some, some_states, divisor)
+        else:
+            places = [(shards[i], bindings[i]) for i in members]
+            reduced = _compressed(
+                transport, compressor, chosen, some, some_states, places, divisor, piece_numel, keep
+            )
+        for i, result in zip(members, reduced, strict=True):
+            results[i] = result
+    return results
 
 
 def _compressed(
@@ -296,22 +340,22 @@ def _compressed(
     algorithm: str,
     grads: Sequence[Tensor],
     states: Sequence[ErrorFeedback | None],
-    bindings: Sequence[tuple[int, ServerBinding] | None],
-    op: str,
+    places: Sequence[tuple[ShardBinding | None, tuple[int, ServerBinding] | None]],
+    divisor: int,
     piece_numel: int,
-    keep: Callable[[], None],
+    keep: Callable[[], None] | None,
 ) -> list[Tensor]:
-    pairs = list(zip(grads, states, strict=True))
-    errs = [None if state is None else state.worker_for(grad) for grad, state in pairs]
-    counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state in pairs]
+    held = list(zip(grads, states, places, strict=True))
+    errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _) in held]
+    counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, _ in held]
     unit = compressor.shard_unit
     if algorithm == "one_phase" or unit is None:
-        return one_phase(transport, compressor, grads, errs, counters, op)
+        return one_phase(transport, compressor, grads, errs, counters, divisor)
     servers = [
         None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
-        for (grad, state), bound in zip(pairs, bindings, strict=True)
+        for grad, state, (_, bound) in held
     ]
-    return two_phase(transport, compressor, unit, grads, errs, servers, counters, op, piece_numel, keep)
+    return two_phase(transport, compressor, unit, grads, errs, servers, counters, divisor, piece_numel, keep)
 
 
 def _check(
@@ -351,25 +395,27 @@ def _check(
 
 def _check_states(
     states: Sequence[ErrorFeedback | None],
-    numels: Sequence[int],
+    cuts: Sequence[Shards],
+    shards: Sequence[ShardBinding | None],
     compressor: Compressor,
     transport: Transport,
 ) -> list[tuple[int, ServerBinding] | None]:
     """Size and binding of each server residual; raises where a state belongs to something else."""
     bindings: list[tuple[int, ServerBinding] | None] = []
-    for state, numel in zip(states, numels, strict=True):
+    for state, whole, shard in zip(states, cuts, shards, strict=True):
         if state is None:
             bindings.append(None)
             continue
-        state.check_numel(numel)
+        numel = whole.valid(0 if shard is None else shard.rank)
+        state.check_numel(numel, shard)
         unit = compressor.shard_unit if compressor.shard_unit is not None else _unit(state)
         if unit is None:
             bindings.append(None)
             continue
-        shard = shard_numel(numel, unit, transport.world_size)
+        owned = shard_numel(numel, unit, transport.world_size)
         bound = ServerBinding(transport.rank, transport.world_size, unit)
-        state.check_server(shard, bound)
-        bindings.append((shard, bound))
+        state.check_server(owned, bound)
+        bindings.append((owned, bound))
     return bindings
 
 

@@ -12,10 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gck.compressor import Compressor, shard_numel
+from gck.compressor import Compressor, server_of, shard_numel
 from gck.errors import ArgumentError
 
-__all__ = ["Cost", "Link", "all_reduce_cost", "break_even_density", "choose_algorithm"]
+__all__ = [
+    "Cost",
+    "HierarchicalCost",
+    "Link",
+    "all_reduce_cost",
+    "break_even_density",
+    "choose_algorithm",
+    "hierarchical_cost",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,23 @@ class Cost:
         return self.rounds * link.latency + self.nbytes / link.bandwidth
 
 
+@dataclass(frozen=True)
+class HierarchicalCost:
+    """What one rank sends in either tier of a `HierarchicalGroup`.
+
+    Attributes:
+        local: inside its node.
+        cross: to other nodes.
+    """
+
+    local: Cost
+    cross: Cost
+
+    def seconds(self, fast: Link, slow: Link) -> float:
+        """The time of both tiers, one after the other; every rank of a node has a `slow` link of its own."""
+        return self.local.seconds(fast) + self.cross.seconds(slow)
+
+
 def all_reduce_cost(
     compressor: Compressor, numels: Sequence[int], world_size: int, algorithm: str = "auto"
 ) -> Cost:
@@ -84,21 +109,54 @@ def all_reduce_cost(
     if algorithm == "one_phase":
         return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
     if algorithm == "two_phase" and unit is not None:
-        shards = _nbytes(compressor, numels, world_size)
-        return Cost(algorithm, 2 * others * shards, 2 * others, 1 + others if others else 0)
+        shards = _both_phases(compressor, numels, world_size)
+        return Cost(algorithm, others * shards, 2 * others, 1 + others if others else 0)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
+
+
+def hierarchical_cost(
+    compressor: Compressor,
+    numels: Sequence[int],
+    nodes: int,
+    local_world_size: int,
+    algorithm: str = "auto",
+    element_nbytes: int = 4,
+) -> HierarchicalCost:
+    """What a rank sends to reduce tensors of `numels` elements over nodes of `local_world_size` ranks each.
+
+    Inside a node, an all-to-all of shards and a gather; across nodes, what a flat all-reduce of `nodes` ranks
+    sends for a shard. Where a tensor is not whole shards long, ranks with a shorter one send less.
+
+    Args:
+        algorithm: across nodes; "auto" chooses by the bytes that travel there.
+        element_nbytes: of the gradient's dtype, in which it travels inside a node.
+
+    Raises:
+        ArgumentError: as for `all_reduce_cost`.
+    """
+    for value in (nodes, local_world_size):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(
+                f"hierarchical_cost: nodes and local_world_size must be positive ints, got {nodes} "
+                f"and {local_world_size}"
+            )
+    shards = [shard_numel(numel, compressor.shard_unit or 1, local_world_size) for numel in numels]
+    others, nbytes = local_world_size - 1, sum(-(-numel * element_nbytes // 16) * 16 for numel in shards)
+    local = Cost("dense", 2 * others * nbytes, 2 * others, 1 + others if others else 0)
+    return HierarchicalCost(local, all_reduce_cost(compressor, shards, nodes, algorithm))
 
 
 def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
     """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
 
-    One phase sends (W - 1) payloads, two phases 2 (W - 1) / W, a dense ring 8 (W - 1) / W bytes an
-    element. On a tie the simpler one wins; in a world of one nothing is sent, so nothing is compressed.
+    One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and of an owner's, a dense ring
+    8 (W - 1) / W bytes an element. On a tie the simpler one wins; in a world of one nothing is sent, so
+    nothing is compressed.
     """
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
     if compressor.shard_unit is not None:
-        volumes["two_phase"] = 2 * world_size * _nbytes(compressor, numels, world_size)
+        volumes["two_phase"] = world_size * _both_phases(compressor, numels, world_size)
     return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
 
 
@@ -119,6 +177,12 @@ def break_even_density(world_size: int, entry_nbytes: float = 8) -> float:
             f"and {entry_nbytes}"
         )
     return min(1.0, 8 / (world_size * entry_nbytes))
+
+
+def _both_phases(compressor: Compressor, numels: Sequence[int], world_size: int) -> int:
+    """Bytes of one shard's bodies of all tensors, the workers' and the owner's."""
+    server = server_of(compressor, world_size)
+    return _nbytes(compressor, numels, world_size) + _nbytes(server, numels, world_size)
 
 
 def _nbytes(compressor: Compressor, numels: Sequence[int], shards: int) -> int:

@@ -21,12 +21,12 @@ def dense(
     compressor: Compressor,
     grads: Sequence[Tensor],
     states: Sequence[ErrorFeedback | None],
-    op: str,
+    divisor: int,
 ) -> list[Tensor]:
     """Reduces `grads` in one message and returns flat fp32 results; no residual is left afterwards.
 
-    Residuals are read as `compressor` would, decayed and clipped. Those that are not allocated stay so: a
-    dense warm-up costs no memory for them.
+    Sums are divided by `divisor`. Residuals are read as `compressor` would, decayed and clipped. Those that
+    are not allocated stay so: a dense warm-up costs no memory for them.
     """
     sizes = [grad.numel() for grad in grads]
     flat = torch.empty(sum(sizes), dtype=torch.float32, device=grads[0].device)
@@ -36,7 +36,7 @@ def dense(
         if state is None:
             continue
         if state.worker is not None:
-            acc.add_(residual_of(compressor, state.worker_for(grad)))
+            acc.add_(residual_of(compressor, state.worker_for(grad, state.shard)))
         if state.server is not None and state.binding is not None:
             # The owner's residual is in units of the result: of the mean, where that was taken.
             shards = Shards.of(grad.numel(), state.binding.unit, transport.world_size)
@@ -44,11 +44,11 @@ def dense(
                 : shards.valid(transport.rank)
             ]
             part = shards.part(acc, transport.rank)
-            server = residual_of(server_of(compressor), server)
-            part.add_(server, alpha=transport.world_size if op == "avg" else 1)
+            server = residual_of(server_of(compressor, transport.world_size), server)
+            part.add_(server, alpha=divisor)
     transport.all_reduce(flat)
-    if op == "avg":
-        average_(flat, transport.world_size)
+    if divisor != 1:
+        average_(flat, divisor)
     for state in states:
         for residual in (state.worker, state.server) if state is not None else ():
             if residual is not None:

@@ -1,7 +1,7 @@
 """Two phases: a compressed reduce-scatter, then a compressed all-gather.
 
-Sends about two payloads a rank whatever the number of ranks. Needs a compressor that works on chunks
-(`shard_unit`), and keeps a residual in both phases.
+Sends about two payloads a rank, a worker's and an owner's, whatever the number of ranks. Needs a compressor
+that works on chunks (`shard_unit`), and keeps a residual in both phases.
 
 Source: Tang et al., "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence
 Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorithm 1.
@@ -58,7 +58,7 @@ def two_phase(
     errs: Sequence[Tensor | None],
     server_errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
-    op: str,
+    divisor: int,
     piece_numel: int = 0,
     meanwhile: Callable[[], None] | None = None,
 ) -> list[Tensor]:
@@ -73,7 +73,7 @@ def two_phase(
            into W bodies; err becomes acc - decoded.
         2. All-to-all: shard s of every rank goes to rank s, its owner.
         3. The owner decodes the W bodies of its shard and adds them in rank order, in fp32.
-        4. The owner divides by W for "avg": the only place where the mean is taken.
+        4. The owner divides by `divisor`: the only place where a mean is taken.
         5. The owner compresses the result with its server residual, by the compressor's `server_of`. Steps 3
            to 5 are one pass where the compressor can do them in one.
         6. All-gather the owners' bodies.
@@ -85,6 +85,7 @@ def two_phase(
         errs: (numel,) fp32 each, overwritten, or None for no error feedback.
         server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
+        divisor: of the sums; the number of ranks, of all tiers, for a mean.
         piece_numel: elements a piece, of all shards together; 0: one piece.
         meanwhile: called once, after `grads` have gone out in part or whole: they must not change, but what
             else is to be done may be done while the link is busy.
@@ -93,7 +94,6 @@ def two_phase(
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
     # Decoding writes all of it: every element has one owner.
     results = [torch.empty(shard.total, dtype=torch.float32, device=grads[0].device) for shard in shards]
-    divisor = world_size if op == "avg" else 1
     job = _Job(compressor, rank, world_size, shards, grads, errs, server_errs, counters, results, divisor)
     pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
     pipelined(transport, pieces, job.compress, job.reduce, job.decode, meanwhile)
@@ -140,7 +140,7 @@ class _Job(NamedTuple):
 
     def reduce(self, piece: Piece, received: Tensor) -> Tensor:
         """Steps 3 to 5: the body of what this rank owns of a piece, from what came for it."""
-        server = server_of(self.compressor)
+        server = server_of(self.compressor, self.world_size)
         sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
         server_sizes = [server.layout(part.numel).nbytes for part in piece]
         reduced = self._zeros(sum(server_sizes))
@@ -167,7 +167,7 @@ class _Job(NamedTuple):
 
     def decode(self, piece: Piece, gathered: Tensor) -> None:
         """Step 7: a piece of the results, from the owners' bodies."""
-        server = server_of(self.compressor)
+        server = server_of(self.compressor, self.world_size)
         server_sizes = [server.layout(part.numel).nbytes for part in piece]
         for part, slots in zip(piece, gathered.split(server_sizes, 1), strict=True):
             for owner, slot in enumerate(slots):

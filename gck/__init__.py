@@ -6,6 +6,7 @@
 
 from gck import errors
 from gck.collectives import (
+    HierarchicalGroup,
     NcclCommunicator,
     SimulatedGroup,
     all_reduce_,
@@ -44,6 +45,7 @@ __all__ = [
     "Compressor",
     "ErrorFeedback",
     "ErrorFeedbackMap",
+    "HierarchicalGroup",
     "NcclCommunicator",
     "PackedSigns",
     "Payload",

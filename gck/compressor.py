@@ -136,7 +136,7 @@ def reduce_(
     """The body of the sum of what the rows of `bodies` decode to: what an owner does in the second phase.
 
     acc = (sum of the rows, added in order to zeros) / divisor + err, each operation rounded once in fp32, is
-    compressed by `server_of(compressor)` into `body`; err becomes acc - decoded.
+    compressed by `server_of(compressor, W)` into `body`; err becomes acc - decoded.
 
     A compressor that can do it in one pass has a method `reduce_` (see
     `gck.kernels.common.base.KernelCompressor`); for any other it is done by steps, with the same bytes.
@@ -144,7 +144,7 @@ def reduce_(
     Args:
         bodies: (W, compressor.layout(capacity).nbytes) uint8, rows contiguous; read only.
         err: (numel,) fp32 contiguous; overwritten. None: no residual.
-        body: (server_of(compressor).layout(numel).nbytes,) uint8 contiguous, **zeroed**.
+        body: (server_of(compressor, W).layout(numel).nbytes,) uint8 contiguous, **zeroed**.
         numel: elements of the sum.
         capacity: elements that each row was laid out for, at least numel. Default: numel.
         divisor: 1 for a sum, W for a mean.
@@ -174,16 +174,22 @@ def reduce_by_steps_(
     decompress_sum_(compressor, total, bodies, capacity=capacity)
     if divisor != 1:
         average_(total, divisor)
-    server_of(compressor).compress_(total, err, body.unsqueeze(0), nonfinite=nonfinite)
+    server = server_of(compressor, bodies.shape[0])
+    server.compress_(total, err, body.unsqueeze(0), nonfinite=nonfinite)
 
 
-def server_of(compressor: Compressor) -> Compressor:
-    """The compressor of the second phase, for what an owner has summed: `compressor.server`, or the same.
+def server_of(compressor: Compressor, world_size: int) -> Compressor:
+    """The compressor of the second phase, for what an owner has summed of `world_size` ranks: what the method
+    `server_for(world_size)` returns, where the compressor has one, else the same compressor.
 
     A compressor that draws random numbers has one, because what it draws in the second phase must not be what
-    the addends were rounded by. Its shard_unit is that of the compressor; its layout need not be.
+    the addends were rounded by; so has one that keeps few entries, because a sum has more of them than an
+    addend. The server's shard_unit is that of the compressor; its layout need not be.
     """
-    server: Compressor = getattr(compressor, "server", compressor)
+    server_for = getattr(compressor, "server_for", None)
+    if server_for is None:
+        return compressor
+    server: Compressor = server_for(world_size)
     return server
 
 

@@ -8,21 +8,32 @@ of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gck.errors import StateMismatchError
 
-__all__ = ["ErrorFeedback", "ErrorFeedbackMap", "ServerBinding", "Snapshot"]
+__all__ = ["ErrorFeedback", "ErrorFeedbackMap", "ServerBinding", "ShardBinding", "Snapshot"]
 
 STATE_VERSION = 1
+B = TypeVar("B", "ServerBinding", "ShardBinding")
 
 
 class ServerBinding(NamedTuple):
     """What a server residual belongs to: the shard of this rank in a world cut into units."""
 
+    rank: int
+    world_size: int
+    unit: int
+
+
+class ShardBinding(NamedTuple):
+    """What all residuals of a rank belong to where the ranks of a node share a tensor: the shard of local
+    rank `rank`, of `numel` elements cut into `world_size` shards of whole units."""
+
+    numel: int
     rank: int
     world_size: int
     unit: int
@@ -35,16 +46,20 @@ class Snapshot(NamedTuple):
     worker: tuple[Tensor, Tensor] | None
     server: tuple[Tensor, Tensor] | None
     nonfinite: tuple[Tensor, Tensor] | None
+    shard: ShardBinding | None
 
 
 class ErrorFeedback:
     """The residuals of one tensor on one rank; buffers are allocated as zeros on first use.
 
     Attributes:
-        worker: (numel,) fp32, what this rank's messages left out; None before the first use.
+        worker: (numel,) fp32, what this rank's messages left out; None before the first use. On a
+            `HierarchicalGroup`, of this rank's shard alone.
         server: (shard,) fp32, what this rank, as the owner of a shard, left out of the average; None
             unless a two-phase all-reduce ran.
-        binding: the rank, world size and unit that `server` belongs to.
+        binding: the rank, world size and unit that `server` belongs to; on a `HierarchicalGroup` those of
+            the group across nodes, within the shard.
+        shard: the part of the tensor that the residuals belong to; None: the whole.
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
             cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
             does, which turns it into an int.
@@ -54,6 +69,7 @@ class ErrorFeedback:
         self.worker: Tensor | None = None
         self.server: Tensor | None = None
         self.binding: ServerBinding | None = None
+        self.shard: ShardBinding | None = None
         self.nonfinite: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -63,15 +79,26 @@ class ErrorFeedback:
 
     def reset(self) -> None:
         """Forgets both residuals and the counter."""
-        self.worker = self.server = self.binding = self.nonfinite = None
+        self.worker = self.server = self.binding = self.shard = self.nonfinite = None
 
-    def worker_for(self, grad: Tensor) -> Tensor:
+    @property
+    def numel(self) -> int | None:
+        """Elements of the gradient that the worker residual belongs to; None before the first use."""
+        if self.worker is None:
+            return None
+        return self.worker.numel() if self.shard is None else self.shard.numel
+
+    def worker_for(self, grad: Tensor, shard: ShardBinding | None = None) -> Tensor:
         """The worker residual for `grad`: zeros at first, moved along when the gradient changes device.
 
+        Args:
+            shard: what part of the gradient `grad` is; None: the whole.
+
         Raises:
-            StateMismatchError: it belongs to a tensor with another number of elements.
+            StateMismatchError: it belongs to a tensor with another number of elements, or another part of it.
         """
-        self.check_numel(grad.numel())
+        self.check_numel(grad.numel(), shard)
+        self.shard = shard
         if self.worker is None:
             self.worker = torch.zeros(grad.numel(), dtype=torch.float32, device=grad.device)
         elif self.worker.device != grad.device:
@@ -100,8 +127,15 @@ class ErrorFeedback:
             self.nonfinite = self.nonfinite.to(device)
         return self.nonfinite
 
-    def check_numel(self, numel: int) -> None:
-        """Raises StateMismatchError when the worker residual has another number of elements."""
+    def check_numel(self, numel: int, shard: ShardBinding | None = None) -> None:
+        """Raises StateMismatchError when the residuals belong to another part of a tensor, or the worker
+        residual has another number of elements."""
+        if (self.worker is not None or self.server is not None) and self.shard != shard:
+            whole = "the whole tensor"
+            raise StateMismatchError(
+                f"residuals: belong to {self.shard or whole}, got {shard or whole}; a state is of one "
+                "topology, call reset() to start from zero"
+            )
         if self.worker is not None and self.worker.numel() != numel:
             raise StateMismatchError(
                 f"worker residual: belongs to {self.worker.numel()} elements, got a gradient of {numel}"
@@ -119,12 +153,13 @@ class ErrorFeedback:
 
     def snapshot(self) -> Snapshot:
         """Copies to `restore` from; the buffers themselves stay where they are."""
-        buffers = (self.worker, self.server, self.nonfinite)
-        return Snapshot(self.binding, *(None if b is None else (b, b.clone()) for b in buffers))
+        return Snapshot(
+            self.binding, _copied(self.worker), _copied(self.server), _copied(self.nonfinite), self.shard
+        )
 
     def restore(self, saved: Snapshot) -> None:
         """Puts everything back as it was at `snapshot`, in the same buffers."""
-        self.binding = saved.binding
+        self.binding, self.shard = saved.binding, saved.shard
         self.worker, self.server, self.nonfinite = (
             None if pair is None else pair[0].copy_(pair[1])
             for pair in (saved.worker, saved.server, saved.nonfinite)
@@ -138,6 +173,8 @@ class ErrorFeedback:
         if self.server is not None and self.binding is not None:
             state["server"] = self.server
             state |= self.binding._asdict()
+        if self.shard is not None:
+            state["shard"] = self.shard._asdict()
         if self.nonfinite is not None:
             state["nonfinite"] = int(self.nonfinite)
         return state
@@ -172,7 +209,7 @@ class ErrorFeedback:
             setattr(
                 self, name, None if theirs is None else theirs.clone() if mine is None else theirs.to(mine)
             )
-        self.binding, self.nonfinite = loaded.binding, loaded.nonfinite
+        self.binding, self.shard, self.nonfinite = loaded.binding, loaded.shard, loaded.nonfinite
 
     def _parsed(
         self,
@@ -186,26 +223,21 @@ class ErrorFeedback:
         check_version("ErrorFeedback.load_state_dict", state)
         loaded = ErrorFeedback()
         loaded.worker = _residual(state, "worker")
-        if numel is None and self.worker is not None:
-            numel = self.worker.numel()
-        if loaded.worker is not None and numel not in (None, loaded.worker.numel()):
+        loaded.shard = _binding(ShardBinding, state["shard"], "shard") if "shard" in state else None
+        numel = self.numel if numel is None else numel
+        if numel is not None and loaded.numel not in (None, numel):
             raise StateMismatchError(
-                f"load_state_dict: the saved worker residual has {loaded.worker.numel()} elements, "
+                f"load_state_dict: the saved worker residual has {loaded.numel} elements, "
                 f"the gradient {numel}"
             )
         if "server" in state and not reset_server:
             loaded.server = _residual(state, "server")
-            try:
-                loaded.binding = ServerBinding(*(int(state[name]) for name in ServerBinding._fields))
-            except (KeyError, TypeError, ValueError) as error:
-                raise StateMismatchError(
-                    f"load_state_dict: {error!r} in the saved server residual"
-                ) from error
-            rank = self.binding.rank if rank is None and self.binding else rank
-            world_size = self.binding.world_size if world_size is None and self.binding else world_size
+            loaded.binding = _binding(ServerBinding, state, "server residual")
+            own_rank, own_world_size = self._place()
+            saved_rank, saved_world_size = loaded._place()
             for name, saved, present in (
-                ("rank", loaded.binding.rank, rank),
-                ("world size", loaded.binding.world_size, world_size),
+                ("rank", saved_rank, own_rank if rank is None else rank),
+                ("world size", saved_world_size, own_world_size if world_size is None else world_size),
             ):
                 if present is not None and saved != present:
                     raise StateMismatchError(
@@ -219,6 +251,15 @@ class ErrorFeedback:
             device = None if loaded.worker is None else loaded.worker.device
             loaded.nonfinite = torch.tensor([count], dtype=torch.int64, device=device)
         return loaded
+
+    def _place(self) -> tuple[int, int] | tuple[None, None]:
+        """Rank and size of the world that the server residual belongs to, all tiers together."""
+        if self.binding is None:
+            return None, None
+        if self.shard is None:
+            return self.binding.rank, self.binding.world_size
+        local = self.shard.world_size
+        return self.binding.rank * local + self.shard.rank, self.binding.world_size * local
 
 
 class ErrorFeedbackMap:
@@ -284,8 +325,8 @@ class ErrorFeedbackMap:
                 raise StateMismatchError(f"load_state_dict: no parameter is named {name!r}")
             numel = None if numels is None else numels[name]
             present = self._states.get(name)
-            if numel is None and present is not None and present.worker is not None:
-                numel = present.worker.numel()
+            if numel is None and present is not None:
+                numel = present.numel
             fresh[name] = ErrorFeedback()
             try:
                 fresh[name].load_state_dict(
@@ -304,6 +345,17 @@ def check_version(function: str, state: Any) -> None:
         raise StateMismatchError(
             f"{function}: state must have version {STATE_VERSION}, got {state.get('version')!r}"
         )
+
+
+def _copied(buffer: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if buffer is None else (buffer, buffer.clone())
+
+
+def _binding(kind: type[B], state: Any, name: str) -> B:
+    try:
+        return kind(*(int(state[key]) for key in kind._fields))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateMismatchError(f"load_state_dict: {error!r} in the saved {name}") from error
 
 
 def _residual(state: Mapping[str, Any], name: str) -> Tensor | None:

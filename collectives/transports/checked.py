@@ -37,8 +37,11 @@ WORDS = {DAMAGED: "was damaged: its checksum differs", MISPLACED: "belongs to an
 class Checked:
     """Implements `Transport` over another one; made for a single collective."""
 
-    def __init__(self, inner: Transport) -> None:
+    def __init__(self, inner: Transport, sequence: int = 0) -> None:
         """
+        Args:
+            sequence: of the collective, the same on all ranks and another for every one.
+
         Raises:
             BackendUnavailableError: xxhash is not installed.
         """
@@ -49,7 +52,7 @@ class Checked:
                 f"checksums need xxhash, which cannot be imported ({error}): `pip install xxhash`"
             ) from error
         self._hash = xxh3_64_intdigest
-        self._inner = inner
+        self._inner, self._sequence = inner, sequence & 0xFFFFFFFF
         self._operation = 0
 
     @property
@@ -69,7 +72,7 @@ class Checked:
         return self._inner.calls
 
     def with_timeout(self, seconds: float) -> Checked:
-        return Checked(self._inner.with_timeout(seconds))
+        return Checked(self._inner.with_timeout(seconds), self._sequence)
 
     def all_gather_bytes(self, send: Tensor) -> Tensor:
         """As of any transport; raises CorruptPayloadError on all ranks where one got damaged bytes."""
@@ -114,7 +117,7 @@ class Checked:
         return sealed
 
     def _trailer(self, message: Tensor, sender: int) -> bytes:
-        place = self.calls.sequence & 0xFFFFFFFF, self._operation & 0xFFFF, sender & 0xFFFF
+        place = self._sequence, self._operation & 0xFFFF, sender & 0xFFFF
         return TRAILER.pack(self._hash(_view(message)), *place)
 
     def _checked(self, operation: str, received: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ class Checked:
         self._inner.synchronize()
         fault = next(filter(None, (self._fault(row, sender) for sender, row in enumerate(received))), None)
         what, whose = fault or (WELL, 0)
-        verdict = struct.pack("<BxHI", what, whose & 0xFFFF, self.calls.sequence & 0xFFFFFFFF)
+        verdict = struct.pack("<BxHI", what, whose & 0xFFFF, self._sequence)
         own = struct.pack("<Q", self._hash(verdict)) + verdict
         rows = self._inner.all_gather_bytes(torch.frombuffer(bytearray(own), dtype=torch.uint8))
         for rank, row in enumerate(rows):

@@ -186,6 +186,23 @@ class ProcessGroupTransport:
     def synchronize(self) -> None:
         """Nothing: every operation has waited for its end."""
 
+    def split(self, color: int) -> ProcessGroupTransport:
+        """A new process group: of the ranks that give the same colour, in rank order.
+
+        All ranks of this group call it, and no others need to.
+        """
+        group = self._group("split")
+        send = torch.tensor([color], dtype=torch.int64).view(torch.uint8)
+        colors = self.all_gather_bytes(send).view(torch.int64).view(-1).tolist()
+        ranks = [dist.get_global_rank(group, r) for r, other in enumerate(colors) if other == color]
+        child = dist.new_group(
+            sorted(ranks),
+            timeout=timedelta(seconds=self._timeout),
+            backend=dist.get_backend_config(group),
+            use_local_synchronization=True,
+        )
+        return ProcessGroupTransport.of(child)
+
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from gck.collectives.transports import CallLog, Started, check_timeout
@@ -58,6 +59,8 @@ class SimulatedGroup:
         self._departed: dict[int, str] = {}
         self._unusable: dict[int, str] = {}  # by rank: each learns of a failure in its own call
         self._bytes_sent = [0] * world_size
+        self._splits: dict[tuple[int, int], SimulatedGroup] = {}
+        self._children: list[tuple[list[int], SimulatedGroup]] = []  # with the ranks that are in them
         self.members: Sequence[SimulatedMember] = tuple(
             SimulatedMember(self, rank, check_timeout(timeout)) for rank in range(world_size)
         )
@@ -77,8 +80,7 @@ class SimulatedGroup:
         if self._unusable:
             reason = next(iter(self._unusable.values()))
             raise GroupUnusableError(f"run: the group cannot be used any more ({reason}); make a new one")
-        self._rounds.clear()
-        self._departed.clear()
+        self._begin()
         results: list[Any] = [None] * self.world_size
         errors: list[BaseException] = []
 
@@ -90,12 +92,8 @@ class SimulatedGroup:
                 reason = f"it raised {type(error).__name__}: {error}"
                 errors.append(error)
             finally:
-                with self._condition:
-                    self._departed.setdefault(member.rank, reason)
-                    self._condition.notify_all()
+                self._depart(member.rank, reason)
 
-        for member in self.members:
-            member._tickets.clear()
         threads = [
             threading.Thread(target=rank_main, args=(member,), name=f"rank {member.rank}", daemon=True)
             for member in self.members
@@ -107,6 +105,35 @@ class SimulatedGroup:
         if errors:
             raise errors[0]
         return results
+
+    def _begin(self) -> None:
+        """Everybody is back, but those who failed."""
+        self._rounds.clear()
+        self._splits.clear()
+        self._departed = {rank: f"it failed: {error}" for rank, error in self._unusable.items()}
+        for member in self.members:
+            member._tickets.clear()
+        for _, child in self._children:
+            child._begin()
+
+    def _depart(self, rank: int, reason: str) -> None:
+        """Lets those who wait for `rank`, here or in a group that was split off, know that it is gone."""
+        with self._condition:
+            self._departed.setdefault(rank, reason)
+            self._condition.notify_all()
+            children = list(self._children)
+        for ranks, child in children:
+            if rank in ranks:
+                child._depart(ranks.index(rank), reason)
+
+    def _split(self, number: int, color: int, ranks: list[int], timeout: float) -> SimulatedGroup:
+        """The group of `ranks`, made by the first of them that comes."""
+        with self._condition:
+            child = self._splits.get((number, color))
+            if child is None:
+                child = self._splits[number, color] = SimulatedGroup(len(ranks), timeout)
+                self._children.append((ranks, child))
+            return child
 
     def _post(self, member: SimulatedMember, kind: str, send: Tensor | None) -> int:
         """Posts a copy of this rank's tensor; the number of the round."""
@@ -255,6 +282,16 @@ class SimulatedMember:
 
     def abort(self, reason: str) -> None:
         self.group._spoil(self._rank, PeerLostError(f"rank {self._rank} aborted: {reason}"))
+
+    def split(self, color: int) -> SimulatedMember:
+        """This rank's member of a new group: of the ranks that give the same colour, in rank order.
+
+        All ranks call it. Within `run` of this group, the new one is used like any other.
+        """
+        posts = self._rows(self.group._post(self, "split", torch.tensor([color])))
+        ranks = [rank for rank, other in enumerate(posts) if int(other) == color]
+        group = self.group._split(len(self._tickets), color, ranks, self._timeout)
+        return group.members[ranks.index(self._rank)]
 
     def _start(self, kind: str, send: Tensor, result: Callable[[list[Tensor]], Tensor]) -> Started:
         return _Posted(self, self.group._post(self, kind, send), result)

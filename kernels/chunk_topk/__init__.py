@@ -7,7 +7,7 @@ each chunk); Wang et al., "Communication Efficient LLM Pre-training with SparseL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ __all__ = ["VALUE_BITS", "ChunkTopK", "Row", "check_options"]
 VALUE_BITS = (32, 16, 8, 4, 2)
 # Larger chunks have positions that 12 bits cannot hold.
 MAX_CHUNK_OF_12_BITS = 4096
+# Ranks keep different places of a chunk, so that a sum has more large entries than an addend; from four times
+# k on, training gains little (docs/collectives.md).
+MOST_SERVER_FACTOR = 4
 
 
 class Row(NamedTuple):
@@ -49,6 +52,8 @@ class ChunkTopK(KernelCompressor):
             levels a chunk).
         index_bits: 16, or 12 where chunk_size is at most 4096. None: the smaller that fits.
         decay, clip: of residuals, as they are read; see `gck.chunk_topk_ef_`.
+        server_k: entries that the second phase of a two-phase all-reduce keeps of a chunk, in
+            [1, chunk_size / 2]. None: min(world_size, 4) * k, at most chunk_size / 2.
 
     Raises:
         ArgumentError: an option is out of range.
@@ -61,17 +66,27 @@ class ChunkTopK(KernelCompressor):
     index_bits: int | None = None
     decay: float = 1.0
     clip: float | None = None
+    server_k: int | None = None
 
     name: ClassVar[str] = "chunk_topk"
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
         check_options("ChunkTopK", self.k, self.chunk_size, self.value_bits, self.index_bits)
+        if self.server_k is not None:
+            _check_k("ChunkTopK", "server_k", self.server_k, self.chunk_size)
         checks.check_residual("ChunkTopK", self.decay, self.clip)
 
     @property
     def shard_unit(self) -> int | None:
         return self.chunk_size
+
+    def server_for(self, world_size: int) -> ChunkTopK:
+        """The compressor of what has been summed of `world_size` ranks: it keeps `server_k` of a chunk."""
+        k = self.server_k
+        if k is None:
+            k = min(min(world_size, MOST_SERVER_FACTOR) * self.k, self.chunk_size // 2)
+        return replace(self, k=k, server_k=None)
 
     @property
     def packs_indices(self) -> bool:
@@ -134,10 +149,7 @@ def check_options(
 ) -> None:
     """Raises unless the options of a `ChunkTopK` are in range."""
     size = checks.check_power_of_two(function, "chunk_size", chunk_size, 32, 65536)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise DtypeError(f"{function}: k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= size // 2:
-        raise ArgumentError(f"{function}: k must be in [1, chunk_size / 2 = {size // 2}], got {k}")
+    _check_k(function, "k", k, size)
     if isinstance(value_bits, bool) or not isinstance(value_bits, int):
         raise DtypeError(f"{function}: value_bits must be an int, got {type(value_bits).__name__}")
     if value_bits not in VALUE_BITS:
@@ -151,3 +163,10 @@ def check_options(
             f"{function}: index_bits must be 16, or 12 where chunk_size is at most {MAX_CHUNK_OF_12_BITS}, "
             f"got {index_bits} with chunk_size {size}"
         )
+
+
+def _check_k(function: str, name: str, k: object, chunk_size: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise DtypeError(f"{function}: {name} must be an int, got {type(k).__name__}")
+    if not 1 <= k <= chunk_size // 2:
+        raise ArgumentError(f"{function}: {name} must be in [1, chunk_size / 2 = {chunk_size // 2}], got {k}")

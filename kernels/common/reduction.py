@@ -56,8 +56,9 @@ def checked_reduction(
         raise ArgumentError(f"{function}: numel must be in [0, capacity], got {numel} and {capacity}")
     if not 1 <= divisor <= MOST_DIVISOR:
         raise ArgumentError(f"{function}: divisor must be in [1, {MOST_DIVISOR}], got {divisor}")
-    server, layout = server_of(compressor), compressor.layout(capacity)
+    layout = compressor.layout(capacity)
     rows = checks.check_bodies(function, bodies, bodies, "bodies")
+    server = server_of(compressor, rows)
     if bodies.shape[1] != layout.nbytes:
         raise CorruptPayloadError(
             f"{function}: bodies must be ({rows}, {layout.nbytes}), got {tuple(bodies.shape)}"

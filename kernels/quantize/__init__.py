@@ -85,8 +85,7 @@ class Quantize(KernelCompressor):
     def shard_unit(self) -> int | None:
         return self.chunk_size
 
-    @property
-    def server(self) -> Quantize:
+    def server_for(self, world_size: int) -> Quantize:
         """The compressor of what has been summed: it rounds by random bits of its own."""
         return replace(self, seed=self.seed ^ SERVER_KEY)
 

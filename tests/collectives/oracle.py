@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -16,20 +17,25 @@ def reference(compressor: Any) -> Any:
 
 
 def one_phase(
-    compressor: Any, grads: list[Tensor], errs: list[Tensor], op: str
+    compressor: Any, grads: list[Tensor], errs: list[Tensor], op: str, world_size: int | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """(fp32 result, new residual of each rank)."""
+    """(fp32 result, new residual of each rank); world_size: of a mean, where it is not over `grads` alone."""
     n = grads[0].numel()
     total, residuals = torch.zeros(n), []
     for grad, err in zip(grads, errs, strict=True):
         decoded, residual = _message(compressor, grad.reshape(-1), err)
         total = total + decoded
         residuals.append(residual)
-    return total / len(grads) if op == "avg" else total, residuals
+    return total / (world_size or len(grads)) if op == "avg" else total, residuals
 
 
 def two_phase(
-    compressor: Any, grads: list[Tensor], errs: list[Tensor], servers: list[Tensor], op: str
+    compressor: Any,
+    grads: list[Tensor],
+    errs: list[Tensor],
+    servers: list[Tensor],
+    op: str,
+    world_size: int | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(fp32 result, new worker residuals, new server residuals); servers hold the valid part only."""
     valid = valid_numels(grads[0].numel(), compressor.shard_unit, len(grads))
@@ -41,11 +47,23 @@ def two_phase(
         for decoded in decoded_shards:
             total = total + decoded
         if op == "avg":
-            total = total / len(grads)
-        decoded, residual = _message(getattr(compressor, "server", compressor), total, server)
+            total = total / (world_size or len(grads))
+        decoded, residual = _message(server_of(compressor, len(grads)), total, server)
         parts.append(decoded)
         new_servers.append(residual)
     return torch.cat(parts), [residual for _, residual in messages], new_servers
+
+
+def node_sums(grads: list[Tensor], local: int, unit: int | None) -> list[list[Tensor]]:
+    """[local rank][node]: the fp32 sum of a node's shards, where nodes of `local` ranks share vectors."""
+    valid = valid_numels(grads[0].numel(), unit or 1, local)
+    sums = []
+    for node in range(0, len(grads), local):
+        total = torch.zeros(grads[0].numel())
+        for grad in grads[node : node + local]:
+            total = total + grad.reshape(-1).float()
+        sums.append(total.split(valid))
+    return [list(of_rank) for of_rank in zip(*sums, strict=True)]
 
 
 def valid_numels(n: int, unit: int, world_size: int) -> list[int]:
@@ -53,6 +71,14 @@ def valid_numels(n: int, unit: int, world_size: int) -> list[int]:
     units = -(-n // unit)
     shard = -(-units // world_size) * unit
     return [max(0, min(n, (r + 1) * shard) - r * shard) for r in range(world_size)]
+
+
+def server_of(compressor: Any, world_size: int) -> Any:
+    """The second phase's compressor."""
+    if compressor.name == "chunk_topk":
+        k = compressor.server_k or min(compressor.k * min(world_size, 4), compressor.chunk_size // 2)
+        return replace(compressor, k=k)
+    return compressor.server_for(world_size) if compressor.name == "quantize" else compressor
 
 
 def _message(compressor: Any, grad: Tensor, err: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ COMPRESSORS = [
     Sign(256),
     ChunkTopK(k=5, chunk_size=32, value_bits=2),
     ChunkTopK(k=16, chunk_size=128),
+    ChunkTopK(k=4, chunk_size=64, value_bits=32, server_k=7),
     Quantize(4, 64),
     TopK(ratio=0.1, decay=0.5, clip=0.3),
     Quantize(4, 64, decay=0.9, clip=0.1),
@@ -306,7 +307,9 @@ def test_without_error_feedback() -> None:
         (Sign(256), [0], 2, "dense"),
         (Sign(256), [100_000, 3], 8, "two_phase"),
         (ChunkTopK(), [1_000_000], 2, "one_phase"),
-        (ChunkTopK(), [1_000_000], 3, "two_phase"),
+        (ChunkTopK(), [1_000_000], 5, "one_phase"),  # 4 payloads against 4 / 5 of 1 + 4
+        (ChunkTopK(), [1_000_000], 6, "two_phase"),
+        (ChunkTopK(server_k=64), [1_000_000], 3, "two_phase"),
         (ChunkTopK(value_bits=2), [10], 4, "dense"),
         (RandomK(ratio=0.1), [10_000], 8, "one_phase"),
         (RandomK(ratio=0.4), [10_000], 8, "dense"),
@@ -324,13 +327,14 @@ def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size
         Sign(32),
         Sign(8192),
         ChunkTopK(8, 64),
+        ChunkTopK(8, 64, server_k=8),
         Quantize(4, 64),
         RandomK(k=99),
     ],
     ids=str,
 )
 def test_auto_sends_least_in_fact(compressor: Any) -> None:
-    for world_size in (2, 3, 5):
+    for world_size in (2, 3, 7):
         sent = {}
         for algorithm in ("auto", "one_phase", "two_phase", "dense"):
             if not runs_on(compressor, algorithm):

@@ -15,6 +15,7 @@ from gck.errors import ArgumentError
 COMPRESSORS = [
     gck.TopK(ratio=0.01),
     gck.ChunkTopK(k=4, chunk_size=256, value_bits=2),
+    gck.ChunkTopK(k=4, chunk_size=256, server_k=3),
     gck.Sign(),
     gck.Quantize(),
 ]

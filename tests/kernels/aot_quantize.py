@@ -51,7 +51,7 @@ def variants() -> list[Variant]:
         (Quantize(8, 8192), "quotient", True),
     ):
         constants, num_warps = gpu_reduce.reduce_options(
-            compressor, compressor.server, kind, residual=residual
+            compressor, compressor.server_for(2), kind, residual=residual
         )
         rounding = "mean" if compressor.two_levels else compressor.rounding
         label = f"{compressor.bits} bits, {rounding}, {compressor.chunk_size}, {kind}"

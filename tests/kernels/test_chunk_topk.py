@@ -292,6 +292,12 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "k 0": (gck.errors.ArgumentError, r"k must be in \[1, chunk_size / 2 = 2048\], got 0", {"k": 0}),
     "k high": (gck.errors.ArgumentError, r"chunk_size / 2 = 16\], got 17", {"k": 17, "chunk_size": 32}),
     "k float": (gck.errors.DtypeError, "k must be an int, got float", {"k": 2.0}),
+    "server_k": (
+        gck.errors.ArgumentError,
+        r"server_k must be in \[1, .* = 2048\], got 2049",
+        {"server_k": 2049},
+    ),
+    "server_k str": (gck.errors.DtypeError, "server_k must be an int, got str", {"server_k": "k"}),
     "k bool": (gck.errors.DtypeError, "k must be an int, got bool", {"k": True}),
     "chunk": (gck.errors.ArgumentError, r"power of two in \[32, 65536\], got 100", {"chunk_size": 100}),
     "chunk high": (gck.errors.ArgumentError, "got 131072", {"chunk_size": 131072}),
@@ -312,3 +318,13 @@ def test_options_out_of_range(bad: str) -> None:
     error, text, options = BAD[bad]
     with pytest.raises(error, match=f"^ChunkTopK: .*{text}"):
         ChunkTopK(**options)
+
+
+def test_the_second_phase_keeps_more_of_a_sum() -> None:
+    """min(W, 4) * k entries, at most half of the chunk, unless it is told how many."""
+    compressor = gck.ChunkTopK(k=5, chunk_size=32, value_bits=8, clip=2.0)
+    kept = [compressor.server_for(world_size).k for world_size in (1, 2, 3, 4, 1024)]
+    assert kept == [5, 10, 15, 16, 16]
+    assert gck.ChunkTopK().server_for(64).k == 256
+    assert gck.ChunkTopK(k=5, server_k=3).server_for(64).k == 3
+    assert compressor.server_for(2) == gck.ChunkTopK(k=10, chunk_size=32, value_bits=8, clip=2.0)

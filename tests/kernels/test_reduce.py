@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -29,18 +28,6 @@ from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
 from tests.kernels.test_gpu import synchronisation_is_an_error
 
-
-@dataclass(frozen=True)
-class WiderServer(gck.ChunkTopK):
-    """Keeps more of a sum than of an addend."""
-
-    server_k: int = 16
-
-    @property
-    def server(self) -> gck.ChunkTopK:
-        return gck.ChunkTopK(self.server_k, self.chunk_size, self.value_bits, self.index_bits)
-
-
 TOPK = gck.ChunkTopK(k=5, chunk_size=32, value_bits=4)
 # Whose kernels do it in one pass on the GPU, too.
 FUSED = [
@@ -61,8 +48,8 @@ COMPRESSORS = [
     gck.ChunkTopK(),
     gck.ChunkTopK(k=7, chunk_size=128, value_bits=2),
     gck.ChunkTopK(k=16, chunk_size=32, value_bits=8, index_bits=16),
-    WiderServer(k=4, chunk_size=64, value_bits=32),
-    WiderServer(k=100, chunk_size=8192, value_bits=2, server_k=400),
+    gck.ChunkTopK(k=4, chunk_size=64, value_bits=32, server_k=16),
+    gck.ChunkTopK(k=100, chunk_size=8192, value_bits=2, server_k=400),
 ]
 
 
@@ -100,7 +87,7 @@ def oracle(
             )
         total = total + reference(compressor).decompress(compressor, fields, n)
     total = total / divisor
-    server = server_of(compressor)
+    server = server_of(compressor, bodies.shape[0])
     return reference(server).compress(server, total, err)
 
 
@@ -124,7 +111,7 @@ def check(
     wanted, new_err, cleared = oracle(
         compressor, bodies, capacity, torch.full((n,), -0.0) if err is None else err, divisor
     )
-    server = server_of(compressor)
+    server = server_of(compressor, bodies.shape[0])
     out_layout = server.layout(n)
     memory = torch.full((out_layout.nbytes + 48,), 0xA5, dtype=torch.uint8, device=device)
     body = memory[16 : 16 + out_layout.nbytes]
@@ -200,7 +187,7 @@ def test_thread_count_changes_nothing(compressor: Any) -> None:
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            err, body = residual(n), torch.zeros(server_of(compressor).layout(n).nbytes, dtype=torch.uint8)
+            err, body = residual(n), torch.zeros(server_of(compressor, 2).layout(n).nbytes, dtype=torch.uint8)
             compressor.reduce_(bodies, err, body, n, divisor=2)
             wanted = wanted or [err, body]
             assert same_bytes(err, wanted[0])
@@ -297,7 +284,7 @@ def test_cuda(compressor: Any, ranks: int) -> None:
 def test_no_host_synchronisation(compressor: Any) -> None:
     n = 70_001
     bodies, err = payloads(compressor, 3, n, n).cuda(), residual(n).cuda()
-    body = torch.zeros(server_of(compressor).layout(n).nbytes, dtype=torch.uint8, device="cuda")
+    body = torch.zeros(server_of(compressor, 3).layout(n).nbytes, dtype=torch.uint8, device="cuda")
     compressor.reduce_(bodies, err, body, n, divisor=3)  # compiles
     with synchronisation_is_an_error():
         compressor.reduce_(bodies, err, body, n, divisor=3)
@@ -311,7 +298,7 @@ def test_launches_do_not_depend_on_values(compressor: Any, monkeypatch: pytest.M
     for case in ("gaussian", "all nan", "all zero"):
         bodies, err = payloads(compressor, 2, n, n, case), residual(n, case)
         body = torch.zeros(compressor.layout(n).nbytes, dtype=torch.uint8)
-        job = Reduction(bodies, compressor.layout(n), n, 2, server_of(compressor), err, body, None)
+        job = Reduction(bodies, compressor.layout(n), n, 2, server_of(compressor, 2), err, body, None)
         runs.append(
             [
                 (fn.__name__, grid, options)
@@ -342,7 +329,9 @@ class Plain:
 
 
 @pytest.mark.parametrize(
-    "compressor", [gck.Sign(64), gck.Quantize(4, 64), gck.ChunkTopK(5, 64), gck.TopK(k=20)], ids=str
+    "compressor",
+    [gck.Sign(64), gck.Quantize(4, 64), gck.ChunkTopK(5, 64, server_k=5), gck.TopK(k=20)],
+    ids=str,
 )
 def test_one_pass_is_the_steps(compressor: Any) -> None:
     """`reduce_` of a compressor that has one, of one that has not, and where its kernels have none."""
@@ -389,7 +378,9 @@ BAD: dict[str, tuple[type[GckError], str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("compressor", [gck.Sign(32), gck.Quantize(4, 32), gck.ChunkTopK(5, 32)], ids=str)
+@pytest.mark.parametrize(
+    "compressor", [gck.Sign(32), gck.Quantize(4, 32), gck.ChunkTopK(5, 32, server_k=5)], ids=str
+)
 def test_bad_input_changes_nothing(compressor: Any, bad: str) -> None:
     error, text, change = BAD[bad]
     body = torch.zeros(compressor.layout(GOOD_N).nbytes, dtype=torch.uint8)
@@ -418,7 +409,7 @@ def test_tensors_that_overlap() -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_corrupt_payload_changes_nothing(rank: int) -> None:
-    compressor = gck.ChunkTopK(k=4, chunk_size=64, index_bits=16)
+    compressor = gck.ChunkTopK(k=4, chunk_size=64, index_bits=16, server_k=4)
     n = 70_000
     bodies = payloads(compressor, 3, n, n)
     compressor.layout(n).views(bodies[rank])[2].view(torch.int16)[4 * 500 + 2] = 64

@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from gck.collectives import SimulatedGroup, all_reduce_, sparse_all_gather
+from gck.collectives import (
+    HierarchicalGroup,
+    NcclCommunicator,
+    SimulatedGroup,
+    all_reduce_,
+    sparse_all_gather,
+)
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveMismatchError
 from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
 from gck.payload import SparseGrad
 from tests.collectives import launcher, scenarios
 from tests.nccl.library import fake_library
@@ -73,3 +80,22 @@ def test_payloads_that_are_no_single_body() -> None:
             assert torch.equal(a.values, b.values)
             assert torch.equal(a.indices, b.indices)
             assert a.numel == b.numel == 90
+
+
+@pytest.mark.usefixtures("fake")
+def test_two_tiers() -> None:
+    """Both groups come out of one communicator; the bytes are those of simulated ranks."""
+
+    def rank_main(flat: Any) -> list[str]:
+        group = HierarchicalGroup.from_group(flat, local_world_size=2)
+        found = []
+        for compressor, algorithm in ((Sign(32), "two_phase"), (TopK(ratio=0.1), "one_phase")):
+            state, grad = ErrorFeedback(), scenarios.gradient(group.rank, 1001)
+            all_reduce_(grad, state, compressor, group, algorithm=algorithm)
+            found += [scenarios.digest(grad), scenarios.digest(state.worker, state.server)]
+        for tier in (group.local, group.cross):
+            if isinstance(tier, NcclCommunicator):
+                tier.close()
+        return found
+
+    assert run_ranks(4, rank_main) == SimulatedGroup(4, timeout=30).run(rank_main)
