@@ -13,6 +13,7 @@ from gck.collectives.cost import Cost, Link, all_reduce_cost, break_even_density
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
+from gck.collectives.work import Work
 
 __all__ = [
     "Cost",
@@ -21,6 +22,7 @@ __all__ = [
     "SimulatedGroup",
     "SimulatedMember",
     "Transport",
+    "Work",
     "all_reduce_",
     "all_reduce_cost",
     "all_reduce_many_",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from gck.collectives.all_gather import one_phase
 from gck.collectives.cost import choose_algorithm
 from gck.collectives.dense import dense
-from gck.collectives.handshake import Signature, agree, describe
+from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.two_phase import two_phase
+from gck.collectives.work import Work, check_async_op, perform
 from gck.compressor import Compressor, compressor_class, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
@@ -24,6 +27,20 @@ OPS = ("avg", "sum")
 ALGORITHMS = ("auto", "one_phase", "two_phase", "dense")
 
 
+# fmt: off
+@overload
+def all_reduce_(
+    grad: Tensor, state: ErrorFeedback | None, compressor: Compressor, group: Any = None, op: str = "avg",
+    algorithm: str = "auto", *, validate: str = "first", timeout: float | None = None,
+    async_op: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def all_reduce_(
+    grad: Tensor, state: ErrorFeedback | None, compressor: Compressor, group: Any = None, op: str = "avg",
+    algorithm: str = "auto", *, validate: str = "first", timeout: float | None = None,
+    async_op: Literal[True],
+) -> Work[Tensor]: ...
+# fmt: on
 def all_reduce_(
     grad: Tensor,
     state: ErrorFeedback | None,
@@ -34,7 +51,8 @@ def all_reduce_(
     *,
     validate: str = "first",
     timeout: float | None = None,
-) -> Tensor:
+    async_op: bool = False,
+) -> Tensor | Work[Tensor]:
     """Averages a gradient over the group through a compressor, with error feedback.
 
     Every rank ends with the same bits. What the messages left out stays in `state` and is added to the
@@ -60,9 +78,12 @@ def all_reduce_(
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
             "always" (a small message more a call) where configurations change during training.
         timeout: seconds that each wait may take. Default: the group's own.
+        async_op: return a handle at once, and reduce on another thread, after what the group has in flight
+            and before what it is given later. Errors of arguments are raised here, all others by the
+            handle's `wait`. Until then grad and state must be left alone, and be with one group.
 
     Returns:
-        grad.
+        grad; a `Work` whose `wait` returns it where async_op is true.
 
     Raises:
         ArgumentError: an argument is out of range or does not fit another.
@@ -77,11 +98,26 @@ def all_reduce_(
         them. The rank that raised must not go on with the group either: its next message would be taken
         for the one that is missing.
     """
-    states = None if state is None else [state]
-    _all_reduce("all_reduce_", [grad], states, compressor, resolve(group, timeout), op, algorithm, validate)
-    return grad
+    states = [state]
+    transport = resolve(group, timeout)
+    run = prepare("all_reduce_", [grad], states, compressor, transport, op, algorithm, validate, async_op)
+    return _perform("all_reduce_", transport, run, grad, states, grad, async_op)
 
 
+# fmt: off
+@overload
+def all_reduce_many_(
+    grads: Sequence[Tensor], states: Sequence[ErrorFeedback | None] | None, compressor: Compressor,
+    group: Any = None, op: str = "avg", algorithm: str = "auto", *, validate: str = "first",
+    timeout: float | None = None, async_op: Literal[False] = False,
+) -> None: ...
+@overload
+def all_reduce_many_(
+    grads: Sequence[Tensor], states: Sequence[ErrorFeedback | None] | None, compressor: Compressor,
+    group: Any = None, op: str = "avg", algorithm: str = "auto", *, validate: str = "first",
+    timeout: float | None = None, async_op: Literal[True],
+) -> Work[None]: ...
+# fmt: on
 def all_reduce_many_(
     grads: Sequence[Tensor],
     states: Sequence[ErrorFeedback | None] | None,
@@ -92,7 +128,8 @@ def all_reduce_many_(
     *,
     validate: str = "first",
     timeout: float | None = None,
-) -> None:
+    async_op: bool = False,
+) -> Work[None] | None:
     """`all_reduce_` of several tensors with one message a phase; all on one device.
 
     With "auto" each tensor takes the algorithm that it would take alone, and tensors of one algorithm
@@ -107,10 +144,26 @@ def all_reduce_many_(
 
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """
-    transport = resolve(group, timeout)
-    _all_reduce("all_reduce_many_", grads, states, compressor, transport, op, algorithm, validate)
+    function, transport, grads = "all_reduce_many_", resolve(group, timeout), list(grads)
+    kept = [None] * len(grads) if states is None else list(states)
+    run = prepare(function, grads, kept, compressor, transport, op, algorithm, validate, async_op)
+    return _perform(function, transport, run, grads[0] if grads else None, kept, None, async_op)
 
 
+# fmt: off
+@overload
+def packed_all_reduce_(
+    grad: Tensor, err: Tensor, server_err: Tensor, chunk_size: int = 256, group: Any = None,
+    op: str = "avg", *, nonfinite: Tensor | None = None, validate: str = "first",
+    timeout: float | None = None, async_op: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def packed_all_reduce_(
+    grad: Tensor, err: Tensor, server_err: Tensor, chunk_size: int = 256, group: Any = None,
+    op: str = "avg", *, nonfinite: Tensor | None = None, validate: str = "first",
+    timeout: float | None = None, async_op: Literal[True],
+) -> Work[Tensor]: ...
+# fmt: on
 def packed_all_reduce_(
     grad: Tensor,
     err: Tensor,
@@ -122,7 +175,8 @@ def packed_all_reduce_(
     nonfinite: Tensor | None = None,
     validate: str = "first",
     timeout: float | None = None,
-) -> Tensor:
+    async_op: bool = False,
+) -> Tensor | Work[Tensor]:
     """The 1-bit all-reduce: signs and a scale a chunk in both phases, with worker and server residuals.
 
     Sends about numel / 4 bytes a rank, whatever the number of ranks.
@@ -135,11 +189,11 @@ def packed_all_reduce_(
         server_err: fp32, `gck.shard_numel(numel, chunk_size, world_size)` elements; the
             residual of the shard that this rank owns, overwritten.
         chunk_size: elements a scale, a power of two in [32, 8192].
-        group, op, validate, timeout: as for `all_reduce_`.
+        group, op, validate, timeout, async_op: as for `all_reduce_`.
         nonfinite: (1,) int64; increased by the residual entries cleared because not finite.
 
     Returns:
-        grad.
+        grad; a `Work` whose `wait` returns it where async_op is true.
 
     Raises:
         Those of `all_reduce_`; grad, err, server_err and nonfinite are as they were.
@@ -163,8 +217,8 @@ def packed_all_reduce_(
     state = ErrorFeedback()
     state.worker, state.server, state.nonfinite = err.view(-1), server_err.view(-1), nonfinite
     state.binding = ServerBinding(transport.rank, transport.world_size, chunk_size)
-    _all_reduce(function, [grad], [state], compressor, transport, op, "two_phase", validate)
-    return grad
+    run = prepare(function, [grad], [state], compressor, transport, op, "two_phase", validate, async_op)
+    return _perform(function, transport, run, grad, [state], grad, async_op)
 
 
 def check_algorithm(function: str, compressor: object, algorithm: object) -> None:
@@ -185,26 +239,45 @@ def check_algorithm(function: str, compressor: object, algorithm: object) -> Non
         )
 
 
+def prepare(
+    function: str,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    compressor: Compressor,
+    transport: Transport,
+    op: str = "avg",
+    algorithm: str = "auto",
+    validate: str = "first",
+    async_op: bool = False,
+) -> Callable[[], None]:
+    """Checks a call and returns the rest of it, to be run when the call has the group's turn."""
+    check_async_op(function, async_op)
+    check_validate(function, validate)
+    _check(function, grads, states, compressor, op, algorithm)
+    if not grads:
+        return lambda: None
+    numels = tuple(grad.numel() for grad in grads)
+    plan = _plan(compressor, numels, transport.world_size, algorithm)
+    _check_states(states, numels, compressor, transport)
+    name = next(iter(plan)) if len(plan) == 1 else "mixed"
+    signature = Signature(name, describe(compressor), tuple(g.dtype for g in grads), numels, op)
+    return partial(_all_reduce, function, grads, states, compressor, transport, op, plan, signature, validate)
+
+
 def _all_reduce(
     function: str,
     grads: Sequence[Tensor],
-    states: Sequence[ErrorFeedback | None] | None,
+    kept: Sequence[ErrorFeedback | None],
     compressor: Compressor,
     transport: Transport,
     op: str,
-    algorithm: str,
+    plan: dict[str, list[int]],
+    signature: Signature,
     validate: str,
 ) -> None:
-    """Checks, agrees with the other ranks, reduces, and writes only when everything succeeded."""
-    kept: Sequence[ErrorFeedback | None] = [None] * len(grads) if states is None else states
-    _check(function, grads, kept, compressor, op, algorithm)
-    if not grads:
-        return
-    numels = tuple(grad.numel() for grad in grads)
-    plan = _plan(compressor, numels, transport.world_size, algorithm)
-    bindings = _check_states(kept, numels, compressor, transport)
-    name = next(iter(plan)) if len(plan) == 1 else "mixed"
-    signature = Signature(name, describe(compressor), tuple(g.dtype for g in grads), numels, op)
+    """Agrees with the other ranks, reduces, and writes only when everything succeeded."""
+    # The states once more: what was in flight may have used them since `prepare`.
+    bindings = _check_states(kept, signature.numels, compressor, transport)
     agree(transport, function, signature, validate)
 
     saved = [None if state is None else state.snapshot() for state in kept]
@@ -232,6 +305,29 @@ def _all_reduce(
             if state is not None and snapshot is not None:
                 state.restore(snapshot)
         raise
+
+
+def _perform(
+    function: str,
+    transport: Transport,
+    run: Callable[[], None],
+    grad: Tensor | None,
+    states: Sequence[ErrorFeedback | None],
+    result: Any,
+    async_op: bool,
+) -> Any:
+    """Runs what `prepare` returned, in its turn or later, for `result`."""
+
+    def run_for_result() -> Any:
+        run()
+        return result
+
+    def made() -> list[Tensor]:
+        held = [(s.worker, s.server, s.nonfinite) for s in states if s is not None]
+        return [buffer for buffers in held for buffer in buffers if buffer is not None]
+
+    device = torch.device("cpu") if grad is None else grad.device
+    return perform(transport, function, run_for_result, device, async_op, made)
 
 
 def _plan(

@@ -22,6 +22,7 @@ __all__ = [
     "PeerLostError",
     "ShapeMismatchError",
     "StateMismatchError",
+    "WaitTimeoutError",
 ]
 
 
@@ -83,3 +84,7 @@ class PeerLostError(CollectiveError, ConnectionError):
 
 class GroupUnusableError(CollectiveError):
     """An earlier failure left the group in an unknown state; make a new one."""
+
+
+class WaitTimeoutError(GckError, TimeoutError):
+    """An asynchronous collective did not end within the timeout of `wait`; it goes on, nothing is spoilt."""

@@ -16,6 +16,7 @@ the group's own timeout has passed: give `init_process_group` a short one rather
 from __future__ import annotations
 
 import re
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -144,6 +145,7 @@ class ProcessGroupTransport:
         # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
         if group is not None and hasattr(group, "abort"):
             group.abort()
+        self.calls.queue.end()
 
     def _group(self, operation: str) -> dist.ProcessGroup:
         """The group, unless it is gone or an earlier failure spoilt it."""
@@ -164,6 +166,8 @@ class ProcessGroupTransport:
             work = start()
             if work is not None:
                 self._poll(work, began)
+        except GroupUnusableError:  # aborted meanwhile
+            raise
         except BaseException as error:
             elapsed = time.monotonic() - began
             typed = typed_error(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
@@ -173,15 +177,21 @@ class ProcessGroupTransport:
             raise typed from error
 
     def _poll(self, work: Any, began: float) -> None:
-        if dist.get_backend(self._state.group()) == "gloo":
+        # A daemon thread that comes back from C++ into an interpreter that has ended takes the process down:
+        # such a thread looks now and then, and leaves when the group is aborted.
+        daemon = threading.current_thread().daemon
+        if dist.get_backend(self._state.group()) == "gloo" and not daemon:
             work.wait(timedelta(seconds=self._timeout))
             return
         # Device backends order `wait` on the stream only; we must know that the bytes arrived before
         # residuals are committed, and within the timeout.
         while not work.is_completed():
-            if time.monotonic() - began > self._timeout:
+            elapsed = time.monotonic() - began
+            if elapsed > self._timeout:
                 raise TimeoutError("operation timed out")
-            time.sleep(1e-4)
+            if self._state.unusable is not None:
+                raise GroupUnusableError(f"the group was given up meanwhile ({self._state.unusable})")
+            time.sleep(min(max(elapsed / 16, 2e-5), 1e-3))
         work.wait()
 
 

@@ -70,6 +70,8 @@ class SimulatedGroup:
     def run(self, fn: Callable[..., T], *args: Any) -> list[T]:
         """Calls fn(member, *args) on every rank's thread; the results, in rank order.
 
+        A rank leaves when its asynchronous collectives have ended, too.
+
         Raises:
             GroupUnusableError: an earlier failure spoilt the group.
             Exception: the first one that a rank raised; the other ranks are released.
@@ -86,6 +88,7 @@ class SimulatedGroup:
             reason = "it returned"
             try:
                 results[member.rank] = fn(member, *args)
+                member.calls.queue.drain()
             except BaseException as error:
                 reason = f"it raised {type(error).__name__}: {error}"
                 errors.append(error)
@@ -104,6 +107,9 @@ class SimulatedGroup:
             thread.start()
         for thread in threads:
             thread.join()
+        for member in self.members:
+            member.calls.queue.drain()  # of a rank that raised: fails, for the others have left
+            member.calls.queue.end()
         if errors:
             raise errors[0]
         return results
@@ -147,6 +153,8 @@ class SimulatedGroup:
             ]
             left = deadline - time.monotonic()
             error: Exception | None = None
+            if member.rank in self._unusable:
+                raise GroupUnusableError(f"{where}: the group was given up ({self._unusable[member.rank]})")
             if current.failure is not None:
                 error = PeerLostError(f"{where}: a peer gave up: {current.failure}")
             elif gone:
