@@ -244,6 +244,7 @@ class SimulatedMember:
 
     def abort(self, reason: str) -> None:
         self.group._spoil(self._rank, PeerLostError(f"rank {self._rank} aborted: {reason}"))
+        self._calls.queue.end()
 
     def _exchange(self, kind: str, send: Tensor) -> list[Tensor]:
         rows = self.group._exchange(self, kind, send)
