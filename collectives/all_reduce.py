@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from gck.kernels.common import checks
 
 __all__ = ["all_reduce_", "all_reduce_many_", "packed_all_reduce_"]
 
+T = TypeVar("T")
 OPS = ("avg", "sum")
 ALGORITHMS = ("auto", "one_phase", "two_phase", "dense")
 
@@ -313,12 +314,12 @@ def _perform(
     run: Callable[[], None],
     grad: Tensor | None,
     states: Sequence[ErrorFeedback | None],
-    result: Any,
+    result: T,
     async_op: bool,
-) -> Any:
+) -> T | Work[T]:
     """Runs what `prepare` returned, in its turn or later, for `result`."""
 
-    def run_for_result() -> Any:
+    def run_for_result() -> T:
         run()
         return result
 

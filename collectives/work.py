@@ -68,7 +68,8 @@ class Work(Generic[T]):
     ) -> None:
         self._function = function
         self._queue = transport.calls.queue
-        self._call: _Call[T] | None = _Call(function, run, transport, _Caller(function, device, made))
+        # Any: None once it has run.
+        self._call: Any = _Call(function, run, transport, _Caller(function, device, made))
         self._device = device
         self._done = threading.Event()
         self._error: BaseException | None = None

@@ -345,7 +345,8 @@ def _prepare(
     bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch re-exports it from C++
 ) -> tuple[Transport, Callable[[], Tensor]]:
     """Checks a bucket; returns what it goes by, and what reduces it when it has the turn."""
-    buffer, parameters = bucket.buffer(), bucket.parameters()
+    buffer: Tensor = bucket.buffer()
+    parameters: list[Tensor] = bucket.parameters()
     if buffer.layout != torch.strided:
         raise LayoutError(
             f"gck.ddp.hook: bucket {bucket.index()} holds the sparse gradient ({buffer.layout}) of "
