@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from gck.collectives.transports import CallLog, check_timeout
@@ -118,6 +119,9 @@ class SimulatedGroup:
         """Posts this rank's tensor and returns everybody's, once all have posted."""
         rank = member.rank
         own = None if send is None else send.detach().clone()
+        if own is not None and own.is_cuda:
+            # Peers may read it on streams of their own, and be at it when it is freed.
+            torch.cuda.current_stream(own.device).synchronize()
         with self._condition:
             if rank in self._unusable:
                 raise GroupUnusableError(
@@ -142,7 +146,11 @@ class SimulatedGroup:
                         f"with {_shape(post)}"
                     ),
                 )
-        return [current.posts[other][1] for other in range(self.world_size)]
+        posts = [current.posts[other][1] for other in range(self.world_size)]
+        for post in posts:
+            if post is not None and post.is_cuda:
+                post.record_stream(torch.cuda.current_stream(post.device))
+        return posts
 
     def _wait(self, member: SimulatedMember, kind: str, current: _Round) -> None:
         where, deadline = f"{kind} on rank {member.rank}", time.monotonic() + member.timeout
