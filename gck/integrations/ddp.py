@@ -247,9 +247,9 @@ def hook(
     bucket's own hook, those of collectives once all buckets have been through, the first of them. The bucket
     that failed and its residuals are as they were, other buckets of the same step may have been reduced; the
     step does not count. DDP itself does not survive an error raised in a hook: its next backward stops at an
-    internal assert of torch. Make a new DDP module of the model inside, on a group that is usable, and
-    register the hook on it with a new state that loads `state_dict()` of this one, or with this one after
-    `bind`: the residuals are intact.
+    internal assert of torch. Delete it, for its hooks stay on the parameters as long as it lives. Make a new
+    DDP module of the model inside, on a group that is usable, and register the hook on it with a new state
+    that loads `state_dict()` of this one, or with this one after `bind`: the residuals are intact.
 
     With `find_unused_parameters=True`, what is averaged for a parameter that no rank used in this step is
     discarded: DDP leaves its gradient alone, and does not tell the hook. The residual that was sent for
