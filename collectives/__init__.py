@@ -23,6 +23,7 @@ from gck.collectives.pieces import choose_piece_numel
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
+from gck.collectives.work import Work
 
 __all__ = [
     "Cost",
@@ -33,6 +34,7 @@ __all__ = [
     "SimulatedGroup",
     "SimulatedMember",
     "Transport",
+    "Work",
     "all_reduce_",
     "all_reduce_cost",
     "all_reduce_many_",

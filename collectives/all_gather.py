@@ -7,14 +7,16 @@ cut into shards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from gck.average import average_
-from gck.collectives.handshake import Signature, agree
+from gck.collectives.handshake import Signature, agree, check_validate
+from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport, resolve
+from gck.collectives.work import Work, check_async_op, perform
 from gck.compressor import Compressor, decompress_sum_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
@@ -25,9 +27,26 @@ __all__ = ["one_phase", "sparse_all_gather"]
 P = TypeVar("P", bound=tuple[Any, ...])
 
 
+# fmt: off
+@overload
 def sparse_all_gather(
-    payload: P, group: Any = None, *, validate: str = "first", timeout: float | None = None
-) -> list[P]:
+    payload: P, group: Any = None, *, validate: str = "first", timeout: float | None = None,
+    async_op: Literal[False] = False,
+) -> list[P]: ...
+@overload
+def sparse_all_gather(
+    payload: P, group: Any = None, *, validate: str = "first", timeout: float | None = None,
+    async_op: Literal[True],
+) -> Work[list[P]]: ...
+# fmt: on
+def sparse_all_gather(
+    payload: P,
+    group: Any = None,
+    *,
+    validate: str = "first",
+    timeout: float | None = None,
+    async_op: bool = False,
+) -> list[P] | Work[list[P]]:
     """Every rank's payload, in rank order, this rank's own included.
 
     Payloads of all ranks must have the same type, dtypes and lengths: the same compressor on vectors of
@@ -39,9 +58,11 @@ def sparse_all_gather(
         group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a `SimulatedGroup`.
         validate: when ranks compare what they call: "first", "always" or "off"; see `gck.all_reduce_`.
         timeout: seconds that each wait may take. Default: the group's own.
+        async_op: return a handle at once; see `gck.all_reduce_`. The payload must be left alone meanwhile.
 
     Returns:
-        world_size payloads whose tensors are views of one new buffer on the payload's device.
+        world_size payloads whose tensors are views of one new buffer on the payload's device; a `Work` whose
+        `wait` returns them where async_op is true.
 
     Raises:
         ArgumentError: payload is no NamedTuple of tensors, or validate is unknown.
@@ -61,6 +82,8 @@ def sparse_all_gather(
         if isinstance(value, Tensor):
             checks.check_tensor("sparse_all_gather", name, value)
             checks.check_device("sparse_all_gather", name, value, "the first tensor", tensors[0])
+    check_async_op("sparse_all_gather", async_op)
+    check_validate("sparse_all_gather", validate)
     transport = resolve(group, timeout)
     options = ", ".join(f"{n}={v}" for n, v in zip(names, payload, strict=True) if not isinstance(v, Tensor))
     signature = Signature(
@@ -69,16 +92,22 @@ def sparse_all_gather(
         tuple(tensor.dtype for tensor in tensors),
         tuple(tensor.numel() for tensor in tensors),
     )
-    agree(transport, "sparse_all_gather", signature, validate)
-    body, layout = body_of(*tensors), layout_of(*tensors)
-    rows = transport.all_gather_bytes(body)
-    transport.synchronize()
-    gathered = []
-    for row in rows:
-        views = iter(layout.views(row))
-        fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in payload)
-        gathered.append(type(payload)(*fields))
-    return gathered
+
+    def run() -> list[P]:
+        agree(transport, "sparse_all_gather", signature, validate)
+        body, layout = body_of(*tensors), layout_of(*tensors)
+        rows = transport.all_gather_bytes(body)
+        transport.synchronize()
+        gathered = []
+        for row in rows:
+            views = iter(layout.views(row))
+            fields = (
+                next(views).view(value.shape) if isinstance(value, Tensor) else value for value in payload
+            )
+            gathered.append(type(payload)(*fields))
+        return gathered
+
+    return perform(transport, "sparse_all_gather", run, tensors[0].device, async_op)
 
 
 def one_phase(
@@ -88,6 +117,7 @@ def one_phase(
     errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
     divisor: int,
+    memory: Scratch,
 ) -> list[Tensor]:
     """Reduces by gathering payloads; returns flat fp32 results. All tensors travel in one message.
 
@@ -98,14 +128,14 @@ def one_phase(
            number of ranks, of all tiers, for a mean.
     """
     sizes = [compressor.layout(grad.numel()).nbytes for grad in grads]
-    send = torch.zeros(1, sum(sizes), dtype=torch.uint8, device=grads[0].device)
+    send = memory.zeros((1, sum(sizes)), torch.uint8, grads[0].device)
     for grad, err, counter, body in zip(grads, errs, counters, send.split(sizes, 1), strict=True):
         if grad.numel():
             compressor.compress_(grad, err, body, nonfinite=counter)
     rows = transport.all_gather_bytes(send[0])
     results = []
     for grad, bodies in zip(grads, rows.split(sizes, 1), strict=True):
-        result = torch.empty(grad.numel(), dtype=torch.float32, device=grad.device)
+        result = memory.empty((grad.numel(),), torch.float32, grad.device)
         if grad.numel():
             decompress_sum_(compressor, result, bodies)
             if divisor != 1:

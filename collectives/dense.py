@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gck.average import average_
+from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
 from gck.compressor import Compressor, residual_of, server_of
@@ -22,6 +23,7 @@ def dense(
     grads: Sequence[Tensor],
     states: Sequence[ErrorFeedback | None],
     divisor: int,
+    memory: Scratch,
 ) -> list[Tensor]:
     """Reduces `grads` in one message and returns flat fp32 results; no residual is left afterwards.
 
@@ -29,7 +31,7 @@ def dense(
     are not allocated stay so: a dense warm-up costs no memory for them.
     """
     sizes = [grad.numel() for grad in grads]
-    flat = torch.empty(sum(sizes), dtype=torch.float32, device=grads[0].device)
+    flat = memory.empty((sum(sizes),), torch.float32, grads[0].device)
     results = list(flat.split(sizes))
     for grad, state, acc in zip(grads, states, results, strict=True):
         acc.copy_(grad)

@@ -115,7 +115,6 @@ def pipelined(
     compress: Callable[[Piece], Tensor],
     reduce: Callable[[Piece, Tensor], Tensor],
     decode: Callable[[Piece, Tensor], None],
-    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Runs every piece through both phases; the same operations in the same order on all ranks.
 
@@ -132,7 +131,6 @@ def pipelined(
         compress: the message of a piece: a row for each rank.
         reduce: the body of the sum of what an all-to-all returned.
         decode: takes what an all-gather returned.
-        meanwhile: called once, with the first messages on the wire.
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
@@ -141,8 +139,6 @@ def pipelined(
         for j, piece in enumerate(pieces):
             if j + 1 < len(pieces):
                 swaps.append(start_all_to_all(transport, compress(pieces[j + 1])))
-            if meanwhile is not None and not j:
-                meanwhile()
             reduced = reduce(piece, swaps.popleft().wait())
             gathers.append(start_all_gather(transport, reduced))
             if j:

@@ -9,13 +9,14 @@ Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gck.collectives.pieces import Piece, Slice, cut, pipelined
+from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
 from gck.compressor import Compressor, compressor_at, reduce_, server_of, shard_numel
 from gck.errors import ArgumentError
@@ -60,7 +61,8 @@ def two_phase(
     counters: Sequence[Tensor | None],
     divisor: int,
     piece_numel: int = 0,
-    meanwhile: Callable[[], None] | None = None,
+    *,
+    memory: Scratch,
 ) -> list[Tensor]:
     """Reduces `grads` and returns flat fp32 results, the same bits on every rank.
 
@@ -87,16 +89,16 @@ def two_phase(
         counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
         divisor: of the sums; the number of ranks, of all tiers, for a mean.
         piece_numel: elements a piece, of all shards together; 0: one piece.
-        meanwhile: called once, after `grads` have gone out in part or whole: they must not change, but what
-            else is to be done may be done while the link is busy.
+        memory: where results, and what is sent, are made.
     """
     rank, world_size = transport.rank, transport.world_size
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
     # Decoding writes all of it: every element has one owner.
-    results = [torch.empty(shard.total, dtype=torch.float32, device=grads[0].device) for shard in shards]
-    job = _Job(compressor, rank, world_size, shards, grads, errs, server_errs, counters, results, divisor)
+    results = [memory.empty((shard.total,), torch.float32, grads[0].device) for shard in shards]
+    residuals = errs, server_errs, counters
+    job = _Job(compressor, rank, world_size, shards, grads, *residuals, results, divisor, memory)
     pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
-    pipelined(transport, pieces, job.compress, job.reduce, job.decode, meanwhile)
+    pipelined(transport, pieces, job.compress, job.reduce, job.decode)
     return results
 
 
@@ -113,6 +115,7 @@ class _Job(NamedTuple):
     counters: Sequence[Tensor | None]
     results: Sequence[Tensor]
     divisor: int
+    memory: Scratch
 
     def compress(self, piece: Piece) -> Tensor:
         """Step 1: the message of a piece, a row for each owner."""
@@ -178,7 +181,7 @@ class _Job(NamedTuple):
                     server.decompress_(out, slot[: server.layout(valid).nbytes])
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.uint8, device=self.results[0].device)
+        return self.memory.zeros(shape, torch.uint8, self.results[0].device)
 
     def _whole(self, part: Slice) -> bool:
         """Whether it is all of a tensor, which is compressed in one pass."""

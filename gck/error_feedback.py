@@ -7,7 +7,7 @@ of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -151,11 +151,11 @@ class ErrorFeedback:
                 f"{binding} with {numel}; call reset() to start from zero"
             )
 
-    def snapshot(self) -> Snapshot:
-        """Copies to `restore` from; the buffers themselves stay where they are."""
-        return Snapshot(
-            self.binding, _copied(self.worker), _copied(self.server), _copied(self.nonfinite), self.shard
-        )
+    def snapshot(self, clone: Callable[[Tensor], Tensor] = torch.clone) -> Snapshot:
+        """Copies to `restore` from, made by `clone`; the buffers themselves stay where they are."""
+        buffers = (self.worker, self.server, self.nonfinite)
+        worker, server, nonfinite = (None if b is None else (b, clone(b)) for b in buffers)
+        return Snapshot(self.binding, worker, server, nonfinite, self.shard)
 
     def restore(self, saved: Snapshot) -> None:
         """Puts everything back as it was at `snapshot`, in the same buffers."""

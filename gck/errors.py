@@ -22,6 +22,7 @@ __all__ = [
     "PeerLostError",
     "ShapeMismatchError",
     "StateMismatchError",
+    "WaitTimeoutError",
 ]
 
 
@@ -58,7 +59,13 @@ class BackendUnavailableError(GckError, RuntimeError):
 
 
 class CorruptPayloadError(GckError, ValueError):
-    """A payload contradicts itself: indices out of range or out of order, wrong lengths."""
+    """A payload contradicts itself: indices out of range or out of order, wrong lengths.
+
+    Attributes:
+        on_all_ranks: raised by a collective on every rank, so that the group is in step.
+    """
+
+    on_all_ranks = False
 
 
 class StateMismatchError(GckError, ValueError):
@@ -83,3 +90,7 @@ class PeerLostError(CollectiveError, ConnectionError):
 
 class GroupUnusableError(CollectiveError):
     """An earlier failure left the group in an unknown state; make a new one."""
+
+
+class WaitTimeoutError(GckError, TimeoutError):
+    """An asynchronous collective did not end within the timeout of `wait`; it goes on, nothing is spoilt."""

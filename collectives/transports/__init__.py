@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
 
+from gck.collectives.work import WorkQueue
 from gck.errors import ArgumentError
 
 __all__ = [
@@ -30,10 +32,15 @@ class CallLog:
     Attributes:
         sequence: collectives called so far.
         agreed: signatures that every rank has confirmed.
+        queue: where collectives of this rank and group wait for their turn; ends with this object.
     """
 
     sequence: int = 0
     agreed: set[bytes] = field(default_factory=set)
+    queue: WorkQueue = field(default_factory=WorkQueue)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, self.queue.end).atexit = False
 
 
 @runtime_checkable

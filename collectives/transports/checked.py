@@ -94,7 +94,7 @@ class Checked:
         send = torch.frombuffer(bytearray(struct.pack("<Q", digest)), dtype=torch.uint8)
         digests = {bytes(row.tolist()) for row in self.all_gather_bytes(send)}
         if len(digests) > 1:
-            raise CorruptPayloadError("all_reduce: a message was damaged: ranks have different sums")
+            raise _damaged("all_reduce: a message was damaged: ranks have different sums")
 
     def barrier(self) -> None:
         self._inner.barrier()
@@ -139,9 +139,7 @@ class Checked:
                 )
             if what != WELL:
                 words = WORDS.get(what, f"is wrong ({what})")
-                raise CorruptPayloadError(
-                    f"{operation}: the message from rank {whose} to rank {rank} {words}"
-                )
+                raise _damaged(f"{operation}: the message from rank {whose} to rank {rank} {words}")
         return received[:, :-NBYTES]
 
     def _fault(self, row: Tensor, sender: int) -> tuple[int, int] | None:
@@ -161,3 +159,9 @@ def _on_host(tensor: Tensor) -> Tensor:
 def _view(host: Tensor) -> memoryview:
     """The memory of a tensor that is alive, for whoever reads buffers."""
     return memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())) if len(host) else _NONE
+
+
+def _damaged(text: str) -> CorruptPayloadError:
+    error = CorruptPayloadError(text)
+    error.on_all_ranks = True
+    return error

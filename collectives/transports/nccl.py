@@ -167,14 +167,20 @@ class NcclCommunicator(Operations):
     def abort(self, reason: str) -> None:
         """Stops what runs; peers that wait for this rank fail. At any time, from any thread."""
         self._shared.native.abort(str(reason))
+        self.calls.queue.end()
 
     def close(self) -> None:
         """Ends what was started, at most `timeout` seconds, and leaves. A second time does nothing.
 
+        Asynchronous collectives in flight come first.
+
         Raises:
             CollectiveTimeoutError, PeerLostError, CollectiveError: it was aborted instead.
         """
-        self._shared.native.close(self._timeout)
+        queue = self.calls.queue
+        with queue.turn("close"):
+            self._shared.native.close(self._timeout)
+        queue.end()
 
     def __enter__(self) -> NcclCommunicator:
         return self
@@ -192,6 +198,10 @@ class NcclCommunicator(Operations):
         Sends and receives among several ranks need it. Results are there once the block has ended. An
         exception that leaves the block aborts the communicator: peers have started the whole of it.
         """
+        with self.calls.queue.turn("group"):
+            yield from self._group()
+
+    def _group(self) -> Iterator[None]:
         shared = self._shared
         shared.native.group_start(self._timeout)
         held: list[Tensor] = []
@@ -220,7 +230,7 @@ class NcclCommunicator(Operations):
         """
         if color is not None and (isinstance(color, bool) or not isinstance(color, int) or color < 0):
             raise ArgumentError(f"split: color must be None or an int of at least 0, got {color!r}")
-        with _on(self.device if self.device.type == "cuda" else None):
+        with self.calls.queue.turn("split"), _on(self.device if self.device.type == "cuda" else None):
             native = self._shared.native.split(-1 if color is None else color, key, self._timeout)
         if native is None:
             return None

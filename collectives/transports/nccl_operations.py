@@ -193,12 +193,16 @@ class Operations:
     def synchronize(self) -> None:
         """Waits until what the current stream holds has ended, and what was started on others.
 
-        At most `timeout` seconds; in a capture, not at all.
+        At most `timeout` seconds; in a capture, not at all. Asynchronous collectives in flight come first.
 
         Raises:
             CollectiveTimeoutError: it has not; the communicator is aborted.
             PeerLostError, CollectiveError: it never will, for NCCL reported an error.
         """
+        with self._shared.calls.queue.turn("synchronize"):
+            self._synchronize()
+
+    def _synchronize(self) -> None:
         native = self._shared.native
         native.check("synchronize")
         if self.device.type == "cpu":
@@ -243,9 +247,10 @@ class Operations:
             if self._shared.grouped is not None:
                 self._shared.grouped += tensors
             try:
-                getattr(native, operation)(*arguments, stream, self._timeout)
-                if cuda:
-                    self._shared.mark(current)
+                with self._shared.calls.queue.turn(operation):
+                    getattr(native, operation)(*arguments, stream, self._timeout)
+                    if cuda:
+                        self._shared.mark(current)
             except BaseException:
                 if not native.quiescent:
                     orphans.extend(tensors)

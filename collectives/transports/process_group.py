@@ -16,6 +16,7 @@ the group's own timeout has passed: give `init_process_group` a short one rather
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class _GroupState:
     group: ReferenceType[Any]
     calls: CallLog = field(default_factory=CallLog)
     unusable: str | None = None
+    rotation: rotation.Rotation | None = None  # the last one
 
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
@@ -167,7 +169,9 @@ class ProcessGroupTransport:
         recv = torch.empty_like(local)
         operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
         if local[0].numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo":
-            return operation.start(lambda: rotation.Rotation(group, local, recv, self._rank))
+            ends = group, local, recv, self._rank, self._timeout, self._state.rotation
+            self._state.rotation = started = rotation.Rotation(*ends)
+            return operation.start(lambda: started)
         return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -212,6 +216,7 @@ class ProcessGroupTransport:
         # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
         if group is not None and hasattr(group, "abort"):
             group.abort()
+        self.calls.queue.end()
 
     def _group(self, operation: str) -> dist.ProcessGroup:
         """The group, unless it is gone or an earlier failure spoilt it."""
@@ -226,6 +231,8 @@ class ProcessGroupTransport:
 
     def _spoil(self, operation: str, error: BaseException, elapsed: float) -> NoReturn:
         """Makes the group unusable and raises what `error` means."""
+        if isinstance(error, GroupUnusableError):  # aborted meanwhile
+            raise error
         typed = typed_error(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
         self._state.unusable = self._state.unusable or str(typed or repr(error))
         if typed is None:
@@ -233,15 +240,21 @@ class ProcessGroupTransport:
         raise typed from error
 
     def _poll(self, work: Any, began: float) -> None:
-        if dist.get_backend(self._state.group()) == "gloo":
+        # A daemon thread that comes back from C++ into an interpreter that has ended takes the process down:
+        # such a thread looks now and then, and leaves when the group is aborted.
+        daemon = threading.current_thread().daemon
+        if dist.get_backend(self._state.group()) == "gloo" and not daemon:
             work.wait(timedelta(seconds=self._timeout))
             return
         # Device backends order `wait` on the stream only; we must know that the bytes arrived before
         # residuals are committed, and within the timeout.
         while not work.is_completed():
-            if time.monotonic() - began > self._timeout:
+            elapsed = time.monotonic() - began
+            if elapsed > self._timeout:
                 raise TimeoutError("operation timed out")
-            time.sleep(1e-4)
+            if self._state.unusable is not None:
+                raise GroupUnusableError(f"the group was given up meanwhile ({self._state.unusable})")
+            time.sleep(min(max(elapsed / 16, 2e-5), 1e-3))
         work.wait()
 
 

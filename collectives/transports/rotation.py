@@ -11,7 +11,7 @@ section 4.3, the pairwise-exchange algorithm for long messages.
 
 from __future__ import annotations
 
-import itertools
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -31,25 +31,57 @@ def rotation(rank: int, world_size: int) -> Iterator[tuple[int, int]]:
 
 
 class Rotation:
-    """The whole all-to-all, its first round started; `wait` as torch.distributed's works have it."""
+    """The whole all-to-all, under way on a thread of its own; in the manner of torch.distributed's works.
 
-    def __init__(self, group: dist.ProcessGroup, send: Tensor, recv: Tensor, rank: int) -> None:
+    gloo cannot be asked whether a send or a receive has ended, only be waited for, and whoever waits cannot
+    compute meanwhile.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        send: Tensor,
+        recv: Tensor,
+        rank: int,
+        timeout: float,
+        after: Rotation | None,
+    ) -> None:
+        """
+        Args:
+            timeout: seconds that every round may take.
+            after: the rotation before this one, which must end first: between two ranks messages are told
+                apart by their order.
+        """
         self._group, self._send, self._recv = group, send, recv
-        self._rounds = rotation(rank, len(send))
+        self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
+        self._after = after
+        self._done = threading.Event()
+        self._error: BaseException | None = None
         recv[rank] = send[rank]
-        self._start()
+        # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down.
+        threading.Thread(target=self._run, name="gck rotation", daemon=False).start()
 
-    def wait(self, timeout: timedelta) -> None:
-        """Every round may take `timeout`."""
-        while self._works:
-            for work in self._works:
-                work.wait(timeout)
-            self._start()
+    def is_completed(self) -> bool:
+        return self._done.is_set()
 
-    def _start(self) -> None:
-        """The next round, if there is one."""
-        self._works: list[dist.Work] = []
-        for to, source in itertools.islice(self._rounds, 1):
-            receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
-            sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
-            self._works = [work for work in (receiving, sending) if work is not None]
+    def wait(self, timeout: timedelta | None = None) -> None:
+        """Until its end, which the timeout of rounds bounds."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            if self._after is not None:
+                self._after.wait()
+            for to, source in self._rounds:
+                receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
+                sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
+                for work in (receiving, sending):
+                    if work is not None:
+                        work.wait(self._timeout)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._after = None
+            self._done.set()

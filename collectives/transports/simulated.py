@@ -73,6 +73,8 @@ class SimulatedGroup:
     def run(self, fn: Callable[..., T], *args: Any) -> list[T]:
         """Calls fn(member, *args) on every rank's thread; the results, in rank order.
 
+        A rank leaves when its asynchronous collectives have ended, too.
+
         Raises:
             GroupUnusableError: an earlier failure spoilt the group.
             Exception: the first one that a rank raised; the other ranks are released.
@@ -88,6 +90,7 @@ class SimulatedGroup:
             reason = "it returned"
             try:
                 results[member.rank] = fn(member, *args)
+                member.calls.queue.drain()
             except BaseException as error:
                 reason = f"it raised {type(error).__name__}: {error}"
                 errors.append(error)
@@ -102,6 +105,9 @@ class SimulatedGroup:
             thread.start()
         for thread in threads:
             thread.join()
+        for member in self.members:
+            member.calls.queue.drain()  # of a rank that raised: fails, for the others have left
+            member.calls.queue.end()
         if errors:
             raise errors[0]
         return results
@@ -139,6 +145,9 @@ class SimulatedGroup:
         """Posts a copy of this rank's tensor; the number of the round."""
         rank = member.rank
         own = None if send is None else send.detach().clone()
+        if own is not None and own.is_cuda:
+            # Peers may read it on streams of their own, and be at it when it is freed.
+            torch.cuda.current_stream(own.device).synchronize()
         with self._condition:
             if rank in self._unusable:
                 raise GroupUnusableError(
@@ -171,7 +180,11 @@ class SimulatedGroup:
                         f"with {_shape(post)}"
                     ),
                 )
-        return [current.posts[other][1] for other in range(self.world_size)]
+        posts = [current.posts[other][1] for other in range(self.world_size)]
+        for post in posts:
+            if post is not None and post.is_cuda:
+                post.record_stream(torch.cuda.current_stream(post.device))
+        return posts
 
     def _wait(self, member: SimulatedMember, kind: str, current: _Round) -> None:
         where, deadline = f"{kind} on rank {member.rank}", time.monotonic() + member.timeout
@@ -182,6 +195,8 @@ class SimulatedGroup:
             ]
             left = deadline - time.monotonic()
             error: Exception | None = None
+            if member.rank in self._unusable:
+                raise GroupUnusableError(f"{where}: the group was given up ({self._unusable[member.rank]})")
             if current.failure is not None:
                 error = PeerLostError(f"{where}: a peer gave up: {current.failure}")
             elif gone:
@@ -282,6 +297,7 @@ class SimulatedMember:
 
     def abort(self, reason: str) -> None:
         self.group._spoil(self._rank, PeerLostError(f"rank {self._rank} aborted: {reason}"))
+        self._calls.queue.end()
 
     def split(self, color: int) -> SimulatedMember:
         """This rank's member of a new group: of the ranks that give the same colour, in rank order.

@@ -15,7 +15,7 @@ units of the scaled gradient.
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gck.collectives import all_reduce_many_, resolve
-from gck.collectives.all_reduce import check_algorithm
+from gck.collectives import Transport, Work, resolve
+from gck.collectives.arguments import check_algorithm
 from gck.collectives.handshake import check_validate, describe
+from gck.collectives.reduction import prepare
 from gck.collectives.transports import check_timeout
+from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_version
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError, StateMismatchError
@@ -51,6 +53,10 @@ class HookState:
         group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
             is a DDP module, else WORLD.
         algorithm, validate, timeout: as for `gck.all_reduce_`.
+        overlap: reduce buckets on another thread while the backward pass goes on. Not where `model` is not
+            known, and not where it has a torch.nn.SyncBatchNorm, which sends in the backward pass itself.
+            False where other code does that on the same group: a thread more, and ranks might send in
+            different orders. The results are the same bits.
 
     Attributes:
         step: synchronising steps done.
@@ -72,13 +78,15 @@ class HookState:
         algorithm: str = "auto",
         validate: str = "first",
         timeout: float | None = None,
+        overlap: bool = True,
     ) -> None:
         check_algorithm("HookState", compressor, algorithm)
         check_validate("HookState", validate)
         if timeout is not None:
             check_timeout(timeout)
-        if not isinstance(bypass_1d, bool):
-            raise DtypeError(f"HookState: bypass_1d must be a bool, got {type(bypass_1d).__name__}")
+        for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap)):
+            if not isinstance(value, bool):
+                raise DtypeError(f"HookState: {name} must be a bool, got {type(value).__name__}")
         self.compressor = compressor
         self.warmup_steps = _count("warmup_steps", warmup_steps)
         self.bypass_numel = _count("bypass_numel", bypass_numel)
@@ -87,9 +95,12 @@ class HookState:
         self.algorithm = algorithm
         self.validate = validate
         self.timeout = timeout
+        self.overlap = overlap
         self.step = 0
         self.residuals = ErrorFeedbackMap()
         self._bound = False
+        self._sends_in_backward = False
+        self._in_flight: list[Work[Tensor]] = []  # of this step's buckets, in their order
         self._names: dict[int, str] = {}
         # Keys are ids, which are unique only while the parameters live.
         self._parameters: list[Tensor] = []
@@ -114,6 +125,7 @@ class HookState:
         self._names = named
         self._parameters = list(inner.parameters())
         self._bound = True
+        self._sends_in_backward = any(isinstance(part, torch.nn.SyncBatchNorm) for part in inner.modules())
         if self.group is None and isinstance(model, DistributedDataParallel):
             self.group = model.process_group
 
@@ -140,6 +152,10 @@ class HookState:
     def bypassed(self, parameter: Tensor) -> bool:
         """Whether a parameter's gradient is reduced without compression."""
         return parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
+
+    def overlaps(self) -> bool:
+        """Whether buckets are reduced while the backward pass goes on."""
+        return self.overlap and self._bound and not self._sends_in_backward
 
     def state_dict(self) -> dict[str, Any]:
         """A plain dict for this rank's checkpoint: residuals by parameter name, and the step.
@@ -222,15 +238,19 @@ def hook(
 ) -> torch.futures.Future[Tensor]:
     """Averages a bucket of gradients; pass it to `DistributedDataParallel.register_comm_hook`.
 
-    The mean is taken here, once. Collectives run to their end inside the hook, in the order of the
-    buckets, which is the same on all ranks: chained from futures they would run in another order on
-    each.
+    The mean is taken here, once. Buckets but the last of a step are compressed and sent on a worker thread
+    while the backward pass goes on (see `overlap` of `HookState`), one after the other in the order of the
+    buckets, which is the same on all ranks: chained from futures they would run in another order on each.
+    The last one is reduced in its turn and waits for all, so that nothing is in flight when the hook returns
+    for it: DDP may send on the same group from there on.
 
-    Errors reach the training loop from `loss.backward()` with their type; the bucket that failed and its
-    residuals are as they were, buckets of the same step that came before it are reduced. DDP itself does
-    not survive an error raised in a hook: its next backward stops at an internal assert of torch. Make a
-    new DDP module of the model inside, on a group that is usable, and register the hook on it with a new
-    state that loads `state_dict()` of this one, or with this one after `bind`: the residuals are intact.
+    Errors reach the training loop from `loss.backward()` with their type: those of arguments from the
+    bucket's own hook, those of collectives once all buckets have been through, the first of them. The bucket
+    that failed and its residuals are as they were, other buckets of the same step may have been reduced; the
+    step does not count. DDP itself does not survive an error raised in a hook: its next backward stops at an
+    internal assert of torch. Delete it, for its hooks stay on the parameters as long as it lives. Make a new
+    DDP module of the model inside, on a group that is usable, and register the hook on it with a new state
+    that loads `state_dict()` of this one, or with this one after `bind`: the residuals are intact.
 
     With `find_unused_parameters=True`, what is averaged for a parameter that no rank used in this step is
     discarded: DDP leaves its gradient alone, and does not tell the hook. The residual that was sent for
@@ -241,33 +261,35 @@ def hook(
         ShapeMismatchError: the bucket's sizes contradict each other.
         Those of `gck.all_reduce_`.
     """
-    buffer, parameters = bucket.buffer(), bucket.parameters()
-    if buffer.layout != torch.strided:
-        raise LayoutError(
-            f"gck.ddp.hook: bucket {bucket.index()} holds the sparse gradient ({buffer.layout}) of "
-            f"{', '.join(map(state.label, parameters))}, which DDP gives to hooks as it is; make it dense, "
-            "as with nn.Embedding(sparse=False)"
-        )
-    numels = [parameter.numel() for parameter in parameters]
-    if buffer.numel() != sum(numels):
-        raise ShapeMismatchError(
-            f"gck.ddp.hook: bucket {bucket.index()} has {buffer.numel()} elements, its "
-            f"{len(numels)} parameters {sum(numels)}"
-        )
-    # Not bucket.gradients(): those have the parameters' strides, which need not be contiguous.
-    pairs = list(zip(parameters, buffer.split(numels), strict=True))
-    warm_up = state.step < state.warmup_steps
-    plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
-    packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
-    with _unchanged_on_error(state, plain if packed else []):
-        _reduce(state, plain, "dense", create=False)
-        _reduce(state, packed, state.algorithm, create=True)
+    if bucket.index() == 0:
+        state._in_flight.clear()  # of a step whose backward pass did not come to its end
+    try:
+        transport, run = _prepare(state, bucket)
+    except BaseException:
+        _land(state)
+        raise
+    device = bucket.buffer().device
+    if not bucket.is_last() and state.overlaps():
+        work = submit(transport, "gck.ddp.hook", run, device)
+        state._in_flight.append(work)
+        return work.get_future()
+    # A single bucket needs no other thread, and the last one would have nothing to overlap with.
+    failed = None
+    try:
+        perform(transport, "gck.ddp.hook", run, device, False)
+    except Exception as error:
+        failed = error
+    # Also where this one failed: no rank stops at an error before it has called what its peers call.
+    failed = (_land(state) if bucket.is_last() else None) or failed
+    if failed is not None:
+        raise failed
     if bucket.is_last():
         state.step += 1
     # A future of device tensors must know the devices, to order streams.
-    devices = [buffer.device] if buffer.device.type == "cuda" else None
-    future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-    future.set_result(buffer)
+    future: torch.futures.Future[Tensor] = torch.futures.Future(
+        devices=[device] if device.type == "cuda" else None
+    )
+    future.set_result(bucket.buffer())
     return future
 
 
@@ -282,13 +304,14 @@ def register(
     algorithm: str = "auto",
     validate: str = "first",
     timeout: float | None = None,
+    overlap: bool = True,
 ) -> HookState:
     """Makes a `HookState` for `model` and registers the hook.
 
     Args:
         model: not yet with a communication hook.
-        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout: as for
-            `HookState`.
+        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, overlap: as
+            for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -312,23 +335,69 @@ def register(
         algorithm=algorithm,
         validate=validate,
         timeout=timeout,
+        overlap=overlap,
     )
     model.register_comm_hook(state, hook)
     return state
 
 
-def _reduce(state: HookState, pairs: Sequence[tuple[Tensor, Tensor]], algorithm: str, create: bool) -> None:
-    """One list all-reduce of the (parameter, flat gradient) pairs."""
-    if pairs:
-        all_reduce_many_(
-            [grad for _, grad in pairs],
-            [state.feedback(parameter, create) for parameter, _ in pairs],
+def _prepare(
+    state: HookState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch re-exports it from C++
+) -> tuple[Transport, Callable[[], Tensor]]:
+    """Checks a bucket; returns what it goes by, and what reduces it when it has the turn."""
+    buffer: Tensor = bucket.buffer()
+    parameters: list[Tensor] = bucket.parameters()
+    if buffer.layout != torch.strided:
+        raise LayoutError(
+            f"gck.ddp.hook: bucket {bucket.index()} holds the sparse gradient ({buffer.layout}) of "
+            f"{', '.join(map(state.label, parameters))}, which DDP gives to hooks as it is; make it dense, "
+            "as with nn.Embedding(sparse=False)"
+        )
+    numels = [parameter.numel() for parameter in parameters]
+    if buffer.numel() != sum(numels):
+        raise ShapeMismatchError(
+            f"gck.ddp.hook: bucket {bucket.index()} has {buffer.numel()} elements, its "
+            f"{len(numels)} parameters {sum(numels)}"
+        )
+    # Not bucket.gradients(): those have the parameters' strides, which need not be contiguous.
+    pairs = list(zip(parameters, buffer.split(numels), strict=True))
+    warm_up = state.step < state.warmup_steps
+    plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
+    packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
+    transport = resolve(state.group, state.timeout)
+    calls = [
+        prepare(
+            "gck.ddp.hook",
+            [grad for _, grad in some],
+            [state.feedback(parameter, create) for parameter, _ in some],
             state.compressor,
-            state.group,
+            transport,
             algorithm=algorithm,
             validate=state.validate,
-            timeout=state.timeout,
         )
+        for some, algorithm, create in ((plain, "dense", False), (packed, state.algorithm, True))
+    ]
+
+    def run() -> Tensor:
+        with _unchanged_on_error(state, plain if packed else []):
+            for call in calls:
+                call()
+        return buffer
+
+    return transport, run
+
+
+def _land(state: HookState) -> Exception | None:
+    """Waits for the buckets in flight; the error of the first that failed."""
+    works, state._in_flight = state._in_flight, []
+    failed = None
+    for work in works:
+        try:
+            work.wait()
+        except Exception as error:
+            failed = failed or error
+    return failed
 
 
 @contextmanager

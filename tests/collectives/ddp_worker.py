@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 import traceback
 from dataclasses import replace
 from typing import Any
@@ -174,6 +175,59 @@ def check_low_precision() -> None:
             assert same_bytes(parameter.grad, theirs.grad)
 
 
+def check_overlap_makes_no_difference() -> None:
+    """Many buckets, some of them dense; DDP sends by the group itself where parameters may be unused."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.unused = network(), nn.Linear(33, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    for make, options in ((network, {}), (Sometimes, {"find_unused_parameters": True})):
+        models, states, threads = [], [], []
+        for overlap in (False, True):
+            models.append(DistributedDataParallel(make(), bucket_cap_mb=TINY_BUCKETS, **options))
+            states.append(
+                ddp.register(
+                    models[-1],
+                    Sign(32),
+                    algorithm="two_phase",
+                    bypass_numel=200,
+                    bypass_1d=False,
+                    overlap=overlap,
+                )
+            )
+            started = []
+
+            class Counted(Sign):
+                def compress_(self, *args: Any, _started: list[str] = started, **kwargs: Any) -> None:
+                    _started.append(threading.current_thread().name)
+                    super().compress_(*args, **kwargs)
+
+            states[-1].compressor = Counted(32)
+            train(models[-1], range(4))
+            threads.append(set(started))
+        assert "gck collectives" not in threads[0]
+        assert "gck collectives" in threads[1]
+        assert equal(*models)
+        assert sorted(states[0].residuals) == sorted(states[1].residuals)
+        for name, residuals in states[0].residuals.items():
+            assert same_bytes(residuals.worker, states[1].residuals[name].worker)
+            assert same_bytes(residuals.server, states[1].residuals[name].server)
+        assert [state.step for state in states] == [4, 4]
+
+
+def check_no_overlap_with_what_sends_in_the_backward_pass() -> None:
+    plain, normed = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3))
+    assert ddp.HookState(Sign(32), model=plain).overlaps()
+    assert not ddp.HookState(Sign(32), model=plain, overlap=False).overlaps()
+    assert not ddp.HookState(Sign(32), model=normed).overlaps()
+    assert not ddp.HookState(Sign(32)).overlaps()
+
+
 def check_channels_last() -> None:
     """Gradients whose memory order is not that of their indices."""
 
@@ -330,6 +384,41 @@ def check_names_can_come_later() -> None:
     train(model, range(2, 3))
     assert len(state.residuals) == 2
     assert sorted(state.state_dict()["residuals"]["tensors"]) == ["0.weight", "2.weight"]
+
+
+def check_errors_of_buckets_in_flight() -> None:
+    """One bucket of several fails; all ranks say so at the end of the pass, and the group stays usable."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
+    state = ddp.HookState(TopK(ratio=0.3), algorithm="one_phase", model=model, bypass_numel=200)
+    hooked = []
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]
+        names = [state.label(parameter) for parameter in bucket.parameters()]
+        hooked.append((names, bucket.is_last()))
+        wrong = state.step == 1 and "2.weight" in names and dist.get_rank() == 1
+        state.compressor = TopK(ratio=0.4 if wrong else 0.3)
+        return ddp.hook(state, bucket)
+
+    model.register_comm_hook(state, hook)
+    train(model, range(1))  # one bucket, which DDP then cuts
+    hooked.clear()
+    before = {name: residuals.worker.clone() for name, residuals in state.residuals.items()}
+    with pytest.raises(CollectiveMismatchError, match=r"rank 1 differs .* compressor"):
+        loss_of(model, 1).backward()
+    assert [last for names, last in hooked if "2.weight" in names] == [False]
+    assert hooked[-1][1], "the pass stopped before its last bucket"
+    assert state.step == 1
+    assert same_bytes(state.residuals["2.weight"].worker, before["2.weight"])
+    assert not same_bytes(state.residuals["0.weight"].worker, before["0.weight"])
+    state.compressor = TopK(ratio=0.3)
+    inner = network()
+    inner.load_state_dict(model.module.state_dict())
+    again = DistributedDataParallel(inner, bucket_cap_mb=TINY_BUCKETS)
+    next_state = ddp.register(again, TopK(ratio=0.3), algorithm="one_phase", bypass_numel=200)
+    next_state.load_state_dict(state.state_dict())
+    train(again, range(1, 3))
+    assert next_state.step == 3
+    assert_same_on_all_ranks(list(again.parameters()))
 
 
 def check_errors_reach_the_training_loop() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gck
-from gck.collectives import all_reduce_, all_reduce_many_, packed_all_reduce_, sparse_all_gather
+from gck.collectives import Work, all_reduce_, all_reduce_many_, packed_all_reduce_, sparse_all_gather
 from gck.collectives.handshake import describe
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
@@ -37,16 +37,40 @@ def gradient(rank: int, n: int, dtype: torch.dtype = torch.float32, step: int = 
     return torch.randn(n, generator=torch.Generator().manual_seed(100 * step + rank)).to(dtype)
 
 
-def run(rank: int, world_size: int, group: Any) -> dict[str, tuple[str, str]]:
-    """(digest of what all ranks must share, digest of this rank's residuals) by scenario."""
-    return {
-        name: (digest(*shared), digest(*own)) for name, shared, own in _scenarios(rank, world_size, group)
-    }
+def run(rank: int, world_size: int, group: Any, in_flight: bool = False) -> dict[str, tuple[str, str]]:
+    """(digest of what all ranks must share, digest of this rank's residuals) by scenario.
+
+    With `in_flight` by asynchronous calls, those of a scenario all at once.
+    """
+    handles: list[Work[Any]] = []
+
+    def call(function: Any, *args: Any, **options: Any) -> Any:
+        if not in_flight:
+            return function(*args, **options)
+        handles.append(function(*args, **options, async_op=True))
+        return handles[-1]
+
+    results = {}
+    for name, shared, states in _scenarios(rank, world_size, group, call):
+        for handle in handles:
+            handle.wait(60)
+        handles.clear()
+        own = [tensor for state in states for tensor in _buffers(state)]
+        results[name] = (digest(*shared()), digest(*own))
+    return results
+
+
+def _buffers(state: ErrorFeedback | Tensor) -> list[Tensor | None]:
+    return [state] if isinstance(state, Tensor) else [state.worker, state.server]
+
+
+def _result(called: Any) -> Any:
+    return called.wait() if isinstance(called, Work) else called
 
 
 def _scenarios(
-    rank: int, world_size: int, group: Any
-) -> Iterator[tuple[str, list[Tensor], list[Tensor | None]]]:
+    rank: int, world_size: int, group: Any, call: Callable[..., Any]
+) -> Iterator[tuple[str, Callable[[], list[Tensor]], Sequence[ErrorFeedback | Tensor]]]:
     for compressor in (
         TopK(ratio=0.1),
         TopK(ratio=0.3, value_dtype=torch.float16),
@@ -70,23 +94,19 @@ def _scenarios(
                     for step in range(2):
                         results.append(gradient(rank, n, dtype, step))
                         op = "avg" if step else "sum"
-                        all_reduce_(results[-1], state, compressor, group, op, algorithm)
-                    yield (
-                        f"{describe(compressor)} {algorithm} {n} {dtype}",
-                        results,
-                        [state.worker, state.server],
-                    )
+                        call(all_reduce_, results[-1], state, compressor, group, op, algorithm)
+                    yield f"{describe(compressor)} {algorithm} {n} {dtype}", results.copy, [state]
 
     for n in SIZES:
         grad, err = gradient(rank, n), gradient(rank, n, step=1)
         server = torch.zeros(shard_numel(n, 64, world_size))
-        packed_all_reduce_(grad, err, server, 64, group)
-        yield f"packed {n}", [grad], [err, server]
+        call(packed_all_reduce_, grad, err, server, 64, group)
+        yield f"packed {n}", [grad].copy, [err, server]
 
     grads = [gradient(rank, n) for n in SIZES]
     states = [ErrorFeedback() for _ in SIZES]
-    all_reduce_many_(grads, states, Sign(32), group, algorithm="two_phase")
-    yield "many", grads, [state.worker for state in states] + [state.server for state in states]
+    call(all_reduce_many_, grads, states, Sign(32), group, algorithm="two_phase")
+    yield "many", grads.copy, states
 
     for compressor in (Sign(32), Quantize(4, 64, "stochastic", seed=rank)):
         grads = [gradient(rank, n) for n in SIZES]
@@ -100,8 +120,8 @@ def _scenarios(
         )
 
     whole = torch.arange(1001).float() * (rank + 1)  # integers, exact in any order
-    all_reduce_(whole, None, Sign(32), group, "sum", "dense")
-    yield "dense", [whole], []
+    call(all_reduce_, whole, None, Sign(32), group, "sum", "dense")
+    yield "dense", [whole].copy, []
 
     for compressor, algorithm in (
         (TopK(ratio=0.1), "one_phase"),
@@ -112,16 +132,21 @@ def _scenarios(
         grad, state = gradient(rank, 300), ErrorFeedback()
         if rank == world_size - 1:
             grad[100], grad[299] = math.inf, -math.inf
-        all_reduce_(grad, state, compressor, group, "sum", algorithm)
-        yield f"nonfinite {compressor} {algorithm}", [grad.isfinite()], [state.worker, state.server]
+        call(all_reduce_, grad, state, compressor, group, "sum", algorithm)
+        yield f"nonfinite {compressor} {algorithm}", lambda grad=grad: [grad.isfinite()], [state]
 
     payload = gck.topk(gradient(rank, 500), 0.1)
-    gathered = sparse_all_gather(payload, group)
-    yield "gather", [t for p in gathered for t in (p.values, p.indices)], [payload.values]
+    gathered = call(sparse_all_gather, payload, group)
+    yield (
+        "gather",
+        lambda: [t for p in _result(gathered) for t in (p.values, p.indices)],
+        [payload.values],
+    )
 
-    chunks = sparse_all_gather(gck.chunk_topk(gradient(rank, 500), 64, 7, value_bits=4), group)
+    own = gck.chunk_topk(gradient(rank, 500), 64, 7, value_bits=4)
+    chunks = call(sparse_all_gather, own, group)
     yield (
         "gather chunks",
-        [t for p in chunks for t in p.fields],
-        [gck.decompress(p) for p in chunks[rank:][:1]],
+        lambda: [t for p in _result(chunks) for t in p.fields],
+        [gck.decompress(own)],
     )

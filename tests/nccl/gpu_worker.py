@@ -41,18 +41,22 @@ KILL_TIMEOUT = 5.0
 NUMEL = 100_003
 
 
-def on_device(rank: int, group: Any, device: torch.device) -> dict[str, list[str]]:
-    """Digests of what collectives of tensors on `device` leave behind."""
+def on_device(rank: int, group: Any, device: torch.device, in_flight: bool = False) -> dict[str, list[str]]:
+    """Digests of what collectives of tensors on `device` leave behind; with `in_flight` asynchronous ones."""
     found = {}
     for compressor, algorithm in (
         (gck.TopK(ratio=0.01), "one_phase"),
         (gck.Sign(256), "two_phase"),
         (gck.ChunkTopK(k=16, chunk_size=1024, value_bits=8), "two_phase"),
     ):
-        state, results = ErrorFeedback(), []
+        state, results, called = ErrorFeedback(), [], []
         for step in range(2):
             results.append(scenarios.gradient(rank, NUMEL, step=step).to(device))
-            all_reduce_(results[-1], state, compressor, group, algorithm=algorithm)
+            called.append(
+                all_reduce_(results[-1], state, compressor, group, algorithm=algorithm, async_op=in_flight)
+            )
+        for work in called if in_flight else ():
+            work.wait()
         residuals = [None if t is None else t.cpu() for t in (state.worker, state.server)]
         shared = [result.cpu() for result in results]
         found[f"{type(compressor).__name__} {algorithm}"] = [
@@ -152,6 +156,7 @@ if __name__ == "__main__":
                 "scenarios": scenarios.run(rank, world_size, comm),
                 "on_device": on_device(rank, comm, device),
                 "on_device_of_the_other": on_device(rank, other, device),
+                "in_flight": on_device(rank, comm, device, in_flight=True),
                 "libraries": libraries(),
             }
     launcher.report(directory, rank, result)

@@ -9,7 +9,7 @@ import gck
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
 from tests.collectives import launcher, scenarios
-from tests.collectives.ddp_worker import EVERYTHING, equal, network, train
+from tests.collectives.ddp_worker import EVERYTHING, TINY_BUCKETS, equal, network, train
 
 if __name__ == "__main__":
     directory, rank, world_size = launcher.init()
@@ -17,11 +17,12 @@ if __name__ == "__main__":
     with gck.NcclCommunicator.from_store(store, rank, world_size, timeout=30) as comm:
         result = {"scenarios": scenarios.run(rank, world_size, comm)}
     with gck.NcclCommunicator.from_group(timeout=30) as comm:
-        result["again"] = scenarios.run(rank, world_size, comm)
+        result["again"] = scenarios.run(rank, world_size, comm, in_flight=True)
         models = []
         for group in (None, comm):
-            model = DistributedDataParallel(network())
-            model.register_comm_hook(ddp.HookState(Sign(32), group=group, **EVERYTHING), ddp.hook)
+            model = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
+            state = ddp.HookState(Sign(32), model=model, group=group, **EVERYTHING)
+            model.register_comm_hook(state, ddp.hook)
             train(model, range(4))
             models.append(model)
         result["ddp"] = equal(*models)

@@ -65,6 +65,31 @@ def test_a_mismatch_leaves_it_usable() -> None:
 
 
 @pytest.mark.usefixtures("fake")
+def test_own_operations_wait_for_what_is_in_flight() -> None:
+    def reduce(comm: Any) -> tuple[Any, torch.Tensor]:
+        grad = torch.full((100_000,), 1.0 + comm.rank)
+        return all_reduce_(grad, ErrorFeedback(), Sign(32), comm, "sum", "two_phase", async_op=True), grad
+
+    def rank_main(comm: Any) -> None:
+        flying = [reduce(comm) for _ in range(3)]
+        gathered = comm.all_gather(torch.tensor([comm.rank]))
+        assert all(work.is_completed() for work, _ in flying)
+        assert gathered.tolist() == [[0], [1]]
+        flying += [reduce(comm) for _ in range(3)]
+        peer, received = 1 - comm.rank, torch.zeros(4)
+        with comm.group():
+            comm.send(torch.full((4,), float(comm.rank)), peer)
+            comm.recv(received, peer)
+        assert received.tolist() == [float(peer)] * 4
+        flying += [reduce(comm) for _ in range(3)]
+        comm.close()
+        assert all(work.is_completed() for work, _ in flying)
+        assert all(bool((grad == 3).all()) for _, grad in flying)
+
+    run_ranks(2, rank_main)
+
+
+@pytest.mark.usefixtures("fake")
 def test_payloads_that_are_no_single_body() -> None:
     def payload(rank: int) -> SparseGrad:
         indices = torch.tensor([rank, 40, 77], dtype=torch.int32)

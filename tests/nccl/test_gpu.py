@@ -46,6 +46,7 @@ def test_same_bytes_as_simulated_ranks(world_size: int, tmp_path: Path) -> None:
         assert {name: tuple(found) for name, found in report["scenarios"].items()} == small
         assert report["on_device"] == large
         assert report["on_device_of_the_other"] == large
+        assert report["in_flight"] == large
         assert len(report["libraries"]) == 1, report["libraries"]
         assert emulated_nodes(tmp_path, rank)
 

@@ -1,0 +1,102 @@
+"""What can be said of an all-reduce before ranks exchange anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gck.collectives.transports import Transport
+from gck.collectives.two_phase import Shards
+from gck.compressor import Compressor, shard_numel
+from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.kernels.common import checks
+
+__all__ = ["check_algorithm", "check_call", "check_states"]
+
+OPS = ("avg", "sum")
+ALGORITHMS = ("auto", "one_phase", "two_phase", "dense")
+
+
+def check_algorithm(function: str, compressor: object, algorithm: object) -> None:
+    """Raises unless `compressor` is one and can run on `algorithm`.
+
+    Raises:
+        DtypeError: compressor is no Compressor.
+        ArgumentError: algorithm is unknown, or not for this compressor.
+    """
+    if algorithm not in ALGORITHMS:
+        names = ", ".join(f'"{name}"' for name in ALGORITHMS)
+        raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
+    if not isinstance(compressor, Compressor):
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {type(compressor).__name__}")
+    if algorithm == "two_phase" and compressor.shard_unit is None:
+        raise ArgumentError(
+            f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'
+        )
+
+
+def check_call(
+    function: str,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    compressor: Compressor,
+    op: str,
+    algorithm: str,
+) -> None:
+    """Everything that can be said without looking at memory or asking a peer."""
+    if op not in OPS:
+        raise ArgumentError(f'{function}: op must be "avg" or "sum", got {op!r}')
+    check_algorithm(function, compressor, algorithm)
+    if len(states) != len(grads):
+        raise ShapeMismatchError(
+            f"{function}: states must be as many as grads, got {len(states)} and {len(grads)}"
+        )
+    memory: dict[str, Tensor] = {}
+    for i, (grad, state) in enumerate(zip(grads, states, strict=True)):
+        checks.check_grad(function, grad, f"grads[{i}]" if len(grads) > 1 else "grad")
+        checks.check_device(function, f"grads[{i}]", grad, "grads[0]", grads[0])
+        memory[f"grads[{i}]"] = grad
+        if state is None:
+            continue
+        if not isinstance(state, ErrorFeedback):
+            raise DtypeError(f"{function}: state must be an ErrorFeedback, got {type(state).__name__}")
+        if state.worker is not None:
+            memory[f"the worker residual of grads[{i}]"] = state.worker
+        if state.server is not None:
+            memory[f"the server residual of grads[{i}]"] = state.server
+    held = [id(state) for state in states if state is not None]
+    if len(set(held)) != len(held):
+        raise ArgumentError(f"{function}: two gradients must not share one ErrorFeedback")
+    checks.check_no_overlap(function, **memory)
+
+
+def check_states(
+    states: Sequence[ErrorFeedback | None],
+    cuts: Sequence[Shards],
+    shards: Sequence[ShardBinding | None],
+    compressor: Compressor,
+    transport: Transport,
+) -> list[tuple[int, ServerBinding] | None]:
+    """Size and binding of each server residual; raises where a state belongs to something else."""
+    bindings: list[tuple[int, ServerBinding] | None] = []
+    for state, whole, shard in zip(states, cuts, shards, strict=True):
+        if state is None:
+            bindings.append(None)
+            continue
+        numel = whole.valid(0 if shard is None else shard.rank)
+        state.check_numel(numel, shard)
+        unit = compressor.shard_unit if compressor.shard_unit is not None else _unit(state)
+        if unit is None:
+            bindings.append(None)
+            continue
+        owned = shard_numel(numel, unit, transport.world_size)
+        bound = ServerBinding(transport.rank, transport.world_size, unit)
+        state.check_server(owned, bound)
+        bindings.append((owned, bound))
+    return bindings
+
+
+def _unit(state: ErrorFeedback) -> int | None:
+    return None if state.binding is None else state.binding.unit

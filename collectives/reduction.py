@@ -1,0 +1,207 @@
+"""One all-reduce: checked when it is called, run when it has the group's turn, and all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gck.collectives.all_gather import one_phase
+from gck.collectives.arguments import check_call, check_states
+from gck.collectives.cost import choose_algorithm
+from gck.collectives.dense import dense
+from gck.collectives.handshake import Signature, agree, check_validate, describe
+from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
+from gck.collectives.pieces import check_piece_numel, piece_numel_of
+from gck.collectives.scratch import Scratch, scratch
+from gck.collectives.transports import Transport
+from gck.collectives.transports.checked import Checked
+from gck.collectives.two_phase import Shards, two_phase
+from gck.collectives.work import check_async_op
+from gck.compressor import Compressor
+from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
+
+__all__ = ["prepare"]
+
+# Of a tensor: its part of a node's sum, and the size and binding of its server residual.
+Place = tuple[ShardBinding | None, tuple[int, ServerBinding] | None]
+
+
+def prepare(
+    function: str,
+    grads: Sequence[Tensor],
+    states: Sequence[ErrorFeedback | None],
+    compressor: Compressor,
+    transport: Transport,
+    op: str = "avg",
+    algorithm: str = "auto",
+    validate: str = "first",
+    async_op: bool = False,
+    piece_numel: int | None = None,
+    checksum: bool = False,
+) -> Callable[[], None]:
+    """Checks a call and returns the rest of it, to be run when the call has the group's turn.
+
+    Args:
+        function: the public function, for texts; the others are those of `gck.all_reduce_`.
+    """
+    check_async_op(function, async_op)
+    check_validate(function, validate)
+    check_call(function, grads, states, compressor, op, algorithm)
+    check_piece_numel(function, piece_numel)
+    if not grads:
+        return lambda: None
+    tiers = transport if isinstance(transport, HierarchicalGroup) else None
+    tier, local_world_size = (transport, 1) if tiers is None else (tiers.cross, tiers.local.world_size)
+    numels = tuple(grad.numel() for grad in grads)
+    cuts = cut(numels, compressor.shard_unit, local_world_size)
+    plan = _plan(compressor, cuts, local_world_size, tier.world_size, algorithm)
+    shards = bindings_of(tiers, cuts)
+    check_states(states, cuts, shards, compressor, tier)
+    together = [cuts[i].numel for i in plan.get("two_phase", ())]
+    pieces = piece_numel_of(compressor, together, tier.world_size, grads[0].device.type, piece_numel)
+    name = next(iter(plan)) if len(plan) == 1 else "mixed"
+    # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
+    text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
+    text += " with checksums" if checksum else ""
+    signature = Signature(name, text, tuple(grad.dtype for grad in grads), numels, op)
+    checked = (validate, checksum)
+    return _Reduction(
+        function, grads, states, compressor, transport, plan, cuts, shards, pieces, signature, *checked
+    ).run
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """A call that was checked.
+
+    Attributes:
+        plan: which tensors go by which algorithm.
+        cuts: how the ranks of a node share each tensor.
+        shards: this rank's part of each, on a hierarchy.
+    """
+
+    function: str
+    grads: Sequence[Tensor]
+    states: Sequence[ErrorFeedback | None]
+    compressor: Compressor
+    transport: Transport
+    plan: dict[str, list[int]]
+    cuts: Sequence[Shards]
+    shards: Sequence[ShardBinding | None]
+    piece_numel: int
+    signature: Signature
+    validate: str
+    checksum: bool
+
+    def run(self) -> None:
+        """Agrees with the other ranks, reduces, and writes only when everything succeeded."""
+        tiers = self.transport if isinstance(self.transport, HierarchicalGroup) else None
+        # Payloads travel across `tier`.
+        tier, local = (self.transport, None) if tiers is None else (tiers.cross, tiers.local)
+        # The states once more: what was in flight may have used them since `prepare`.
+        bindings = check_states(self.states, self.cuts, self.shards, self.compressor, tier)
+        places = list(zip(self.shards, bindings, strict=True))
+        agree(self.transport, self.function, self.signature, self.validate)
+        if self.checksum:
+            sequence = self.transport.calls.sequence
+            tier, local = Checked(tier, sequence), None if local is None else Checked(local, sequence)
+        flat, writing = [grad.detach().view(-1) for grad in self.grads], False
+        with scratch() as memory:
+            saved = [None if state is None else state.snapshot(memory.clone) for state in self.states]
+            try:
+                if tiers is None or local is None:
+                    results = self._reduced(tier, self.plan, flat, places, memory)
+                else:
+                    with tiers.both_or_none():
+                        results = self._in_tiers(tier, local, flat, places, memory)
+                self.transport.synchronize()
+                writing = True
+                _write(flat, results)
+            except BaseException:
+                if writing:
+                    # Ctrl-C, just when everything is there. Half of it must not be, and none can't any more.
+                    _write(flat, results)
+                    raise
+                for state, snapshot in zip(self.states, saved, strict=True):
+                    if state is not None and snapshot is not None:
+                        state.restore(snapshot)
+                raise
+
+    def _in_tiers(
+        self, tier: Transport, local: Transport, flat: list[Tensor], places: list[Place], memory: Scratch
+    ) -> list[Tensor]:
+        parts = reduce_scatter(local, flat, self.cuts)
+        # The ranks across nodes hold parts of one size: those of none have nothing to send.
+        held = {chosen: [i for i in those if parts[i].numel()] for chosen, those in self.plan.items()}
+        parts = self._reduced(tier, held, parts, places, memory)
+        return all_gather(local, parts, [grad.dtype for grad in self.grads], self.cuts)
+
+    def _reduced(
+        self,
+        transport: Transport,
+        plan: dict[str, list[int]],
+        grads: list[Tensor],
+        places: list[Place],
+        memory: Scratch,
+    ) -> list[Tensor]:
+        """The reduced `grads`, flat, in their order; those that are in no plan as they are."""
+        results = list(grads)
+        for chosen, members in plan.items():
+            if members:
+                some = [(grads[i], self.states[i], places[i]) for i in members]
+                for i, result in zip(members, self._by(chosen, transport, some, memory), strict=True):
+                    results[i] = result
+        return results
+
+    def _by(
+        self,
+        algorithm: str,
+        transport: Transport,
+        some: list[tuple[Tensor, ErrorFeedback | None, Place]],
+        memory: Scratch,
+    ) -> list[Tensor]:
+        """Tensors that share messages."""
+        # The mean is taken once, over the ranks of all tiers.
+        divisor = self.transport.world_size if self.signature.reduction == "avg" else 1
+        compressor, grads, unit = self.compressor, [grad for grad, _, _ in some], self.compressor.shard_unit
+        if algorithm == "dense":
+            return dense(transport, compressor, grads, [state for _, state, _ in some], divisor, memory)
+        errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _) in some]
+        counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, _ in some]
+        if algorithm == "one_phase" or unit is None:
+            return one_phase(transport, compressor, grads, errs, counters, divisor, memory)
+        servers = [
+            None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
+            for grad, state, (_, bound) in some
+        ]
+        residuals = errs, servers, counters
+        return two_phase(
+            transport, compressor, unit, grads, *residuals, divisor, self.piece_numel, memory=memory
+        )
+
+
+def _write(grads: list[Tensor], results: list[Tensor]) -> None:
+    """In one call, which no signal handler of Python's can interrupt."""
+    torch._foreach_copy_(grads, results)
+
+
+def _plan(
+    compressor: Compressor, cuts: Sequence[Shards], local_world_size: int, world_size: int, algorithm: str
+) -> dict[str, list[int]]:
+    """Which tensors go by which algorithm, in the same order on all ranks; options that do not fit a
+    size raise here, on all ranks and before anything is sent."""
+    for shards in cuts if algorithm != "dense" else ():
+        for numel in {shards.valid(rank) for rank in range(local_world_size)}:
+            if numel or local_world_size == 1:
+                compressor.layout(numel)
+    if algorithm != "auto":
+        return {algorithm: list(range(len(cuts)))}
+    # Each tensor by itself: whether and how it is compressed must not depend on what it shares a message
+    # with, since DDP rebuilds its buckets after the first step, and again after a restart.
+    plan: dict[str, list[int]] = {}
+    for i, shards in enumerate(cuts):
+        plan.setdefault(choose_algorithm(compressor, [shards.numel], world_size), []).append(i)
+    return plan
