@@ -20,11 +20,6 @@ from gck.errors import ArgumentError, CollectiveError, DtypeError
 __all__ = ["Piece", "Slice", "check_piece_numel", "choose_piece_numel", "cut", "piece_numel_of", "pipelined"]
 
 
-# By default: elements of a piece, and of each rank's shard in it, at least.
-SMALLEST = 2 << 20
-SMALLEST_SLICE = 1 << 16  # is compressed in the time of a few calls
-
-
 class Slice(NamedTuple):
     """Elements [start, start + numel) of every rank's shard of one tensor.
 
@@ -59,12 +54,10 @@ def check_piece_numel(function: str, piece_numel: object) -> None:
 def choose_piece_numel(compressor: Compressor, numel: int, world_size: int, device_type: str = "cpu") -> int:
     """Elements a piece when `numel` elements go by two phases; 0: all at once. Of the arguments alone.
 
-    As docs/collectives.md measures it on CPUs: a piece costs what its messages cost, so that small ones do
-    not pay, and more than two hide no more than that. Other devices are not measured: there it is 0.
+    It is 0: pieces pay on some links and cost on others, as docs/collectives.md measures, and which of them
+    there are follows from no argument. Who knows the links says `piece_numel`.
     """
-    if compressor_at(compressor, 0) is None or device_type != "cpu" or world_size == 1:
-        return 0
-    return -(-numel // 2) if numel >= 2 * max(SMALLEST, SMALLEST_SLICE * world_size) else 0
+    return 0
 
 
 def piece_numel_of(
