@@ -104,10 +104,10 @@ def all_reduce_(
         Whatever is raised, grad and state are as they were; only Ctrl-C (KeyboardInterrupt) in the moment in
         which results are written lets that come to its end first: all or nothing.
 
-        Arguments are checked before ranks exchange anything: a check that fails on one rank only (a gradient that is not contiguous there,
-        say) raises there, while its peers wait for it until their timeout, which spoils the group for
-        them. The rank that raised must not go on with the group either: its next message would be taken
-        for the one that is missing.
+        Arguments are checked before ranks exchange anything: a check that fails on one rank only (a gradient
+        that is not contiguous there, say) raises there, while its peers wait for it until their timeout,
+        which spoils the group for them. The rank that raised must not go on with the group either: its next
+        message would be taken for the one that is missing.
     """
     states = [state]
     transport = resolve(group, timeout)

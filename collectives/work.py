@@ -8,9 +8,9 @@ of them; a synchronous one waits for its turn and then runs on the thread that c
     2. Whoever comes first has the turn until it has ended; then comes the next.
     3. The worker completes the handle of what it ran, in the same order.
 
-After CollectiveMismatchError, or a CorruptPayloadError that every rank gets, the line goes on. After any other error of an
-asynchronous call the group is aborted: its peers would take the messages of what is queued behind it for
-those that are missing. What is queued fails at once with GroupUnusableError.
+After CollectiveMismatchError, or a CorruptPayloadError that every rank gets, the line goes on. After any
+other error of an asynchronous call the group is aborted: its peers would take the messages of what is queued
+behind it for those that are missing. What is queued fails at once with GroupUnusableError.
 
 Source of the handle: torch.distributed's Work.
 """

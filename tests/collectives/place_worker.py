@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gck.collectives import all_reduce_
-from gck.collectives.transports import rotation
+from gck.collectives.transports import Done, Started, rotation
 from gck.collectives.transports.process_group import ProcessGroupTransport
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveError
@@ -32,26 +32,25 @@ def end() -> None:
 
 def end_at(place: str) -> None:
     """Makes this process end at a place; others of its operations are as they were."""
-    to_all, gather = ProcessGroupTransport.all_to_all_bytes, ProcessGroupTransport.all_gather_bytes
+    to_all = ProcessGroupTransport.start_all_to_all_bytes
+    gather = ProcessGroupTransport.start_all_gather_bytes
 
-    def all_to_all(self: ProcessGroupTransport, send: Tensor) -> Tensor:
+    def all_to_all(self: ProcessGroupTransport, send: Tensor) -> Started:
         if place == "before the all-to-all":
             end()
-        received = to_all(self, send)
+        received = to_all(self, send).wait()
         if place == "between the phases":
             end()
-        return received
+        return Done(received)
 
-    def all_gather(self: ProcessGroupTransport, send: Tensor) -> Tensor:
+    def all_gather(self: ProcessGroupTransport, send: Tensor) -> Started:
+        started = gather(self, send)
         if place == "during the all-gather":
-            # Started, and never waited for: of what is on its way some may arrive.
-            recv = send.new_empty(self.world_size * send.numel())
-            dist.all_gather_into_tensor(recv, send, async_op=True)
-            end()
-        received = gather(self, send)
+            end()  # never waited for: of what is on its way some may arrive
+        received = started.wait()
         if place == "after the all-gather":
             end()
-        return received
+        return Done(received)
 
     def rounds(rank: int, world_size: int) -> Any:
         yield next(rotate(rank, world_size))
@@ -60,8 +59,8 @@ def end_at(place: str) -> None:
     rotate = rotation.rotation
     if place == "during the all-to-all":
         rotation.rotation = rounds
-    ProcessGroupTransport.all_to_all_bytes = all_to_all  # type: ignore[method-assign]
-    ProcessGroupTransport.all_gather_bytes = all_gather  # type: ignore[method-assign]
+    ProcessGroupTransport.start_all_to_all_bytes = all_to_all  # type: ignore[method-assign]
+    ProcessGroupTransport.start_all_gather_bytes = all_gather  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

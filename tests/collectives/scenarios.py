@@ -112,12 +112,9 @@ def _scenarios(
         grads = [gradient(rank, n) for n in SIZES]
         states = [ErrorFeedback() for _ in SIZES]
         for _ in range(2):
-            all_reduce_many_(grads, states, compressor, group, algorithm="two_phase", piece_numel=200)
-        yield (
-            f"pieces {compressor.name}",
-            grads,
-            [t for state in states for t in (state.worker, state.server)],
-        )
+            options = {"algorithm": "two_phase", "piece_numel": 200}
+            call(all_reduce_many_, grads, states, compressor, group, **options)
+        yield f"pieces {compressor.name}", grads.copy, states
 
     whole = torch.arange(1001).float() * (rank + 1)  # integers, exact in any order
     call(all_reduce_, whole, None, Sign(32), group, "sum", "dense")
