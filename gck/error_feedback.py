@@ -170,7 +170,7 @@ class ErrorFeedback:
             mine: Tensor | None = getattr(self, name)
             theirs: Tensor | None = getattr(loaded, name)
             setattr(
-                self, name, None if theirs is None else theirs.clone() if mine is None else theirs.to(mine)
+                self, name, None if theirs is None else theirs.clone() if mine is None else theirs.to(mine, copy=True)
             )
         self.binding, self.nonfinite = loaded.binding, loaded.nonfinite
 

@@ -153,6 +153,17 @@ def test_reset_server_keeps_the_worker() -> None:
     assert torch.equal(state.worker_for(torch.ones(100)), torch.arange(100.0))
 
 
+def test_loading_into_a_used_state_copies() -> None:
+    """Also where the device is the same, and no conversion would make one."""
+    saved, state = used(), used()
+    state.load_state_dict(saved.state_dict())
+    assert saved.worker is not None
+    assert saved.server is not None
+    saved.worker.zero_()
+    saved.server.zero_()
+    assert equal(state, used())
+
+
 def test_not_a_dict() -> None:
     with pytest.raises(StateMismatchError, match="state must be a dict, got list"):
         ErrorFeedback().load_state_dict([])  # type: ignore[arg-type]
