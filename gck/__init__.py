@@ -4,7 +4,8 @@
 >>> payload = gck.topk_ef_(grad, err, ratio=0.01)
 """
 
-from gck import errors
+from gck import checkpoint, errors
+from gck.checkpoint import load_state, save_state, saved_steps
 from gck.collectives import (
     NcclCommunicator,
     SimulatedGroup,
@@ -57,17 +58,21 @@ __all__ = [
     "Statistics",
     "TopK",
     "all_reduce_",
+    "checkpoint",
     "chunk_topk",
     "chunk_topk_ef_",
     "ddp",
     "decompress",
     "decompress_add_",
     "errors",
+    "load_state",
     "packed_all_reduce_",
     "quantize",
     "quantize_ef_",
     "random_k",
     "random_k_ef_",
+    "save_state",
+    "saved_steps",
     "shard_numel",
     "sign_ef_",
     "sparse_all_gather",
