@@ -324,10 +324,10 @@ class ErrorFeedbackMap:
         self._states = fresh
 
 
-def check_factor(function: str, factor: object) -> None:
+def check_factor(function: str, factor: object, name: str = "factor") -> None:
     """Raises ArgumentError unless `factor` is a positive, finite number."""
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise ArgumentError(f"{function}: factor must be positive and finite, got {factor!r}")
+        raise ArgumentError(f"{function}: {name} must be positive and finite, got {factor!r}")
 
 
 def check_version(function: str, state: Any) -> None:

@@ -1,29 +1,42 @@
 """Residuals on disk: one file a rank, complete sets of them, and worlds of another size.
 
     gck.save_state("state", residuals, rank=rank, world_size=world_size, step=step, compressor=compressor)
-    step = gck.load_state("state", residuals, rank=rank, world_size=world_size, compressor=compressor)
+    loaded = gck.load_state("state", residuals, rank=rank, world_size=world_size, compressor=compressor)
 
 docs/reliability.md has the format and the promises.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gck.checkpoint.file import Header, StateFile, write
+from gck.checkpoint.file import Header, StateFile, is_plain, write
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
 from gck.compressor import Compressor, describe
-from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap
+from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
 
-__all__ = ["load_state", "save_state", "saved_steps"]
+__all__ = ["Loaded", "load_state", "save_state", "saved_steps"]
 
 SERVER = ("keep", "fold", "reset")
+
+
+class Loaded(NamedTuple):
+    """What `load_state` returns.
+
+    Attributes:
+        step: that the residuals are of.
+        scale: of the loss; residuals are in units of the gradient times this.
+        world_size: ranks that saved.
+    """
+
+    step: int
+    scale: float
+    world_size: int
 
 
 def save_state(
@@ -69,22 +82,18 @@ def save_state(
     """
     function = "save_state"
     _check_place(function, rank, world_size, step)
-    _check_scale(function, scale)
+    check_factor(function, scale, "scale")
     least = 1 if shared else 2
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < least:
         raise ArgumentError(f"{function}: keep must be at least {least} with shared={shared}, got {keep!r}")
-    states = _states(function, state)
+    states = {name: one.state_dict() for name, one in _states(function, state).items()}
     for name, one in states.items():
-        if one.binding is not None and (one.binding.rank, one.binding.world_size) != (rank, world_size):
-            raise StateMismatchError(
-                f"{function}: the server residual of {name!r} belongs to rank {one.binding.rank} of "
-                f"{one.binding.world_size}, got rank {rank} of {world_size}"
-            )
+        _check_owner(name, one, rank, world_size)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, step, rank, world_size)
     header = Header(step, rank, world_size, _text(compressor), float(scale), isinstance(state, ErrorFeedback))
-    write(path, header, {name: one.state_dict() for name, one in states.items()})
+    write(path, header, states)
     prune(folder, rank, world_size, keep, shared)
     return path
 
@@ -98,13 +107,13 @@ def load_state(
     compressor: Compressor | None = None,
     step: int | None = None,
     numels: Mapping[str, int] | int | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     reshard: bool = False,
     op: str = "avg",
     server: str = "keep",
     shared: bool = True,
     read_only: bool = False,
-) -> int | None:
+) -> Loaded | None:
     """Replaces the residuals by those of the newest step that all ranks have saved.
 
     Every rank calls it, with the same arguments but its rank, before any of them saves again. Residuals are
@@ -117,7 +126,8 @@ def load_state(
         step: load this one instead of the newest; must be given where `shared` is false.
         numels: elements of each gradient by name (of the gradient, for an `ErrorFeedback`); names and sizes
             that do not fit are errors.
-        scale: of the loss from now on; residuals that were saved under another one are rescaled.
+        scale: of the loss from now on; residuals that were saved under another one are rescaled. Default:
+            they stay as saved.
         reshard: allow that another number of ranks has saved. Needs a shared directory.
         op: how gradients are reduced, "avg" or "sum": what a reshard must preserve.
         server: what becomes of server residuals. "keep": they stay, cut for the new shards. "fold": they are
@@ -128,7 +138,8 @@ def load_state(
             wrote them ends here: one of them might complete a set of this run.
 
     Returns:
-        The step, or None where there is nothing to load: no complete set, and no `step` was asked for.
+        Step, scale and world size; None where there is nothing to load: no complete set, and no `step` was
+        asked for.
 
     Raises:
         ArgumentError, DtypeError: an argument is out of range or of a wrong type.
@@ -143,13 +154,14 @@ def load_state(
     """
     function = "load_state"
     _check_place(function, rank, world_size, 0 if step is None else step)
-    _check_scale(function, scale)
+    if scale is not None:
+        check_factor(function, scale, "scale")
     for name, value, allowed in (("op", op, ("avg", "sum")), ("server", server, SERVER)):
         if value not in allowed:
             raise ArgumentError(f"{function}: {name} must be one of {', '.join(allowed)}, got {value!r}")
     if not shared and (step is None or reshard or server == "fold"):
         raise ArgumentError(
-            f"{function}: a directory of one rank (shared=False) needs step=, and lacks the others' files for "
+            f"{function}: a directory of one rank (shared=False) needs step=, and lacks others' files for "
             f'reshard=True and server="fold"; got step={step}, reshard={reshard}, server={server!r}'
         )
     _states(function, state)
@@ -177,11 +189,12 @@ def load_state(
     else:
         tensors = {"version": STATE_VERSION, "tensors": _Lazy(names, saved)}
         state.load_state_dict(tensors, numels=numels, **options)
-    if scale != files[0].header.scale:
-        state.rescale_(scale / files[0].header.scale)
+    was = files[0].header.scale
+    if scale not in (None, was):
+        state.rescale_(scale / was)
     if not read_only:
         abandon(folder, chosen.step, rank, world_size, shared)
-    return chosen.step
+    return Loaded(chosen.step, was if scale is None else float(scale), chosen.world_size)
 
 
 def saved_steps(
@@ -276,6 +289,16 @@ def _states(function: str, state: object) -> dict[str, ErrorFeedback]:
     )
 
 
+def _check_owner(name: str, state: Mapping[str, Any], rank: int, world_size: int) -> None:
+    """What `load_state` would refuse is not saved."""
+    said = (state.get("rank", rank), state.get("world_size", world_size))
+    if is_plain(state) and said != (rank, world_size):
+        raise StateMismatchError(
+            f"save_state: the server residual of {name!r} belongs to rank {said[0]} of {said[1]}, got rank "
+            f"{rank} of {world_size}"
+        )
+
+
 def _text(compressor: Compressor | None) -> str | None:
     return None if compressor is None else describe(compressor, of_a_step=False)
 
@@ -286,8 +309,3 @@ def _check_place(function: str, rank: object, world_size: object, step: object) 
             raise DtypeError(f"{function}: {name} must be an int, got {value!r}")
         if value < least or (name == "rank" and isinstance(world_size, int) and value >= world_size):
             raise ArgumentError(f"{function}: {name} out of range, got {value} of world size {world_size}")
-
-
-def _check_scale(function: str, scale: object) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise ArgumentError(f"{function}: scale must be positive and finite, got {scale!r}")

@@ -4,7 +4,8 @@ The file holds flat fp32 tensors ``worker/<name>`` and ``server/<name>``. Its me
 is "gck.state", ``version`` is that of the format, ``crc32`` is a checksum of ``state``, and that is JSON:
 
     gck, step, rank, world_size, compressor (or null), scale, single (whether it is one tensor's, named "")
-    tensors: {name: {numel, unit, nonfinite, crc32: {worker, server}}}, each only where there is one
+    tensors: {name: {numel, crc32: {worker, server}, fields: {rank, world_size, unit, nonfinite}}}, each only
+        where there is one; fields are what `ErrorFeedback.state_dict` has beside tensors
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gck.compressor import shard_numel
 from gck.error_feedback import STATE_VERSION
 from gck.errors import BackendUnavailableError, CorruptPayloadError, StateMismatchError
 
-__all__ = ["Entry", "Header", "StateFile", "sync_directory", "write"]
+__all__ = ["Entry", "Header", "StateFile", "is_plain", "sync_directory", "write"]
 
 FORMAT, VERSION = "gck.state", "1"
 KINDS = ("worker", "server")
@@ -56,15 +57,28 @@ class Entry(NamedTuple):
 
     Attributes:
         numel: elements of the worker residual; None where there is none.
-        unit: of the server residual's binding.
-        nonfinite: the counter; None where it was never used.
         crc32: checksums of the bytes, by kind.
+        fields: what else its state has: ints, and dicts of ints.
     """
 
     numel: int | None
-    unit: int | None
-    nonfinite: int | None
     crc32: dict[str, int]
+    fields: dict[str, Any]
+
+    @property
+    def unit(self) -> int | None:
+        """Of the server residual's binding; None where there is none."""
+        return self.fields.get("unit")
+
+    @property
+    def nonfinite(self) -> int | None:
+        """The counter; None where it was never used."""
+        return self.fields.get("nonfinite")
+
+
+def is_plain(state: Mapping[str, Any]) -> bool:
+    """Whether residuals belong to the whole tensor and all ranks: what else a state has says otherwise."""
+    return set(state) <= {"version", *KINDS, "rank", "world_size", "unit", "nonfinite"}
 
 
 def write(path: Path, header: Header, states: Mapping[str, Mapping[str, Any]]) -> None:
@@ -85,8 +99,9 @@ def write(path: Path, header: Header, states: Mapping[str, Mapping[str, Any]]) -
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for name, state in states.items():
-        entry: dict[str, Any] = {key: state[key] for key in ("unit", "nonfinite") if key in state}
-        crc32 = entry["crc32"] = {}
+        crc32: dict[str, int] = {}
+        fields = {key: value for key, value in state.items() if key not in (*KINDS, "version")}
+        entry: dict[str, Any] = {"crc32": crc32, "fields": _fields(fields)}
         for kind in KINDS:
             if kind in state:
                 flat = tensors[f"{kind}/{name}"] = state[kind].detach().cpu().contiguous()
@@ -183,14 +198,8 @@ class StateFile:
     def state(self, name: str) -> dict[str, Any]:
         """What `ErrorFeedback.load_state_dict` takes."""
         entry = self.entries[name]
-        state: dict[str, Any] = {"version": STATE_VERSION}
-        for kind in entry.crc32:
-            state[kind] = self.tensor(name, kind)
-        if entry.unit is not None:
-            state |= {"rank": self.header.rank, "world_size": self.header.world_size, "unit": entry.unit}
-        if entry.nonfinite is not None:
-            state["nonfinite"] = entry.nonfinite
-        return state
+        tensors = {kind: self.tensor(name, kind) for kind in entry.crc32}
+        return {"version": STATE_VERSION} | entry.fields | tensors
 
     def _entry(self, name: str, entry: dict[str, Any]) -> Entry:
         """Checks what the metadata say of a tensor against what the file holds of it."""
@@ -207,19 +216,19 @@ class StateFile:
             if dtype != "F32" or len(shape) != 1:
                 raise self._corrupt(f"has a {kind} residual of {name!r} that is {dtype} {shape}")
             sizes[kind] = shape[0]
-        numel, unit = entry.get("numel"), entry.get("unit")
+        numel, fields = entry.get("numel"), _fields(entry["fields"])
         if numel != sizes.get("worker"):
             raise self._corrupt(f"says that {name!r} has {numel} elements, and holds {sizes.get('worker')}")
-        if (unit is None) != ("server" not in sizes):
-            raise self._corrupt(f"says that {name!r} has a unit of {unit}, and holds {sorted(sizes)}")
-        if unit is not None and numel is not None:
-            shard = shard_numel(numel, _integer(unit, 1, LARGEST_UNIT), self.header.world_size)
+        checked = Entry(numel, crc32, fields)
+        if ("unit" in fields) != ("server" in sizes):
+            raise self._corrupt(f"says that {name!r} has a unit of {checked.unit}, and holds {sorted(sizes)}")
+        if "unit" in fields and numel is not None and fields["world_size"] == self.header.world_size:
+            shard = shard_numel(numel, _integer(fields["unit"], 1, LARGEST_UNIT), self.header.world_size)
             if sizes["server"] != shard:
                 raise self._corrupt(
                     f"has a server residual of {name!r} of {sizes['server']} elements; a shard has {shard}"
                 )
-        count = entry.get("nonfinite")
-        return Entry(numel, unit, None if count is None else _integer(count, 0, 2**63), crc32)
+        return checked
 
     def _corrupt(self, what: str) -> CorruptPayloadError:
         return CorruptPayloadError(f"load_state: {self.path} {what}")
@@ -234,6 +243,15 @@ def _header(parsed: Any) -> Header:
     step, world_size = _integer(parsed["step"], 0, 2**63), _integer(parsed["world_size"], 1, 2**31)
     rank = _integer(parsed["rank"], 0, world_size)
     return Header(step, rank, world_size, compressor, float(scale), single)
+
+
+def _fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Checks that they are ints, and dicts of ints, which is all that the file holds beside tensors."""
+    return {
+        key: _fields(value) if isinstance(value, dict) else _integer(value, 0, 2**63)
+        for key, value in fields.items()
+        if isinstance(key, str) and key not in (*KINDS, "version")
+    }
 
 
 def _checksum(text: str) -> str:

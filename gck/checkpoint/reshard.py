@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gck.checkpoint.file import StateFile
+from gck.checkpoint.file import StateFile, is_plain
 from gck.compressor import shard_numel
 from gck.error_feedback import STATE_VERSION
 from gck.errors import StateMismatchError
@@ -65,7 +65,7 @@ def resharded(
         server: "keep", "fold" or "reset".
 
     Raises:
-        StateMismatchError: the ranks contradict each other.
+        StateMismatchError: the ranks contradict each other, or their residuals are not of all ranks alike.
         CorruptPayloadError: a residual is damaged.
     """
     saved = len(files)
@@ -79,6 +79,13 @@ def resharded(
     ]
     if counts:
         state["nonfinite"] = sum(counts)
+    for old, file in enumerate(files):
+        fields = file.entries[name].fields if name in file.entries else {}
+        if not is_plain(fields) or (fields.get("rank", old), fields.get("world_size", saved)) != (old, saved):
+            raise StateMismatchError(
+                f"load_state: the residuals of {name!r} on rank {old} are of another group than all {saved} "
+                f"ranks, and cannot be redistributed: {fields}"
+            )
     numel, unit = _only(files, name, "numel"), _only(files, name, "unit")
     if numel is None:
         if unit is not None:

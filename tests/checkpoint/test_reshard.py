@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import gck
-from gck.checkpoint.file import StateFile
+from gck.checkpoint.file import Header, StateFile, write
 from gck.checkpoint.reshard import _overlaps, resharded
 from gck.checkpoint.sets import path_of
 from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
@@ -226,3 +226,13 @@ def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
     gck.save_state(tmp_path, states[0], rank=1, world_size=2, step=2, compressor=SIGN)
     with pytest.raises(StateMismatchError, match=r"rank 0 saved with compressor 'TopK\(.*rank 1 with 'Sign"):
         loaded(tmp_path, 1, TOPK)
+
+
+def test_residuals_of_a_part_of_the_ranks(tmp_path: Path) -> None:
+    """What the fields of a later kind of residual mean nobody knows here: they come back, and no more."""
+    path = path_of(tmp_path, 1, 0, 1)
+    state = {"worker": torch.ones(3), "shard": {"numel": 6, "rank": 0}}
+    write(path, Header(1, 0, 1, None, 1.0, True), {"": state})
+    assert StateFile(path).state("")["shard"] == {"numel": 6, "rank": 0}
+    with pytest.raises(StateMismatchError, match="residuals of '' on rank 0 are of another group"):
+        gck.load_state(tmp_path, gck.ErrorFeedback(), rank=1, world_size=2, reshard=True)

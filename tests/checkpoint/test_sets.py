@@ -29,7 +29,8 @@ def save(directory: Path, step: int, rank: int, world_size: int = 2, **options: 
 
 def load(directory: Path, rank: int, world_size: int = 2, **options: Any) -> tuple[int | None, float | None]:
     state = gck.ErrorFeedback()
-    step = gck.load_state(directory, state, rank=rank, world_size=world_size, **options)
+    loaded = gck.load_state(directory, state, rank=rank, world_size=world_size, **options)
+    step = None if loaded is None else loaded.step
     return step, None if state.worker is None else float(state.worker[0])
 
 
