@@ -21,6 +21,7 @@ from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
+from gck.nonfinite import skip_nonfinite
 from gck.ops import (
     chunk_topk,
     chunk_topk_ef_,
@@ -75,6 +76,7 @@ __all__ = [
     "saved_steps",
     "shard_numel",
     "sign_ef_",
+    "skip_nonfinite",
     "sparse_all_gather",
     "topk",
     "topk_ef_",

@@ -10,13 +10,16 @@ or, in DDP's own words,
 Residuals are kept per parameter name: DDP rebuilds its buckets after the first step, and a checkpoint
 must find them again. Under `no_sync` DDP does not call the hook, so that error feedback runs once, on
 the step that synchronises, over the accumulated gradient. With a gradient scaler, residuals are in
-units of the scaled gradient.
+units of the scaled gradient: give it to the state, which then follows its scale, and its skipped steps.
 """
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
 
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gck.checkpoint import Loaded, load_state, save_state
 from gck.collectives import all_reduce_many_, resolve
 from gck.collectives.all_reduce import check_algorithm
 from gck.collectives.handshake import check_validate, describe
 from gck.collectives.transports import check_timeout
 from gck.compressor import Compressor
-from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_version
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError, StateMismatchError
+from gck.nonfinite import StepGuard
 
 __all__ = ["HookState", "hook", "register"]
 
@@ -51,9 +56,17 @@ class HookState:
         group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
             is a DDP module, else WORLD.
         algorithm, validate, timeout: as for `gck.all_reduce_`.
+        scaler: the torch.amp.GradScaler of the loss, or what has its `get_scale`. Before a step residuals are
+            rescaled where the scale has changed; implies `skip_nonfinite`. Without it, use `set_scale`.
+        skip_nonfinite: where a gradient of a step is not finite after the all-reduce, which all ranks see
+            alike, put all residuals back as they were before the step, since its optimizer step will be
+            skipped. Costs a copy of the residuals for the time of a step and a read of the gradients, at
+            whose end the host waits for the device. An error in a step puts them back as well.
 
     Attributes:
-        step: synchronising steps done.
+        step: synchronising steps done, skipped ones included.
+        skipped: steps in which something was not finite, where that is looked for.
+        scale: of the loss, that the residuals are in units of.
         residuals: the `ErrorFeedbackMap`, by parameter name.
 
     Raises:
@@ -72,6 +85,8 @@ class HookState:
         algorithm: str = "auto",
         validate: str = "first",
         timeout: float | None = None,
+        scaler: Any = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         check_algorithm("HookState", compressor, algorithm)
         check_validate("HookState", validate)
@@ -87,7 +102,11 @@ class HookState:
         self.algorithm = algorithm
         self.validate = validate
         self.timeout = timeout
+        self.scaler = scaler
+        self.guard = StepGuard() if skip_nonfinite or scaler is not None else None
         self.step = 0
+        self.skipped = 0
+        self.scale = 1.0
         self.residuals = ErrorFeedbackMap()
         self._bound = False
         self._names: dict[int, str] = {}
@@ -133,6 +152,71 @@ class HookState:
             self._parameters.append(parameter)
         return self.residuals[name] if create or name in self.residuals else None
 
+    def set_scale(self, scale: float) -> None:
+        """Tells the scale of the loss from the next step on; residuals are rescaled where it has changed.
+
+        Raises:
+            ArgumentError: it is not positive and finite.
+        """
+        check_factor("HookState.set_scale", scale, "scale")
+        if scale != self.scale:
+            self.residuals.rescale_(scale / self.scale)
+            self.scale = float(scale)
+
+    def save(self, directory: str | os.PathLike[str], *, keep: int = 2, shared: bool = True) -> Path:
+        """Writes this rank's residuals, as of `step`, to `directory`; see `gck.save_state`.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            Those of `gck.save_state`.
+        """
+        self._check_bound("save")
+        transport = resolve(self.group)
+        return save_state(
+            directory,
+            self.residuals,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            step=self.step,
+            compressor=self.compressor,
+            scale=self.scale,
+            keep=keep,
+            shared=shared,
+        )
+
+    def load(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        reshard: bool = False,
+        server: str = "keep",
+        shared: bool = True,
+    ) -> Loaded | None:
+        """Goes on from what `save` wrote; arguments, result and errors are those of `gck.load_state`.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            Those of `gck.load_state`; nothing was changed.
+        """
+        self._check_bound("load")
+        transport = resolve(self.group)
+        loaded = load_state(
+            directory,
+            self.residuals,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            compressor=self.compressor,
+            step=step,
+            numels=self._numels(),
+            reshard=reshard,
+            server=server,
+            shared=shared,
+        )
+        if loaded is not None:
+            self.step, self.scale = loaded.step, loaded.scale
+        return loaded
+
     def label(self, parameter: Tensor) -> str:
         """How errors call a parameter: by its name, or by its shape where it has none."""
         return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
@@ -152,6 +236,7 @@ class HookState:
         return {
             "version": STATE_VERSION,
             "step": self.step,
+            "scale": self.scale,
             "rank": transport.rank,
             "world_size": transport.world_size,
             "compressor": describe(self.compressor, of_a_step=False),
@@ -178,7 +263,9 @@ class HookState:
         """
         self._check_bound("load_state_dict")
         check_version("HookState.load_state_dict", state)
-        step = state.get("step")
+        step, scale = state.get("step"), state.get("scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise StateMismatchError(f"HookState.load_state_dict: scale must be positive, got {scale!r}")
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
         transport = resolve(self.group)
@@ -199,15 +286,17 @@ class HookState:
                     f"HookState.load_state_dict: the saved state belongs to {name} {state.get(name)}, this "
                     f"is {name} {present}{advice}"
                 )
-        numels = {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
         self.residuals.load_state_dict(
             state.get("residuals", {}),
-            numels=numels,
+            numels=self._numels(),
             rank=transport.rank,
             world_size=transport.world_size,
             reset_server=reset_server,
         )
-        self.step = step
+        self.step, self.scale = step, float(scale)
+
+    def _numels(self) -> dict[str, int]:
+        return {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
 
     def _check_bound(self, function: str) -> None:
         if not self._bound:
@@ -259,11 +348,20 @@ def hook(
     warm_up = state.step < state.warmup_steps
     plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
     packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
-    with _unchanged_on_error(state, plain if packed else []):
-        _reduce(state, plain, "dense", create=False)
-        _reduce(state, packed, state.algorithm, create=True)
+    if state.guard is not None:
+        _guard(state, bucket.index() == 0, buffer, plain, packed)
+    try:
+        with _unchanged_on_error(state, plain if packed else []):
+            _reduce(state, plain, "dense", create=False)
+            _reduce(state, packed, state.algorithm, create=True)
+    except BaseException:
+        if state.guard is not None:
+            state.guard.abandon()
+        raise
     if bucket.is_last():
         state.step += 1
+        if state.guard is not None:
+            state.skipped += state.guard.finish()
     # A future of device tensors must know the devices, to order streams.
     devices = [buffer.device] if buffer.device.type == "cuda" else None
     future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
@@ -282,13 +380,15 @@ def register(
     algorithm: str = "auto",
     validate: str = "first",
     timeout: float | None = None,
+    scaler: Any = None,
+    skip_nonfinite: bool = False,
 ) -> HookState:
     """Makes a `HookState` for `model` and registers the hook.
 
     Args:
         model: not yet with a communication hook.
-        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout: as for
-            `HookState`.
+        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, scaler,
+            skip_nonfinite: as for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -312,6 +412,8 @@ def register(
         algorithm=algorithm,
         validate=validate,
         timeout=timeout,
+        scaler=scaler,
+        skip_nonfinite=skip_nonfinite,
     )
     model.register_comm_hook(state, hook)
     return state
@@ -329,6 +431,25 @@ def _reduce(state: HookState, pairs: Sequence[tuple[Tensor, Tensor]], algorithm:
             validate=state.validate,
             timeout=state.timeout,
         )
+
+
+def _guard(
+    state: HookState,
+    first: bool,
+    buffer: Tensor,
+    plain: Sequence[tuple[Tensor, Tensor]],
+    packed: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Before a bucket is reduced: follows the scaler at the first of a step, and keeps what will change."""
+    if state.guard is None:
+        return
+    if first:
+        state.guard.abandon()  # a step whose backward pass did not come to its end
+        if state.scaler is not None:
+            state.set_scale(state.scaler.get_scale())
+    state.guard.keep([state.feedback(parameter, create=False) for parameter, _ in plain])
+    state.guard.keep([state.feedback(parameter) for parameter, _ in packed])
+    state.guard.watch(buffer)
 
 
 @contextmanager
