@@ -37,8 +37,7 @@ from gck.ops import (
 )
 from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.statistics import Statistics
-
-__version__ = "0.1.0"
+from gck.version import __version__ as __version__
 
 __all__ = [
     "ChunkSparse",

@@ -165,6 +165,11 @@ def load_state(
             f'reshard=True and server="fold"; got step={step}, reshard={reshard}, server={server!r}'
         )
     _states(function, state)
+    wanted = int if isinstance(state, ErrorFeedback) else Mapping
+    if numels is not None and not isinstance(numels, wanted):
+        raise DtypeError(
+            f"{function}: numels must be an int for an ErrorFeedback and a dict for a map, got {numels!r}"
+        )
     folder = Path(directory)
     chosen = _choose(folder, step, world_size, rank) if shared else StateSet(step or 0, world_size, ())
     if chosen is None:
@@ -185,10 +190,10 @@ def load_state(
 
     options: dict[str, Any] = {"rank": rank, "world_size": world_size, "reset_server": server == "reset"}
     if isinstance(state, ErrorFeedback):
-        state.load_state_dict(saved(""), numel=numels, **options)
+        state.load_state_dict(saved(""), numel=numels if isinstance(numels, int) else None, **options)
     else:
         tensors = {"version": STATE_VERSION, "tensors": _Lazy(names, saved)}
-        state.load_state_dict(tensors, numels=numels, **options)
+        state.load_state_dict(tensors, numels=numels if isinstance(numels, Mapping) else None, **options)
     was = files[0].header.scale
     if scale not in (None, was):
         state.rescale_(scale / was)

@@ -25,6 +25,7 @@ from torch import Tensor
 from gck.compressor import shard_numel
 from gck.error_feedback import STATE_VERSION
 from gck.errors import BackendUnavailableError, CorruptPayloadError, StateMismatchError
+from gck.version import __version__
 
 __all__ = ["Entry", "Header", "StateFile", "is_plain", "sync_directory", "write"]
 
@@ -94,8 +95,6 @@ def write(path: Path, header: Header, states: Mapping[str, Mapping[str, Any]]) -
         OSError: the file cannot be written; what was there is as it was.
     """
     library = _safetensors()
-    from gck import __version__
-
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for name, state in states.items():
@@ -105,7 +104,7 @@ def write(path: Path, header: Header, states: Mapping[str, Mapping[str, Any]]) -
         for kind in KINDS:
             if kind in state:
                 flat = tensors[f"{kind}/{name}"] = state[kind].detach().cpu().contiguous()
-                crc32[kind] = zlib.crc32(flat.numpy())
+                crc32[kind] = _crc32(flat)
         if "worker" in state:
             entry["numel"] = state["worker"].numel()
         described[name] = entry
@@ -189,7 +188,7 @@ class StateFile:
             CorruptPayloadError: its bytes are not what was written, or not finite.
         """
         flat: Tensor = self._file.get_tensor(f"{kind}/{name}")
-        if zlib.crc32(flat.numpy()) != self.entries[name].crc32[kind]:
+        if _crc32(flat) != self.entries[name].crc32[kind]:
             raise self._corrupt(f"has a damaged {kind} residual of {name!r}: its checksum is another")
         if flat.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(flat)):
             raise self._corrupt(f"has a {kind} residual of {name!r} that is not finite")
@@ -252,6 +251,11 @@ def _fields(fields: dict[str, Any]) -> dict[str, Any]:
         for key, value in fields.items()
         if isinstance(key, str) and key not in (*KINDS, "version")
     }
+
+
+def _crc32(flat: Tensor) -> int:
+    content: Any = flat.numpy()
+    return zlib.crc32(content)
 
 
 def _checksum(text: str) -> str:
