@@ -29,13 +29,16 @@ class StepGuard:
     def __init__(self) -> None:
         self.skipped = False
         self._saved: dict[int, tuple[ErrorFeedback, Snapshot]] = {}
+        # Copies of the last step, to be overwritten: new memory costs the host more than the copy.
+        self._spare: dict[int, tuple[ErrorFeedback, Snapshot]] = {}
         self._results: list[Tensor] = []
 
     def keep(self, states: Iterable[ErrorFeedback | None]) -> None:
         """Copies residuals before this step changes them; those that it has copied already it leaves."""
         for state in states:
             if state is not None and id(state) not in self._saved:
-                self._saved[id(state)] = (state, state.snapshot())
+                _, old = self._spare.pop(id(state), (state, None))
+                self._saved[id(state)] = (state, state.snapshot() if old is None else _again(state, old))
 
     def watch(self, result: Tensor) -> None:
         """Notes a tensor that will hold a result of this step when `finish` is called."""
@@ -44,18 +47,29 @@ class StepGuard:
     def finish(self) -> bool:
         """Ends the step; whether it is skipped. If so, residuals are put back. Waits for the device."""
         self.skipped = any_nonfinite(self._results)
-        if self.skipped:
-            self.abandon()
-        self._saved.clear()
-        self._results.clear()
+        self._end(undo=self.skipped)
         return self.skipped
 
     def abandon(self) -> None:
         """Ends a step that failed: residuals are put back."""
-        for state, snapshot in self._saved.values():
+        self._end(undo=True)
+
+    def _end(self, undo: bool) -> None:
+        for state, snapshot in self._saved.values() if undo else ():
             state.restore(snapshot)
-        self._saved.clear()
+        self._saved, self._spare = {}, self._saved
         self._results.clear()
+
+
+def _again(state: ErrorFeedback, old: Snapshot) -> Snapshot:
+    """A snapshot in the memory of an older one of the same buffers."""
+    pairs = ((state.worker, old.worker), (state.server, old.server), (state.nonfinite, old.nonfinite))
+    if any(buffer is not (None if pair is None else pair[0]) for buffer, pair in pairs):
+        return state.snapshot()
+    for _, pair in pairs:
+        if pair is not None:
+            pair[1].copy_(pair[0])
+    return old
 
 
 @contextmanager

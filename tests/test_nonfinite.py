@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gck
 from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_, all_reduce_many_
-from gck.nonfinite import any_nonfinite
+from gck.nonfinite import StepGuard, any_nonfinite
 from tests.cases import same_bytes
 
 NUMELS = {"a": 700, "b": 64, "c": 5}
@@ -112,6 +112,33 @@ def test_an_error_puts_all_residuals_of_the_step_back(kind: str) -> None:
     with pytest.raises(gck.errors.ArgumentError, match="op must be"):
         step()
     assert same(content(residuals), before)
+
+
+def test_a_guard_uses_its_memory_again() -> None:
+    guard, state = StepGuard(), gck.ErrorFeedback()
+    worker, result = state.worker_for(torch.ones(50)), torch.ones(3)
+    copies = set()
+    for step in range(4):
+        worker.fill_(step)
+        guard.keep([state, None])
+        guard.keep([state])  # not again: the step has begun
+        guard.watch(result)
+        worker.fill_(-1)
+        if step == 2:
+            result[1] = math.nan
+        assert guard.finish() == (step >= 2)
+        assert bool((worker == (step if step >= 2 else -1)).all())
+        ((_, snapshot),) = guard._spare.values()
+        assert snapshot.worker is not None
+        copies.add(snapshot.worker[1].data_ptr())
+    assert len(copies) == 1
+    # Other buffers, other copies.
+    state.reset()
+    assert state.worker_for(torch.ones(60)) is state.worker
+    guard.keep([state])
+    state.worker_for(torch.ones(60)).fill_(5)
+    guard.abandon()
+    assert not state.worker_for(torch.ones(60)).any()
 
 
 def test_scaled_training_is_unscaled_training() -> None:
