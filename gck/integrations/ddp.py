@@ -348,8 +348,7 @@ def hook(
     warm_up = state.step < state.warmup_steps
     plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
     packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
-    if state.guard is not None:
-        _guard(state, bucket.index() == 0, buffer, plain, packed)
+    _guard(state, bucket.index() == 0, buffer, plain, packed)
     try:
         with _unchanged_on_error(state, plain if packed else []):
             _reduce(state, plain, "dense", create=False)
@@ -440,7 +439,7 @@ def _guard(
     plain: Sequence[tuple[Tensor, Tensor]],
     packed: Sequence[tuple[Tensor, Tensor]],
 ) -> None:
-    """Before a bucket is reduced: follows the scaler at the first of a step, and keeps what will change."""
+    """Before a bucket, where asked for: follows the scaler at a step's first, keeps what will change."""
     if state.guard is None:
         return
     if first:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,14 @@ import torch
 
 import gck
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, ServerBinding
-from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, GckError, StateMismatchError
+from gck.errors import (
+    ArgumentError,
+    BackendUnavailableError,
+    CorruptPayloadError,
+    DtypeError,
+    GckError,
+    StateMismatchError,
+)
 from tests.cases import same_bytes
 
 RANK, WORLD, STEP = 1, 3, 40
@@ -271,6 +279,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     load(tmp_path, loaded)
     assert equal(loaded, used())
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # type: ignore[arg-type]
+    for call in (save, lambda directory: load(directory, used())):
+        with pytest.raises(BackendUnavailableError, match="pip install safetensors numpy"):
+            call(tmp_path)
 
 
 def metadata_of(raw: bytes) -> tuple[dict[str, Any], bytes]:

@@ -6,6 +6,7 @@ and leaves none.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,29 @@ def test_counters_are_kept_once(tmp_path: Path) -> None:
     for world_size in (1, 2, 3, 5):
         new = loaded(tmp_path, world_size, TOPK, read_only=True)
         assert sum(int(state["a"].state_dict().get("nonfinite", 0)) for state in new) == 111
+
+
+def test_one_tensor_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of ranks that do not contribute."""
+    saved(tmp_path, trained(6, SIGN, "avg"), SIGN)
+    read: list[weakref.ref[Tensor]] = []
+    asked: set[tuple[int, str]] = set()
+    tensor = StateFile.tensor
+
+    def counted(file: StateFile, name: str, kind: str) -> Tensor:
+        # The one before may still have its name in a loop.
+        assert sum(reference() is not None for reference in read) <= 1
+        asked.add((file.header.rank, kind))
+        result = tensor(file, name, kind)
+        read.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(StateFile, "tensor", counted)
+    state = gck.ErrorFeedbackMap()
+    gck.load_state(tmp_path, state, rank=1, world_size=3, compressor=SIGN, reshard=True, read_only=True)
+    assert len(state) == len(NUMELS)
+    assert {rank for rank, kind in asked if kind == "worker"} == {2, 3}
+    assert {rank for rank, kind in asked if kind == "server"} < set(range(6))
 
 
 def test_training_goes_on(tmp_path: Path) -> None:
