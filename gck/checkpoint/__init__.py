@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gck.checkpoint.file import Header, StateFile, is_plain, write
+from gck.checkpoint.file import Header, StateFile, is_plain, sync_directory, write
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
 from gck.compressor import Compressor, describe
@@ -90,7 +90,10 @@ def save_state(
     for name, one in states.items():
         _check_owner(name, one, rank, world_size)
     folder = Path(directory)
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for parent in made:
+        sync_directory(parent.parent)
     path = path_of(folder, step, rank, world_size)
     header = Header(step, rank, world_size, _text(compressor), float(scale), isinstance(state, ErrorFeedback))
     write(path, header, states)
