@@ -13,7 +13,6 @@ The header, little-endian:
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from gck.collectives.transports import Transport
+from gck.compressor import describe
 from gck.errors import ArgumentError, CollectiveMismatchError
 
 __all__ = ["VALIDATE", "Signature", "agree", "check_validate", "describe"]
@@ -90,24 +90,6 @@ class Signature:
             # Names are here only where the dtype field cannot say them.
             _digest(repr((self.numels, names if dtype == "mixed" else None))),
         )
-
-
-def describe(compressor: object, *, of_a_step: bool = True) -> str:
-    """A compressor's configuration as text that is the same in every process.
-
-    Fields that do not count in comparisons, such as the seed of a rounding, are left out: ranks may differ in
-    them, and they may be others at every step. Fields whose metadata say "of_a_step", such as the seed of a
-    choice, are others at every step, too, but ranks must agree on them: they are left out on request.
-    """
-    if dataclasses.is_dataclass(compressor):
-        fields = [
-            field.name
-            for field in dataclasses.fields(compressor)
-            if field.compare and (of_a_step or not field.metadata.get("of_a_step"))
-        ]
-        options = ", ".join(f"{name}={getattr(compressor, name)!r}" for name in fields)
-        return f"{type(compressor).__qualname__}({options})"
-    return f"{type(compressor).__module__}.{type(compressor).__qualname__}"
 
 
 def check_validate(function: str, validate: object) -> None:

@@ -1,12 +1,14 @@
 """Data-parallel training with compressed gradients.
 
-    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py
+    torchrun --standalone --nproc-per-node 2 examples/train_ddp.py [directory]
 
-The two lines that matter are marked. The task is made up, so that nothing has to be downloaded: a
-network learns to imitate another one with fixed random weights.
+The two lines that matter are marked. With a directory, which all ranks see, it saves what it needs every
+40 steps, and goes on from there when it is started again, however it ended. The task is made up, so that
+nothing has to be downloaded: a network learns to imitate another one with fixed random weights.
 """
 
-import tempfile
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -33,8 +35,16 @@ def main() -> None:
     state = gck.ddp.register(model, gck.TopK(ratio=0.01))  # (2)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
-    torch.manual_seed(1 + rank)  # different data on every rank
-    for step in range(1, STEPS + 1):
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    loaded = state.load(folder) if folder else None
+    if folder and loaded:
+        saved = torch.load(folder / f"model-{loaded.step}.pt", map_location=device)
+        student.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        print(f"rank {rank}: goes on from step {loaded.step} with {len(state.residuals)} residuals")
+
+    for step in range(state.step + 1, STEPS + 1):
+        torch.manual_seed(1000 * step + rank)  # different data on every rank
         inputs = torch.randn(128, 64, device=device)
         with torch.no_grad():
             targets = teacher(inputs)
@@ -44,14 +54,24 @@ def main() -> None:
         optimizer.step()
         if rank == 0 and step % 40 == 0:
             print(f"step {step}: loss {loss.item():.4f}")
-
-    # What has not been sent yet lives in `state`, and differs from rank to rank: each saves its own.
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"checkpoint-{rank}.pt"
-        torch.save({"model": student.state_dict(), "gck": state.state_dict()}, path)
-        state.load_state_dict(torch.load(path)["gck"])
-    print(f"rank {rank}: saved and loaded {len(state.residuals)} residuals")
+        if folder and step % 40 == 0:
+            # The model is the same on all ranks. What has not been sent yet lives in `state`, and differs
+            # from rank to rank: each saves its own, after the model, which is there if all residuals are.
+            if rank == 0:
+                save_model(folder / f"model-{step}.pt", student, optimizer)
+            state.save(folder)
     dist.destroy_process_group()
+
+
+def save_model(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Whole or not at all, as `state.save` does it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 >>> payload = gck.topk_ef_(grad, err, ratio=0.01)
 """
 
-from gck import errors
+from gck import checkpoint, errors
+from gck.checkpoint import load_state, save_state, saved_steps
 from gck.collectives import (
     HierarchicalGroup,
     NcclCommunicator,
@@ -21,6 +22,7 @@ from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
+from gck.nonfinite import skip_nonfinite
 from gck.ops import (
     chunk_topk,
     chunk_topk_ef_,
@@ -36,8 +38,7 @@ from gck.ops import (
 )
 from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.statistics import Statistics
-
-__version__ = "0.1.0"
+from gck.version import __version__ as __version__
 
 __all__ = [
     "ChunkSparse",
@@ -59,19 +60,24 @@ __all__ = [
     "Statistics",
     "TopK",
     "all_reduce_",
+    "checkpoint",
     "chunk_topk",
     "chunk_topk_ef_",
     "ddp",
     "decompress",
     "decompress_add_",
     "errors",
+    "load_state",
     "packed_all_reduce_",
     "quantize",
     "quantize_ef_",
     "random_k",
     "random_k_ef_",
+    "save_state",
+    "saved_steps",
     "shard_numel",
     "sign_ef_",
+    "skip_nonfinite",
     "sparse_all_gather",
     "topk",
     "topk_ef_",

@@ -7,6 +7,7 @@ and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -24,6 +25,7 @@ __all__ = [
     "compressor_at",
     "compressor_class",
     "decompress_sum_",
+    "describe",
     "reduce_",
     "reduce_by_steps_",
     "residual_of",
@@ -228,6 +230,24 @@ def compressor_class(name: str) -> Any:
         known = ", ".join(sorted(REGISTRY))
         raise ArgumentError(f"compressor_class: name must be one of {known}, got {name!r}") from None
     return getattr(import_module(module), attribute)
+
+
+def describe(compressor: object, *, of_a_step: bool = True) -> str:
+    """A compressor's configuration as text that is the same in every process.
+
+    Fields that do not count in comparisons, such as the seed of a rounding, are left out: ranks may differ in
+    them, and they may be others at every step. Fields whose metadata say "of_a_step", such as the seed of a
+    choice, are others at every step, too, but ranks must agree on them: they are left out on request.
+    """
+    if dataclasses.is_dataclass(compressor):
+        fields = [
+            field.name
+            for field in dataclasses.fields(compressor)
+            if field.compare and (of_a_step or not field.metadata.get("of_a_step"))
+        ]
+        options = ", ".join(f"{name}={getattr(compressor, name)!r}" for name in fields)
+        return f"{type(compressor).__qualname__}({options})"
+    return f"{type(compressor).__module__}.{type(compressor).__qualname__}"
 
 
 def shard_numel(numel: int, unit: int | None, shards: int) -> int:

@@ -7,13 +7,14 @@ of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gck.errors import StateMismatchError
+from gck.errors import ArgumentError, StateMismatchError
 
 __all__ = ["ErrorFeedback", "ErrorFeedbackMap", "ServerBinding", "ShardBinding", "Snapshot"]
 
@@ -165,6 +166,27 @@ class ErrorFeedback:
             for pair in (saved.worker, saved.server, saved.nonfinite)
         )
 
+    def rescale_(self, factor: float) -> None:
+        """Multiplies both residuals, as when the scale of the loss changes from `old` to `factor * old`.
+
+        Each entry is rounded to fp32 once; a power of two is exact but for entries that become denormal. An
+        entry that would not be finite becomes 0 and is counted, as everywhere.
+
+        Args:
+            factor: positive and finite.
+
+        Raises:
+            ArgumentError: it is not; nothing was changed.
+        """
+        check_factor("ErrorFeedback.rescale_", factor)
+        for residual in (self.worker, self.server):
+            if residual is not None:
+                residual.mul_(factor)
+                if factor > 1:
+                    lost = ~residual.isfinite()
+                    residual.masked_fill_(lost, 0)
+                    self.nonfinite_for(residual.device).add_(lost.sum())
+
     def state_dict(self) -> dict[str, Any]:
         """A plain dict of tensors (not copies, as in torch.nn.Module) and ints; waits for the device."""
         state: dict[str, Any] = {"version": STATE_VERSION}
@@ -206,9 +228,9 @@ class ErrorFeedback:
         for name in ("worker", "server"):
             mine: Tensor | None = getattr(self, name)
             theirs: Tensor | None = getattr(loaded, name)
-            setattr(
-                self, name, None if theirs is None else theirs.clone() if mine is None else theirs.to(mine)
-            )
+            if theirs is not None:
+                theirs = theirs.clone() if mine is None else theirs.to(mine, copy=True)
+            setattr(self, name, theirs)
         self.binding, self.shard, self.nonfinite = loaded.binding, loaded.shard, loaded.nonfinite
 
     def _parsed(
@@ -291,6 +313,12 @@ class ErrorFeedbackMap:
         """Forgets every residual."""
         self._states.clear()
 
+    def rescale_(self, factor: float) -> None:
+        """`ErrorFeedback.rescale_` of all."""
+        check_factor("ErrorFeedbackMap.rescale_", factor)
+        for state in self._states.values():
+            state.rescale_(factor)
+
     def state_dict(self) -> dict[str, Any]:
         """A plain dict: the states by name, and a version."""
         return {
@@ -335,6 +363,12 @@ class ErrorFeedbackMap:
             except StateMismatchError as error:
                 raise StateMismatchError(f"{name}: {error}") from error
         self._states = fresh
+
+
+def check_factor(function: str, factor: object, name: str = "factor") -> None:
+    """Raises ArgumentError unless `factor` is a positive, finite number."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ArgumentError(f"{function}: {name} must be positive and finite, got {factor!r}")
 
 
 def check_version(function: str, state: Any) -> None:

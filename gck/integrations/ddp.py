@@ -10,13 +10,16 @@ or, in DDP's own words,
 Residuals are kept per parameter name: DDP rebuilds its buckets after the first step, and a checkpoint
 must find them again. Under `no_sync` DDP does not call the hook, so that error feedback runs once, on
 the step that synchronises, over the accumulated gradient. With a gradient scaler, residuals are in
-units of the scaled gradient.
+units of the scaled gradient: give it to the state, which then follows its scale, and its skipped steps.
 """
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gck.checkpoint import Loaded, load_state, save_state
 from gck.collectives import Transport, Work, resolve
 from gck.collectives.arguments import check_algorithm
 from gck.collectives.handshake import check_validate, describe
@@ -31,8 +35,9 @@ from gck.collectives.reduction import prepare
 from gck.collectives.transports import check_timeout
 from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
-from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_version
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError, StateMismatchError
+from gck.nonfinite import StepGuard
 
 __all__ = ["HookState", "hook", "register"]
 
@@ -57,9 +62,17 @@ class HookState:
             known, and not where it has a torch.nn.SyncBatchNorm, which sends in the backward pass itself.
             False where other code does that on the same group: a thread more, and ranks might send in
             different orders. The results are the same bits.
+        scaler: the torch.amp.GradScaler of the loss, or what has its `get_scale`. Before a step residuals are
+            rescaled where the scale has changed; implies `skip_nonfinite`. Without it, use `set_scale`.
+        skip_nonfinite: where a gradient of a step is not finite after the all-reduce, which all ranks see
+            alike, put all residuals back as they were before the step, since its optimizer step will be
+            skipped. Costs a copy of the residuals for the time of a step and a read of the gradients, at
+            whose end the host waits for the device. An error in a step puts them back as well.
 
     Attributes:
-        step: synchronising steps done.
+        step: synchronising steps done, skipped ones included.
+        skipped: steps in which something was not finite, where that is looked for.
+        scale: of the loss, that the residuals are in units of.
         residuals: the `ErrorFeedbackMap`, by parameter name.
 
     Raises:
@@ -79,6 +92,8 @@ class HookState:
         validate: str = "first",
         timeout: float | None = None,
         overlap: bool = True,
+        scaler: Any = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         check_algorithm("HookState", compressor, algorithm)
         check_validate("HookState", validate)
@@ -96,7 +111,11 @@ class HookState:
         self.validate = validate
         self.timeout = timeout
         self.overlap = overlap
+        self.scaler = scaler
+        self.guard = StepGuard() if skip_nonfinite or scaler is not None else None
         self.step = 0
+        self.skipped = 0
+        self.scale = 1.0
         self.residuals = ErrorFeedbackMap()
         self._bound = False
         self._sends_in_backward = False
@@ -145,6 +164,71 @@ class HookState:
             self._parameters.append(parameter)
         return self.residuals[name] if create or name in self.residuals else None
 
+    def set_scale(self, scale: float) -> None:
+        """Tells the scale of the loss from the next step on; residuals are rescaled where it has changed.
+
+        Raises:
+            ArgumentError: it is not positive and finite.
+        """
+        check_factor("HookState.set_scale", scale, "scale")
+        if scale != self.scale:
+            self.residuals.rescale_(scale / self.scale)
+            self.scale = float(scale)
+
+    def save(self, directory: str | os.PathLike[str], *, keep: int = 2, shared: bool = True) -> Path:
+        """Writes this rank's residuals, as of `step`, to `directory`; see `gck.save_state`.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            Those of `gck.save_state`.
+        """
+        self._check_bound("save")
+        transport = resolve(self.group)
+        return save_state(
+            directory,
+            self.residuals,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            step=self.step,
+            compressor=self.compressor,
+            scale=self.scale,
+            keep=keep,
+            shared=shared,
+        )
+
+    def load(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        reshard: bool = False,
+        server: str = "keep",
+        shared: bool = True,
+    ) -> Loaded | None:
+        """Goes on from what `save` wrote; arguments, result and errors are those of `gck.load_state`.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            Those of `gck.load_state`; nothing was changed.
+        """
+        self._check_bound("load")
+        transport = resolve(self.group)
+        loaded = load_state(
+            directory,
+            self.residuals,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            compressor=self.compressor,
+            step=step,
+            numels=self._numels(),
+            reshard=reshard,
+            server=server,
+            shared=shared,
+        )
+        if loaded is not None:
+            self.step, self.scale = loaded.step, loaded.scale
+        return loaded
+
     def label(self, parameter: Tensor) -> str:
         """How errors call a parameter: by its name, or by its shape where it has none."""
         return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
@@ -168,6 +252,7 @@ class HookState:
         return {
             "version": STATE_VERSION,
             "step": self.step,
+            "scale": self.scale,
             "rank": transport.rank,
             "world_size": transport.world_size,
             "compressor": describe(self.compressor, of_a_step=False),
@@ -194,7 +279,9 @@ class HookState:
         """
         self._check_bound("load_state_dict")
         check_version("HookState.load_state_dict", state)
-        step = state.get("step")
+        step, scale = state.get("step"), state.get("scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise StateMismatchError(f"HookState.load_state_dict: scale must be positive, got {scale!r}")
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
         transport = resolve(self.group)
@@ -215,15 +302,17 @@ class HookState:
                     f"HookState.load_state_dict: the saved state belongs to {name} {state.get(name)}, this "
                     f"is {name} {present}{advice}"
                 )
-        numels = {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
         self.residuals.load_state_dict(
             state.get("residuals", {}),
-            numels=numels,
+            numels=self._numels(),
             rank=transport.rank,
             world_size=transport.world_size,
             reset_server=reset_server,
         )
-        self.step = step
+        self.step, self.scale = step, float(scale)
+
+    def _numels(self) -> dict[str, int]:
+        return {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
 
     def _check_bound(self, function: str) -> None:
         if not self._bound:
@@ -267,6 +356,7 @@ def hook(
         transport, run = _prepare(state, bucket)
     except BaseException:
         _land(state)
+        _abandon(state)
         raise
     device = bucket.buffer().device
     if not bucket.is_last() and state.overlaps():
@@ -282,9 +372,12 @@ def hook(
     # Also where this one failed: no rank stops at an error before it has called what its peers call.
     failed = (_land(state) if bucket.is_last() else None) or failed
     if failed is not None:
+        _abandon(state)
         raise failed
     if bucket.is_last():
         state.step += 1
+        if state.guard is not None:
+            state.skipped += state.guard.finish()
     # A future of device tensors must know the devices, to order streams.
     future: torch.futures.Future[Tensor] = torch.futures.Future(
         devices=[device] if device.type == "cuda" else None
@@ -305,13 +398,15 @@ def register(
     validate: str = "first",
     timeout: float | None = None,
     overlap: bool = True,
+    scaler: Any = None,
+    skip_nonfinite: bool = False,
 ) -> HookState:
     """Makes a `HookState` for `model` and registers the hook.
 
     Args:
         model: not yet with a communication hook.
-        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, overlap: as
-            for `HookState`.
+        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, overlap,
+            scaler, skip_nonfinite: as for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -336,6 +431,8 @@ def register(
         validate=validate,
         timeout=timeout,
         overlap=overlap,
+        scaler=scaler,
+        skip_nonfinite=skip_nonfinite,
     )
     model.register_comm_hook(state, hook)
     return state
@@ -365,6 +462,7 @@ def _prepare(
     warm_up = state.step < state.warmup_steps
     plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
     packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
+    _guard(state, bucket.index() == 0, buffer, plain, packed)
     transport = resolve(state.group, state.timeout)
     calls = [
         prepare(
@@ -398,6 +496,31 @@ def _land(state: HookState) -> Exception | None:
         except Exception as error:
             failed = failed or error
     return failed
+
+
+def _abandon(state: HookState) -> None:
+    """Puts residuals back where a step fails and that was asked for; nothing is in flight any more."""
+    if state.guard is not None:
+        state.guard.abandon()
+
+
+def _guard(
+    state: HookState,
+    first: bool,
+    buffer: Tensor,
+    plain: Sequence[tuple[Tensor, Tensor]],
+    packed: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Before a bucket, where asked for: follows the scaler at a step's first, keeps what will change."""
+    if state.guard is None:
+        return
+    if first:
+        state.guard.abandon()  # a step whose backward pass did not come to its end
+        if state.scaler is not None:
+            state.set_scale(state.scaler.get_scale())
+    state.guard.keep([state.feedback(parameter, create=False) for parameter, _ in plain])
+    state.guard.keep([state.feedback(parameter) for parameter, _ in packed])
+    state.guard.watch(buffer)
 
 
 @contextmanager
