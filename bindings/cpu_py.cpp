@@ -292,7 +292,7 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "block16_encode",
-      [](Address indices, bool wide, int64_t count, int64_t numel, Address ends, Address locals,
+      [](Address indices, bool wide, int64_t count, int64_t numel, Address locals, Address ends,
          int threads) {
         return static_cast<int>(block16_encode(
             {numel, count, wide, at<void>(indices), at<void>(ends), at<uint16_t>(locals)}, threads));
@@ -301,7 +301,7 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "block16_decode",
-      [](Address indices, bool wide, int64_t count, int64_t numel, Address ends, Address locals,
+      [](Address indices, bool wide, int64_t count, int64_t numel, Address locals, Address ends,
          int threads) {
         return static_cast<int>(block16_decode(
             {numel, count, wide, at<void>(indices), at<void>(ends), at<uint16_t>(locals)}, threads));

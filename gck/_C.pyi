@@ -245,10 +245,10 @@ def elias_fano_decode(
     threads: int,
 ) -> int: ...
 def block16_encode(
-    indices: int, wide: bool, count: int, numel: int, ends: int, locals: int, threads: int
+    indices: int, wide: bool, count: int, numel: int, locals: int, ends: int, threads: int
 ) -> int: ...
 def block16_decode(
-    indices: int, wide: bool, count: int, numel: int, ends: int, locals: int, threads: int
+    indices: int, wide: bool, count: int, numel: int, locals: int, ends: int, threads: int
 ) -> int: ...
 
 # NCCL; dtypes and reductions are numbered as in nccl.h. Waits are in seconds.

@@ -25,6 +25,7 @@ from gck.ops import (
     chunk_topk_ef_,
     decompress,
     decompress_add_,
+    encode_indices,
     quantize,
     quantize_ef_,
     random_k,
@@ -33,7 +34,7 @@ from gck.ops import (
     topk,
     topk_ef_,
 )
-from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.statistics import Statistics
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChunkSparse",
     "ChunkTopK",
+    "CodedSparse",
     "Compressor",
     "ErrorFeedback",
     "ErrorFeedbackMap",
@@ -62,6 +64,7 @@ __all__ = [
     "ddp",
     "decompress",
     "decompress_add_",
+    "encode_indices",
     "errors",
     "packed_all_reduce_",
     "quantize",

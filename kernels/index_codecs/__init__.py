@@ -47,17 +47,17 @@ def elias_fano_bits(numel: int, k: int) -> tuple[int, int]:
     return low, k + (numel >> low) + 1
 
 
-def fields_of(codec: str, numel: int, k: int) -> tuple[tuple[torch.dtype, int], ...]:
-    """(dtype, count) of each field that k indices below `numel` become; 0 <= k <= numel.
+def fields_of(codec: str, numel: int, k: int) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int]]:
+    """(dtype, count) of the two fields that k indices below `numel` become; 0 <= k <= numel.
 
-    int32: the indices, int64 where numel > 2**31 - 1. block16: for each block of 65,536 elements the number
-    of entries up to its end, as wide as an index; and (k,) uint16. elias_fano: two strings of bits as uint8,
-    the lower bits and the upper ones, each a multiple of 8 bytes long.
+    int32: the indices, int64 where numel > 2**31 - 1, and nothing. block16: (k,) uint16, the position in a
+    block of 65,536 elements, and for each block the number of entries up to its end, as wide as an index.
+    elias_fano: two strings of bits as uint8, the lower bits and the upper ones, of multiples of 8 bytes.
     """
     if codec == "int32":
-        return ((index_dtype(numel), k),)
+        return (index_dtype(numel), k), (torch.uint8, 0)
     if codec == "block16":
-        return (index_dtype(numel), -(-numel // BLOCK) if k else 0), (torch.uint16, k)
+        return (torch.uint16, k), (index_dtype(numel), -(-numel // BLOCK) if k else 0)
     if not k:
         return (torch.uint8, 0), (torch.uint8, 0)
     low, high_bits = elias_fano_bits(numel, k)
@@ -69,7 +69,7 @@ def _whole_words(bits: int) -> int:
     return -(-bits // 64) * 8
 
 
-def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
+def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
     """The fields of `fields_of` that hold these indices.
 
     Args:
@@ -78,8 +78,8 @@ def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
         numel: elements of the vector that they are of.
 
     Raises:
-        ArgumentError, DtypeError, ShapeMismatchError, LayoutError: an argument is out of range or of the wrong
-            kind.
+        ArgumentError, DtypeError, ShapeMismatchError, LayoutError: an argument is out of range or of the
+            wrong kind.
         CorruptPayloadError: the indices do not ascend within [0, numel). On CUDA, where looking would stop
             the stream, what is encoded is then undefined, and nothing is written out of bounds.
     """
@@ -92,12 +92,12 @@ def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
         raise ShapeMismatchError(
             f"{function}: indices must be (k,) with k at most {numel}, got {tuple(indices.shape)}"
         )
-    fields = tuple(
+    low, high = (
         torch.empty(count, dtype=dtype, device=indices.device)
         for dtype, count in fields_of(codec, numel, indices.numel())
     )
-    encode_(codec, indices, numel, fields, function)
-    return fields
+    encode_(codec, indices, numel, (low, high), function)
+    return low, high
 
 
 def decode(codec: str, fields: Sequence[Tensor], numel: int, k: int) -> Tensor:

@@ -39,11 +39,11 @@ def decode_(codec: str, fields: Sequence[Tensor], numel: int, out: Tensor) -> No
 
 def _places(codec: str, fields: Sequence[Tensor], numel: int, k: int) -> tuple[int, ...]:
     """Where the fields are, and what else a codec wants to know."""
-    first, second = fields
+    low, high = fields
     if codec == "block16":
-        return first.data_ptr(), second.data_ptr()
+        return low.data_ptr(), high.data_ptr()
     low_bits, high_bits = elias_fano_bits(numel, k)
-    return low_bits, first.data_ptr(), first.numel(), second.data_ptr(), high_bits
+    return low_bits, low.data_ptr(), low.numel(), high.data_ptr(), high_bits
 
 
 def _said(fault: int, numel: int, k: int) -> str:

@@ -25,8 +25,8 @@ from gck.kernels.index_codecs import BLOCK, elias_fano_bits
 
 ENTRIES = 1024  # a program of what has one entry a lane
 WORDS = 128  # of lower bits, of 64 bits each, a program
-SELECT_WORDS = 64  # of upper bits, of 32 bits each, a program: so many bits are scanned together
-COUNT_BLOCKS = 16  # of SELECT_WORDS each, a program
+SELECT_WORDS = 32  # of upper bits, of 32 bits each, a program: so many bits are scanned together
+COUNT_BLOCKS = 32  # of SELECT_WORDS each, a program
 ENDS = 128  # blocks a program searches the ends of
 JOINED = 1024  # entries of a block at a time
 WARPS = 4
@@ -96,7 +96,7 @@ def select_kernel(
     out_row,
     WORDS: tl.constexpr,
 ):
-    """The indices whose ones are in a block of WORDS words of 32 bits; p_stops: ones up to each block's end."""
+    """The indices whose ones are in a block of WORDS words of 32 bits. p_stops: ones to the end of each."""
     i_block = tl.program_id(0).to(tl.int64)
     i_rank = tl.program_id(1).to(tl.int64)
     p_high += i_rank * row_units * 4
@@ -182,7 +182,7 @@ def encode_(codec: str, indices: Tensor, numel: int, fields: Sequence[Tensor]) -
     """Fields of k >= 1 indices."""
     k = indices.numel()
     if codec == "block16":
-        ends, locals_ = fields[0], fields[1].view(torch.int16)
+        locals_, ends = fields[0].view(torch.int16), fields[1]
         with launching_on(indices):
             split_kernel[(triton.cdiv(k, ENTRIES),)](
                 indices, locals_, k, ENTRIES=ENTRIES, num_warps=WARPS, **EXACT
@@ -222,21 +222,22 @@ def decode_(codec: str, fields: Sequence[Tensor], numel: int, out: Tensor) -> No
     """Indices of W >= 1 ranks, k >= 1 of each."""
     ranks, k = out.shape
     out.fill_(numel)
-    first, second = (_aligned(field) for field in fields)
+    low, high = (_aligned(field) for field in fields)
     if codec == "block16":
         with launching_on(out):
-            join_kernel[(first.shape[1], ranks)](
-                *(first, second.view(torch.int16), out, k, numel, _row_units(first), out.stride(0)),
+            join_kernel[(high.shape[1], ranks)](
+                *(high, low.view(torch.int16), out, k, numel, _row_units(high), out.stride(0)),
                 SIZE=BLOCK,
-                INDEX_BYTES=first.element_size(),
+                INDEX_BYTES=high.element_size(),
                 JOINED=JOINED,
                 num_warps=WARPS,
                 **EXACT,
             )
         return
     low_bits, _ = elias_fano_bits(numel, k)
-    high = second.view(torch.int32)
-    low = (first if low_bits else second).view(torch.int64)  # without lower bits, any address
+    low_words = low.shape[1] // 8
+    # Without lower bits, any address will do.
+    low, high = (low if low_bits else high).view(torch.int64), high.view(torch.int32)
     words = high.shape[1]
     blocks = triton.cdiv(words, SELECT_WORDS)
     counts = torch.empty(ranks, blocks, dtype=torch.int32, device=out.device)
@@ -251,7 +252,7 @@ def decode_(codec: str, fields: Sequence[Tensor], numel: int, out: Tensor) -> No
         stops = counts.cumsum(1, dtype=torch.int64)
         select_kernel[(blocks, ranks)](
             *(high, low, stops, out, k, numel, low_bits),
-            *(first.shape[1] // 8, words, blocks, _row_units(high), out.stride(0)),
+            *(low_words, words, blocks, _row_units(high), out.stride(0)),
             WORDS=SELECT_WORDS,
             num_warps=WARPS,
             **EXACT,

@@ -8,16 +8,16 @@ from torch import Tensor
 from gck.errors import CorruptPayloadError
 
 
-def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, ...]:
-    """The fields of (k,) strictly ascending indices within [0, numel)."""
+def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+    """The two fields of (k,) strictly ascending indices within [0, numel)."""
     k = indices.numel()
     if codec == "int32":
-        return (indices.clone(),)
+        return indices.clone(), torch.empty(0, dtype=torch.uint8)
     if codec == "block16":
         blocks = -(-numel // 65536) if k else 0
         stops = torch.arange(1, blocks + 1) * 65536
         ends = torch.searchsorted(indices.long(), stops)
-        return ends.to(indices.dtype), (indices.long() % 65536).to(torch.uint16)
+        return (indices.long() % 65536).to(torch.uint16), ends.to(indices.dtype)
     if not k:
         return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
     bits = (numel // k).bit_length() - 1
@@ -37,11 +37,11 @@ def decode(codec: str, fields: tuple[Tensor, ...], numel: int, k: int) -> Tensor
     if codec == "int32":
         indices = fields[0].long()
     elif codec == "block16":
-        ends = [0, *fields[0].tolist()]
+        ends = [0, *fields[1].tolist()]
         if sorted(ends) != ends or ends[-1] != k:
             raise CorruptPayloadError(f"ends of blocks must ascend from 0 to {k}, got {ends}")
         counts = torch.tensor(ends).diff()
-        indices = torch.arange(len(counts)).repeat_interleave(counts) * 65536 + fields[1].long()
+        indices = torch.arange(len(counts)).repeat_interleave(counts) * 65536 + fields[0].long()
     elif k:
         bits = (numel // k).bit_length() - 1
         low, high = _bits(fields[0]), _bits(fields[1])

@@ -18,8 +18,9 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
-from gck.kernels.index_codecs import check_index_codec, fields_of
+from gck.kernels.index_codecs import INDEX_CODECS, check_index_codec, fields_of
 from gck.kernels.quantize import Quantize
+from gck.payload import CodedSparse, SparseGrad
 from gck.wire import Layout
 
 __all__ = ["RUN", "VALUE_DTYPES", "TopK", "resolve_k"]
@@ -48,8 +49,8 @@ class TopK(KernelCompressor):
             given), and are kept as that: value_bits is then None.
 
     Raises:
-        ArgumentError: an option is out of range; ratio and k are both given, or neither; value_bits contradicts
-            value_dtype.
+        ArgumentError: an option is out of range; ratio and k are both given, or neither; value_bits
+            contradicts value_dtype.
         DtypeError: value_dtype is none of float32, bfloat16, float16; an option is of the wrong type.
     """
 
@@ -102,8 +103,28 @@ class TopK(KernelCompressor):
 
     @classmethod
     def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> TopK:
-        """The compressor that decodes a payload with these fields; it has no options."""
-        return cls(k=max(1, fields[0].numel()))
+        """The compressor that decodes a payload with these fields; options: none of plain ones, else k,
+        value_bits or 0, and the index of the codec in INDEX_CODECS."""
+        if not options:
+            return cls(k=max(1, fields[0].numel()))
+        k, value_bits, codec = options
+        dtype = torch.float32 if value_bits else fields[0].dtype
+        return cls(
+            k=max(1, k), value_dtype=dtype, index_codec=INDEX_CODECS[codec], value_bits=value_bits or None
+        )
+
+    def payload(self, body: Tensor, numel: int) -> SparseGrad | CodedSparse:
+        """The payload whose tensors are views of `body`, (layout(numel).nbytes,) uint8.
+
+        Raises:
+            CorruptPayloadError: the body has another size.
+        """
+        fields = self.layout(numel).views(body)
+        if self.is_plain:
+            return SparseGrad(fields[0], fields[1], numel)
+        k = resolve_k("TopK", numel, self.ratio, self.k)
+        values, scales, low, high = fields
+        return CodedSparse(values, scales, low, high, numel, k, self.index_codec, self.value_bits or 0)
 
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
         if not self.is_plain:
@@ -140,7 +161,7 @@ def _layout(
     count = resolve_k("TopK", numel, ratio, k)
     indices = fields_of(index_codec, numel, count)
     if index_codec == "int32" and value_bits is None:
-        return Layout.of((value_dtype, count), *indices)
+        return Layout.of((value_dtype, count), indices[0])
     if value_bits is None:
         return Layout.of((value_dtype, count), (torch.float32, 0), *indices)
     codes = (torch.uint8, -(-count * value_bits // 8)), (torch.float32, -(-count // RUN))
