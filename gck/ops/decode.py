@@ -69,9 +69,11 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     """(compressor's name, fields, options) of a payload that is well formed as far as shapes tell."""
     # Spelled out by type: older versions of torch.compile cannot trace a NamedTuple's properties.
     if isinstance(payload, SparseGrad):
-        name, fields, options = "topk", [payload.values, payload.indices], []
+        name, fields = "topk", [payload.values, payload.indices]
+        options: list[int] = []
     elif isinstance(payload, CodedSparse):
-        name, (fields, options) = "topk", _coded(function, payload)
+        name = "topk"
+        fields, options = _coded(function, payload)
     elif isinstance(payload, PackedSigns):
         name, fields, options = "sign", [payload.words, payload.scales], [payload.chunk_size]
         check_chunk_size(function, payload.chunk_size)

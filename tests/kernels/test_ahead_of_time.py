@@ -52,7 +52,7 @@ BUDGETS = {
     "index_codecs.low_kernel": (40, 32),
     "index_codecs.high_kernel": (48, 40),
     "index_codecs.count_kernel": (32, 24),
-    "index_codecs.select_kernel": (128, 72),
+    "index_codecs.select_kernel": (96, 64),
     "index_codecs.split_kernel": (32, 16),
     "index_codecs.ends_kernel": (32, 24),
     "index_codecs.join_kernel": (48, 32),
