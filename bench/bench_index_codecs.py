@@ -1,14 +1,13 @@
-"""Index codecs: encoding and decoding the ascending indices of a top-k, against the same in torch operations.
+"""Index codecs: encoding and decoding the ascending indices of a top-k, against the same in torch.
 
-The floor of a codec is what must move: the indices, and the bytes that they become. Gigabytes of int32 indices
-a second are 4e-9 k / seconds, of all threads together: `OMP_NUM_THREADS=1` for those of a core.
+The floor of a codec is what must move: the indices, and the bytes that they become. Gigabytes of int32
+indices a second are 4e-9 k / seconds, of all threads together: `OMP_NUM_THREADS=1` for those of a core.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -5,7 +5,7 @@ know. Bytes: docs/index_codecs.md.
 
 Sources: Elias, "Efficient Storage and Retrieval by Content and Address of Static Files" (Journal of the ACM,
 1974); Fano, "On the Number of Bits Required to Implement an Associative Memory" (MIT Project MAC, 1971);
-Vigna, "Quasi-Succinct Indices" (WSDM 2013), section 4, whose layout this is.
+Vigna, "Quasi-Succinct Indices" (WSDM 2013).
 """
 
 from __future__ import annotations
