@@ -29,8 +29,7 @@ def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, 
     if compressor.value_bits is None:
         values = acc[chosen].to(compressor.value_dtype)
         values = torch.where(values.isnan(), math.nan, values)
-        sent = (values,) if compressor.is_plain else (values, torch.empty(0))
-        decoded = values.float()
+        sent, decoded = (values, torch.empty(0)), values.float()
     else:
         sent = quantize.compress(compressor.codes, acc[chosen], torch.tensor(-0.0))[0]
         decoded = quantize.decompress(compressor.codes, sent, k)
@@ -38,8 +37,8 @@ def compress(compressor: Any, grad: Tensor, err: Tensor) -> tuple[tuple[Tensor, 
     residual[chosen] = acc[chosen] - decoded
     finite = residual.isfinite()
     residual = torch.where(finite, residual, 0.0)
-    encoded = index_codecs.encode(compressor.index_codec, indices, n)
-    return (*sent, *encoded), residual, int((~finite).sum())
+    fields = (*sent, *index_codecs.encode(compressor.index_codec, indices, n))
+    return (fields[0], indices) if compressor.is_plain else fields, residual, int((~finite).sum())
 
 
 def decompress(compressor: Any, fields: tuple[Tensor, ...], numel: int) -> Tensor:
