@@ -20,6 +20,7 @@ from bench import (
     bench_index_codecs,
     bench_reduce,
     bench_topk_lists,
+    codec_speed,
     gpu_check,
     inputs,
     peers,
@@ -227,6 +228,15 @@ def test_verification_notices_wrong_indices(codec: str, small_pool: Pool) -> Non
     bench_index_codecs._verify(partial(bench_index_codecs._decode, codec), peer, codec, 50, small_pool)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         bench_index_codecs._verify(lambda given: (peer(given)[0] + 1,), peer, codec, 50, small_pool)
+
+
+def test_speed_of_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(speed > 0 for speed in codec_speed.speeds("elias_fano", 10_000, 100, turns=2))
+    monkeypatch.setattr(
+        codec_speed.index_codecs, "decode_", lambda codec, rows, numel, out, function: out.zero_()
+    )
+    with pytest.raises(RuntimeError, match="block16: what was decoded is not what was encoded"):
+        codec_speed.speeds("block16", 10_000, 100, turns=2)
 
 
 def test_a_report_can_be_shown_again(report: dict[str, Any], run: Any, tmp_path: Path) -> None:
