@@ -12,7 +12,6 @@ from torch import Tensor
 
 import gck
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
-from gck.kernels.index_codecs import INDEX_CODECS
 from gck.kernels.topk import cpu, gpu, reference
 from tests.cases import make, same_bytes
 
@@ -231,8 +230,3 @@ def test_sparse_all_gather() -> None:
     for received in gathered:
         assert all(a.nbytes == b.nbytes for a, b in zip(received, payloads, strict=True))
         assert torch.equal(gck.decompress(received), wanted)
-
-
-def test_every_codec_is_known() -> None:
-    for codec in INDEX_CODECS:
-        assert gck.TopK(k=5, index_codec=codec).layout(100).nbytes % 16 == 0
