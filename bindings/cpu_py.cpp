@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/chunk_topk.hpp"
+#include "cpu/index_codecs.hpp"
 #include "cpu/quantize.hpp"
 #include "cpu/random_k.hpp"
 #include "cpu/sign.hpp"
@@ -262,6 +263,48 @@ void bind_cpu(py::module_& m) {
                            {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, at<char>(body), 0,
                             chunks_of(numel, chunk_size), scales_offset},
                            divisor, threads);
+      },
+      nogil);
+
+  const auto elias_fano = [](Address indices, bool wide, int64_t count, int64_t numel, int low_bits,
+                             Address low, int64_t low_bytes, Address high, int64_t high_bits) {
+    return EliasFano{numel,         count,          low_bits,  wide,      at<void>(indices),
+                     at<char>(low), at<char>(high), low_bytes, high_bits, (high_bits + 63) / 64};
+  };
+
+  m.def(
+      "elias_fano_encode",
+      [elias_fano](Address indices, bool wide, int64_t count, int64_t numel, int low_bits, Address low,
+                   int64_t low_bytes, Address high, int64_t high_bits, int threads) {
+        return static_cast<int>(elias_fano_encode(
+            elias_fano(indices, wide, count, numel, low_bits, low, low_bytes, high, high_bits), threads));
+      },
+      nogil);
+
+  m.def(
+      "elias_fano_decode",
+      [elias_fano](Address indices, bool wide, int64_t count, int64_t numel, int low_bits, Address low,
+                   int64_t low_bytes, Address high, int64_t high_bits, int threads) {
+        return static_cast<int>(elias_fano_decode(
+            elias_fano(indices, wide, count, numel, low_bits, low, low_bytes, high, high_bits), threads));
+      },
+      nogil);
+
+  m.def(
+      "block16_encode",
+      [](Address indices, bool wide, int64_t count, int64_t numel, Address locals, Address ends,
+         int threads) {
+        return static_cast<int>(block16_encode(
+            {numel, count, wide, at<void>(indices), at<void>(ends), at<uint16_t>(locals)}, threads));
+      },
+      nogil);
+
+  m.def(
+      "block16_decode",
+      [](Address indices, bool wide, int64_t count, int64_t numel, Address locals, Address ends,
+         int threads) {
+        return static_cast<int>(block16_decode(
+            {numel, count, wide, at<void>(indices), at<void>(ends), at<uint16_t>(locals)}, threads));
       },
       nogil);
 }

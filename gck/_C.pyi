@@ -221,6 +221,38 @@ def sign_reduce(
     threads: int,
 ) -> int: ...
 
+# What is wrong, as enum class IndexFault in bindings/cpu/index_codecs.hpp numbers it; 0: nothing.
+def elias_fano_encode(
+    indices: int,
+    wide: bool,
+    count: int,
+    numel: int,
+    low_bits: int,
+    low: int,
+    low_bytes: int,
+    high: int,
+    high_bits: int,
+    threads: int,
+) -> int: ...
+def elias_fano_decode(
+    indices: int,
+    wide: bool,
+    count: int,
+    numel: int,
+    low_bits: int,
+    low: int,
+    low_bytes: int,
+    high: int,
+    high_bits: int,
+    threads: int,
+) -> int: ...
+def block16_encode(
+    indices: int, wide: bool, count: int, numel: int, locals: int, ends: int, threads: int
+) -> int: ...
+def block16_decode(
+    indices: int, wide: bool, count: int, numel: int, locals: int, ends: int, threads: int
+) -> int: ...
+
 # NCCL; dtypes and reductions are numbered as in nccl.h. Waits are in seconds.
 def nccl_open(wheels: list[str]) -> tuple[int, str, str]: ...
 def nccl_unique_id(wheels: list[str]) -> bytes: ...

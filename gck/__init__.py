@@ -28,6 +28,7 @@ from gck.ops import (
     chunk_topk_ef_,
     decompress,
     decompress_add_,
+    encode_indices,
     quantize,
     quantize_ef_,
     random_k,
@@ -36,13 +37,14 @@ from gck.ops import (
     topk,
     topk_ef_,
 )
-from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.statistics import Statistics
 from gck.version import __version__ as __version__
 
 __all__ = [
     "ChunkSparse",
     "ChunkTopK",
+    "CodedSparse",
     "Compressor",
     "ErrorFeedback",
     "ErrorFeedbackMap",
@@ -66,6 +68,7 @@ __all__ = [
     "ddp",
     "decompress",
     "decompress_add_",
+    "encode_indices",
     "errors",
     "load_state",
     "packed_all_reduce_",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gck.wire import layout_of
 
-__all__ = ["ChunkSparse", "PackedSigns", "Payload", "Quantized", "SeededValues", "SparseGrad"]
+__all__ = ["ChunkSparse", "CodedSparse", "PackedSigns", "Payload", "Quantized", "SeededValues", "SparseGrad"]
 
 
 class SparseGrad(NamedTuple):
@@ -40,6 +40,48 @@ class SparseGrad(NamedTuple):
     def fields(self) -> tuple[Tensor, ...]:
         """The tensors that travel, in the order of the wire body."""
         return self.values, self.indices
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        return layout_of(*self.fields).nbytes
+
+
+class CodedSparse(NamedTuple):
+    """The k largest entries of a vector, their indices by a codec: see docs/index_codecs.md.
+
+    Attributes:
+        values: (k,) fp32, bf16 or fp16; or (ceil(k * value_bits / 8),) uint8, codes in two's complement,
+            little end first, decoded as code * scale.
+        scales: (ceil(k / 512),) fp32 where values are codes, one for each 512 entries; else (0,).
+        index_low: what the codec keeps of each index: elias_fano: (bytes,) uint8, its lower bits; block16:
+            (k,) uint16, its position in a block of 65,536 elements; int32: all of it.
+        index_high: what the codec keeps of the rest: elias_fano: (bytes,) uint8, the upper bits in unary;
+            block16: the number of entries up to the end of each block; int32: (0,).
+        numel: number of elements of the dense vector.
+        k: entries.
+        index_codec: "int32", "block16" or "elias_fano".
+        value_bits: 8 or 4 where values are codes, else 0.
+    """
+
+    values: Tensor
+    scales: Tensor
+    index_low: Tensor
+    index_high: Tensor
+    numel: int
+    k: int
+    index_codec: str
+    value_bits: int = 0
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "topk"
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return self.values, self.scales, self.index_low, self.index_high
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +231,7 @@ class SeededValues(NamedTuple):
         return layout_of(*self.fields).nbytes
 
 
-Payload: TypeAlias = SparseGrad | PackedSigns | ChunkSparse | Quantized | SeededValues
+Payload: TypeAlias = SparseGrad | CodedSparse | PackedSigns | ChunkSparse | Quantized | SeededValues
 
 INDEX_LIMIT = 2**31 - 1
 

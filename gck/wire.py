@@ -106,6 +106,7 @@ def body_of(*fields: Tensor) -> Tensor:
         and f.untyped_storage().data_ptr() == storage.data_ptr()
         and f.storage_offset() * f.element_size() == start + place.offset
         for f, place in zip(fields, layout.fields, strict=True)
+        if place.count  # what is empty lies nowhere
     )
     if in_place:
         whole = torch.empty(0, dtype=torch.uint8, device=first.device)

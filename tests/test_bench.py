@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_decode, bench_reduce, bench_topk_lists, gpu_check, inputs, peers, peers_decode
+from bench import (
+    bench_decode,
+    bench_index_codecs,
+    bench_reduce,
+    bench_topk_lists,
+    codec_speed,
+    gpu_check,
+    inputs,
+    peers,
+    peers_decode,
+)
 from bench.measure import Buffers, Pool
 from tests.cases import same_bytes
 
@@ -209,6 +220,23 @@ def test_verification_notices_wrong_reductions(
     monkeypatch.setattr(bench_reduce, "_by_steps", lambda *given: steps(*given) ^ 1)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         bench_reduce._verify_steps(name, small_pool)
+
+
+@pytest.mark.parametrize("codec", bench_index_codecs.CODECS)
+def test_verification_notices_wrong_indices(codec: str, small_pool: Pool) -> None:
+    peer = partial(bench_index_codecs._torch_decode, codec)
+    bench_index_codecs._verify(partial(bench_index_codecs._decode, codec), peer, codec, 50, small_pool)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_index_codecs._verify(lambda given: (peer(given)[0] + 1,), peer, codec, 50, small_pool)
+
+
+def test_speed_of_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(speed > 0 for speed in codec_speed.speeds("elias_fano", 10_000, 100, turns=2))
+    monkeypatch.setattr(
+        codec_speed.index_codecs, "decode_", lambda codec, rows, numel, out, function: out.zero_()
+    )
+    with pytest.raises(RuntimeError, match="block16: what was decoded is not what was encoded"):
+        codec_speed.speeds("block16", 10_000, 100, turns=2)
 
 
 def test_a_report_can_be_shown_again(report: dict[str, Any], run: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gck
 from gck.compressor import REGISTRY, shard_numel
+from gck.kernels.index_codecs import INDEX_CODECS
 from gck.kernels.reference import read_residual
 from tests.cases import CASES, GRAD_DTYPES, Guarded, make, one_nan, same_bytes
 
@@ -27,6 +28,8 @@ VARIANTS: dict[str, list[Any]] = {
         gck.TopK(ratio=0.3, value_dtype=torch.bfloat16),
         gck.TopK(k=1, value_dtype=torch.float16),
         gck.TopK(ratio=1.0),
+        gck.TopK(ratio=0.01, index_codec="elias_fano", value_bits=16),
+        gck.TopK(ratio=0.3, index_codec="block16", value_bits=4),
     ],
     "sign": [gck.Sign(chunk_size=32), gck.Sign(), gck.Sign(chunk_size=8192)],
     "chunk_topk": [
@@ -139,7 +142,7 @@ def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards:
 def reached_by(compressor: Any, fields: tuple[Tensor, ...], n: int) -> Any:
     """The elements that decoding adds something to; to others, not even a zero."""
     if compressor.name == "topk":
-        return fields[1].long()
+        return _reference(compressor).indices_of(compressor, fields, n)
     if compressor.name == "random_k":
         return torch.tensor(_reference(compressor).indices(compressor.seed, n, fields[0].numel()))
     return slice(None)
@@ -239,6 +242,13 @@ def test_any_values(data: st.DataObject, values: list[float]) -> None:
                 gck.TopK,
                 k=st.integers(1, len(values)),
                 value_dtype=st.sampled_from(GRAD_DTYPES),
+                index_codec=st.sampled_from(INDEX_CODECS),
+            ),
+            st.builds(
+                gck.TopK,
+                k=st.integers(1, len(values)),
+                index_codec=st.sampled_from(INDEX_CODECS),
+                value_bits=st.sampled_from([8, 4]),
             ),
             st.builds(
                 gck.RandomK,

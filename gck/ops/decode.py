@@ -12,10 +12,11 @@ from gck.compressor import compressor_class
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
+from gck.kernels.index_codecs import INDEX_CODECS, check_index_codec
 from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register
-from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.wire import ALIGNMENT, body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
@@ -68,7 +69,11 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     """(compressor's name, fields, options) of a payload that is well formed as far as shapes tell."""
     # Spelled out by type: older versions of torch.compile cannot trace a NamedTuple's properties.
     if isinstance(payload, SparseGrad):
-        name, fields, options = "topk", [payload.values, payload.indices], []
+        name, fields = "topk", [payload.values, payload.indices]
+        options: list[int] = []
+    elif isinstance(payload, CodedSparse):
+        name = "topk"
+        fields, options = _coded(function, payload)
     elif isinstance(payload, PackedSigns):
         name, fields, options = "sign", [payload.words, payload.scales], [payload.chunk_size]
         check_chunk_size(function, payload.chunk_size)
@@ -93,6 +98,22 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     if payload.numel < 0:
         raise ArgumentError(f"{function}: payload.numel must be at least 0, got {payload.numel}")
     return name, fields, options
+
+
+def _coded(function: str, payload: CodedSparse) -> tuple[list[Tensor], list[int]]:
+    check_index_codec(function, payload.index_codec)
+    for name, value in (("k", payload.k), ("value_bits", payload.value_bits)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DtypeError(f"{function}: payload.{name} must be an int, got {type(value).__name__}")
+    if payload.k < 0 or payload.value_bits not in (0, 4, 8):
+        raise ArgumentError(
+            f"{function}: payload.k must be at least 0 and payload.value_bits 0, 4 or 8, got {payload.k} and "
+            f"{payload.value_bits}"
+        )
+    if payload.index_codec == "int32" and not payload.value_bits:
+        return [payload.values, payload.index_low], []
+    options = [payload.k, payload.value_bits, INDEX_CODECS.index(payload.index_codec)]
+    return [payload.values, payload.scales, payload.index_low, payload.index_high], options
 
 
 def _decode(

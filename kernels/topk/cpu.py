@@ -11,6 +11,7 @@ from torch import Tensor
 from gck._native import load, num_threads
 from gck.errors import CorruptPayloadError
 from gck.kernels.common.native import DTYPE_CODE, residual_options
+from gck.kernels.topk import coded
 
 if TYPE_CHECKING:
     from gck.kernels.topk import TopK
@@ -28,8 +29,14 @@ def compress_(
     clip: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> None:
-    options = residual_options(compressor, clip, stats)
-    cleared = _compress(compressor.layout(grad.numel()), grad, err, bodies, hint, options)
+    if not compressor.is_plain:
+        options = {"hint": hint, "clip": clip, "stats": stats}
+        coded.compress_(compress_, compressor, grad, err, bodies, nonfinite, **options)
+        return
+    cleared = _compress(
+        compressor.layout(grad.numel()),
+        *(grad, err, bodies, hint, residual_options(compressor, clip, stats)),
+    )
     if nonfinite is not None:
         nonfinite += cleared
 
@@ -121,8 +128,11 @@ def _runs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> list[tuple[int, in
 
 
 def decompress_(
-    compressor: TopK, out: Tensor, fields: tuple[Tensor, Tensor], alpha: float, accumulate: bool
+    compressor: TopK, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
 ) -> None:
+    if not compressor.is_plain:
+        coded.decompress_(decompress_, compressor, out, fields, alpha, accumulate)
+        return
     values, indices = fields
     _, bad = load().sparse_decompress(
         values.data_ptr(),
@@ -147,6 +157,9 @@ def decompress_sum_(
     compressor: TopK, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
 ) -> None:
     """out (+)= alpha * decoded, for each row of bodies (W, layout.nbytes) in turn."""
+    if not compressor.is_plain:
+        coded.decompress_sum_(decompress_sum_, compressor, out, bodies, layout, alpha, accumulate)
+        return
     values, indices = layout.fields
     row, bad = load().sparse_decompress(
         bodies.data_ptr(),

@@ -31,7 +31,7 @@ from gck.kernels.common.launch import (
 )
 from gck.kernels.common.residual import residual_arguments
 from gck.kernels.common.statistics import sum_read
-from gck.kernels.topk import gpu_guess
+from gck.kernels.topk import coded, gpu_guess
 from gck.kernels.topk.gpu_bracket import BRACKET_REGISTERS, BRACKET_WARPS, LINES, guess_kernel
 from gck.kernels.topk.gpu_control import (
     BINS,
@@ -287,6 +287,10 @@ def compress_(
         hint: (1,) int32, the key (bits of |x|) of the threshold of the last step, or 0: there is none.
             Spares the sample, and is set to this step's. It never changes the result.
     """
+    if not compressor.is_plain:
+        options = {"hint": hint, "clip": clip, "stats": stats}
+        coded.compress_(compress_, compressor, grad, err, bodies, nonfinite, **options)
+        return
     n = grad.numel()
     values, indices = compressor.layout(n).views(bodies.view(-1))
     k = values.numel()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gck.kernels.common.keys import widen
 from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.topk import coded
 from gck.wire import Layout
 
 BLOCK = 1024  # payload entries a program of the scatter
@@ -187,6 +188,9 @@ def _prepare(p_tile, size, ACCUMULATE: tl.constexpr, TOUCH: tl.constexpr, TILE: 
 def decompress_(
     compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
 ) -> None:
+    if not compressor.is_plain:
+        coded.decompress_(decompress_, compressor, out, fields, alpha, accumulate)
+        return
     values, indices = fields
     k = values.numel()
     if not accumulate:
@@ -213,6 +217,9 @@ def decompress_sum_(
         alpha: one multiplication, before the addition.
         accumulate: add to what out holds.
     """
+    if not compressor.is_plain:
+        coded.decompress_sum_(decompress_sum_, compressor, out, bodies, layout, alpha, accumulate)
+        return
     n, ranks = out.numel(), bodies.shape[0]
     values, indices = (bodies[:, f.offset : f.end].view(f.dtype) for f in layout.fields)
     tiles, k, row_units = triton.cdiv(n, SUM_TILE), values.shape[1], bodies.stride(0) // 16

@@ -20,6 +20,7 @@ from typing import Any
 import gck.kernels
 from tests.kernels import (
     aot_chunk_topk,
+    aot_index_codecs,
     aot_quantize,
     aot_random_k,
     aot_sign,
@@ -37,7 +38,10 @@ TARGETS = {
 
 
 def variants() -> list[Variant]:
-    modules = aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k, aot_statistics
+    modules = (
+        *(aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k),
+        *(aot_index_codecs, aot_statistics),
+    )
     return [variant for module in modules for variant in module.variants()]
 
 

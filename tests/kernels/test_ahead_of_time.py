@@ -49,6 +49,13 @@ BUDGETS = {
     "random_k.compress_kernel": (80, 48),
     "random_k.spoil_kernel": (40, 32),
     "random_k.decompress_kernel": (40, 40),
+    "index_codecs.low_kernel": (40, 32),
+    "index_codecs.high_kernel": (48, 40),
+    "index_codecs.count_kernel": (32, 24),
+    "index_codecs.select_kernel": (96, 64),
+    "index_codecs.split_kernel": (32, 16),
+    "index_codecs.ends_kernel": (32, 24),
+    "index_codecs.join_kernel": (48, 32),
 }
 # Variants that need not be fast: of a vector's last tile, of tensors at any address, of 64-bit indices.
 RARE = {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}

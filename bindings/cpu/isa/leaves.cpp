@@ -1,6 +1,7 @@
 #include "cpu/isa/leaves.hpp"
 
 #include "cpu/isa/chunk_topk.hpp"
+#include "cpu/isa/index_codecs.hpp"
 #include "cpu/isa/quantize.hpp"
 #include "cpu/isa/random_k.hpp"
 #include "cpu/isa/reduce.hpp"
@@ -37,6 +38,12 @@ const Leaves& leaves() {
                                 random_k_picks,
                                 random_k_add,
                                 random_k_send,
+                                elias_fano_low,
+                                elias_fano_high,
+                                elias_fano_count,
+                                elias_fano_select,
+                                block16_split,
+                                block16_join,
                                 residual_read,
                                 residual_sums};
   return table;

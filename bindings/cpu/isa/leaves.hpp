@@ -114,6 +114,17 @@ struct QuantizeDecode {
   DecodeInto into;
 };
 
+// Indices as Elias and Fano write them: the lower bits of each, one after the other; and a string of
+// high_bits, in which the i-th one is at position (index >> low_bits) + i. Both padded to words of 64 bits.
+struct EliasFano {
+  int64_t numel, count;
+  int low_bits;  // at most 62
+  bool wide;     // indices are int64, else int32
+  void* indices;
+  char *low, *high;
+  int64_t low_bytes, high_bits, high_words;
+};
+
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
 
 // Elements whose sums are one number of the statistics of a residual.
@@ -179,6 +190,19 @@ struct Leaves {
   // values[at + i] = x[i] * factor, rounded to dtype; x[i] becomes what that leaves, or 0 where it is not
   // finite. Returns how many that are. x has room for 16 more.
   int64_t (*random_k_send)(float* x, int64_t count, float factor, void* values, Dtype dtype, int64_t at);
+  // The lower bits of `entries`, which begin at a multiple of 64.
+  void (*elias_fano_low)(const EliasFano& job, Range entries);
+  // Writes the words [words.begin, words.end) of the high bits, of which `entries` have all but `bits`, which
+  // are for the first of them. Returns those bits of entries that belong to the word at words.end.
+  uint64_t (*elias_fano_high)(const EliasFano& job, Range entries, Range words, uint64_t bits);
+  // Ones in these words of the high bits.
+  int64_t (*elias_fano_count)(const EliasFano& job, Range words);
+  // The indices whose ones are in these words, from entry `rank` on; as many as there are ones must have
+  // room. Returns whether they ascend below numel.
+  bool (*elias_fano_select)(const EliasFano& job, Range words, int64_t rank);
+  // The lower 16 bits of `count` indices; and base + them, with whether they ascend.
+  void (*block16_split)(const void* indices, bool wide, int64_t count, uint16_t* locals);
+  bool (*block16_join)(const uint16_t* locals, int64_t count, int64_t base, void* indices, bool wide);
   // err[i] = clamp(decay * err[i], -clip, clip), where NaN stays; clip >= 0.
   void (*residual_read)(float* err, int64_t count, float decay, float clip);
   // Of grad + err; or of err alone where there is no grad, and then of squares alone. What is not finite
