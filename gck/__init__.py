@@ -20,6 +20,7 @@ from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
+from gck.message import from_bytes, to_bytes
 from gck.ops import (
     chunk_topk,
     chunk_topk_ef_,
@@ -63,6 +64,7 @@ __all__ = [
     "decompress",
     "decompress_add_",
     "errors",
+    "from_bytes",
     "packed_all_reduce_",
     "quantize",
     "quantize_ef_",
@@ -71,6 +73,7 @@ __all__ = [
     "shard_numel",
     "sign_ef_",
     "sparse_all_gather",
+    "to_bytes",
     "topk",
     "topk_ef_",
 ]

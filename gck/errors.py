@@ -19,6 +19,7 @@ __all__ = [
     "GckError",
     "GroupUnusableError",
     "LayoutError",
+    "PayloadVersionError",
     "PeerLostError",
     "ShapeMismatchError",
     "StateMismatchError",
@@ -59,6 +60,10 @@ class BackendUnavailableError(GckError, RuntimeError):
 
 class CorruptPayloadError(GckError, ValueError):
     """A payload contradicts itself: indices out of range or out of order, wrong lengths."""
+
+
+class PayloadVersionError(CorruptPayloadError):
+    """A message is of a version of the wire format that this gck cannot read; the text names both."""
 
 
 class StateMismatchError(GckError, ValueError):
