@@ -23,7 +23,7 @@ from gck.errors import (
     LayoutError,
 )
 from gck.message.contents import check_padding, with_clear_padding
-from gck.message.formats import Format, checked, format_of
+from gck.message.formats import OPTIONS, Format, checked, format_of
 from gck.message.header import CHECKSUM, HEADER_NBYTES, MOST_NUMEL, VERSION, Header, parse
 from gck.payload import Payload
 from gck.wire import Layout, body_of
@@ -144,8 +144,7 @@ def _buffers(function: str, payload: Payload, checksum: bool) -> tuple[bytes, Te
         raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
     _check_types(function, payload)
     with _naming(function):
-        options = {"dtype": 0, "index_codec": 0, "flags": 0, "chunk_size": 0, "k": 0, "seed": 0}
-        options |= format_.options(payload)
+        options = dict.fromkeys(OPTIONS, 0) | format_.options(payload)
     if checksum:
         options["flags"] |= CHECKSUM
     header = Header(compressor=format_.id, numel=payload.numel, body_nbytes=payload.nbytes, **options)

@@ -19,7 +19,7 @@ from gck.message.header import CHECKSUM, MEAN_SCALE, Header
 from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.wire import Layout
 
-__all__ = ["FORMATS", "Format", "checked", "format_of"]
+__all__ = ["FORMATS", "OPTIONS", "Format", "checked", "format_of"]
 
 # Codes of header fields. They are part of the format: never changed, never used again.
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
@@ -27,6 +27,9 @@ CODES_OF_BITS = 0
 BITS = {1: 32, 2: 16, 3: 16}
 INT32, INT64, UINT16, TWELVE_BITS = 1, 2, 3, 4
 INDEX_DTYPES = {INT32: torch.int32, INT64: torch.int64, UINT16: torch.uint16, TWELVE_BITS: torch.uint8}
+
+# Header fields that a kind of payload may have or not.
+OPTIONS = "dtype", "index_codec", "bits", "flags", "chunk_size", "k", "seed"
 
 Fields = tuple[Tensor, ...]
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -249,7 +252,7 @@ def checked(function: str, header: Header) -> tuple[Format, Layout]:
         )
     allowed = each.allowed(header)
     flags_of_kind = header.flags & ~CHECKSUM
-    for name in ("bits", "dtype", "flags", "chunk_size", "index_codec", "k", "seed"):
+    for name in (*allowed, *(option for option in OPTIONS if option not in allowed)):
         value, values = flags_of_kind if name == "flags" else getattr(header, name), allowed.get(name, (0,))
         if value not in values:
             said = f"in [{values[0]}, {values[-1]}]" if isinstance(values, range) else f"one of {values}"

@@ -9,7 +9,7 @@ from gck.errors import CorruptPayloadError, PayloadVersionError
 
 __all__ = ["CHECKSUM", "HEADER_NBYTES", "MEAN_SCALE", "MOST_NUMEL", "VERSION", "Header", "parse"]
 
-STRUCT = struct.Struct("<4sBBBBBBHIQQqQQ")
+STRUCT = struct.Struct("<4sBBBBBBHIQQqQQQ")
 HEADER_NBYTES = STRUCT.size
 MAGIC = b"GCKM"
 VERSION = 1
@@ -71,6 +71,7 @@ class Header(NamedTuple):
             self.k,
             self.seed,
             self.body_nbytes,
+            0,
             self.checksum,
         )
 
@@ -86,16 +87,19 @@ def parse(function: str, data: memoryview) -> Header:
         raise CorruptPayloadError(
             f"{function}: a message starts with a header of {HEADER_NBYTES} bytes, got {len(data)} bytes"
         )
-    magic, version, compressor, dtype, codec, bits, reserved, flags, *rest = STRUCT.unpack_from(data)
+    magic, version, *fields = STRUCT.unpack_from(data)
     if magic != MAGIC:
         raise CorruptPayloadError(f"{function}: header: magic must be {MAGIC!r}, got {magic!r}")
     if version != VERSION:
         raise PayloadVersionError(
             f"{function}: header: the message is of version {version}, this gck reads version {VERSION}"
         )
-    header = Header(compressor, dtype, codec, bits, flags, *rest)
-    if reserved:
-        raise CorruptPayloadError(f"{function}: header: byte 9 is reserved and must be 0, got {reserved}")
+    compressor, dtype, codec, bits, byte_9, flags, chunk_size, numel, k, seed, nbytes, end, checksum = fields
+    header = Header(compressor, dtype, codec, bits, flags, chunk_size, numel, k, seed, nbytes, checksum)
+    if byte_9 or end:
+        raise CorruptPayloadError(
+            f"{function}: header: bytes 9 and [48, 56) are reserved and must be 0, got {byte_9} and {end}"
+        )
     if flags & ~FLAGS:
         raise CorruptPayloadError(f"{function}: header: flags must be of {FLAGS:#06x}, got {flags:#06x}")
     if header.numel > MOST_NUMEL:
