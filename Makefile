@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test lint format bench gpu-check clean
+.PHONY: help demo test sanitize fuzz lint format bench gpu-check clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -32,6 +32,21 @@ demo: $(VENV)/demo.stamp  ## train a network over slow links, five ways, and com
 
 test: $(VENV)/dev.stamp  ## every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+# GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. What Python and
+# torch never free is not looked for.
+SANITIZED := build/sanitize
+SANITIZED_TESTS := tests/message tests/kernels/test_cpu_sparse.py tests/test_contract.py tests/kernels/test_reduce.py
+SANITIZED_CHOICE := hostile or any_values or any_bytes or golden or nans_of or (test_shards and cpu) or one_by_one or random_bits or laid_out_for_more
+
+sanitize: $(VENV)/dev.stamp  ## kernels on hostile bytes under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=Debug -DGCK_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build $(SANITIZED)
+	GCK_SANITIZED=$(abspath $(SANITIZED)) OMP_NUM_THREADS=2 \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -p tests.sanitized -p no:cacheprovider -q $(SANITIZED_TESTS) -k "$(SANITIZED_CHOICE)"
 
 lint: $(VENV)/dev.stamp  ## format, lint, types, import rules
 	$(BIN)/ruff check .

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,6 +40,15 @@ class AllocationMeter(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
                 self.nbytes += leaf.untyped_storage().nbytes()
         return result
+
+
+def sealed(data: bytes | bytearray) -> bytes:
+    """With the right checksum, where they say that they have one: so that it hides nothing."""
+    changed = bytearray(data)
+    if len(data) >= 64 and data[10] & 1:
+        struct.pack_into("<Q", changed, 56, 0)
+        struct.pack_into("<Q", changed, 56, xxhash.xxh3_64_intdigest(changed))
+    return bytes(changed)
 
 
 def parse(data: bytes, max_numel: int | None) -> gck.Payload | None:

@@ -9,7 +9,6 @@ import tracemalloc
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ import gck
 from gck.errors import CorruptPayloadError
 from tests.golden.cases import CASES, message
 from tests.message import hostile
+from tests.message.hostile import sealed
 
 MESSAGES = {name: message(name) for name in CASES}
 # (offset, struct) of the header's fields
@@ -45,14 +45,6 @@ EXTREMES = [
     2**32 - 1,
 ]
 EXTREMES += [2**32, 2**40, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 16, 2**64 - 1]
-
-
-def sealed(data: bytearray) -> bytes:
-    """With the right checksum, where they say that they have one: so that it hides nothing."""
-    if len(data) >= 64 and data[10] & 1:
-        struct.pack_into("<Q", data, 56, 0)
-        struct.pack_into("<Q", data, 56, xxhash.xxh3_64_intdigest(data))
-    return bytes(data)
 
 
 def change_field(draw: st.DrawFn, data: bytearray) -> None:
