@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +45,8 @@ def sealed(data: bytes | bytearray) -> bytes:
     """With the right checksum, where they say that they have one: so that it hides nothing."""
     changed = bytearray(data)
     if len(data) >= 64 and data[10] & 1:
+        import xxhash  # which a machine that only runs GPU tests may lack
+
         struct.pack_into("<Q", changed, 56, 0)
         struct.pack_into("<Q", changed, 56, xxhash.xxh3_64_intdigest(changed))
     return bytes(changed)

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import gck
 from gck.errors import CorruptPayloadError
-from tests.golden.cases import CASES, message
+from tests.golden.cases import CASES, HERE
 from tests.message import hostile
 from tests.message.hostile import sealed
 
-MESSAGES = {name: message(name) for name in CASES}
+MESSAGES = {path.stem: path.read_bytes() for path in sorted((HERE / "v1").glob("*.bin"))}
 # (offset, struct) of the header's fields
 FIELDS = [(4, "B"), (5, "B"), (6, "B"), (7, "B"), (8, "B"), (9, "B"), (10, "<H"), (12, "<I")]
 FIELDS += [(16, "<Q"), (24, "<Q"), (32, "<Q"), (40, "<Q"), (48, "<Q"), (56, "<Q")]

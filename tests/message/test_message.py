@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -75,6 +77,14 @@ def test_bytes_are_those_of_the_documentation(name: str, checksum: bool) -> None
     header, body = message.to_buffers(payload, checksum=checksum)
     assert header + bytes(body.tolist()) == data
     assert message.read_header(header).nbytes == len(data)
+
+
+def test_the_table_of_the_documentation_is_its_example() -> None:
+    text = (HERE.parents[1] / "docs/wire-format.md").read_text()
+    dump = re.search(r"```\n(47 43.*?)```", text, re.DOTALL)
+    assert dump is not None
+    data = bytes.fromhex("".join(line[:51] for line in dump.group(1).splitlines()))
+    assert gck.decompress(gck.from_bytes(data)).tolist() == [0, 2.5, 0, 0, 0, 0, -0.5]
 
 
 def test_fields_that_are_views_of_anything_travel() -> None:
@@ -249,7 +259,7 @@ def test_what_is_not_finite_passes() -> None:
         (memoryview(bytes(128))[::2], LayoutError, r"got strides \(2,\)"),
         (b"", CorruptPayloadError, "got 0 bytes"),
     ],
-    ids=str,
+    ids=["int", "str", "floats", "matrix", "strided", "nothing"],
 )
 def test_what_is_no_message(data: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=f"^from_bytes: .*{text}"):
@@ -312,7 +322,7 @@ def test_without_xxhash(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_gpu(name: str) -> None:
-    checksum = "xxhash" in sys.modules
+    checksum = find_spec("xxhash") is not None
     data = gck.to_bytes(CASES[name][0](), checksum=checksum)
     payload = gck.from_bytes(data, device="cuda")
     assert all(field.is_cuda for field in payload.fields)
