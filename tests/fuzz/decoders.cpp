@@ -25,6 +25,9 @@ constexpr int kThreads = 1;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Where the next field starts.
+int64_t aligned(int64_t nbytes) { return ceil_div(nbytes, 16) * 16; }
+
 // One field of all ranks: the last rank's ends with the memory.
 class Field {
  public:
@@ -130,7 +133,7 @@ void chunk_topk(Input& input, bool reduce) {
                                                  : bits == 2 ? 8
                                                              : 4),
                 indices_size = (chunks + more) * packed_bytes(k, index_bits),
-                stride = ceil_div(std::max({values_size, scales_size, indices_size}), 16) * 16;
+                stride = aligned(std::max({values_size, scales_size, indices_size}));
   const Field values = input.field(c.ranks, stride, values_size),
               scales = input.field(c.ranks, stride, scales_size),
               indices = input.field(c.ranks, stride, indices_size);
@@ -142,17 +145,15 @@ void chunk_topk(Input& input, bool reduce) {
     return;
   }
   job.out = nullptr, job.alpha = 1.0f, job.clear = job.add = true;
-  const int64_t scales_at = chunks * packed_bytes(k, bits) + 64, indices_at = scales_at +
-                                                                              chunks * (bits > 8    ? 0
-                                                                                        : bits == 2 ? 8
-                                                                                                    : 4) +
-                                                                              64;
+  const int64_t scales_at = aligned(chunks * packed_bytes(k, bits)),
+                indices_at = aligned(scales_at + chunks * (bits > 8    ? 0
+                                                           : bits == 2 ? 8
+                                                                       : 4));
   const Field body(1, 0, indices_at + chunks * packed_bytes(k, index_bits));
-  const Reduced done =
-      chunk_topk_reduce(job,
-                        {nullptr, Dtype::fp32, out.get(), c.numel, size, k, bits, index_bits, body.data(), 0,
-                         chunks, (scales_at + 15) / 16 * 16 - 16, indices_at},
-                        3.0f, kThreads);
+  const Reduced done = chunk_topk_reduce(job,
+                                         {nullptr, Dtype::fp32, out.get(), c.numel, size, k, bits, index_bits,
+                                          body.data(), 0, chunks, scales_at, indices_at},
+                                         3.0f, kThreads);
   if (done.bad < 0) return;
   require_untouched(out, c.numel);
   require(std::all_of(body.data(), body.data() + body.size(), [](char x) { return x == 0; }));
@@ -166,7 +167,7 @@ void quantize(Input& input, bool reduce) {
   const bool two_levels = which == 3, stochastic = !two_levels && input.option(6, 0, 1);
   const int64_t size = int64_t{32} << input.option(2, 0, 8), chunks = ceil_div(c.numel, size);
   const int64_t codes_size = ceil_div(c.numel * bits, 8), scales_size = chunks * (two_levels ? 8 : 4),
-                stride = ceil_div(std::max(codes_size, scales_size), 16) * 16;
+                stride = aligned(std::max(codes_size, scales_size));
   const Field codes = input.field(c.ranks, stride, codes_size),
               scales = input.field(c.ranks, stride, scales_size);
   const Floats out = floats(c.numel);
@@ -175,7 +176,7 @@ void quantize(Input& input, bool reduce) {
     return quantize_decompress({codes.data(), scales.data(), c.ranks, stride, size, bits, two_levels, into},
                                kThreads);
   }
-  const int64_t scales_at = ceil_div(codes_size, 16) * 16;
+  const int64_t scales_at = aligned(codes_size);
   const Field body(1, 0, scales_at + scales_size);
   quantize_reduce({codes.data(), scales.data(), c.ranks, stride, size, bits, two_levels, {}},
                   {nullptr, Dtype::fp32, out.get(), c.numel, size, bits, two_levels, stochastic, input.seed(),
@@ -186,8 +187,7 @@ void quantize(Input& input, bool reduce) {
 void sign(Input& input, bool reduce) {
   const Common c(input);
   const int64_t size = int64_t{32} << input.option(2, 0, 8), chunks = ceil_div(c.numel, size);
-  const int64_t words_size = ceil_div(c.numel, 32) * 4,
-                stride = ceil_div(std::max(words_size, chunks * 4), 16) * 16;
+  const int64_t words_size = ceil_div(c.numel, 32) * 4, stride = aligned(std::max(words_size, chunks * 4));
   const Field words = input.field(c.ranks, stride, words_size),
               scales = input.field(c.ranks, stride, chunks * 4);
   const Floats out = floats(c.numel);
@@ -195,7 +195,7 @@ void sign(Input& input, bool reduce) {
   if (!reduce) {
     return sign_decompress({words.data(), scales.data(), c.ranks, stride, size, into}, kThreads);
   }
-  const int64_t scales_at = ceil_div(words_size, 16) * 16;
+  const int64_t scales_at = aligned(words_size);
   const Field body(1, 0, scales_at + chunks * 4);
   sign_reduce({words.data(), scales.data(), c.ranks, stride, size, {}},
               {nullptr, Dtype::fp32, out.get(), c.numel, size, body.data(), 0, chunks, scales_at}, 3.0f,
@@ -206,7 +206,7 @@ void random_k(Input& input) {
   const Common c(input);
   const auto dtype = static_cast<Dtype>(input.option(1, 0, 2));
   const int64_t k = std::min((input.option(2, 0, 255) << 4) + input.option(6, 1, 16), c.numel);
-  const int64_t values_size = k * (dtype == Dtype::fp32 ? 4 : 2), stride = ceil_div(values_size, 16) * 16;
+  const int64_t values_size = k * (dtype == Dtype::fp32 ? 4 : 2), stride = aligned(values_size);
   const Field values = input.field(c.ranks, stride, values_size);
   const Floats out = floats(c.numel);
   random_k_decompress({values.data(), c.ranks, stride, dtype, out.get(), c.alpha, c.clear, c.add},
