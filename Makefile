@@ -61,8 +61,8 @@ fuzz: $(VENV)/dev.stamp  ## fuzz from_bytes and the compiled decoders, each for 
 	$(BIN)/cmake --build build/fuzz
 	build/fuzz/decoders tests/fuzz/corpus/decoders -max_len=2048 -artifact_prefix=build/fuzz/ \
 	  -max_total_time=$(FUZZ_SECONDS)
-	$(BIN)/python -m tests.fuzz.messages tests/fuzz/corpus/messages tests/golden/v1 -max_len=1024 -artifact_prefix=build/fuzz/ \
-	  -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz.messages tests/fuzz/corpus/messages tests/golden/v1 \
+	  -max_len=1024 -artifact_prefix=build/fuzz/ -max_total_time=$(FUZZ_SECONDS)
 
 lint: $(VENV)/dev.stamp  ## format, lint, types, import rules
 	$(BIN)/ruff check .
