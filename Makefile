@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test lint format bench gpu-check clean
+.PHONY: help demo test sanitize fuzz lint format bench gpu-check clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -33,17 +33,48 @@ demo: $(VENV)/demo.stamp  ## train a network over slow links, five ways, and com
 test: $(VENV)/dev.stamp  ## every test that this machine can run
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
+# GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. Leaks are not looked
+# for: Python and torch never free much of what they have.
+SANITIZED := build/sanitize
+SANITIZED_ENV := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+SANITIZED_TESTS := tests/message tests/kernels/test_cpu_sparse.py tests/kernels/test_reduce.py tests/test_contract.py
+SANITIZED_CHOICE := hostile or golden or nans_of or any_values or random_bits or laid_out_for_more \
+  or (test_shards and cpu) or (one_by_one and not 2097169)
+
+sanitize: $(VENV)/dev.stamp  ## kernels on hostile bytes under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=Debug -DGCK_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build $(SANITIZED)
+	$(SANITIZED_ENV) $(SANITIZED)/replay tests/fuzz/corpus/decoders/*
+	$(SANITIZED_ENV) GCK_SANITIZED=$(abspath $(SANITIZED)) \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest -p tests.sanitized -n 2 -q $(SANITIZED_TESTS) -k "$(SANITIZED_CHOICE)"
+
+# Seconds for each of the two fuzzers.
+FUZZ_SECONDS ?= 300
+CLANGXX ?= clang++
+
+fuzz: $(VENV)/dev.stamp  ## fuzz from_bytes and the compiled decoders, each for FUZZ_SECONDS; needs clang
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/cmake -S tests/fuzz -B build/fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_CXX_COMPILER=$(CLANGXX)
+	$(BIN)/cmake --build build/fuzz
+	build/fuzz/decoders tests/fuzz/corpus/decoders -max_len=2048 -artifact_prefix=build/fuzz/ \
+	  -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz.messages tests/fuzz/corpus/messages tests/golden/v1 \
+	  -max_len=1024 -artifact_prefix=build/fuzz/ -max_total_time=$(FUZZ_SECONDS)
+
 lint: $(VENV)/dev.stamp  ## format, lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find bindings tests/nccl -name '*.[ch]pp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find bindings tests/nccl tests/fuzz -name '*.[ch]pp')
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/dev.stamp  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find bindings tests/nccl -name '*.[ch]pp')
+	$(BIN)/clang-format -i $(shell find bindings tests/nccl tests/fuzz -name '*.[ch]pp')
 
 bench: $(VENV)/dev.stamp  ## kernels against the memory floor and their peers
 	$(BIN)/python -m bench

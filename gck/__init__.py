@@ -22,6 +22,7 @@ from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
+from gck.message import from_bytes, to_bytes
 from gck.nonfinite import skip_nonfinite
 from gck.ops import (
     chunk_topk,
@@ -70,6 +71,7 @@ __all__ = [
     "decompress_add_",
     "encode_indices",
     "errors",
+    "from_bytes",
     "load_state",
     "packed_all_reduce_",
     "quantize",
@@ -82,6 +84,7 @@ __all__ = [
     "sign_ef_",
     "skip_nonfinite",
     "sparse_all_gather",
+    "to_bytes",
     "topk",
     "topk_ef_",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "GckError",
     "GroupUnusableError",
     "LayoutError",
+    "PayloadVersionError",
     "PeerLostError",
     "ShapeMismatchError",
     "StateMismatchError",
@@ -66,6 +67,10 @@ class CorruptPayloadError(GckError, ValueError):
     """
 
     on_all_ranks = False
+
+
+class PayloadVersionError(CorruptPayloadError):
+    """A message is of a version of the wire format that this gck cannot read; the text names both."""
 
 
 class StateMismatchError(GckError, ValueError):

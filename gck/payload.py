@@ -207,7 +207,7 @@ class SeededValues(NamedTuple):
 
     Attributes:
         values: (k,) fp32, bf16 or fp16, in the order of their indices; 1 <= k <= numel, 0 if numel is 0.
-        seed: an int in [-2**63, 2**63). It does not travel: a receiver knows it.
+        seed: an int in [-2**63, 2**63). Collectives do not send it: their ranks know it.
         numel: number of elements of the dense vector.
     """
 

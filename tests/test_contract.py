@@ -224,6 +224,19 @@ def test_denormals_survive_flush_to_zero(compressor: Any) -> None:
         assert same_bytes(got, field)
 
 
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
+def test_nans_of_any_bits(compressor: Any) -> None:
+    """The largest key of all among them, and signalling ones."""
+    patterns = torch.tensor([0x7FFFFFFF, -1, -0x400000, 0x7F800001], dtype=torch.int32)
+    grad, err = make("gaussian", 300, torch.float32)
+    for nans in (patterns[:1], patterns[1:2], patterns):
+        for places in (slice(0, len(nans)), slice(None, len(grad) // len(nans) * len(nans))):
+            spoilt = grad.clone()
+            spoilt[places] = nans.view(torch.float32).repeat(len(spoilt[places]) // len(nans))
+            check_case(compressor, "cpu", spoilt, err)
+            check_case(compressor, "cpu", spoilt, torch.full_like(err, -0.0))
+
+
 # Few distinct values make ties; the special ones make trouble.
 VALUES = st.sampled_from(
     [0.0, -0.0, 1.0, -1.0, 1.5, 1e-45, -1e-40, 3e38, float("inf"), float("nan"), 65520.0]

@@ -135,8 +135,11 @@ inline int64_t compress_two_levels(const Chunk& c) {
   for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
   for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
   const float mean = canonical(tree_sum(tree, half) / static_cast<float>(c.valid));
-  // Nothing compares with NaN; no key reaches this one, unless there is a NaN, and then all is cleared.
+  // Nothing compares with NaN: then no key may reach this one, which that of a NaN of ones alone does.
   const auto key = static_cast<int32_t>(mean == mean ? bits_of(mean) : 0x7fffffffu);
+  if (mean != mean) {
+    for (int64_t i = 0; i < c.size; i += kLanes) store(c.err + i, canonical(load(c.err + i)));
+  }
   int64_t highs = 0;
   for (int64_t i = 0; i < half; i += kLanes) {
     fetch_ahead<D>(c, i);

@@ -1,0 +1,2 @@
+// The fuzzed decoders run on one thread: nothing of OpenMP is called, and its pragmas are not looked at.
+#pragma once
