@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test sanitize fuzz lint format bench gpu-check clean
+.PHONY: help demo test sanitize fuzz lint format bench gpu-check clean bench-link soak
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ format: $(VENV)/dev.stamp  ## rewrite the sources in the project's format
 
 bench: $(VENV)/dev.stamp  ## kernels against the memory floor and their peers
 	$(BIN)/python -m bench
+
+bench-link: $(VENV)/dev.stamp  ## whole all-reduces by 4 processes over slow links, beside PyTorch's
+	$(BIN)/python -m bench.link
+
+soak: $(VENV)/dev.stamp  ## 10,000 all-reduces with faults, compared with simulated ranks
+	$(BIN)/python -m bench.soak
 
 # No .venv: the machine with the GPU may have no package index, so this uses the python that has torch.
 gpu-check:  ## on a machine with a GPU: build, GPU tests, benchmark, one JSON
