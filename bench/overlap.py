@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from gck.cli.demo.crew import crew
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gck
 from bench.machine import ROOT, describe
+from gck.cli.crew import crew
 from gck.cli.links import links
 from gck.integrations import ddp
 
