@@ -148,7 +148,7 @@ def test_every_length_but_one_is_refused(name: str) -> None:
 TOPK, CHUNKS = "topk_fp32", "chunk_topk_4_bits_12_bit_indices"
 REFUSED: dict[str, tuple[str, tuple[int, str, int], str]] = {
     "magic": (TOPK, (3, "B", 72), r"magic must be b'GCKM', got b'GCKH'"),
-    "id": (TOPK, (5, "B", 6), r"compressor must be one of 1, 2, 3, 4, 5, got 6"),
+    "id": (TOPK, (5, "B", 7), r"compressor must be one of 1, 2, 3, 4, 5, 6, got 7"),
     "no id": (TOPK, (5, "B", 0), r"compressor must be .* got 0"),
     "dtype": (TOPK, (6, "B", 0), r"dtype of a SparseGrad must be one of \(1, 2, 3\), got 0"),
     "other dtype": (TOPK, (6, "B", 2), r"body_nbytes|bits of a SparseGrad must be one of \(16,\), got 32"),
