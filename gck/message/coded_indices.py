@@ -15,8 +15,9 @@ from gck.message.contents import check_tail
 
 __all__ = ["check_block16", "check_elias_fano"]
 
-ENTRIES = 1 << 17  # that are looked at together
-STRING_NBYTES = 1 << 14  # of upper bits, which are unpacked together
+# What is looked at together: so few that torch starts no threads, for which steps like these are too short.
+ENTRIES = 1 << 14
+STRING_NBYTES = 1 << 11  # of upper bits
 WIDTHS = torch.uint8, torch.int16, torch.int32, torch.int64
 
 
@@ -69,7 +70,7 @@ def check_elias_fano(low: Tensor, high: Tensor, numel: int, k: int) -> None:
         # And the first bit behind them.
         bits = pad(bits.view(-1), (0, 1))[: 8 * STRING_NBYTES + 1]
         # Of each entry, whether the next one follows at once: its upper bits are then the same.
-        alike = bits[1:][bits[:-1]]
+        alike = bits[1:].masked_select(bits[:-1])
         if not alike.numel():
             continue
         if done + alike.numel() > k:
@@ -103,6 +104,8 @@ def _lower(low: Tensor, bits: int, start: int, stop: int) -> Tensor:
     for i in range(8):
         for byte in range(i * bits // 8, -(-(i + 1) * bits // 8)):
             part, shift = octets[:, byte].to(dtype, copy=True), 8 * byte - i * bits
-            lower[:, i] |= part.bitwise_left_shift_(shift) if shift >= 0 else part.bitwise_right_shift_(-shift)
+            lower[:, i] |= (
+                part.bitwise_left_shift_(shift) if shift >= 0 else part.bitwise_right_shift_(-shift)
+            )
     lower &= (1 << bits) - 1
     return lower.view(-1)[start - 8 * first : stop - 8 * first]
