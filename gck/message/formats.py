@@ -282,8 +282,9 @@ class CodedSparseFormat(Format):
             contents.check_ascending(low, header.numel)
 
     def payload(self, header: Header, fields: Fields) -> CodedSparse:
+        values, scales, low, high = fields
         bits = header.bits if header.dtype == CODES_OF_BITS else 0
-        return CodedSparse(*fields, header.numel, header.k, self._codec(header), bits)
+        return CodedSparse(values, scales, low, high, header.numel, header.k, self._codec(header), bits)
 
     @staticmethod
     def _plain_codec(numel: int) -> int:

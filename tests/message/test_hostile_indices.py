@@ -28,6 +28,10 @@ def payload_of(codec: str, numel: int, k: int, low: Tensor, high: Tensor) -> gck
     return gck.CodedSparse(torch.ones(k), torch.empty(0), low, high, numel, k, codec)
 
 
+def encoded(codec: str, numel: int, indices: Tensor) -> gck.CodedSparse:
+    return payload_of(codec, numel, len(indices), *reference.encode(codec, indices, numel))
+
+
 def changed(draw: st.DrawFn, field: Tensor) -> Tensor:
     """A few bits turned, one entry copied to the next, or all of it noise."""
     octets = field.clone().view(torch.uint8)
@@ -92,6 +96,22 @@ def test_accepted_as_the_oracle_does(nbytes: int | None) -> None:
             patch.setattr(coded_indices, "ENTRIES", nbytes)
         run()
     assert 20 < sum(accepted) < len(accepted) - 20
+
+
+@pytest.mark.parametrize("numel", [41, 170])
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_index_twice_at_any_place(codec: str, numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is looked at together ends, too; without lower bits, and with two of them."""
+    monkeypatch.setattr(coded_indices, "STRING_NBYTES", 1)
+    monkeypatch.setattr(coded_indices, "ENTRIES", 4)
+    k = 40
+    indices = (torch.arange(k) * numel // k).to(torch.int32)
+    assert gck.from_bytes(by_hand.message(encoded(codec, numel, indices), False)).numel == numel
+    for at in range(1, k):
+        twice = indices.clone()
+        twice[at] = twice[at - 1]
+        with pytest.raises(CorruptPayloadError, match=f"ascend strictly.* at position {at}$"):
+            gck.from_bytes(by_hand.message(encoded(codec, numel, twice), False))
 
 
 def test_every_number_of_lower_bits() -> None:
