@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.measure import Buffers, Pool
 from bench.peers import PeerMismatchError
 from bench.suite import GCK, Case, Plan
+from gck.coded_layout import index_fields
 from gck.kernels import index_codecs
 from gck.kernels.index_codecs import reference
 from gck.kernels.topk import resolve_k
@@ -31,7 +32,7 @@ def cases(plan: Plan) -> list[Case]:
     for codec in CODECS:
         for ratio in plan.settings(RATIOS, typical=0.01):
             k = resolve_k("bench", n, ratio, None)
-            coded = sum(dtype.itemsize * count for dtype, count in index_codecs.fields_of(codec, n, k))
+            coded = sum(dtype.itemsize * count for dtype, count in index_fields(codec, n, k))
             of = {"bytes": (4 * k + coded) / n, "prepare": partial(_prepare, codec, k)}
             for what, run, peer in (("encode", _encode, _torch_encode), ("decode", _decode, _torch_decode)):
                 make = partial(Case, f"{what} {codec}", "ratio", ratio, n, torch.float32, **of)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gck._native import load
+from gck.coded_layout import INDEX_CODECS
 from gck.kernels import index_codecs
-from gck.kernels.index_codecs import INDEX_CODECS
 from gck.kernels.topk import resolve_k
 
 NUMEL = 25_000_000

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gck
+from gck.coded_layout import INDEX_CODECS
 from gck.compressor import REGISTRY, shard_numel
-from gck.kernels.index_codecs import INDEX_CODECS
 from gck.kernels.reference import read_residual
 from tests.cases import CASES, GRAD_DTYPES, Guarded, make, one_nan, same_bytes
 

@@ -169,7 +169,10 @@ def _check_types(function: str, payload: Payload) -> None:
         if isinstance(value, Tensor):
             if value.layout is not torch.strided or not value.is_contiguous():
                 raise LayoutError(f"{function}: payload.{name} must be contiguous, got {tuple(value.shape)}")
-        elif name != "scale" and (isinstance(value, bool) or not isinstance(value, int)):
+        elif name in ("scale", "index_codec"):
+            if not isinstance(value, str):
+                raise DtypeError(f"{function}: payload.{name} must be a str, got {type(value).__name__}")
+        elif isinstance(value, bool) or not isinstance(value, int):
             raise DtypeError(
                 f"{function}: payload.{name} must be a tensor or an int, got {type(value).__name__}"
             )

@@ -13,10 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gck.coded_layout import INDEX_CODECS, RUN, index_fields
 from gck.errors import CorruptPayloadError, DtypeError
-from gck.message import contents
+from gck.message import coded_indices, contents
 from gck.message.header import CHECKSUM, MEAN_SCALE, Header
-from gck.payload import ChunkSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.payload import (
+    ChunkSparse,
+    CodedSparse,
+    PackedSigns,
+    Payload,
+    Quantized,
+    SeededValues,
+    SparseGrad,
+    index_dtype,
+)
 from gck.wire import Layout
 
 __all__ = ["FORMATS", "OPTIONS", "Format", "checked", "format_of"]
@@ -25,7 +35,7 @@ __all__ = ["FORMATS", "OPTIONS", "Format", "checked", "format_of"]
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 CODES_OF_BITS = 0
 BITS = {1: 32, 2: 16, 3: 16}
-INT32, INT64, UINT16, TWELVE_BITS = 1, 2, 3, 4
+INT32, INT64, UINT16, TWELVE_BITS, BLOCK16, ELIAS_FANO = range(1, 7)
 INDEX_DTYPES = {INT32: torch.int32, INT64: torch.int64, UINT16: torch.uint16, TWELVE_BITS: torch.uint8}
 
 # Header fields that a kind of payload may have or not.
@@ -227,9 +237,74 @@ class SeededFormat(Format):
         return SeededValues(fields[0], header.seed, header.numel)
 
 
+class CodedSparseFormat(Format):
+    id, kind = 6, CodedSparse
+
+    def options(self, payload: CodedSparse) -> dict[str, int]:
+        if payload.index_codec not in INDEX_CODECS:
+            raise CorruptPayloadError(
+                f"payload.index_codec must be one of {INDEX_CODECS}, got {payload.index_codec!r}"
+            )
+        codecs = {"int32": self._plain_codec(payload.numel), "block16": BLOCK16, "elias_fano": ELIAS_FANO}
+        dtype = CODES_OF_BITS if payload.value_bits else _code("values", DTYPES, payload.values.dtype)
+        bits = payload.value_bits or BITS[dtype]
+        return {"dtype": dtype, "bits": bits, "index_codec": codecs[payload.index_codec], "k": payload.k}
+
+    def allowed(self, header: Header) -> dict[str, Sequence[int]]:
+        return {
+            "dtype": (*DTYPES, CODES_OF_BITS),
+            "index_codec": (self._plain_codec(header.numel), BLOCK16, ELIAS_FANO),
+            "bits": (BITS[header.dtype],) if header.dtype in BITS else (8, 4),
+            "k": range(min(header.numel, 1), header.numel + 1),
+        }
+
+    def shapes(self, header: Header) -> tuple[Shape, ...]:
+        k, coded = header.k, header.dtype == CODES_OF_BITS
+        low, high = index_fields(self._codec(header), header.numel, k)
+        return (
+            (DTYPES.get(header.dtype, torch.uint8), (-(-k * header.bits // 8) if coded else k,)),
+            (torch.float32, (-(-k // RUN) if coded else 0,)),
+            (low[0], (low[1],)),
+            (high[0], (high[1],)),
+        )
+
+    def check(self, header: Header, fields: Fields) -> None:
+        values, scales, low, high = fields
+        contents.check_tail("values", values, header.k * header.bits)
+        contents.check_scales(scales)
+        if not header.k:
+            return
+        if header.index_codec == BLOCK16:
+            coded_indices.check_block16(low, high, header.numel)
+        elif header.index_codec == ELIAS_FANO:
+            coded_indices.check_elias_fano(low, high, header.numel, header.k)
+        else:
+            contents.check_ascending(low, header.numel)
+
+    def payload(self, header: Header, fields: Fields) -> CodedSparse:
+        values, scales, low, high = fields
+        bits = header.bits if header.dtype == CODES_OF_BITS else 0
+        return CodedSparse(values, scales, low, high, header.numel, header.k, self._codec(header), bits)
+
+    @staticmethod
+    def _plain_codec(numel: int) -> int:
+        return INT32 if index_dtype(numel) == torch.int32 else INT64
+
+    @staticmethod
+    def _codec(header: Header) -> str:
+        return {BLOCK16: "block16", ELIAS_FANO: "elias_fano"}.get(header.index_codec, "int32")
+
+
 FORMATS: dict[int, Format] = {
     each.id: each
-    for each in (SparseFormat(), SignsFormat(), ChunkSparseFormat(), QuantizedFormat(), SeededFormat())
+    for each in (
+        SparseFormat(),
+        SignsFormat(),
+        ChunkSparseFormat(),
+        QuantizedFormat(),
+        SeededFormat(),
+        CodedSparseFormat(),
+    )
 }
 
 

@@ -28,7 +28,8 @@ class Header(NamedTuple):
     Attributes:
         compressor: id of the kind of payload, see `gck.message.formats`.
         dtype: of the values: 1 fp32, 2 bf16, 3 fp16, 0 codes of `bits` bits.
-        index_codec: 0 none, 1 int32, 2 int64, 3 uint16 in a chunk, 4 12 bits in a chunk.
+        index_codec: 0 none, 1 int32, 2 int64, 3 uint16 in a chunk, 4 12 bits in a chunk,
+            5 block16, 6 Elias-Fano.
         bits: of a value.
         flags: `CHECKSUM`, `MEAN_SCALE`.
         chunk_size: elements of a chunk.

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from gck import interop
+from gck.coded_layout import INDEX_CODECS
 from gck.compressor import compressor_class
 from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
-from gck.kernels.index_codecs import INDEX_CODECS, check_index_codec
+from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
 from gck.ops.registration import Array, plain, register

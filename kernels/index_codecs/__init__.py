@@ -15,65 +15,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gck.coded_layout import INDEX_CODECS, index_fields
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 from gck.kernels.common.base import backend
 from gck.payload import index_dtype
 
-__all__ = [
-    "BLOCK",
-    "INDEX_CODECS",
-    "check_index_codec",
-    "decode",
-    "elias_fano_bits",
-    "encode",
-    "fields_of",
-]
-
-INDEX_CODECS = ("int32", "block16", "elias_fano")
-BLOCK = 1 << 16  # elements whose positions 16 bits tell apart
+__all__ = ["check_index_codec", "decode", "encode"]
 
 
 def check_index_codec(function: str, codec: object) -> None:
-    """Raises unless `codec` is one of `INDEX_CODECS`."""
+    """Raises unless `codec` is one of `gck.coded_layout.INDEX_CODECS`."""
     if codec not in INDEX_CODECS:
         names = ", ".join(f'"{name}"' for name in INDEX_CODECS)
         raise ArgumentError(f"{function}: index_codec must be one of {names}, got {codec!r}")
 
 
-def elias_fano_bits(numel: int, k: int) -> tuple[int, int]:
-    """(lower bits of each index, bits of the string that holds the upper ones), for 1 <= k <= numel."""
-    low = (numel // k).bit_length() - 1
-    return low, k + (numel >> low) + 1
-
-
-def fields_of(codec: str, numel: int, k: int) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int]]:
-    """(dtype, count) of the two fields that k indices below `numel` become; 0 <= k <= numel.
-
-    int32: the indices, int64 where numel > 2**31 - 1, and nothing. block16: (k,) uint16, the position in a
-    block of 65,536 elements, and for each block the number of entries up to its end, as wide as an index.
-    elias_fano: two strings of bits as uint8, the lower bits and the upper ones, of multiples of 8 bytes.
-    """
-    if codec == "int32":
-        return (index_dtype(numel), k), (torch.uint8, 0)
-    if codec == "block16":
-        return (torch.uint16, k), (index_dtype(numel), -(-numel // BLOCK) if k else 0)
-    if not k:
-        return (torch.uint8, 0), (torch.uint8, 0)
-    low, high_bits = elias_fano_bits(numel, k)
-    return (torch.uint8, _whole_words(k * low)), (torch.uint8, _whole_words(high_bits))
-
-
-def _whole_words(bits: int) -> int:
-    """Bytes of so many bits, up to a multiple of 8."""
-    return -(-bits // 64) * 8
-
-
 def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-    """The fields of `fields_of` that hold these indices.
+    """The fields of `gck.coded_layout.index_fields` that hold these indices.
 
     Args:
-        codec: one of `INDEX_CODECS`.
+        codec: one of `gck.coded_layout.INDEX_CODECS`.
         indices: (k,) int32, or int64 where numel > 2**31 - 1: strictly ascending within [0, numel).
         numel: elements of the vector that they are of.
 
@@ -94,7 +56,7 @@ def encode(codec: str, indices: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         )
     low, high = (
         torch.empty(count, dtype=dtype, device=indices.device)
-        for dtype, count in fields_of(codec, numel, indices.numel())
+        for dtype, count in index_fields(codec, numel, indices.numel())
     )
     encode_(codec, indices, numel, (low, high), function)
     return low, high
@@ -104,8 +66,8 @@ def decode(codec: str, fields: Sequence[Tensor], numel: int, k: int) -> Tensor:
     """(k,) indices, int32 or int64 where numel > 2**31 - 1, that `encode` made these fields of.
 
     Args:
-        codec: one of `INDEX_CODECS`.
-        fields: contiguous tensors with the dtypes and counts of `fields_of(codec, numel, k)`.
+        codec: one of `gck.coded_layout.INDEX_CODECS`.
+        fields: contiguous tensors with the dtypes and counts that `gck.coded_layout.index_fields` says.
         numel: elements of the vector that the indices are of.
         k: how many they are; at most numel.
 
@@ -122,7 +84,7 @@ def decode(codec: str, fields: Sequence[Tensor], numel: int, k: int) -> Tensor:
         raise DtypeError(f"{function}: k must be an int, got {type(k).__name__}")
     if not 0 <= k <= numel:
         raise ArgumentError(f"{function}: k must be in [0, numel = {numel}], got {k}")
-    wanted = fields_of(codec, numel, k)
+    wanted = index_fields(codec, numel, k)
     for number, field in enumerate(fields):
         checks.check_tensor(function, f"field {number}", field)
     held = tuple((field.dtype, field.numel()) for field in fields)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gck._native import load, num_threads
+from gck.coded_layout import elias_fano_bits
 from gck.errors import CorruptPayloadError
-from gck.kernels.index_codecs import elias_fano_bits
 
 # enum class IndexFault in bindings/cpu/index_codecs.hpp
 COUNT, PADDING, ORDER = 1, 2, 3

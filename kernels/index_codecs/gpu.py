@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gck.coded_layout import BLOCK, elias_fano_bits
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.packing import unpack_bits
-from gck.kernels.index_codecs import BLOCK, elias_fano_bits
 
 ENTRIES = 1024  # a program of what has one entry a lane
 WORDS = 128  # of lower bits, of 64 bits each, a program

@@ -15,19 +15,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gck.coded_layout import INDEX_CODECS, RUN, index_fields
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
-from gck.kernels.index_codecs import INDEX_CODECS, check_index_codec, fields_of
+from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import Quantize
 from gck.payload import CodedSparse, SparseGrad
 from gck.wire import Layout
 
-__all__ = ["RUN", "VALUE_DTYPES", "TopK", "resolve_k"]
+__all__ = ["VALUE_DTYPES", "TopK", "resolve_k"]
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Entries with one scale, where values are codes: it adds a 16th of a bit to each.
-RUN = 512
 VALUE_BITS = (32, 16, 8, 4)
 
 
@@ -159,7 +158,7 @@ def _layout(
     value_bits: int | None,
 ) -> Layout:
     count = resolve_k("TopK", numel, ratio, k)
-    indices = fields_of(index_codec, numel, count)
+    indices = index_fields(index_codec, numel, count)
     if index_codec == "int32" and value_bits is None:
         return Layout.of((value_dtype, count), indices[0])
     if value_bits is None:

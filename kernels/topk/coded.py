@@ -1,8 +1,8 @@
 """Top-k in few bytes, on any device: indices by a codec, and values as codes of 8 or 4 bits.
 
 Entries are selected by the kernels of plain top-k. Codes are those of `gck.Quantize` with one scale for each
-RUN entries, in order of index; what they lose goes back to the residual. A payload is decoded to a plain one
-first.
+`gck.coded_layout.RUN` entries, in order of index; what they lose goes back to the residual. A payload is
+decoded to a plain one first.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["gck.message", "gck.wire", "gck.payload"]):
+with atheris.instrument_imports(include=["gck.message", "gck.coded_layout", "gck.wire", "gck.payload"]):
     import gck.message  # noqa: F401
 
 from tests.message.hostile import check, sealed

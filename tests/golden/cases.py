@@ -72,7 +72,58 @@ CASES: dict[str, tuple[Callable[[], gck.Payload], bool]] = {
         )
         for name, dtype in DTYPES.items()
     },
+    **{
+        f"coded_{codec}_{name}": (
+            lambda codec=codec, dtype=dtype, bits=bits: coded(vector(200), 21, codec, dtype, bits),
+            (codec, name) != ("block16", "fp32"),
+        )
+        for codec in ("int32", "block16", "elias_fano")
+        for name, dtype, bits in (
+            *((name, dtype, None) for name, dtype in DTYPES.items()),
+            ("8_bits", torch.float32, 8),
+            ("4_bits", torch.float32, 4),
+        )
+    },
+    # No lower bits at all, and a second scale, of 3 entries
+    "coded_half_of_all": (lambda: coded(vector(1000), 515, "elias_fano", torch.float32, 4), True),
+    "coded_nonfinite": (lambda: coded(vector(99, math.inf), 9, "elias_fano", torch.float32, 8), True),
+    "coded_of_nothing": (lambda: coded(vector(0), 1, "elias_fano", torch.float32, 8), True),
+    # The first block ends with an entry, the second one has none
+    "coded_block16_of_four_blocks": (
+        lambda: gck.encode_indices(
+            sparse32([1.5, -2.0, 0.25, 3.0, 7.0], [5, 65535, 131072, 140000, 199999], 200000), "block16"
+        ),
+        True,
+    ),
+    "coded_int32_int64": (lambda: long_coded("int32"), True),
+    "coded_elias_fano_int64": (lambda: long_coded("elias_fano"), True),
 }
+
+
+def sparse32(values: list[float], indices: list[int], numel: int) -> gck.SparseGrad:
+    return gck.SparseGrad(torch.tensor(values), torch.tensor(indices, dtype=torch.int32), numel)
+
+
+def coded(x: Tensor, k: int, codec: str, dtype: torch.dtype, value_bits: int | None) -> gck.CodedSparse:
+    """Top-k of x as compressors alone make it."""
+    compressor = gck.TopK(k=k, value_dtype=dtype, index_codec=codec, value_bits=value_bits)
+    body = torch.zeros(1, compressor.layout(x.numel()).nbytes, dtype=torch.uint8)
+    compressor.compress_(x, None, body)
+    payload = compressor.payload(body[0], x.numel())
+    return as_coded(payload) if isinstance(payload, gck.SparseGrad) else payload
+
+
+def long_coded(codec: str) -> gck.CodedSparse:
+    """Five of 2**40 + 1 elements."""
+    payload = sparse([1.5, -2.0, 0.25, 3.0, 7.0], [0, 5, 2**33, 2**33 + 1, 2**40], 2**40 + 1)
+    return as_coded(payload) if codec == "int32" else gck.encode_indices(payload, codec)
+
+
+def as_coded(payload: gck.SparseGrad) -> gck.CodedSparse:
+    """With the codec that leaves indices as they are, which nobody needs."""
+    none = torch.empty(0)
+    values, indices, numel = payload
+    return gck.CodedSparse(values, none, indices, none.to(torch.uint8), numel, len(values), "int32")
 
 
 def chunk_topk_12(x: Tensor, value_bits: int) -> gck.ChunkSparse:

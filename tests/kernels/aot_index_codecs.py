@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gck.kernels.index_codecs import BLOCK, gpu
+from gck.coded_layout import BLOCK
+from gck.kernels.index_codecs import gpu
 from tests.kernels.aot_variant import Variant
 
 WIDE = ("high_kernel", "select_kernel", "join_kernel")

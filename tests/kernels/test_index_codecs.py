@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gck.coded_layout import INDEX_CODECS, index_fields
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, LayoutError, ShapeMismatchError
 from gck.kernels import index_codecs
-from gck.kernels.index_codecs import INDEX_CODECS, fields_of, reference
+from gck.kernels.index_codecs import reference
 from gck.payload import index_dtype
 from gck.wire import Layout, body_of
 from tests.cases import Guarded, same_bytes
@@ -57,7 +58,7 @@ def check(codec: str, backend: str, indices: Tensor, numel: int) -> None:
     kernels, device = _kernels(backend)
     k = indices.numel()
     wanted = reference.encode(codec, indices, numel)
-    assert tuple((field.dtype, field.numel()) for field in wanted) == fields_of(codec, numel, k)
+    assert tuple((field.dtype, field.numel()) for field in wanted) == index_fields(codec, numel, k)
     assert torch.equal(reference.decode(codec, wanted, numel, k), indices)
     memory = [torch.full((field.nbytes + 32,), 0xA5, dtype=torch.uint8, device=device) for field in wanted]
     views = [m[16 : m.numel() - 16].view(field.dtype) for m, field in zip(memory, wanted, strict=True)]
@@ -127,7 +128,7 @@ def test_block16_of_64_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
     kernels, device = _kernels(backend)
     monkeypatch.setattr(kernels, "ENDS", 8192, raising=False)
     fields = [
-        torch.empty(count, dtype=dtype, device=device) for dtype, count in fields_of("block16", numel, 6)
+        torch.empty(count, dtype=dtype, device=device) for dtype, count in index_fields("block16", numel, 6)
     ]
     kernels.encode_("block16", indices.to(device), numel, fields)
     wanted = reference.encode("block16", indices, numel)
@@ -179,14 +180,14 @@ def test_sizes_follow_from_the_numbers_alone() -> None:
             low = math.floor(math.log2(numel / k))
             bits = (k * low, k + (numel >> low) + 1)
             wide = 8 if numel > 2**31 - 1 else 4
-            assert [count for _, count in fields_of("elias_fano", numel, k)] == [
+            assert [count for _, count in index_fields("elias_fano", numel, k)] == [
                 -(-b // 64) * 8 for b in bits
             ]
-            assert [count for _, count in fields_of("block16", numel, k)] == [k, -(-numel // 65_536)]
-            assert [dtype.itemsize for dtype, _ in fields_of("block16", numel, k)] == [2, wide]
-            assert fields_of("int32", numel, k) == ((index_dtype(numel), k), (torch.uint8, 0))
+            assert [count for _, count in index_fields("block16", numel, k)] == [k, -(-numel // 65_536)]
+            assert [dtype.itemsize for dtype, _ in index_fields("block16", numel, k)] == [2, wide]
+            assert index_fields("int32", numel, k) == ((index_dtype(numel), k), (torch.uint8, 0))
     for codec in CODED:
-        assert [count for _, count in fields_of(codec, 100, 0)] == [0, 0]
+        assert [count for _, count in index_fields(codec, 100, 0)] == [0, 0]
         nothing = index_codecs.encode(codec, torch.empty(0, dtype=torch.int32), 100)
         assert index_codecs.decode(codec, nothing, 100, 0).numel() == 0
 
@@ -260,7 +261,7 @@ def test_random_bytes_are_refused_where_the_reference_refuses(data: st.DataObjec
             field = data.draw(st.sampled_from([f for f in fields if f.numel()]))
             field[data.draw(st.integers(0, field.numel() - 1))] = data.draw(st.integers(0, 255))
     else:
-        sizes = [dtype.itemsize * count for dtype, count in fields_of(codec, numel, k)]
+        sizes = [dtype.itemsize * count for dtype, count in index_fields(codec, numel, k)]
         fields = [
             torch.frombuffer(
                 bytearray(data.draw(st.binary(min_size=s, max_size=s)) + b"x"), dtype=torch.uint8
@@ -268,7 +269,7 @@ def test_random_bytes_are_refused_where_the_reference_refuses(data: st.DataObjec
             for s in sizes
         ]
     typed = tuple(
-        f.clone().view(dtype) for f, (dtype, _) in zip(fields, fields_of(codec, numel, k), strict=True)
+        f.clone().view(dtype) for f, (dtype, _) in zip(fields, index_fields(codec, numel, k), strict=True)
     )
     try:
         wanted = reference.decode(codec, typed, numel, k)
@@ -288,10 +289,10 @@ def test_any_bytes_stay_in_bounds(codec: str, backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     cases = list(damaged(codec).values())
     for _ in range(4):
-        sizes = [dtype.itemsize * count for dtype, count in fields_of(codec, numel, 50)]
+        sizes = [dtype.itemsize * count for dtype, count in index_fields(codec, numel, 50)]
         noise = [torch.randint(0, 256, (s,), generator=generator).to(torch.uint8) for s in sizes]
         cases.append(
-            tuple(f.view(dtype) for f, (dtype, _) in zip(noise, fields_of(codec, numel, 50), strict=True))
+            tuple(f.view(dtype) for f, (dtype, _) in zip(noise, index_fields(codec, numel, 50), strict=True))
         )
     for fields in cases:
         out = Guarded.of(torch.full((50,), -7, dtype=torch.int32, device=device))
@@ -309,10 +310,10 @@ def test_indices_that_do_not_ascend(codec: str, backend: str) -> None:
         indices = torch.tensor(bad, dtype=torch.int32, device=device)
         memory = [
             torch.full((16 + dtype.itemsize * count + 16,), 0xA5, dtype=torch.uint8, device=device)
-            for dtype, count in fields_of(codec, 1000, 3)
+            for dtype, count in index_fields(codec, 1000, 3)
         ]
         views = [
-            m[16:-16].view(dtype) for m, (dtype, _) in zip(memory, fields_of(codec, 1000, 3), strict=True)
+            m[16:-16].view(dtype) for m, (dtype, _) in zip(memory, index_fields(codec, 1000, 3), strict=True)
         ]
         if backend == "cpu":
             with pytest.raises(CorruptPayloadError, match=r"ascend within \[0, 1000\)"):
@@ -373,7 +374,7 @@ def test_golden_files_of_version_1(codec: str, numel: int, k: int) -> None:
         [i * numel // k + i * i % (numel // k) for i in range(k)], dtype=index_dtype(numel)
     )
     body = (GOLDEN / f"{codec}-{numel}-{k}.bin").read_bytes()
-    layout = Layout.of(*fields_of(codec, numel, k))
+    layout = Layout.of(*index_fields(codec, numel, k))
     held = torch.frombuffer(bytearray(body), dtype=torch.uint8)
     assert same_bytes(body_of(*index_codecs.encode(codec, indices, numel)), held)
     assert same_bytes(body_of(*reference.encode(codec, indices, numel)), held)

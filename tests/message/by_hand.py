@@ -38,6 +38,11 @@ def header(payload: Any) -> dict[str, int]:
             dtype, bits = FLOATS[payload.values.dtype]
             k, seed = len(payload.values), payload.seed
             return {"id": 5, "dtype": dtype, "bits": bits, "k": k, "seed": seed}
+        case "CodedSparse":
+            dtype, bits = (0, payload.value_bits) if payload.value_bits else FLOATS[payload.values.dtype]
+            wide = 2 if payload.numel >= 2**31 else 1
+            codec = {"int32": wide, "block16": 5, "elias_fano": 6}[payload.index_codec]
+            return {"id": 6, "dtype": dtype, "codec": codec, "bits": bits, "k": payload.k}
     raise AssertionError(payload)
 
 

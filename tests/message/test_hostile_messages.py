@@ -124,7 +124,7 @@ def test_mutations_are_accepted_and_refused() -> None:
 
 
 def test_all_values_of_small_header_fields() -> None:
-    for name in ("topk_fp32", "chunk_topk_2_bits", "quantize_mean"):
+    for name in ("topk_fp32", "chunk_topk_2_bits", "quantize_mean", "coded_elias_fano_4_bits"):
         for at in range(4, 12):
             for value in range(256):
                 data = bytearray(MESSAGES[name])

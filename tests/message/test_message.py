@@ -146,9 +146,10 @@ def test_every_length_but_one_is_refused(name: str) -> None:
 
 # (case, what is written into its message as (offset, struct, value), what the error says)
 TOPK, CHUNKS = "topk_fp32", "chunk_topk_4_bits_12_bit_indices"
+CODED, BLOCKS = "coded_elias_fano_4_bits", "coded_block16_of_four_blocks"
 REFUSED: dict[str, tuple[str, tuple[int, str, int], str]] = {
     "magic": (TOPK, (3, "B", 72), r"magic must be b'GCKM', got b'GCKH'"),
-    "id": (TOPK, (5, "B", 6), r"compressor must be one of 1, 2, 3, 4, 5, got 6"),
+    "id": (TOPK, (5, "B", 7), r"compressor must be one of 1, 2, 3, 4, 5, 6, got 7"),
     "no id": (TOPK, (5, "B", 0), r"compressor must be .* got 0"),
     "dtype": (TOPK, (6, "B", 0), r"dtype of a SparseGrad must be one of \(1, 2, 3\), got 0"),
     "other dtype": (TOPK, (6, "B", 2), r"body_nbytes|bits of a SparseGrad must be one of \(16,\), got 32"),
@@ -214,6 +215,32 @@ REFUSED: dict[str, tuple[str, tuple[int, str, int], str]] = {
         (10, "<H", 2),
         r"flags of a Quantized must be one of \(0,\), got 2",
     ),
+    "codec of coded": (CODED, (7, "B", 2), r"index_codec of a CodedSparse must be one of \(1, 5, 6\), got 2"),
+    "codec of long coded": ("coded_int32_int64", (7, "B", 1), r"index_codec of a .* \(2, 5, 6\), got 1"),
+    "bits of coded": (CODED, (8, "B", 2), r"bits of a CodedSparse must be one of \(8, 4\), got 2"),
+    "no k of coded": (CODED, (24, "<Q", 0), r"k of a CodedSparse must be in \[1, 200\], got 0"),
+    "tail of coded": (CODED, (64 + 10, "B", 0x10), r"values: bits from 84 on must be 0"),
+    "scale of coded": (CODED, (64 + 19, "B", 0xC0), r"scales: the sign bit must be 0"),
+    "tail of lower bits": (CODED, (64 + 32 + 7, "B", 0x80), r"lower bits: bits from 63 on must be 0"),
+    "tail of upper bits": (CODED, (64 + 48 + 7, "B", 1), r"upper bits: bits from 47 on must be 0"),
+    "too few": (CODED, (64 + 48, "<Q", sum(1 << 2 * i for i in range(20))), r"of k=21 indices, got 20"),
+    "too many": (CODED, (64 + 48, "<Q", (1 << 40) - 1), r"of k=21 indices, got more"),
+    "index again, coded": (CODED, (64 + 32, "<Q", 0), r"ascend strictly, not so at position \d+$"),
+    "index too large": (
+        CODED,
+        (64 + 48, "<Q", sum(1 << 2 * i for i in range(20)) + (1 << 46)),
+        r"indices must be below 200, got 21\d at position 20",
+    ),
+    "first end": (BLOCKS, (64 + 48, "<i", -1), r"from 0 to k=5, got -1 of block 0"),
+    "end": (BLOCKS, (64 + 52, "<i", 1), r"from 0 to k=5, got 1 of block 1"),
+    "last end": (BLOCKS, (64 + 60, "<i", 6), r"from 0 to k=5, got 6 of block 3"),
+    "order in a block": (BLOCKS, (64 + 34, "<H", 5), r"within each block, got 5 after 5 at position 1"),
+    "no first of a block": (
+        BLOCKS,
+        (64 + 56, "<i", 3),
+        r"within each block, got 3391 after 8928 at position 4",
+    ),
+    "position": (BLOCKS, (64 + 40, "<H", 3392), r"in the last block must be below 3392, got 3392"),
     "no values": ("random_k_fp32", (24, "<Q", 0), r"k of a SeededValues must be in \[1, 200\], got 0"),
 }
 
@@ -268,6 +295,7 @@ def test_what_is_no_message(data: Any, error: type[Exception], text: str) -> Non
 
 GOOD = gck.SparseGrad(torch.ones(2), torch.tensor([1, 3], dtype=torch.int32), 5)
 SIGNS = gck.PackedSigns(torch.zeros(1, dtype=torch.int32).view(torch.uint32), torch.ones(1), 20, 32)
+BLOCK16 = gck.encode_indices(GOOD, "block16")
 BAD_PAYLOADS: list[tuple[Any, type[Exception], str]] = [
     ([GOOD], DtypeError, "payload must be a payload of gck, got list"),
     (GOOD._replace(values=[1.0]), DtypeError, r"payload.values must be a tensor or an int, got list"),
@@ -298,6 +326,13 @@ BAD_PAYLOADS: list[tuple[Any, type[Exception], str]] = [
         CorruptPayloadError,
         "bits from 20 on",
     ),
+    (BLOCK16._replace(index_codec="gap"), CorruptPayloadError, "payload.index_codec must be one of .*'gap'"),
+    (BLOCK16._replace(index_codec=6), DtypeError, "payload.index_codec must be a str, got int"),
+    (BLOCK16._replace(value_bits=2), CorruptPayloadError, "bits of a CodedSparse must be one of"),
+    (BLOCK16._replace(value_bits=8), CorruptPayloadError, "body_nbytes|fields of this CodedSparse must be"),
+    (BLOCK16._replace(k=-1), CorruptPayloadError, r"k of a CodedSparse must be in \[1, 5\], got -1"),
+    (BLOCK16._replace(numel=65537), CorruptPayloadError, "fields of this CodedSparse must be"),
+    (BLOCK16._replace(numel=3), CorruptPayloadError, "indices in the last block must be below 3, got 3"),
     (SIGNS._replace(numel=65), CorruptPayloadError, "body_nbytes|fields of this PackedSigns must be"),
 ]
 
