@@ -130,10 +130,14 @@ class Work(Generic[T]):
         self._seen = True
         return self._future
 
-    def _complete(self, result: Any, error: BaseException | None) -> None:
-        """On the worker thread, when the turn is over: callbacks have none."""
+    def _end(self, error: BaseException | None) -> None:
+        """On the worker thread, in its turn: whoever comes next finds it completed."""
         self._call, self._error = None, error
         self._done.set()
+
+    def _complete(self, result: Any) -> None:
+        """On the worker thread, when the turn is over: callbacks have none."""
+        error = self._error
         with self._stream_of_future():
             if error is None:
                 self._future.set_result(result)
@@ -267,12 +271,13 @@ class WorkQueue:
             # Of the call, not of the work: the traceback of an error holds the frames that raised it, and a
             # handle that was dropped must be free to go, and to warn.
             result, error = work._call.outcome()
+            work._end(error)
             with self._condition:
                 self._owner = None
                 self._line.popleft()
                 self._condition.notify_all()
             try:
-                work._complete(result, error)
+                work._complete(result)
             except Exception as unexpected:  # of torch's future
                 sys.stderr.write(f"gck: {work!r}: {unexpected!r}\n")
             work = result = error = None  # this may be all that knows of them

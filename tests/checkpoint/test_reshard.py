@@ -248,7 +248,7 @@ def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
         loaded(tmp_path, 1, TOPK)
     saved(tmp_path, states[:1] + states[:1], TOPK, step=2)
     gck.save_state(tmp_path, states[0], rank=1, world_size=2, step=2, compressor=SIGN)
-    with pytest.raises(StateMismatchError, match=r"rank 0 saved with compressor 'TopK\(.*rank 1 with 'Sign"):
+    with pytest.raises(StateMismatchError, match=r"rank 0 saved with compressor .TopK\(.*rank 1 with .Sign"):
         loaded(tmp_path, 1, TOPK)
 
 

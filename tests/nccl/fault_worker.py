@@ -31,6 +31,6 @@ if __name__ == "__main__":
         os.kill(os.getpid(), signal.SIGKILL if mode == "kill" else signal.SIGSTOP)
     results = {}
     for name, comm in comms.items():
-        results[name] = survive(Deadly() if mode == "midway" else Sign(32), name, comm, None)
+        results[name] = survive(Deadly(2) if mode == "midway" else Sign(32), name, comm, None, 0)
     launcher.report(directory, rank, results)
     launcher.leave()
