@@ -180,7 +180,7 @@ void quantize(Input& input, bool reduce) {
   const Field body(1, 0, scales_at + scales_size);
   quantize_reduce({codes.data(), scales.data(), c.ranks, stride, size, bits, two_levels, {}},
                   {nullptr, Dtype::fp32, out.get(), c.numel, size, bits, two_levels, stochastic, input.seed(),
-                   body.data(), 0, chunks, scales_at},
+                   0, body.data(), 0, chunks, scales_at},
                   3.0f, kThreads);
 }
 
