@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -159,6 +160,9 @@ class ProcessGroupTransport:
         operation = _Operation(
             self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
         )
+        if self._world_size == 2 and self._rotates(group, local):
+            # gloo's ring of two has each link busy in one direction at a time.
+            return operation.start(partial(self._rotation, group, local.expand(2, -1), recv.view(2, -1)))
         return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))
 
     def start_all_to_all_bytes(self, send: Tensor) -> Started:
@@ -168,10 +172,8 @@ class ProcessGroupTransport:
         local = _onto(group, send)
         recv = torch.empty_like(local)
         operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
-        if local[0].numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo":
-            ends = group, local, recv, self._rank, self._timeout, self._state.rotation
-            self._state.rotation = started = rotation.Rotation(*ends)
-            return operation.start(lambda: started)
+        if self._rotates(group, local[0]):
+            return operation.start(partial(self._rotation, group, local, recv))
         return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -217,6 +219,14 @@ class ProcessGroupTransport:
         if group is not None and hasattr(group, "abort"):
             group.abort()
         self.calls.queue.end()
+
+    def _rotates(self, group: dist.ProcessGroup, message: Tensor) -> bool:
+        return message.numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo"
+
+    def _rotation(self, group: dist.ProcessGroup, send: Tensor, recv: Tensor) -> rotation.Rotation:
+        ends = group, send, recv, self._rank, self._timeout, self._state.rotation
+        self._state.rotation = started = rotation.Rotation(*ends)
+        return started
 
     def _group(self, operation: str) -> dist.ProcessGroup:
         """The group, unless it is gone or an earlier failure spoilt it."""
