@@ -26,6 +26,7 @@ ELSEWHERE = {
     "make demo": "tests/cli",
     "make test": "this run",
     "make bench": "tests/test_bench.py",
+    "make bench-link": "tests/test_bench_link.py",
     "make gpu-check": "tests/test_bench.py",
     "pip install .": "tests/test_packaging.py",
     'pip install ".[cuda12]"': "extras: test_extras",
