@@ -20,6 +20,7 @@ from gck.collectives.cost import (
 )
 from gck.collectives.hierarchical import HierarchicalGroup
 from gck.collectives.pieces import choose_piece_numel
+from gck.collectives.scratch import empty_cache
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.transports.nccl import NcclCommunicator
 from gck.collectives.transports.simulated import SimulatedGroup, SimulatedMember
@@ -41,6 +42,7 @@ __all__ = [
     "break_even_density",
     "choose_algorithm",
     "choose_piece_numel",
+    "empty_cache",
     "hierarchical_cost",
     "packed_all_reduce_",
     "resolve",
