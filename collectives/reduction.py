@@ -22,6 +22,7 @@ from gck.collectives.two_phase import Shards, two_phase
 from gck.collectives.work import check_async_op
 from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
+from gck.errors import DtypeError
 
 __all__ = ["prepare"]
 
@@ -51,6 +52,8 @@ def prepare(
     check_validate(function, validate)
     check_call(function, grads, states, compressor, op, algorithm)
     check_piece_numel(function, piece_numel)
+    if not isinstance(checksum, bool):
+        raise DtypeError(f"{function}: checksum must be a bool, got {type(checksum).__name__}")
     if not grads:
         return lambda: None
     tiers = transport if isinstance(transport, HierarchicalGroup) else None

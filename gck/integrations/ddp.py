@@ -57,7 +57,7 @@ class HookState:
             it. May be given later with `bind`.
         group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
             is a DDP module, else WORLD.
-        algorithm, validate, timeout: as for `gck.all_reduce_`.
+        algorithm, validate, timeout, checksum: as for `gck.all_reduce_`.
         overlap: reduce buckets on another thread while the backward pass goes on. Not where `model` is not
             known, and not where it has a torch.nn.SyncBatchNorm, which sends in the backward pass itself.
             False where other code does that on the same group: a thread more, and ranks might send in
@@ -91,6 +91,7 @@ class HookState:
         algorithm: str = "auto",
         validate: str = "first",
         timeout: float | None = None,
+        checksum: bool = False,
         overlap: bool = True,
         scaler: Any = None,
         skip_nonfinite: bool = False,
@@ -99,7 +100,7 @@ class HookState:
         check_validate("HookState", validate)
         if timeout is not None:
             check_timeout(timeout)
-        for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap)):
+        for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap), ("checksum", checksum)):
             if not isinstance(value, bool):
                 raise DtypeError(f"HookState: {name} must be a bool, got {type(value).__name__}")
         self.compressor = compressor
@@ -109,6 +110,7 @@ class HookState:
         self.group = group
         self.algorithm = algorithm
         self.validate = validate
+        self.checksum = checksum
         self.timeout = timeout
         self.overlap = overlap
         self.scaler = scaler
@@ -397,6 +399,7 @@ def register(
     algorithm: str = "auto",
     validate: str = "first",
     timeout: float | None = None,
+    checksum: bool = False,
     overlap: bool = True,
     scaler: Any = None,
     skip_nonfinite: bool = False,
@@ -405,8 +408,8 @@ def register(
 
     Args:
         model: not yet with a communication hook.
-        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, overlap,
-            scaler, skip_nonfinite: as for `HookState`.
+        compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, checksum,
+            overlap, scaler, skip_nonfinite: as for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -430,6 +433,7 @@ def register(
         algorithm=algorithm,
         validate=validate,
         timeout=timeout,
+        checksum=checksum,
         overlap=overlap,
         scaler=scaler,
         skip_nonfinite=skip_nonfinite,
@@ -473,6 +477,7 @@ def _prepare(
             transport,
             algorithm=algorithm,
             validate=state.validate,
+            checksum=state.checksum,
         )
         for some, algorithm, create in ((plain, "dense", False), (packed, state.algorithm, True))
     ]

@@ -190,7 +190,7 @@ def check_overlap_makes_no_difference() -> None:
 
     for make, options in ((network, {}), (Sometimes, {"find_unused_parameters": True})):
         models, states, threads = [], [], []
-        for overlap in (False, True):
+        for overlap in (False, True):  # and without checksums, and with
             models.append(DistributedDataParallel(make(), bucket_cap_mb=TINY_BUCKETS, **options))
             states.append(
                 ddp.register(
@@ -200,6 +200,7 @@ def check_overlap_makes_no_difference() -> None:
                     bypass_numel=200,
                     bypass_1d=False,
                     overlap=overlap,
+                    checksum=overlap,
                 )
             )
             started = []
