@@ -219,6 +219,20 @@ def _cupy() -> Iterator[Finding]:
     yield Finding("CuPy", True, cupy.__version__)
 
 
+def _safetensors() -> Iterator[Finding]:
+    yield _library("safetensors", "only to save residuals: `pip install safetensors`")
+
+
+def _xxhash() -> Iterator[Finding]:
+    yield _library("xxhash", "only for checksums of messages: `pip install xxhash`")
+
+
+def _library(name: str, advice: str) -> Finding:
+    if find_spec(name) is None:
+        return Finding(name, False, "not installed", advice)
+    return Finding(name, True, _version(name) or "of an unknown version")
+
+
 def _gloo() -> Iterator[Finding]:
     works = torch.distributed.is_available() and torch.distributed.is_gloo_available()
     advice = "" if works else "CPU collectives need a PyTorch that is built with gloo"
@@ -245,6 +259,8 @@ CHECKS: list[tuple[str, bool, Callable[[], Iterator[Finding]]]] = [
     ("Triton", False, _triton),
     ("NCCL", False, _nccl),
     ("CuPy", False, _cupy),
+    ("safetensors", False, _safetensors),
+    ("xxhash", False, _xxhash),
     ("slow links", False, _links),
 ]
 
