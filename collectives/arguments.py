@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
 from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
-from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.errors import ArgumentError, AutogradError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
 
 __all__ = ["check_algorithm", "check_call", "check_states"]
@@ -57,6 +58,10 @@ def check_call(
     for i, (grad, state) in enumerate(zip(grads, states, strict=True)):
         checks.check_grad(function, grad, f"grads[{i}]" if len(grads) > 1 else "grad")
         checks.check_device(function, f"grads[{i}]", grad, "grads[0]", grads[0])
+        if grad.is_inference() and not torch.is_inference_mode_enabled():
+            raise AutogradError(
+                f"{function}: grads[{i}] was made in inference mode, outside of which it cannot be written"
+            )
         memory[f"grads[{i}]"] = grad
         if state is None:
             continue

@@ -30,7 +30,14 @@ from torch import Tensor
 from gck.collectives.transports import CallLog, Transport, resolve
 from gck.collectives.two_phase import Shards
 from gck.error_feedback import ShardBinding
-from gck.errors import ArgumentError, CollectiveError, CollectiveMismatchError, DtypeError, GckError
+from gck.errors import (
+    ArgumentError,
+    CollectiveError,
+    CollectiveMismatchError,
+    CorruptPayloadError,
+    DtypeError,
+    GckError,
+)
 
 __all__ = ["HierarchicalGroup", "all_gather", "bindings_of", "cut", "reduce_scatter"]
 
@@ -200,7 +207,9 @@ class HierarchicalGroup:
         """A failure of one tier within the block is one of both: who waits in the other one is released."""
         try:
             yield
-        except CollectiveError as error:
+        except (CollectiveError, CorruptPayloadError) as error:
+            if isinstance(error, CorruptPayloadError):
+                error.on_all_ranks = False  # of one tier's group alone: the others cannot follow
             with suppress(GckError):
                 self.abort(f"the other tier failed: {error}")
             raise

@@ -144,7 +144,8 @@ def pipelined(
 
 def _settle(transport: Transport, started: Sequence[Started], error: BaseException) -> None:
     """Waits for operations that nobody wants any more; where that is no use, gives the group up."""
-    if started and (isinstance(error, CollectiveError) or not isinstance(error, Exception)):
+    interrupted = not isinstance(error, Exception)  # perhaps between a start and the list of what was started
+    if interrupted or (started and isinstance(error, CollectiveError)):
         # The group failed, or somebody pressed Ctrl-C: whatever is under way may never end.
         transport.abort(f"{type(error).__name__} between pieces")
         return

@@ -123,8 +123,8 @@ class _Reduction:
                 self.transport.synchronize()
                 writing = True
                 _write(flat, results)
-            except BaseException:
-                if writing:
+            except BaseException as error:
+                if writing and not isinstance(error, Exception):
                     # Ctrl-C, just when everything is there. Half of it must not be, and none can't any more.
                     _write(flat, results)
                     raise

@@ -2,12 +2,12 @@
 
 Every message ends in 16 bytes, little-endian:
 
-    8  xxh3_64 of the message      4  sequence of the collective      2  operation in it      2  sender
+    8  xxh3_64 of the message, seeded by its receiver      4  sequence of the collective      2  operation in it      2  sender
 
 After an operation ranks tell one another in 16 bytes each whether all was well, so that either all of them
 go on or all raise the same error, with the group in step.
 
-    8  xxh3_64 of the rest   1  what was wrong, 0: nothing   1  zero   2  with whose message   4  sequence
+    8  xxh3_64 of the rest   1  what was wrong, 0: nothing   1  zero   2  with whose message   4  place
 
 A message of the right content in the wrong place, such as one that is repeated, differs in its sequence or
 operation. Checksums are taken on the host: messages from a device are copied there, which waits for it.
@@ -76,11 +76,13 @@ class Checked:
 
     def all_gather_bytes(self, send: Tensor) -> Tensor:
         """As of any transport; raises CorruptPayloadError on all ranks where one got damaged bytes."""
-        return self._checked("all_gather", self._inner.all_gather_bytes(self._sealed(send.unsqueeze(0))[0]))
+        return self._checked(
+            "all_gather", self._inner.all_gather_bytes(self._sealed(send.unsqueeze(0))[0]), 0
+        )
 
     def all_to_all_bytes(self, send: Tensor) -> Tensor:
         """As of any transport; raises CorruptPayloadError on all ranks where one got damaged bytes."""
-        return self._checked("all_to_all", self._inner.all_to_all_bytes(self._sealed(send)))
+        return self._checked("all_to_all", self._inner.all_to_all_bytes(self._sealed(send, 1)), self.rank + 1)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """As of any transport; what the backend sends cannot be sealed, so ranks compare their results.
@@ -105,32 +107,36 @@ class Checked:
     def abort(self, reason: str) -> None:
         self._inner.abort(reason)
 
-    def _sealed(self, rows: Tensor) -> Tensor:
-        """Each row with its trailer."""
+    def _sealed(self, rows: Tensor, first: int = 0) -> Tensor:
+        """Each row with its trailer; `first` is the receiver's seed of row 0, see `_trailer`."""
         self._operation += 1
         sealed = torch.empty(rows.shape[0], rows.shape[1] + NBYTES, dtype=torch.uint8, device=rows.device)
         sealed[:, :-NBYTES] = rows
         trailers = bytearray()
-        for row in rows:
-            trailers += self._trailer(_on_host(row), self.rank)
+        for receiver, row in enumerate(rows, first):
+            trailers += self._trailer(_on_host(row), self.rank, receiver)
         sealed[:, -NBYTES:] = torch.frombuffer(trailers, dtype=torch.uint8).view(-1, NBYTES)
         return sealed
 
-    def _trailer(self, message: Tensor, sender: int) -> bytes:
+    def _trailer(self, message: Tensor, sender: int, receiver: int) -> bytes:
+        """receiver: the seed of the checksum: 1 + its rank, or 0 where all ranks get the same."""
         place = self._sequence, self._operation & 0xFFFF, sender & 0xFFFF
-        return TRAILER.pack(self._hash(_view(message)), *place)
+        return TRAILER.pack(self._hash(_view(message), receiver), *place)
 
-    def _checked(self, operation: str, received: Tensor) -> Tensor:
+    def _checked(self, operation: str, received: Tensor, receiver: int) -> Tensor:
         """The rows of `received` without their trailers, once every rank has found its own well."""
         self._inner.synchronize()
-        fault = next(filter(None, (self._fault(row, sender) for sender, row in enumerate(received))), None)
+        faults = (self._fault(row, sender, receiver) for sender, row in enumerate(received))
+        fault = next(filter(None, faults), None)
         what, whose = fault or (WELL, 0)
-        verdict = struct.pack("<BxHI", what, whose & 0xFFFF, self._sequence)
+        verdict = struct.pack(
+            "<BxHI", what, whose & 0xFFFF, place := (self._sequence << 8 ^ self._operation) & 0xFFFFFFFF
+        )
         own = struct.pack("<Q", self._hash(verdict)) + verdict
         rows = self._inner.all_gather_bytes(torch.frombuffer(bytearray(own), dtype=torch.uint8))
         for rank, row in enumerate(rows):
-            digest, what, whose, _ = VERDICT.unpack(packed := bytes(row.tolist()))
-            if digest != self._hash(packed[8:]):
+            digest, what, whose, theirs = VERDICT.unpack(packed := bytes(row.tolist()))
+            if digest != self._hash(packed[8:]) or theirs != place:
                 # Others may have understood it, and gone on: nobody knows who has what.
                 self._inner.abort(f"{operation}: what rank {rank} says of its messages was damaged")
                 raise GroupUnusableError(
@@ -142,10 +148,10 @@ class Checked:
                 raise _damaged(f"{operation}: the message from rank {whose} to rank {rank} {words}")
         return received[:, :-NBYTES]
 
-    def _fault(self, row: Tensor, sender: int) -> tuple[int, int] | None:
+    def _fault(self, row: Tensor, sender: int, receiver: int) -> tuple[int, int] | None:
         """(what is wrong, with whose message), if anything."""
         host = _on_host(row)
-        trailer, expected = bytes(host[-NBYTES:].tolist()), self._trailer(host[:-NBYTES], sender)
+        trailer, expected = bytes(host[-NBYTES:].tolist()), self._trailer(host[:-NBYTES], sender, receiver)
         if trailer == expected:
             return None
         return (DAMAGED if trailer[:8] != expected[:8] else MISPLACED), sender

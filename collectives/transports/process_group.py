@@ -61,6 +61,7 @@ _states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
 # gloo's threads let go of an operation's tensors some time after `wait` returned; who lets go last needs the
 # interpreter's lock, and in a process that is about to end, a thread that waits for the lock aborts it.
 _held: list[_Operation] = []
+_holding = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -75,9 +76,10 @@ class _Operation:
     ended: bool = False
 
     def start(self, begin: Callable[[], Any]) -> _Operation:
-        _held[:] = [operation for operation in _held if not operation.ended]
-        if self.tensors[0].device.type == "cpu":
-            _held.append(self)
+        with _holding:
+            _held[:] = [operation for operation in _held if not operation.ended]
+            if self.tensors[0].device.type == "cpu":
+                _held.append(self)
         began = time.monotonic()
         try:
             self.work = begin()
@@ -212,7 +214,7 @@ class ProcessGroupTransport:
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
-        for operation in _held:
+        for operation in list(_held):
             if operation.transport._state is self._state:
                 operation.end()  # nobody will wait for it
         # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
@@ -221,6 +223,8 @@ class ProcessGroupTransport:
         self.calls.queue.end()
 
     def _rotates(self, group: dist.ProcessGroup, message: Tensor) -> bool:
+        if message.device.type != "cpu":  # gloo's sends and receives take host memory alone
+            return False
         return message.numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo"
 
     def _rotation(self, group: dist.ProcessGroup, send: Tensor, recv: Tensor) -> rotation.Rotation:

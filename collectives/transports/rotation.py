@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -52,7 +53,9 @@ class Rotation:
             after: the rotation before this one, which must end first: between two ranks messages are told
                 apart by their order.
         """
-        self._group, self._send, self._recv = group, send, recv
+        self._group: Any = group
+        self._send: Any = send
+        self._recv: Any = recv
         self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
         self._after = after
         self._done = threading.Event()
@@ -83,5 +86,6 @@ class Rotation:
         except BaseException as error:
             self._error = error
         finally:
-            self._after = None
+            # Whoever keeps this for its end must not keep the group, nor the memory.
+            self._after = self._group = self._send = self._recv = None
             self._done.set()

@@ -353,7 +353,7 @@ def hook(
         Those of `gck.all_reduce_`.
     """
     if bucket.index() == 0:
-        state._in_flight.clear()  # of a step whose backward pass did not come to its end
+        _land(state)  # of a step whose backward pass did not come to its end
     try:
         transport, run = _prepare(state, bucket)
     except BaseException:
@@ -371,6 +371,10 @@ def hook(
         perform(transport, "gck.ddp.hook", run, device, False)
     except Exception as error:
         failed = error
+    except BaseException:  # Ctrl-C: what is in flight must not write residuals that somebody saves
+        _land(state)
+        _abandon(state)
+        raise
     # Also where this one failed: no rank stops at an error before it has called what its peers call.
     failed = (_land(state) if bucket.is_last() else None) or failed
     if failed is not None:

@@ -199,7 +199,9 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     alignas(64) char grads[kMaxChunk * 4] = {};
     char codes[kMaxChunk];
     std::memcpy(part, job.err + at, sizeof(float) * static_cast<size_t>(valid));
-    std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
+    if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
+      std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
+    }
     cleared += compress_chunk<D>(job, keys, {grads, 0, job.first + at, part, size, valid, codes, scales});
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));

@@ -85,7 +85,9 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
     alignas(64) char grads[kMaxChunk * 4] = {};
     uint32_t bits[kMaxChunk / 32];
     std::memcpy(part, err, sizeof(float) * static_cast<size_t>(valid));
-    std::memcpy(grads, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+    if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
+      std::memcpy(grads, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+    }
     const float sum = accumulate<D, true>(grads, 0, part, bits, job.chunk_size, last);
     *scale = canonical(sum / static_cast<float>(valid));
     if (is_finite(*scale)) {
