@@ -2,7 +2,8 @@
 
 Every message ends in 16 bytes, little-endian:
 
-    8  xxh3_64 of the message, seeded by its receiver      4  sequence of the collective      2  operation in it      2  sender
+    8  xxh3_64 of the message, seeded by its receiver
+    4  sequence of the collective      2  operation in it      2  sender
 
 After an operation ranks tell one another in 16 bytes each whether all was well, so that either all of them
 go on or all raise the same error, with the group in step.

@@ -346,3 +346,14 @@ def test_auto_sends_least_in_fact(compressor: Any) -> None:
             sent[algorithm] = group.bytes_sent[0]
         # The ring's bytes are rounded down.
         assert sent["auto"] <= min(sent.values()) + 1
+
+
+@pytest.mark.parametrize("compressor", [Sign(), Quantize(bits=4)], ids=str)
+def test_large_shards_that_end_within_a_chunk(compressor: Any) -> None:
+    """Without residuals: an owner then has no gradient behind what it sums, and nothing may be read there."""
+    grad = torch.randn(400_001, generator=torch.Generator().manual_seed(3))
+    member, state = SimulatedGroup(1).members[0], ErrorFeedback()
+    expected = all_reduce_(grad.clone(), state, compressor, member, algorithm="two_phase")
+    for _ in range(5):
+        found = all_reduce_(grad.clone(), None, compressor, member, algorithm="two_phase")
+        assert torch.equal(found, expected)

@@ -150,6 +150,29 @@ def test_ranks_must_agree_on_checksums() -> None:
         assert "Sign(chunk_size=32" in text
 
 
+def test_messages_for_others_are_found() -> None:
+    """Rank 1 gets what rank 0 has sent to rank 2."""
+
+    class Crossed(Faulty):
+        def all_to_all_bytes(self, send: Tensor) -> Tensor:
+            rows = self.inner.all_gather_bytes(send.reshape(-1)).view(3, 3, -1)
+            received = rows[:, self.inner.rank].clone()
+            if self.inner.rank == 1:
+                received[0] = rows[0, 2]
+            return received
+
+    def rank_main(member: SimulatedMember) -> str:
+        send = torch.full((3, 40), member.rank, dtype=torch.uint8)
+        try:
+            Checked(Crossed(member, 0, cut)).all_to_all_bytes(send)
+        except CorruptPayloadError as error:
+            return str(error)
+        return ""
+
+    for text in SimulatedGroup(3, timeout=20).run(rank_main):
+        assert "the message from rank 0 to rank 1" in text
+
+
 def test_what_it_costs() -> None:
     group = SimulatedGroup(3, timeout=20)
     group.run(lambda member: Checked(member).all_gather_bytes(torch.zeros(100, dtype=torch.uint8)))
