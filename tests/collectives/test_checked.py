@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
+from gck.collectives import HierarchicalGroup, SimulatedGroup, SimulatedMember, all_reduce_
 from gck.collectives.transports import CallLog, Transport
 from gck.collectives.transports.checked import NBYTES, Checked
 from gck.error_feedback import ErrorFeedback
-from gck.errors import CollectiveMismatchError, CorruptPayloadError, GroupUnusableError
+from gck.errors import CollectiveMismatchError, CorruptPayloadError, GckError, GroupUnusableError
 from gck.kernels.sign import Sign
 
 Damage = Callable[[Tensor, dict[str, Any]], None]
@@ -171,6 +171,31 @@ def test_messages_for_others_are_found() -> None:
 
     for text in SimulatedGroup(3, timeout=20).run(rank_main):
         assert "the message from rank 0 to rank 1" in text
+
+
+def test_damage_in_one_tier_spoils_both() -> None:
+    """Only the ranks of that tier know: the others cannot follow, and the group is not usable for anybody."""
+
+    def rank_main(member: SimulatedMember) -> list[str]:
+        group = HierarchicalGroup.from_group(member, local_world_size=2)
+        if member.rank == 1:
+            group.local = Faulty(group.local, 1, flip(3))  # type: ignore[arg-type]
+        kinds = []
+        for _ in range(2):
+            grad = torch.randn(500)
+            before = grad.clone()
+            try:
+                all_reduce_(grad, None, Sign(32), group, checksum=True, validate="off")
+            except GckError as error:
+                kinds.append(type(error).__name__)
+                assert torch.equal(grad, before)
+        return kinds
+
+    outcomes = SimulatedGroup(4, timeout=10).run(rank_main)
+    assert [kinds[0] for kinds in outcomes[:2]] == ["CorruptPayloadError"] * 2
+    lost = {"PeerLostError", "GroupUnusableError", "CollectiveTimeoutError"}
+    assert {kind for kinds in outcomes for kind in kinds[1:]} <= lost
+    assert [len(kinds) for kinds in outcomes] == [2] * 4
 
 
 def test_what_it_costs() -> None:
