@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -255,4 +256,6 @@ def _leave(native: Any) -> None:
         native.close(LEAVE)
     except CollectiveError as error:
         native.abort("its owner is gone")  # also under a thread that still waits
+        # Time for that thread to be back: one that leaves C++ when the interpreter has ended takes it down.
+        time.sleep(0.5)
         sys.stderr.write(f"gck: an NcclCommunicator that was never closed: {error}\n")
