@@ -54,6 +54,8 @@ def prepare(
     check_piece_numel(function, piece_numel)
     if not isinstance(checksum, bool):
         raise DtypeError(f"{function}: checksum must be a bool, got {type(checksum).__name__}")
+    if checksum:
+        Checked(transport)  # for what it raises: here, and not once peers wait for messages
     if not grads:
         return lambda: None
     tiers = transport if isinstance(transport, HierarchicalGroup) else None
@@ -125,7 +127,7 @@ class _Reduction:
                 _write(flat, results)
             except BaseException as error:
                 if writing and not isinstance(error, Exception):
-                    # Ctrl-C, just when everything is there. Half of it must not be, and none can't any more.
+                    # Ctrl-C, just when everything is there: what may be half written is written once more.
                     _write(flat, results)
                     raise
                 for state, snapshot in zip(self.states, saved, strict=True):

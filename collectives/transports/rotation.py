@@ -1,9 +1,8 @@
 """An all-to-all in rounds over gloo: in round i every rank sends to the one i places on, and to no other.
 
 gloo's own all-to-all sends to all at once. Where messages are large and links slow, some of the streams that
-meet in a receiver's link come to their end early, and the links that carried them idle while others are late:
-with 100 Mbit/s links and 4 ranks it takes about 1.5 times what the bytes need, rounds about 1.1 times
-(`python -m bench.link`). A round costs the latency of a message, so that small messages go all at once.
+meet in a receiver's link come to their end early, and the links that carried them idle while others are late.
+A round costs the latency of a message, so that small messages go all at once.
 
 Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005),
 section 4.3, the pairwise-exchange algorithm for long messages.
