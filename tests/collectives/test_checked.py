@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,14 @@ from gck.collectives import HierarchicalGroup, SimulatedGroup, SimulatedMember, 
 from gck.collectives.transports import CallLog, Transport
 from gck.collectives.transports.checked import NBYTES, Checked
 from gck.error_feedback import ErrorFeedback
-from gck.errors import CollectiveMismatchError, CorruptPayloadError, GckError, GroupUnusableError
+from gck.errors import (
+    AutogradError,
+    BackendUnavailableError,
+    CollectiveMismatchError,
+    CorruptPayloadError,
+    GckError,
+    GroupUnusableError,
+)
 from gck.kernels.sign import Sign
 
 Damage = Callable[[Tensor, dict[str, Any]], None]
@@ -239,3 +247,26 @@ def test_sums_are_compared() -> None:
     group = SimulatedGroup(3, timeout=20)
     assert group.run(rank_main, False) == [""] * 3
     assert group.run(rank_main, True) == ["all_reduce: a message was damaged: ranks have different sums"] * 3
+
+
+def test_without_xxhash_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    group = SimulatedGroup(3, timeout=20)
+
+    def rank_main(member: SimulatedMember) -> None:
+        with pytest.raises(BackendUnavailableError, match="pip install xxhash"):
+            all_reduce_(torch.ones(99), None, Sign(32), member, checksum=True)
+
+    group.run(rank_main)
+    assert group.bytes_sent == (0, 0, 0)
+
+
+def test_gradients_of_inference_mode_are_refused() -> None:
+    """Outside of it torch would raise only once they have been written."""
+    with torch.inference_mode():
+        grad = torch.ones(99)
+    member, state = SimulatedGroup(1).members[0], ErrorFeedback()
+    with pytest.raises(AutogradError, match="inference mode"):
+        all_reduce_(grad, state, Sign(32), member)
+    assert torch.equal(grad, torch.ones(99))
+    assert state.worker is None
