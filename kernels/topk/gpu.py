@@ -37,6 +37,7 @@ from gck.kernels.topk.gpu_control import (
     BINS,
     BRACKET_BITS,
     BRACKET_STOP,
+    EXPECTED,
     GUESS,
     KNOWN,
     LIST,
@@ -69,7 +70,7 @@ from gck.kernels.topk.gpu_refine import (
     wait_for_all,
 )
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS
-from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, stream_tile
+from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, key_as_number, stream_tile
 
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
@@ -246,7 +247,8 @@ def emit_kernel(
     if in_list:
         emit_listed(
             *(p_list, p_locals, p_err, p_tile, p_rows, p_groups, p_values, p_indices, p_nonfinite),
-            *(i_run, first, stop, 0, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+            *(i_run, first, stop, 0, threshold, quota, key_as_number(p_control + EXPECTED)),
+            *(TILE, ROWS, BLOCK, GROUP),
         )
     else:
         emit_scanned(

@@ -16,6 +16,7 @@ from gck.kernels.common.residual import read_residual
 from gck.kernels.topk.gpu_control import (
     BRACKET_BITS,
     BRACKET_STOP,
+    EXPECTED,
     GUESS,
     TIE,
 )
@@ -57,6 +58,25 @@ def _key_of_rank(b_key, rank, low, high, BITS: tl.constexpr):
 
 
 @triton.jit
+def _keys_of_ranks(b_key, rank, low, high, other_rank, other_low, other_high, BITS: tl.constexpr):
+    """`_key_of_rank` of two ranks, side by side: a step of the one does not wait for the other's."""
+    low >>= BITS
+    high = ((high - 1) >> BITS) + 1
+    other_low >>= BITS
+    other_high = ((other_high - 1) >> BITS) + 1
+    while tl.maximum(high - low, other_high - other_low) > 1:
+        middle = low + (high - low) // 2
+        other_middle = other_low + (other_high - other_low) // 2
+        up = _reach(b_key, middle << BITS) >= rank
+        other_up = _reach(b_key, other_middle << BITS) >= other_rank
+        # What has closed stays: its middle is its low end, which enough keys reach.
+        low, high = tl.where(up, middle, low), tl.where(up, high, middle)
+        other_low = tl.where(other_up, other_middle, other_low)
+        other_high = tl.where(other_up, other_high, other_middle)
+    return low << BITS, other_low << BITS
+
+
+@triton.jit
 def _from(b_key, rank, near):
     """`near` if that many keys reach it, else 0: where to look for the key of that rank from."""
     near = tl.maximum(near, 0)
@@ -70,12 +90,13 @@ def _margin(b_key, middle):
 
 
 @triton.jit
-def _store(p_control, guess, tie, stop):
+def _store(p_control, guess, expected, tie, stop):
     stop = tl.minimum(tl.maximum(stop, guess + 1), INFINITY)
     bits = tl.cast(0, tl.int32)
     while (stop - guess - 1) >> bits > 0:
         bits += 1
     tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
+    tl.store(p_control + EXPECTED, tl.minimum(tl.maximum(guess, expected), INFINITY).to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))
     tl.store(p_control + BRACKET_STOP, stop.to(tl.int64))
     tl.store(p_control + BRACKET_BITS, bits.to(tl.int64))
@@ -112,9 +133,13 @@ def bracket_by_sample(
     margin = _margin(b_key, middle)
     rank = tl.minimum(expected + margin, sampled)
     low = _from(b_key, rank, middle - OCTAVE // 4)
-    guess = _key_of_rank(b_key, rank, low, middle + MIDDLE_WIDTH, GUESS_BITS)
+    # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
+    last = tl.where(expected > margin, expected - margin, 1)
+    guess, upper = _keys_of_ranks(
+        b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, stop, GUESS_BITS
+    )
     if expected > margin:
-        stop = _key_of_rank(b_key, expected - margin, middle, stop, GUESS_BITS) + GUESS_WIDTH
+        stop = upper + GUESS_WIDTH
     elif expected < SURE:
         stop += 2 * OCTAVE
 
@@ -133,7 +158,7 @@ def bracket_by_sample(
     if guess == 0:  # zeros are never listed
         guess += 1
         tie = guess
-    _store(p_control, guess, tie, stop)
+    _store(p_control, guess, middle + MIDDLE_WIDTH // 2, tie, stop)
 
 
 @triton.jit
@@ -141,7 +166,7 @@ def bracket_by_hint(p_control, hint):
     """From the last step's threshold: this step's is probably a little above or below."""
     scaled = hint.to(tl.float32, bitcast=True) * HINT_SLACK
     guess = tl.maximum(tl.minimum(magnitude_key(scaled), INFINITY), 1)
-    _store(p_control, guess, tl.cast(0, tl.int32), guess + OCTAVE // 8)
+    _store(p_control, guess, hint, tl.cast(0, tl.int32), guess + OCTAVE // 8)
 
 
 @triton.jit(do_not_specialize=["n", "lines", "stride", "capacity", "words"])

@@ -1,9 +1,10 @@
 """The control block of a GPU top-k: every decision of a call, taken on the device and kept there.
 
-The stream moves acc = grad + err into err, and what reaches a guessed key out of it into a list. How the
+The stream moves acc = grad + err into err, and what reaches a guessed key into a list. How the
 winners are found follows from what it counted:
 
-- LIST: the list holds them all, and some losers.
+- LIST: the list holds them all, and some losers. In err stays 0 of those that are expected to win, and acc of the
+  others, so that few places of err are written again.
 - KNOWN: too few were listed, but with the ties that were counted beside them they suffice: the tie's key is
   the threshold, and nothing needs to be refined.
 - SCAN: the guess was too high, or the list overflowed. All of acc is read from err.
@@ -37,6 +38,7 @@ NONFINITE = tl.constexpr(14)  # counts what nobody asked for
 NEAR = tl.constexpr(15)  # keys set apart because the threshold is one of them
 ARRIVED = tl.constexpr(16)  # programs that are done with their part
 PASSED = tl.constexpr(17)  # programs that came to a barrier, each of them counted every time
+EXPECTED = tl.constexpr(18)  # about the k-th key: what reaches it probably wins; at least the guess
 HISTOGRAMS = tl.constexpr(24)
 LEVELS = 5  # of the search in a single vector: the bracket, and all keys in as many steps as there are digits
 WORDS = HISTOGRAMS.value + LEVELS * BINS

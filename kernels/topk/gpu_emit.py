@@ -10,7 +10,7 @@ import triton.language as tl
 
 from gck.kernels.common.keys import INFINITY, canonical, is_finite, round_to, widen
 from gck.kernels.topk.gpu_select import classify, shares_of_run
-from gck.kernels.topk.gpu_stream import listed_rows
+from gck.kernels.topk.gpu_stream import left_by_stream, listed_rows
 
 EMIT_WARPS = 1  # a row is ranked without waiting for another warp
 EMIT_REGISTERS = 128
@@ -88,6 +88,7 @@ def emit_listed(
     origin,
     threshold,
     quota,
+    expected,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -118,8 +119,9 @@ def emit_listed(
         b_residual = tl.where(b_wins, b_acc - widen(b_value), b_acc)
         b_cleared = b_valid & (is_finite(b_residual) == 0)
         b_residual = tl.where(b_cleared, 0.0, b_residual)
-        # The stream left +0.0 where it listed.
-        _scatter(p_err + b_place, b_residual, b_valid & (b_residual.to(tl.int32, bitcast=True) != 0))
+        b_left = left_by_stream(b_acc, expected)
+        b_differs = b_residual.to(tl.int32, bitcast=True) != b_left.to(tl.int32, bitcast=True)
+        _scatter(p_err + b_place, b_residual, b_valid & b_differs)
         cleared += tl.sum(tl.sum(b_cleared.to(tl.int32), 1), 0)
         b_position, b_quota = _after(b_class, b_position, b_quota)
     if cleared > 0:

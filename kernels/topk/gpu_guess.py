@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.common.keys import INFINITY, MAGNITUDE, accumulate, magnitude_key
-from gck.kernels.topk.gpu_control import GUESS, TIE
+from gck.kernels.topk.gpu_control import EXPECTED, GUESS, TIE
 
 LINE = 16  # elements of a line: one cache line of fp32
 SAMPLE_FRACTION = 64  # at most one element in this many is sampled
@@ -199,5 +199,8 @@ def guess_by_sample(
     if guess == 0:  # zeros are never listed
         guess += 1
         tie = guess
-    tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
+    guess = tl.minimum(guess, INFINITY)
+    expected = tl.minimum(tl.maximum(guess, middle + (1 << SHIFT) // 2), INFINITY)
+    tl.store(p_control + GUESS, guess.to(tl.int64))
+    tl.store(p_control + EXPECTED, expected.to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))

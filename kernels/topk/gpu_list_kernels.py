@@ -11,6 +11,7 @@ import triton.language as tl
 from gck.kernels.common.keys import INFINITY
 from gck.kernels.topk import gpu_tables
 from gck.kernels.topk.gpu_control import (
+    EXPECTED,
     GUESS,
     KNOWN,
     LIST,
@@ -26,7 +27,7 @@ from gck.kernels.topk.gpu_control import (
 from gck.kernels.topk.gpu_emit import EMIT_SEARCH, emit_listed, emit_scanned
 from gck.kernels.topk.gpu_guess import guess_by_sample, place_of_line, sample_block
 from gck.kernels.topk.gpu_select import count_run, refine_part
-from gck.kernels.topk.gpu_stream import restore_run, stream_tile
+from gck.kernels.topk.gpu_stream import key_as_number, restore_run, stream_tile
 
 CONTROL = tl.constexpr(WORDS)  # words of a selection's control block
 
@@ -345,7 +346,8 @@ def list_emit_kernel(
         p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE)
         emit_listed(
             *(p_list + list_at, p_locals + list_at, p_err, p_tile, p_rows, p_groups, p_values, p_indices),
-            *(p_nonfinite, i_run, first, stop, origin, threshold, quota, TILE, ROWS, BLOCK, GROUP),
+            *(p_nonfinite, i_run, first, stop, origin, threshold, quota, key_as_number(p_control + EXPECTED)),
+            *(TILE, ROWS, BLOCK, GROUP),
         )
     else:
         emit_scanned(

@@ -1,4 +1,4 @@
-"""The one pass over grad and err, and the way back: acc = err + list, whatever the guess was."""
+"""The one pass over grad and err, and the way back: acc is in the list, or else in err, whatever the guess was."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from gck.kernels.common.keys import widen
 from gck.kernels.common.residual import AS_IT_IS, read_residual
 from gck.kernels.common.tiles import columns
-from gck.kernels.topk.gpu_control import GUESS, LISTED, TIE, TIES
+from gck.kernels.topk.gpu_control import EXPECTED, GUESS, LISTED, TIE, TIES
 
 TILE = 4096  # an index within a tile fits 16 bits
 STREAM_WARPS = 8
@@ -18,15 +18,26 @@ COUNT_MASK = tl.constexpr(0xFFFF)
 
 
 @triton.jit
-def _reaches(b_acc, guess):
+def reaches(b_acc, guess):
     """Keys compare as the numbers do, and NaN, which is not below anything, reaches any guess."""
     return (tl.abs(b_acc) < guess) == 0
 
 
 @triton.jit
+def left_by_stream(b_acc, expected):
+    """What the stream leaves in err of what it lists."""
+    return tl.where(reaches(b_acc, expected), 0.0, b_acc)
+
+
+@triton.jit
+def key_as_number(p_key):
+    return tl.load(p_key).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _append(p_list, p_locals, b_slot, b_acc, b_local, guess):
     """Writes what reaches the guess to the slots; returns those that are free then."""
-    b_reaches = _reaches(b_acc, guess)
+    b_reaches = reaches(b_acc, guess)
     tl.store(p_list + b_slot, b_acc, mask=b_reaches)
     tl.store(p_locals + b_slot, b_local.to(tl.int16), mask=b_reaches)
     return b_slot + b_reaches.to(tl.int32)
@@ -69,7 +80,8 @@ def stream_tile(
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
         b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
     if LISTING:
-        guess = tl.load(p_control + GUESS).to(tl.int32).to(tl.float32, bitcast=True)
+        guess = key_as_number(p_control + GUESS)
+        expected = key_as_number(p_control + EXPECTED)
         tie = tl.load(p_control + TIE).to(tl.int32)
         if tie > 0:
             b_ties = tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True)
@@ -78,7 +90,7 @@ def stream_tile(
                 ties -= TILE - left
             if ties > 0:
                 tl.atomic_add(p_control + TIES, ties.to(tl.int64), sem="relaxed")
-        b_reaches = _reaches(b_acc, guess)  # never what is outside, for that is 0
+        b_reaches = reaches(b_acc, guess)  # never what is outside, for that is 0
         b_ones = tl.sum(b_reaches.to(tl.int32), 1)
         count = tl.sum(b_ones, 0)
         base = tl.cast(0, tl.int64)
@@ -95,7 +107,7 @@ def stream_tile(
                 b_slot = _append(p_list, p_locals, b_slot, b_acc_1, b_row + 1, guess)
                 b_slot = _append(p_list, p_locals, b_slot, b_acc_2, b_row + 2, guess)
                 _append(p_list, p_locals, b_slot, b_acc_3, b_row + 3, guess)
-                b_acc = tl.where(b_reaches, 0.0, b_acc)
+                b_acc = left_by_stream(b_acc, expected)
             else:
                 count = tl.cast(0, tl.int32)
         tl.store(p_tile + i_tile, (base << COUNT_BITS) | count)
