@@ -70,12 +70,12 @@ from gck.kernels.topk.gpu_refine import (
     wait_for_all,
 )
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS
-from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE, key_as_number, stream_tile
+from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE, key_as_number, stream_tile
 
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
 # Entries of a row that are looked at together, and rows that then take few registers, in `refine` and `emit`.
-ROWS_OF_BLOCK = {32: (32, 8), 64: (16, 4), 128: (8, 4)}
+ROWS_OF_BLOCK = {32: (64, 8), 64: (32, 4), 128: (16, 4)}
 FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
 
 
@@ -95,29 +95,23 @@ def stream_kernel(
     p_sums,
     TILE: tl.constexpr,
     LISTING: tl.constexpr,
-    WHOLE: tl.constexpr,
+    FOURS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """A tile a program, from first_tile on; all of them are WHOLE, or any may be the last.
+    """A tile a program, from first_tile on. All of them have FOURS of elements, or any may be the last.
 
-    The many whole tiles take fewer registers when the last one is left to a launch of its own.
+    What a vector has beyond its fours is left to a launch of its own, which takes more registers.
     """
     i_tile = first_tile + tl.program_id(0)
     if STATS:
         base = i_tile.to(tl.int64) * TILE
         sum_read(p_grad, p_err, p_sums, n, base, n, decay, p_clip, TILE, RESIDUAL)
-    if WHOLE:
-        stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, TILE, True, 0, capacity),
-            *(TILE, LISTING, decay, p_clip, RESIDUAL),
-        )
-    else:
-        left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
-        stream_tile(
-            *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
-            *(TILE, LISTING, decay, p_clip, RESIDUAL),
-        )
+    left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
+    stream_tile(
+        *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
+        *(TILE, LISTING, decay, p_clip, RESIDUAL, FOURS),
+    )
 
 
 @triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "step"])
@@ -336,18 +330,19 @@ def compress_(
                 **hinting,
                 **EXACT,
             )
-        whole = n // TILE if listing else 0
-        for first, count in ((0, whole), (whole, tiles - whole)):
+        fours = (tiles if n % 4 == 0 else n // TILE) if listing else 0
+        for first, count in ((0, fours), (fours, tiles - fours)):
             if count:
                 stream_kernel[(count,)](
                     *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
                     *(decay, p_clip, sums),
                     TILE=TILE,
                     LISTING=listing,
-                    WHOLE=first < whole,
+                    FOURS=first < fours,
                     RESIDUAL=residual,
                     STATS=stats is not None,
                     num_warps=STREAM_WARPS,
+                    **registers(STREAM_REGISTERS),
                     **EXACT,
                 )
         programs = most_together(grad)

@@ -96,8 +96,9 @@ def emit_listed(
 ):
     """Writes the winners of a run, all of them in the list, in order, their indices counted from `origin`,
     and to err what they and the losers leave there. The first `quota` ties of all runs win."""
-    at, b_position, b_quota, _ = _places(p_rows, p_groups, i_run, quota, ROWS, GROUP)
+    # Asked for first: what the loop reads waits for it, and not for the places.
     b_base, b_length = listed_rows(p_tile, first_tile, stop_tile - first_tile, ROWS)
+    at, b_position, b_quota, _ = _places(p_rows, p_groups, i_run, quota, ROWS, GROUP)
     start = tl.cast(first_tile, tl.int64) * TILE
     p_values += at
     p_indices += at
@@ -109,11 +110,11 @@ def emit_listed(
         b_entry = done + tl.arange(0, BLOCK)
         b_valid = b_entry[None, :] < b_length[:, None]
         b_acc = canonical(tl.load((p_list + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0))
+        b_local = tl.load((p_locals + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0)
         b_class = classify(b_acc, b_valid, threshold)
         b_wins, b_slot = _slots(b_class, b_position, b_quota)
         b_value = round_to(b_acc, p_values.dtype.element_ty)
         _scatter(p_values + b_slot, b_value, b_wins)
-        b_local = tl.load((p_locals + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0)
         b_place = b_local.to(tl.int32) + b_first[:, None]
         _scatter(p_indices + b_slot, (origin + start).to(p_indices.dtype.element_ty) + b_place, b_wins)
         b_residual = tl.where(b_wins, b_acc - widen(b_value), b_acc)

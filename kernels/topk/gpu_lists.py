@@ -33,7 +33,7 @@ from gck.kernels.topk.gpu_list_kernels import (
     list_stream_kernel,
 )
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS, RUN_WARPS
-from gck.kernels.topk.gpu_stream import STREAM_WARPS, TILE
+from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE
 from gck.kernels.topk.gpu_tables import Choice, plan_for
 from gck.kernels.topk.lists import Bodies
 from gck.payload import index_dtype
@@ -162,6 +162,7 @@ def _compress(
                     DTYPE=DTYPE_CODE[dtype],
                     WHOLE=whole,
                     num_warps=STREAM_WARPS,
+                    **registers(STREAM_REGISTERS),
                     **aligned,
                 )
         if plan.listed:

@@ -140,6 +140,19 @@ def narrow(p_control, level, total, wanted, first_key, stop_key, bits, BINS: tl.
 
 
 @triton.jit
+def _rows_of_run(
+    p_tile, first, tiles, run_tiles, n, LISTED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    """(place of each row in the list or, after the run's first element, in err; its length)"""
+    if LISTED:
+        b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
+    else:
+        b_first, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
+        b_base = b_first.to(tl.int64)
+    return b_base, b_length
+
+
+@triton.jit
 def count_rows(
     p_list,
     p_err,
@@ -167,30 +180,34 @@ def count_rows(
     p_taken = (p_control + NEAR).to(tl.pointer_type(tl.int32)) + tl.zeros((ROWS, BLOCK), tl.int32)
     tie = tl.where(apart, 0, 65536)
     apart_key = tl.where(apart, first_key, LAST_KEY)
+    p_source = p_list
+    first = tl.program_id(0) * run_tiles
+    b_base, b_length = _rows_of_run(p_tile, first, tiles, run_tiles, n, LISTED, TILE, ROWS)
+    longest = tl.max(b_length, 0)
     for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
-        # Not asked for a run ahead: of a block that a loop carries, Triton 3.6 reduces what it was at first.
-        first = i_run * run_tiles
-        if LISTED:
-            p_source = p_list
-            b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
-        else:
+        if not LISTED:
             p_source = p_err + tl.cast(first, tl.int64) * TILE
-            b_base, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
+        # Asked for a run ahead. Their largest is taken before the loop carries them: of a block that it carries,
+        # Triton 3.6 reduces what it was at first.
+        first += tl.num_programs(0) * run_tiles
+        b_next_base, b_next_length = _rows_of_run(p_tile, first, tiles, run_tiles, n, LISTED, TILE, ROWS)
         b_row = i_run * ROWS + tl.arange(0, ROWS)
-        b_class = tl.zeros((ROWS, BLOCK), tl.int32)
-        longest = tl.max(b_length, 0)
+        b_both = tl.zeros((ROWS,), tl.int32)
         for done in range(0, longest, BLOCK):
             b_entry = done + tl.arange(0, BLOCK)
             b_valid = b_entry[None, :] < b_length[:, None]
             b_acc = tl.load((p_source + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0)
             b_key = magnitude_key(canonical(b_acc))
             b_near = b_valid & (b_key >= first_key) & (b_key < stop_key)
-            b_class += tl.where(b_valid & (b_key >= stop_key), 1, tl.where(b_near, tie, 0))
+            b_class = tl.where(b_valid & (b_key >= stop_key), 1, tl.where(b_near, tie, 0))
+            b_both += tl.sum(b_class, 1)
             b_apart = b_near & (b_key >= apart_key)
             b_slot = tl.atomic_add(p_taken, tl.full(b_key.shape, 1, tl.int32), mask=b_apart, sem="relaxed")
             tl.store(p_near + b_slot, b_key, mask=b_apart)
             tl.store(p_near + ROOM + b_slot, tl.zeros_like(b_key) + b_row[:, None], mask=b_apart)
-        store_counts(p_rows, p_groups, i_run, b_class, ROWS, GROUP)
+        store_counts(p_rows, p_groups, i_run, b_both, ROWS, GROUP)
+        longest = tl.max(b_next_length, 0)
+        b_base, b_length = b_next_base, b_next_length
 
 
 @triton.jit

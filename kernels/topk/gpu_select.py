@@ -86,9 +86,8 @@ def shares_of_run(first_tile, run_tiles, n, TILE: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def store_counts(p_rows, p_groups, i_run, b_class, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Stores what a run's classes add up to by row, and adds it to the sums of the rows' group."""
-    b_both = tl.sum(b_class, 1)
+def store_counts(p_rows, p_groups, i_run, b_both, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Stores what the classes of each row of a run add up to, and adds it to the sums of the rows' group."""
     tl.store(p_rows + i_run * ROWS + tl.arange(0, ROWS), b_both)
     above = tl.sum(b_both & 0xFFFF, 0).to(tl.int64)
     ties = tl.sum(b_both >> 16, 0).to(tl.int64)
@@ -133,4 +132,4 @@ def count_run(
         b_valid = b_entry[None, :] < b_length[:, None]
         b_acc = tl.load((p_source + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0)
         b_class += classify(canonical(b_acc), b_valid, threshold)
-    store_counts(p_rows, p_groups, i_run, b_class, ROWS, GROUP)
+    store_counts(p_rows, p_groups, i_run, tl.sum(b_class, 1), ROWS, GROUP)

@@ -12,6 +12,7 @@ from gck.kernels.topk.gpu_control import EXPECTED, GUESS, LISTED, TIE, TIES
 
 TILE = 4096  # an index within a tile fits 16 bits
 STREAM_WARPS = 8
+STREAM_REGISTERS = 64  # four programs on a processor; told no limit, compilers take more than they need
 # A tile's word: where its candidates begin in the list, and how many they are.
 COUNT_BITS = tl.constexpr(16)
 COUNT_MASK = tl.constexpr(0xFFFF)
@@ -61,11 +62,12 @@ def stream_tile(
     decay=1.0,
     p_clip=None,
     RESIDUAL: tl.constexpr = AS_IT_IS,
+    FOURS: tl.constexpr = False,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
-    The tile has `left` elements, and is `whole` if that is all; the list begins at `list_at`. NaNs stay
-    as they come: they reach any guess, and whatever reads err or the list makes them one.
+    The tile has `left` elements, FOURS of them, and is `whole` if that is all; the list begins at `list_at`. NaNs
+    stay as they come: they reach any guess, and whatever reads err or the list makes them one.
     """
     start = tl.cast(i_tile, tl.int64) * TILE
     # Rows of 4 elements, 16 bytes of err, which one thread holds.
@@ -73,7 +75,11 @@ def stream_tile(
     p_grads = p_grad + start + b_local
     p_errs = p_err + start + b_local
     # A mask that ends at just any n would make the compiler load element by element.
-    if whole:
+    if FOURS:
+        b_inside = (tl.arange(0, TILE // 4)[:, None] * 4 + tl.zeros((1, 4), tl.int32)) < left
+        b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
+        b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
+    elif whole:
         b_acc = widen(tl.load(p_grads)) + read_residual(tl.load(p_errs), decay, p_clip, RESIDUAL)
     else:
         b_inside = b_local < left
@@ -81,7 +87,6 @@ def stream_tile(
         b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
     if LISTING:
         guess = key_as_number(p_control + GUESS)
-        expected = key_as_number(p_control + EXPECTED)
         tie = tl.load(p_control + TIE).to(tl.int32)
         if tie > 0:
             b_ties = tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True)
@@ -107,11 +112,13 @@ def stream_tile(
                 b_slot = _append(p_list, p_locals, b_slot, b_acc_1, b_row + 1, guess)
                 b_slot = _append(p_list, p_locals, b_slot, b_acc_2, b_row + 2, guess)
                 _append(p_list, p_locals, b_slot, b_acc_3, b_row + 3, guess)
-                b_acc = left_by_stream(b_acc, expected)
+                b_acc = left_by_stream(b_acc, key_as_number(p_control + EXPECTED))
             else:
                 count = tl.cast(0, tl.int32)
         tl.store(p_tile + i_tile, (base << COUNT_BITS) | count)
-    if whole:
+    if FOURS:
+        tl.store(p_errs, b_acc, mask=b_inside)
+    elif whole:
         tl.store(p_errs, b_acc)
     else:
         tl.store(p_errs, b_acc, mask=b_local < left)

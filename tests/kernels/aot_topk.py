@@ -110,22 +110,27 @@ def _stream() -> list[Variant]:
     warps = gpu_stream.STREAM_WARPS
     each = gpu_stream.TILE // (32 * warps)
     for grad in ("fp32", "bf16", "fp16"):
-        for label, listing, whole in (
-            ("whole", True, True),
+        for label, listing, fours in (
+            ("fours", True, True),
             ("last", True, False),
             ("no list", False, False),
         ):
-            constants = {**TILE, "LISTING": listing, "WHOLE": whole, **residual_constants("")}
+            constants = {**TILE, "LISTING": listing, "FOURS": fours, **residual_constants("")}
             made.append(
                 _variant(
-                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * whole),
+                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * fours),
+                    most_registers=gpu_stream.STREAM_REGISTERS,
                     p_grad=f"*{grad}",
                 )
             )
     for options in (", clip", ", clip, stats"):
-        constants = {**TILE, "LISTING": True, "WHOLE": True, **residual_constants(options)}
+        constants = {**TILE, "LISTING": True, "FOURS": True, **residual_constants(options)}
         made.append(
-            _variant(*("gpu", "stream_kernel", f"fp32, whole{options}", constants, warps), p_grad="*fp32")
+            _variant(
+                *("gpu", "stream_kernel", f"fp32, fours{options}", constants, warps),
+                most_registers=gpu_stream.STREAM_REGISTERS,
+                p_grad="*fp32",
+            )
         )
     return made
 
@@ -201,6 +206,7 @@ def _lists() -> list[Variant]:
             made.append(
                 _variant(
                     *(module, "list_stream_kernel", label, constants, gpu_stream.STREAM_WARPS),
+                    most_registers=gpu_stream.STREAM_REGISTERS,
                     p_like=f"*{grad}",
                 )
             )

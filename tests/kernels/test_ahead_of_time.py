@@ -82,7 +82,7 @@ LONE = (255, 176)
 SPILLED = (
     (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
     (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_80", 12),
-    (r"topk\.stream_kernel\[fp32, whole, clip, stats\]", "sm_80", 10),
+    (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
     (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),
     (r"topk\.emit_kernel\[(fp32|bf16), i32, 0\.0?1\]", "sm_(90|100)", 8),
     (r"topk\.emit_kernel\[fp16, i64, .*\]", "sm_.*", 90),
@@ -109,12 +109,12 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     )
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-STREAMS = {f"topk.stream_kernel[{grad}, whole]": size for grad, size in SIZES.items()}
+STREAMS = {f"topk.stream_kernel[{grad}, fours]": size for grad, size in SIZES.items()}
 # (loads, stores) of 16 bytes that a thread has for its 16 elements: 4 of err each way, and 4 of an fp32
 # gradient; a narrow gradient is read 8 bytes at a time, so that whoever loads an element also stores it.
 WIDE = {
-    "topk.stream_kernel[fp32, whole]": (8, 4),
-    "topk.stream_kernel[bf16, whole]": (4, 4),
+    "topk.stream_kernel[fp32, fours]": (8, 4),
+    "topk.stream_kernel[bf16, fours]": (4, 4),
     "sign.compress_kernel[fp32, 256]": (8, 4),
     # A thread has 32 elements, of which only the residual is wide.
     "sign.reduce_kernel[256, product]": (8, 8),
