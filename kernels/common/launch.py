@@ -24,9 +24,6 @@ TOGETHER_REGISTERS = 128
 # on which the rest of another rank waits.
 TOGETHER_LAUNCH = {"launch_cooperative_grid": True}
 
-# From this compute capability on, a kernel may start before the one that it depends on has ended.
-OVERLAP_FROM = (9, 0)
-
 PROGRAMS_PER_PROCESSOR = 4
 MAX_PROGRAMS = 1024
 # Without a GPU the kernels run in Triton's interpreter, one program after another: few, but several.
@@ -36,19 +33,6 @@ INTERPRETED_PROGRAMS = 5
 def registers(most: int) -> dict[str, int]:
     """The launch option that keeps a thread's registers to so many, where the compiler has one."""
     return {} if torch.version.hip else {"maxnreg": most}
-
-
-def overlaps(tensor: Tensor) -> bool:
-    """Whether a kernel launched with `overlap` may start, and wait for the one before it by `gdc_wait`."""
-    if tensor.device.type != "cuda" or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability(tensor.device) >= OVERLAP_FROM
-
-
-def overlap(overlapping: bool) -> dict[str, bool]:
-    """The launch options of a kernel that has an OVERLAP: it starts as soon as the one before it lets it
-    (`gdc_launch_dependents`), and may read nothing that one writes, and write nothing, before it waited."""
-    return {"OVERLAP": overlapping} | ({"launch_pdl": True} if overlapping else {})
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:

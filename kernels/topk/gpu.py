@@ -27,8 +27,6 @@ from gck.kernels.common.launch import (
     TOGETHER_REGISTERS,
     launching_on,
     most_together,
-    overlap,
-    overlaps,
     registers,
 )
 from gck.kernels.common.residual import residual_arguments
@@ -100,7 +98,6 @@ def stream_kernel(
     FOURS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """A tile a program, from first_tile on. All of them have FOURS of elements, or any may be the last.
 
@@ -113,7 +110,7 @@ def stream_kernel(
     left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
     stream_tile(
         *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
-        *(TILE, LISTING, decay, p_clip, RESIDUAL, FOURS, OVERLAP),
+        *(TILE, LISTING, decay, p_clip, RESIDUAL, FOURS),
     )
 
 
@@ -141,11 +138,8 @@ def refine_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     ROOM: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """All steps TOGETHER, or, where programs run one after another and cannot wait, the one asked for."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     together = step == TOGETHER
     mode = mode_of(p_control, k, capacity)
     times = tl.cast(0, tl.int32)
@@ -234,13 +228,10 @@ def emit_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Writes the winners in order of index, and what they and the losers leave behind to err."""
     i_run = tl.program_id(0)
     in_list = mode_of(p_control, k, capacity) == LIST
-    if OVERLAP:  # what is above was there before refine began
-        tl.extra.cuda.gdc_wait()
     threshold = tl.load(p_control + THRESHOLD).to(tl.int32)
     quota = tl.load(p_control + QUOTA)
     if HINT and i_run == 0:
@@ -326,7 +317,6 @@ def compress_(
     p_hint = control if hint is None else hint
     decay, p_clip, residual = residual_arguments(compressor, err, clip)
     sums = partial_sums(err, stats)
-    overlapping = overlaps(grad)
     with launching_on(grad):
         if listing:
             guess_kernel[(1,)](
@@ -336,7 +326,6 @@ def compress_(
                 LINE=LINE,
                 RESIDUAL=residual,
                 num_warps=BRACKET_WARPS,
-                OVERLAP=overlapping,
                 **registers(BRACKET_REGISTERS),
                 **hinting,
                 **EXACT,
@@ -353,7 +342,6 @@ def compress_(
                     RESIDUAL=residual,
                     STATS=stats is not None,
                     num_warps=STREAM_WARPS,
-                    **overlap(overlapping and listing),
                     **registers(STREAM_REGISTERS),
                     **EXACT,
                 )
@@ -365,7 +353,6 @@ def compress_(
                 LISTING=listing,
                 BINS=BINS,
                 ROOM=NEAR_ROOM,
-                OVERLAP=overlapping,
                 num_warps=REFINE_WARPS,
                 **(registers(TOGETHER_REGISTERS) | TOGETHER_LAUNCH if programs else {}),
                 **shapes[0],
@@ -374,7 +361,6 @@ def compress_(
             *(err, list_, locals_, tile_words, *counts, control),
             *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, run_tiles[1]),
             num_warps=EMIT_WARPS,
-            **overlap(overlapping),
             **registers(EMIT_REGISTERS),
             **(hinting | shapes[1]),
         )

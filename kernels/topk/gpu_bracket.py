@@ -187,11 +187,8 @@ def guess_kernel(
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One program: clears the control block, which has `words` words, and says where to look."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     for first in range(0, words, ZEROED):
         b_word = first + tl.arange(0, ZEROED)
         tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)

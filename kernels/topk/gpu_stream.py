@@ -63,7 +63,6 @@ def stream_tile(
     p_clip=None,
     RESIDUAL: tl.constexpr = AS_IT_IS,
     FOURS: tl.constexpr = False,
-    OVERLAP: tl.constexpr = False,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
@@ -86,8 +85,6 @@ def stream_tile(
         b_inside = b_local < left
         b_acc = widen(tl.load(p_grads, mask=b_inside, other=0.0))
         b_acc += read_residual(tl.load(p_errs, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     if LISTING:
         guess = key_as_number(p_control + GUESS)
         tie = tl.load(p_control + TIE).to(tl.int32)

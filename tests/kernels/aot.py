@@ -35,7 +35,6 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-OVERLAPPING = {"sm_90", "sm_100"}
 
 
 def variants() -> list[Variant]:
@@ -91,8 +90,6 @@ def _compile(variant: Variant, target: str) -> Any:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
     }
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    if "OVERLAP" in names:  # where the hardware can
-        constants[names.index("OVERLAP"),] &= target in OVERLAPPING
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options: dict[str, Any] = {"num_warps": variant.num_warps, **EXACT}
     if variant.most_registers and not target.startswith("gfx"):

@@ -93,7 +93,7 @@ def _variant(
 def _guess() -> list[Variant]:
     made = []
     for grad, options in (("fp32", ""), ("bf16", ""), ("fp32", ", clip")):
-        constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True, "OVERLAP": True}
+        constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
         constants |= {"RESIDUAL": residual_constants(options)["RESIDUAL"]}
         made.append(
             _variant(
@@ -115,7 +115,7 @@ def _stream() -> list[Variant]:
             ("last", True, False),
             ("no list", False, False),
         ):
-            constants = {**TILE, "LISTING": listing, "FOURS": fours, "OVERLAP": listing, **residual_constants("")}
+            constants = {**TILE, "LISTING": listing, "FOURS": fours, **residual_constants("")}
             made.append(
                 _variant(
                     *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * fours),
@@ -124,7 +124,7 @@ def _stream() -> list[Variant]:
                 )
             )
     for options in (", clip", ", clip, stats"):
-        constants = {**TILE, "LISTING": True, "FOURS": True, "OVERLAP": True, **residual_constants(options)}
+        constants = {**TILE, "LISTING": True, "FOURS": True, **residual_constants(options)}
         made.append(
             _variant(
                 *("gpu", "stream_kernel", f"fp32, fours{options}", constants, warps),
@@ -145,7 +145,7 @@ def _select() -> list[Variant]:
             for _, rows, block in gpu.run_shapes(n, k)
         )
         refine |= {"BINS": gpu_control.BINS, "ROOM": gpu_refine.NEAR_ROOM}
-        refine |= {"LISTING": gpu_guess.listing(n, k), "OVERLAP": True}
+        refine |= {"LISTING": gpu_guess.listing(n, k)}
         made.append(
             _variant(
                 *("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS),
@@ -157,7 +157,7 @@ def _select() -> list[Variant]:
             label = f"{value}, {index}, {ratio}"
             made.append(
                 _variant(
-                    *("gpu", "emit_kernel", label, {**emit, "HINT": True, "OVERLAP": True}, gpu_emit.EMIT_WARPS),
+                    *("gpu", "emit_kernel", label, {**emit, "HINT": True}, gpu_emit.EMIT_WARPS),
                     most_registers=gpu_emit.EMIT_REGISTERS,
                     **types,
                 )
