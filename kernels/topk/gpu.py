@@ -57,6 +57,7 @@ from gck.kernels.topk.gpu_refine import (
     ALL_BITS,
     COUNT,
     LAST_KEY,
+    LEVEL_TILE,
     NEAR_ROOM,
     RESTORE,
     SEARCH,
@@ -133,6 +134,7 @@ def refine_kernel(
     step,
     LISTING: tl.constexpr,
     TILE: tl.constexpr,
+    LEVEL_TILE: tl.constexpr,
     BINS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,7 +175,7 @@ def refine_kernel(
     going = together | (step > RESTORE)
     while going & (found == 0):
         if together | (step == level + 1):
-            count_level(p_source, p_control, level, length, first_key, stop_key, bits, TILE, BINS)
+            count_level(p_source, p_control, level, length, first_key, stop_key, bits, LEVEL_TILE, BINS)
         if together:
             times += 1
             wait_for_all(p_control, times)
@@ -352,6 +354,7 @@ def compress_(
                 *(n, k, capacity, tiles, runs[0], run_tiles[0], step),
                 LISTING=listing,
                 BINS=BINS,
+                LEVEL_TILE=min(LEVEL_TILE, TILE),
                 ROOM=NEAR_ROOM,
                 num_warps=REFINE_WARPS,
                 **(registers(TOGETHER_REGISTERS) | TOGETHER_LAUNCH if programs else {}),

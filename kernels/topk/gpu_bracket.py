@@ -38,8 +38,8 @@ SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expec
 def _reach(b_key, key):
     """How many keys of the sample are at least `key`."""
     # In floating point, which is exact for numbers as small, because some versions add up comparisons by
-    # way of local memory.
-    return tl.sum(tl.sum(tl.where(b_key >= key, 1.0, 0.0), 1), 0).to(tl.int32)
+    # way of local memory; and all at once, because each thread then first adds up what it holds.
+    return tl.sum(tl.where(b_key >= key, 1.0, 0.0)).to(tl.int32)
 
 
 @triton.jit

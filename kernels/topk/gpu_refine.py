@@ -28,6 +28,7 @@ from gck.kernels.topk.gpu_select import shares_of_run, store_counts
 from gck.kernels.topk.gpu_stream import listed_rows, restore_run
 
 NEAR_ROOM = 4096  # keys that are set apart at most, which one program looks through
+LEVEL_TILE = 1024  # keys that a program counts at a time: a short list is enough for all programs
 SEARCH = tl.constexpr(512)  # elements at a time where speed matters less than registers
 LAST_KEY = tl.constexpr(0x7FFFFFFF)  # past any key
 ALL_BITS = tl.constexpr(31)  # tell all keys apart
@@ -140,19 +141,6 @@ def narrow(p_control, level, total, wanted, first_key, stop_key, bits, BINS: tl.
 
 
 @triton.jit
-def _rows_of_run(
-    p_tile, first, tiles, run_tiles, n, LISTED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
-):
-    """(place of each row in the list or, after the run's first element, in err; its length)"""
-    if LISTED:
-        b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
-    else:
-        b_first, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
-        b_base = b_first.to(tl.int64)
-    return b_base, b_length
-
-
-@triton.jit
 def count_rows(
     p_list,
     p_err,
@@ -180,19 +168,18 @@ def count_rows(
     p_taken = (p_control + NEAR).to(tl.pointer_type(tl.int32)) + tl.zeros((ROWS, BLOCK), tl.int32)
     tie = tl.where(apart, 0, 65536)
     apart_key = tl.where(apart, first_key, LAST_KEY)
-    p_source = p_list
-    first = tl.program_id(0) * run_tiles
-    b_base, b_length = _rows_of_run(p_tile, first, tiles, run_tiles, n, LISTED, TILE, ROWS)
-    longest = tl.max(b_length, 0)
     for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
-        if not LISTED:
+        # Not asked for a run ahead: of a block that a loop carries, Triton 3.6 reduces what it was at first.
+        first = i_run * run_tiles
+        if LISTED:
+            p_source = p_list
+            b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
+        else:
             p_source = p_err + tl.cast(first, tl.int64) * TILE
-        # Asked for a run ahead. Their largest is taken before the loop carries them: of a block that it carries,
-        # Triton 3.6 reduces what it was at first.
-        first += tl.num_programs(0) * run_tiles
-        b_next_base, b_next_length = _rows_of_run(p_tile, first, tiles, run_tiles, n, LISTED, TILE, ROWS)
+            b_base, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
         b_row = i_run * ROWS + tl.arange(0, ROWS)
         b_both = tl.zeros((ROWS,), tl.int32)
+        longest = tl.max(b_length, 0)
         for done in range(0, longest, BLOCK):
             b_entry = done + tl.arange(0, BLOCK)
             b_valid = b_entry[None, :] < b_length[:, None]
@@ -206,8 +193,6 @@ def count_rows(
             tl.store(p_near + b_slot, b_key, mask=b_apart)
             tl.store(p_near + ROOM + b_slot, tl.zeros_like(b_key) + b_row[:, None], mask=b_apart)
         store_counts(p_rows, p_groups, i_run, b_both, ROWS, GROUP)
-        longest = tl.max(b_next_length, 0)
-        b_base, b_length = b_next_base, b_next_length
 
 
 @triton.jit

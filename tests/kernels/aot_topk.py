@@ -145,6 +145,7 @@ def _select() -> list[Variant]:
             for _, rows, block in gpu.run_shapes(n, k)
         )
         refine |= {"BINS": gpu_control.BINS, "ROOM": gpu_refine.NEAR_ROOM}
+        refine |= {"LEVEL_TILE": gpu_refine.LEVEL_TILE}
         refine |= {"LISTING": gpu_guess.listing(n, k)}
         made.append(
             _variant(
