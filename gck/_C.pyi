@@ -277,6 +277,9 @@ class NcclCommunicator:
     def all_to_all(
         self, peers: list[tuple[int, int, int, int, int]], stream: int, timeout: float
     ) -> None: ...
+    def all_to_all_rows(
+        self, send: int, recv: int, row_nbytes: int, stream: int, timeout: float
+    ) -> None: ...
     def all_reduce(
         self, send: int, recv: int, count: int, dtype: int, op: int, stream: int, timeout: float
     ) -> None: ...
