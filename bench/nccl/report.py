@@ -79,6 +79,7 @@ def draw(records: Sequence[Record], title: str, path: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     tasks = list(dict.fromkeys(r["task"] for r in records))
     parts = {
@@ -105,7 +106,10 @@ def draw(records: Sequence[Record], title: str, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks(sizes, [size_text(size) for size in sizes], fontsize=7)
-            axes.minorticks_off()
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.2g}")
+            axes.tick_params(axis="y", which="both", labelsize=7)
             axes.set_ylabel(label, fontsize=8)
             axes.set_title(task, fontsize=9)
             axes.legend(fontsize=6.5, frameon=False)

@@ -12,18 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What NCCL reads when it starts: ranks on one GPU talk through sockets of the loopback device.
+from bench.nccl.one_device import environment
+
+# What NCCL reads when it starts.
 if __name__ == "__main__":
-    os.environ |= {
-        "NCCL_HOSTID": f"gck-rank-{os.environ['RANK']}",
-        "NCCL_NET": "Socket",
-        "NCCL_IB_DISABLE": "1",
-        "NCCL_SOCKET_IFNAME": "=lo",
-        "NCCL_MAX_CTAS": "1",
-        "NCCL_ALGO": "Ring",
-        "NCCL_PROTO": "Simple",
-        "NCCL_NVLS_ENABLE": "0",
-        "NCCL_RAS_ENABLE": "0",
+    os.environ |= environment(int(os.environ["RANK"])) | {
         "NCCL_DEBUG": "INFO",
         "NCCL_DEBUG_FILE": f"{sys.argv[1]}/nccl.{os.environ['RANK']}.log",
     }
