@@ -89,7 +89,6 @@ class Layout:
             ]
         )
 
-
     def pack_(self, body: Tensor, fields: Sequence[Tensor]) -> None:
         """Copies fields, from any device, into a (nbytes,) uint8 body; its padding becomes zero."""
         body.zero_()
@@ -136,7 +135,7 @@ def body_in_place(*fields: Tensor) -> Tensor | None:
 
 
 def payloads_of(like: P, rows: Iterable[Tensor]) -> list[P]:
-    """A payload a row, each a body of what `like` is: its tensors are views of the row, all else is `like`'s."""
+    """A payload like `like` of each row, a body: its tensors are views of the row, all else is `like`'s."""
     layout = layout_of(*(value for value in like if isinstance(value, Tensor)))
     payloads = []
     for row in rows:

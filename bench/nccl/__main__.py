@@ -2,8 +2,8 @@
 
 A rank a GPU. With one GPU several ranks share it, and on a machine without one the library that
 GCK_NCCL_LIBRARY names may work on host memory, as the tests' does: either shows that all of it runs and is
-right, and its times are artefacts, which tables, picture and JSON say. Every method's first and last result is
-compared with the expected bytes; where one is wrong nothing is reported.
+right, and its times are artefacts, which tables, picture and JSON say. The first and the last result of every
+method are compared with the expected bytes; where one is wrong nothing is reported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from bench.machine import ROOT, describe
 from bench.nccl.one_device import environment
@@ -56,7 +56,7 @@ def main(
     console = Console(width=150)
     records, absent = run(count, device, shared, sizes, 0.02 if quick else seconds, limit, console)
     machine = describe(device)
-    title = f"{count} ranks, {machine['device_name']}, library {'.'.join(nccl_library().version.split('.')[:3])}"
+    title = f"{count} ranks, {machine['device_name']}, library {nccl_library().version}"
     if artefact:
         title += f"; times are artefacts: {artefact}"
     show(records, title, absent, console)
@@ -72,7 +72,9 @@ def main(
     }
     (out / "nccl.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(records, title, out / "nccl.png")
-    console.print(f"all results verified; wrote {out}/nccl.json and nccl.png", highlight=False, soft_wrap=True)
+    console.print(
+        f"all results verified; wrote {out}/nccl.json and nccl.png", highlight=False, soft_wrap=True
+    )
 
 
 def run(
@@ -86,7 +88,7 @@ def run(
 ) -> tuple[list[Record], dict[str, str]]:
     """Records, and who is absent and why."""
     records, absent = [], {}
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description}"), TimeElapsedColumn()
     with (
         tempfile.TemporaryDirectory(prefix="gck-nccl-") as scratch,
         Progress(*columns, console=console, transient=True) as progress,

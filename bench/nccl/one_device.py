@@ -1,4 +1,4 @@
-"""Many ranks on one GPU, for tests: each claims to be a host of its own. Timings of such runs are artefacts."""
+"""Many ranks on one GPU, for tests: each claims to be a host of its own. Times of such runs are artefacts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["environment"]
 
 
 def environment(rank: int) -> dict[str, str]:
-    """What NCCL must find in the environment of a rank when it starts: ranks talk through loopback sockets."""
+    """What NCCL must find in a rank's environment when it starts: ranks talk by sockets of the loopback."""
     return {
         "NCCL_HOSTID": f"gck-rank-{rank}",
         "NCCL_NET": "Socket",

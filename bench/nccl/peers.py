@@ -115,7 +115,11 @@ def _torch(rank: int, world_size: int, device: torch.device) -> list[tuple[str, 
     return [
         ("sparse all-gather", "torch.distributed", sparse),
         ("sparse all-gather", "gck over torch.distributed", _sparse_over(group)),
-        ("packed all-reduce", "torch.distributed, gck's kernels", _composed(rank, world_size, exchange, gather)),
+        (
+            "packed all-reduce",
+            "torch.distributed, gck's kernels",
+            _composed(rank, world_size, exchange, gather),
+        ),
         ("packed all-reduce", "gck over torch.distributed", _packed_over(group)),
         ("all-reduce", "torch.distributed", dense),
     ]
@@ -178,7 +182,11 @@ def _cupy(rank: int, world_size: int, device: torch.device) -> list[tuple[str, s
 
     return [
         ("sparse all-gather", "cupy.cuda.nccl", sparse),
-        ("packed all-reduce", "cupy.cuda.nccl, gck's kernels", _composed(rank, world_size, exchange, gather_one)),
+        (
+            "packed all-reduce",
+            "cupy.cuda.nccl, gck's kernels",
+            _composed(rank, world_size, exchange, gather_one),
+        ),
         ("all-reduce", "cupy.cuda.nccl", dense),
     ]
 
@@ -186,8 +194,8 @@ def _cupy(rank: int, world_size: int, device: torch.device) -> list[tuple[str, s
 def _composed(
     rank: int, world_size: int, exchange: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]
 ) -> Method:
-    """The packed all-reduce by hand: gck's kernels, another library's messages; nothing is agreed on, saved or
-    waited for."""
+    """The packed all-reduce by hand, of gck's kernels and another library's messages: nothing is agreed on,
+    saved or waited for."""
     compressor = gck.Sign(CHUNK)
 
     def packed(task: Packed) -> Tensor:

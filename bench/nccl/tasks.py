@@ -117,7 +117,9 @@ class Packed:
         own = slice(begin - owner * self.shard, end - owner * self.shard)
         found = [result[begin:end], self.err[begin:end]]
         found += [self.server_err[own]] if owner == self.rank else []
-        for name, ours, theirs in zip(("result", "residual", "server residual"), found, expected, strict=False):
+        for name, ours, theirs in zip(
+            ("result", "residual", "server residual"), found, expected, strict=False
+        ):
             if not same(ours.cpu(), theirs):
                 raise WrongResultError(f"packed all-reduce: the {name} is wrong in elements {begin} to {end}")
 

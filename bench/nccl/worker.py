@@ -92,7 +92,7 @@ def measure(
     assignment: Assignment,
     events: TextIO,
 ) -> None:
-    """Verifies the first result and the last, and times batches in between: the slowest rank's time counts."""
+    """Verifies the first result and the last, and times batches in between, by their slowest rank."""
 
     def wait() -> None:
         if device.type == "cuda":

@@ -164,8 +164,8 @@ class NcclCommunicator(Operations):
     def all_gather_bodies(self, fields: Sequence[Tensor]) -> Tensor:
         """(world_size, nbytes) uint8: the body of every rank's `fields`, in one launch.
 
-        What is not one body yet is packed into this rank's row, which NCCL gathers in place: whether it is may
-        differ from rank to rank, what they launch does not.
+        What is not one body yet is packed into this rank's row, which NCCL gathers in place: so ranks launch the
+        same, whether it is or not.
         """
         layout, body = layout_of(*fields), body_in_place(*fields)
         rows = torch.empty((self.world_size, layout.nbytes), dtype=torch.uint8, device=self.device)
@@ -226,7 +226,9 @@ class NcclCommunicator(Operations):
             ArgumentError, DeviceMismatchError: payload is no tuple of tensors of one device, and what else it
                 holds. What the communicator does.
         """
-        fields = [value for value in payload if isinstance(value, Tensor)] if isinstance(payload, tuple) else []
+        fields = (
+            [value for value in payload if isinstance(value, Tensor)] if isinstance(payload, tuple) else []
+        )
         if not fields:
             raise ArgumentError(f"sparse_all_gather: payload must be a payload, got {type(payload).__name__}")
         for index, field in enumerate(fields):

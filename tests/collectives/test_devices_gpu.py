@@ -44,7 +44,9 @@ def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
 
 
 def content(residuals: ErrorFeedbackMap) -> list[Tensor | None]:
-    return held(*(buffer for _, state in sorted(residuals.items()) for buffer in (state.worker, state.server)))
+    return held(
+        *(buffer for _, state in sorted(residuals.items()) for buffer in (state.worker, state.server))
+    )
 
 
 @pytest.mark.parametrize(("compressor", "algorithm"), CASES, ids=str)

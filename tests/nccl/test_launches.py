@@ -113,13 +113,14 @@ def test_a_packed_all_reduce_is_two_launches(numel: int) -> None:
         assert all(same_bytes(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("fault", ["REMOTE_ERROR_AT", "ERROR_AFTER", "HANG_AT"])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "at"), [("REMOTE_ERROR_AT", 1), ("REMOTE_ERROR_AT", 2), ("ERROR_AFTER", 1), ("HANG_AT", 2)]
+)
 def test_a_launch_that_fails(fault: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the packed all-reduce the first or the second; nothing changes, and the group says why it is over."""
+    """Of a packed all-reduce the first or the second: nothing changes, and the group says why it is over."""
     monkeypatch.setenv(f"FAKE_NCCL_{fault}", str(at))
     monkeypatch.setenv("FAKE_NCCL_RANK", "1")
-    timeout = 2.0 if fault == "HANG_AT" else 20.0
+    timeout = 1.0 if fault == "HANG_AT" else 20.0
 
     def rank_main(comm: Any) -> str:
         comm = comm.with_timeout(timeout)
@@ -127,18 +128,15 @@ def test_a_launch_that_fails(fault: str, at: int, monkeypatch: pytest.MonkeyPatc
         before = [buffer.clone() for buffer in buffers]
         try:
             packed_all_reduce_(*buffers, 64, comm, validate="off")
-            # The error that follows an operation may be found once it has returned.
-            comm.barrier()
         except CollectiveError as error:
             text = f"{type(error).__name__}: {error}"
         else:
             return "no error"
         with pytest.raises(GroupUnusableError, match="the group cannot be used any more"):
             comm.sparse_all_gather(payload_of(0, apart=True))
-        changed = [not same_bytes(a, b) for a, b in zip(buffers, before, strict=True)]
-        return f"{text}, changed" if any(changed) and fault != "ERROR_AFTER" else text
+        assert all(same_bytes(a, b) for a, b in zip(buffers, before, strict=True))
+        return text
 
     for text in run_ranks(2, rank_main):
         assert text.startswith(("PeerLostError: ", "CollectiveTimeoutError: ")), text
-        assert not text.endswith("changed"), text
     assert len(orphans) == 0
