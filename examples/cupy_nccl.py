@@ -22,7 +22,7 @@ def main(rank: int, world_size: int, pipe: Connection) -> None:
     torch.cuda.set_device(rank)  # where NCCL and gck's kernels go
     cupy.cuda.Device(rank).use()
     random = numpy.random.default_rng(0)
-    wanted = cupy.asarray(random.standard_normal(INPUTS, dtype=numpy.float32))
+    known = random.standard_normal(INPUTS, dtype=numpy.float32)
     random = numpy.random.default_rng(1 + rank)  # different data on every rank
 
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -33,6 +33,7 @@ def main(rank: int, world_size: int, pipe: Connection) -> None:
         stream,
         torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)),
     ):
+        wanted = cupy.asarray(known)
         weights, err, total = (cupy.zeros(INPUTS, dtype=cupy.float32) for _ in range(3))
         for step in range(1, STEPS + 1):
             inputs = cupy.asarray(random.standard_normal((BATCH, INPUTS), dtype=numpy.float32))

@@ -32,6 +32,7 @@ Record = dict[str, Any]
 KB, MB = 1 << 10, 1 << 20
 SIZES = [1 * KB, 4 * KB, 16 * KB, 64 * KB, 256 * KB, 1 * MB, 16 * MB, 64 * MB, 256 * MB]
 QUICK = [1 * KB, 64 * KB]
+ARTEFACTS = [1 * KB, 64 * KB, 1 * MB, 16 * MB]  # where times mean nothing
 
 
 def main(
@@ -52,7 +53,7 @@ def main(
     device = torch.device("cuda" if gpus else "cpu")
     shared = bool(gpus) and count > gpus
     artefact = f"{count} ranks share {gpus} GPU" if shared else "" if gpus else "host memory, no NCCL"
-    sizes = size or (QUICK if quick else SIZES)
+    sizes = size or (QUICK if quick else ARTEFACTS if artefact else SIZES)
     console = Console(width=150)
     records, absent = run(count, device, shared, sizes, 0.02 if quick else seconds, limit, console)
     machine = describe(device)

@@ -164,7 +164,7 @@ class NcclCommunicator(Operations):
     def all_gather_bodies(self, fields: Sequence[Tensor]) -> Tensor:
         """(world_size, nbytes) uint8: the body of every rank's `fields`, in one launch.
 
-        What is not one body yet is packed into this rank's row, which NCCL gathers in place: so ranks launch the
+        What is not one body yet is packed into this rank's row, which NCCL gathers in place: ranks launch the
         same, whether it is or not.
         """
         layout, body = layout_of(*fields), body_in_place(*fields)

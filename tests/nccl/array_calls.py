@@ -64,5 +64,4 @@ def packed(library: Any, group: Any, grad: Any) -> list[Any]:
     return [grad, err, server]
 
 
-# By whether the host returns while the device is still at it; the others wait, for they commit.
-CALLS = {sparse: True, sign: True, dense: True, compressed: False, packed: False}
+CALLS = (sparse, sign, dense, compressed, packed)
