@@ -114,7 +114,15 @@ def test_a_packed_all_reduce_is_two_launches(numel: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "at"), [("REMOTE_ERROR_AT", 1), ("REMOTE_ERROR_AT", 2), ("ERROR_AFTER", 1), ("HANG_AT", 2)]
+    ("fault", "at"),
+    [
+        ("REMOTE_ERROR_AT", 1),
+        ("REMOTE_ERROR_AT", 2),
+        ("ERROR_AFTER", 1),
+        ("HANG_AT", 2),
+        ("CALL_FAILS_AT", 2),  # a receive
+        ("CALL_FAILS_AT", 5),  # the all-gather
+    ],
 )
 def test_a_launch_that_fails(fault: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a packed all-reduce the first or the second: nothing changes, and the group says why it is over."""
@@ -135,8 +143,15 @@ def test_a_launch_that_fails(fault: str, at: int, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(GroupUnusableError, match="the group cannot be used any more"):
             comm.sparse_all_gather(payload_of(0, apart=True))
         assert all(same_bytes(a, b) for a, b in zip(buffers, before, strict=True))
+        # The library's group is closed: else nothing of this thread's would start any more.
+        with gck.NcclCommunicator(gck.NcclCommunicator.create_unique_id(), 0, 1, timeout=20) as alone:
+            assert alone.all_gather(torch.ones(2)).tolist() == [[1, 1]]
         return text
 
-    for text in run_ranks(2, rank_main):
+    texts = run_ranks(2, rank_main)
+    if fault == "CALL_FAILS_AT":
+        assert texts[1].startswith("CollectiveError: "), texts[1]
+        assert "injected: a call within a group" in texts[1]
+    for text in texts[:1] if fault == "CALL_FAILS_AT" else texts:
         assert text.startswith(("PeerLostError: ", "CollectiveTimeoutError: ")), text
     assert len(orphans) == 0

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "fake.hpp"
 
@@ -17,6 +18,7 @@ namespace {
 constexpr char kPrefix[] = "fake-nccl-";
 
 thread_local int depth = 0;
+thread_local ncclResult_t refused = ncclSuccess;  // of the open group
 thread_local std::vector<std::pair<std::shared_ptr<Engine>, Task>> pending;
 
 std::atomic<int> launches{0}, sends{0}, gathers{0};
@@ -25,6 +27,10 @@ std::mutex error_mutex;
 std::string last_error;
 
 ncclResult_t start_pending() {
+  if (refused != ncclSuccess) {
+    pending.clear();
+    return std::exchange(refused, ncclSuccess);
+  }
   std::vector<std::pair<std::shared_ptr<Engine>, Group>> groups;
   for (auto& [engine, task] : pending) {
     auto place = groups.begin();
@@ -43,6 +49,11 @@ ncclResult_t start_pending() {
 }
 
 ncclResult_t add(ncclComm_t comm, Task task) {
+  if (++comm->engine->calls == comm->engine->faults.call_fails_at) {
+    fake::set_last_error("injected: a call within a group");
+    refused = ncclInternalError;
+  }
+  if (refused != ncclSuccess) return depth > 0 ? refused : start_pending();
   pending.emplace_back(comm->engine, std::move(task));
   return depth > 0 ? ncclSuccess : start_pending();
 }
