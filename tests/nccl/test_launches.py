@@ -75,7 +75,7 @@ def test_a_sparse_all_gather_is_one_launch(world_size: int) -> None:
 def test_without_a_wait() -> None:
     def rank_main(comm: Any) -> list[SparseGrad]:
         comm.synchronize = None  # must not be called
-        gathered = comm.sparse_all_gather(payload_of(comm.rank, apart=comm.rank == 0))
+        gathered = comm.sparse_all_gather(payload_of(comm.rank, apart=comm.rank == 1))
         del comm.synchronize
         empty = comm.sparse_all_gather(SparseGrad(torch.ones(0), torch.ones(0, dtype=torch.int32), 9))
         assert [(len(payload.values), payload.numel) for payload in empty] == [(0, 9)] * 3
