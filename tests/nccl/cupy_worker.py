@@ -18,7 +18,7 @@ import gck
 from tests.collectives import launcher, scenarios
 from tests.nccl.array_calls import CALLS, NUMEL, digest, sign, sparse
 
-CYCLES = 2_000_000_000  # about a second
+CYCLES = 1_000_000_000  # about half a second
 
 
 def on_stream(

@@ -11,7 +11,7 @@ from gck.collectives import SimulatedGroup
 from tests.collectives import launcher, scenarios
 from tests.nccl.gpu_worker import on_device
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("nccl")]
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("torch nccl")]
 CHECKS = [
     "check_checksums",
     "check_ddp_overlap_makes_no_difference",
