@@ -63,6 +63,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Each returns once the library has taken the operation into `stream`; counts are elements.
   void all_gather(const std::vector<Gather>& fields, abi::Stream stream, double timeout);
   void all_to_all(const std::vector<Exchange>& peers, abi::Stream stream, double timeout);
+  // Row r of `send` goes to rank r, whose row comes into row r of `recv`; rows of one size, one after
+  // another.
+  void all_to_all_rows(const void* send, void* recv, size_t row_bytes, abi::Stream stream, double timeout);
   void all_reduce(const void* send, void* recv, size_t count, abi::DataType dtype, abi::RedOp op,
                   abi::Stream stream, double timeout);
   void reduce_scatter(const void* send, void* recv, size_t recv_count, abi::DataType dtype, abi::RedOp op,

@@ -79,6 +79,17 @@ void Communicator::all_to_all(const std::vector<Exchange>& peers, abi::Stream st
   });
 }
 
+void Communicator::all_to_all_rows(const void* send, void* recv, size_t row_bytes, abi::Stream stream,
+                                   double timeout) {
+  std::vector<Exchange> peers;
+  for (int peer = 0; peer < world_size_; ++peer) {
+    const size_t row = static_cast<size_t>(peer) * row_bytes;
+    peers.push_back(
+        {peer, static_cast<const char*>(send) + row, row_bytes, static_cast<char*>(recv) + row, row_bytes});
+  }
+  all_to_all(peers, stream, timeout);
+}
+
 void Communicator::all_reduce(const void* send, void* recv, size_t count, abi::DataType dtype, abi::RedOp op,
                               abi::Stream stream, double timeout) {
   launch("all_reduce", timeout,

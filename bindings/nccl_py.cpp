@@ -116,6 +116,11 @@ void all_to_all(Communicator& self,
   self.all_to_all(exchanges, at(stream), timeout);
 }
 
+void all_to_all_rows(Communicator& self, Address send, Address recv, size_t row_bytes, Address stream,
+                     double timeout) {
+  self.all_to_all_rows(at(send), at(recv), row_bytes, at(stream), timeout);
+}
+
 void all_reduce(Communicator& self, Address send, Address recv, size_t count, int dtype, int op,
                 Address stream, double timeout) {
   self.all_reduce(at(send), at(recv), count, abi::DataType{dtype}, abi::RedOp{op}, at(stream), timeout);
@@ -165,6 +170,7 @@ void bind_nccl(py::module_& m) {
       .def("group_end", unlocked(&Communicator::group_end))
       .def("all_gather", unlocked(all_gather))
       .def("all_to_all", unlocked(all_to_all))
+      .def("all_to_all_rows", unlocked(all_to_all_rows))
       .def("all_reduce", unlocked(all_reduce))
       .def("reduce_scatter", unlocked(reduce_scatter))
       .def("broadcast", unlocked(broadcast))

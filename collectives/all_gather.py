@@ -20,7 +20,7 @@ from gck.collectives.work import Work, check_async_op, perform
 from gck.compressor import Compressor, decompress_sum_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
-from gck.wire import body_of, layout_of
+from gck.wire import body_of, payloads_of
 
 __all__ = ["one_phase", "sparse_all_gather"]
 
@@ -95,17 +95,11 @@ def sparse_all_gather(
 
     def run() -> list[P]:
         agree(transport, "sparse_all_gather", signature, validate)
-        body, layout = body_of(*tensors), layout_of(*tensors)
-        rows = transport.all_gather_bytes(body)
+        # A transport that can packs what lies apart where it is received.
+        gather = getattr(transport, "all_gather_bodies", None)
+        rows = transport.all_gather_bytes(body_of(*tensors)) if gather is None else gather(tensors)
         transport.synchronize()
-        gathered = []
-        for row in rows:
-            views = iter(layout.views(row))
-            fields = (
-                next(views).view(value.shape) if isinstance(value, Tensor) else value for value in payload
-            )
-            gathered.append(type(payload)(*fields))
-        return gathered
+        return payloads_of(payload, rows)
 
     return perform(transport, "sparse_all_gather", run, tensors[0].device, async_op)
 

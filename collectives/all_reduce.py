@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -15,21 +16,24 @@ from gck.collectives.work import Work, perform
 from gck.compressor import Compressor, compressor_class, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding
 from gck.errors import ArgumentError, ShapeMismatchError
+from gck.interop import borrowed
 from gck.kernels.common import checks
+from gck.ops.registration import Array
 
 __all__ = ["all_reduce_", "all_reduce_many_", "packed_all_reduce_"]
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Array)
 
 
 # fmt: off
 @overload
 def all_reduce_(
-    grad: Tensor, state: ErrorFeedback | None, compressor: Compressor, group: Any = None, op: str = "avg",
+    grad: A, state: ErrorFeedback | None, compressor: Compressor, group: Any = None, op: str = "avg",
     algorithm: str = "auto", *, piece_numel: int | None = None, validate: str = "first",
     checksum: bool = False, timeout: float | None = None,
     async_op: Literal[False] = False,
-) -> Tensor: ...
+) -> A: ...
 @overload
 def all_reduce_(
     grad: Tensor, state: ErrorFeedback | None, compressor: Compressor, group: Any = None, op: str = "avg",
@@ -39,7 +43,7 @@ def all_reduce_(
 ) -> Work[Tensor]: ...
 # fmt: on
 def all_reduce_(
-    grad: Tensor,
+    grad: Any,
     state: ErrorFeedback | None,
     compressor: Compressor,
     group: Any = None,
@@ -51,7 +55,7 @@ def all_reduce_(
     checksum: bool = False,
     timeout: float | None = None,
     async_op: bool = False,
-) -> Tensor | Work[Tensor]:
+) -> Any:
     """Averages a gradient over the group through a compressor, with error feedback.
 
     Every rank ends with the same bits. What the messages left out stays in `state` and is added to the
@@ -63,7 +67,8 @@ def all_reduce_(
 
     Args:
         grad: fp32, bf16 or fp16, contiguous, any shape and number of elements; overwritten by the
-            decoded average.
+            decoded average. An array of CuPy or NumPy, or what else speaks DLPack, is taken where it lies,
+            CuPy's on CuPy's current stream.
         state: the residuals of this tensor on this rank, updated; None for no error feedback.
         compressor: how to compress; the same on all ranks.
         group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a
@@ -87,7 +92,7 @@ def all_reduce_(
         timeout: seconds that each wait may take. Default: the group's own.
         async_op: return a handle at once, and reduce on another thread, after what the group has in flight
             and before what it is given later. Errors of arguments are raised here, all others by the
-            handle's `wait`. Until then grad and state must be left alone, and be with one group.
+            handle's `wait`. Until then grad, a tensor, and state must be left alone, and be with one group.
 
     Returns:
         grad; a `Work` whose `wait` returns it where async_op is true.
@@ -109,6 +114,21 @@ def all_reduce_(
         which spoils the group for them. The rank that raised must not go on with the group either: its next
         message would be taken for the one that is missing.
     """
+    if _is_array(grad):
+        with _borrowed("all_reduce_", async_op, grad=grad) as [tensor]:
+            all_reduce_(
+                tensor,
+                state,
+                compressor,
+                group,
+                op,
+                algorithm,
+                piece_numel=piece_numel,
+                validate=validate,
+                checksum=checksum,
+                timeout=timeout,
+            )
+        return grad
     states = [state]
     transport = resolve(group, timeout)
     options = validate, async_op, piece_numel, checksum
@@ -170,10 +190,10 @@ def all_reduce_many_(
 # fmt: off
 @overload
 def packed_all_reduce_(
-    grad: Tensor, err: Tensor, server_err: Tensor, chunk_size: int = 256, group: Any = None,
+    grad: A, err: Array, server_err: Array, chunk_size: int = 256, group: Any = None,
     op: str = "avg", *, nonfinite: Tensor | None = None, validate: str = "first", checksum: bool = False,
     timeout: float | None = None, async_op: Literal[False] = False,
-) -> Tensor: ...
+) -> A: ...
 @overload
 def packed_all_reduce_(
     grad: Tensor, err: Tensor, server_err: Tensor, chunk_size: int = 256, group: Any = None,
@@ -182,9 +202,9 @@ def packed_all_reduce_(
 ) -> Work[Tensor]: ...
 # fmt: on
 def packed_all_reduce_(
-    grad: Tensor,
-    err: Tensor,
-    server_err: Tensor,
+    grad: Any,
+    err: Any,
+    server_err: Any,
     chunk_size: int = 256,
     group: Any = None,
     op: str = "avg",
@@ -194,7 +214,7 @@ def packed_all_reduce_(
     checksum: bool = False,
     timeout: float | None = None,
     async_op: bool = False,
-) -> Tensor | Work[Tensor]:
+) -> Any:
     """The 1-bit all-reduce: signs and a scale a chunk in both phases, with worker and server residuals.
 
     Sends about numel / 4 bytes a rank, whatever the number of ranks.
@@ -205,7 +225,7 @@ def packed_all_reduce_(
         grad: fp32, bf16 or fp16, contiguous, any shape; overwritten by the decoded average.
         err: fp32, numel elements; this rank's residual, overwritten.
         server_err: fp32, `gck.shard_numel(numel, chunk_size, world_size)` elements; the
-            residual of the shard that this rank owns, overwritten.
+            residual of the shard that this rank owns, overwritten. All three may be arrays.
         chunk_size: elements a scale, a power of two in [32, 8192].
         group, op, validate, checksum, timeout, async_op: as for `all_reduce_`.
         nonfinite: (1,) int64; increased by the residual entries cleared because not finite.
@@ -217,6 +237,22 @@ def packed_all_reduce_(
         Those of `all_reduce_`; grad, err, server_err and nonfinite are as they were.
     """
     function = "packed_all_reduce_"
+    if _is_array(grad):
+        with _borrowed(function, async_op, grad=grad, err=err, server_err=server_err) as tensors:
+            grad_tensor, err_tensor, server_tensor = tensors
+            packed_all_reduce_(
+                grad_tensor,
+                err_tensor,
+                server_tensor,
+                chunk_size,
+                group,
+                op,
+                nonfinite=nonfinite,
+                validate=validate,
+                checksum=checksum,
+                timeout=timeout,
+            )
+        return grad
     # By name: this function is the sign format's own, and collectives do not import kernels.
     compressor: Compressor = compressor_class("sign")(chunk_size=chunk_size)
     transport = resolve(group, timeout)
@@ -240,6 +276,19 @@ def packed_all_reduce_(
     options = validate, async_op, None, checksum
     run = prepare(function, [grad], [state], compressor, transport, op, "two_phase", *options)
     return _perform(function, transport, run, grad, [state], grad, async_op)
+
+
+def _is_array(grad: object) -> bool:
+    """Whether it is another library's array, and no tensor."""
+    return not isinstance(grad, Tensor) and hasattr(grad, "__dlpack__")
+
+
+def _borrowed(function: str, async_op: object, **arrays: Any) -> AbstractContextManager[list[Tensor]]:
+    """The arrays as tensors that will be written to, see `gck.interop.borrowed`."""
+    if async_op:
+        kind = type(arrays["grad"]).__name__
+        raise ArgumentError(f"{function}: async_op=True takes tensors, got an array, {kind}")
+    return borrowed(function, tuple(arrays), **arrays)
 
 
 def _perform(

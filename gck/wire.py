@@ -7,14 +7,18 @@ elements alone, so ranks never have to exchange sizes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gck.errors import CorruptPayloadError
 
-__all__ = ["ALIGNMENT", "Field", "Layout", "body_of", "layout_of"]
+__all__ = ["ALIGNMENT", "Field", "Layout", "body_in_place", "body_of", "layout_of", "payloads_of"]
+
+P = TypeVar("P", bound=tuple[Any, ...])
 
 ALIGNMENT = 16
 SMALL = 1 << 14  # bytes
@@ -85,6 +89,12 @@ class Layout:
             ]
         )
 
+    def pack_(self, body: Tensor, fields: Sequence[Tensor]) -> None:
+        """Copies fields, from any device, into a (nbytes,) uint8 body; its padding becomes zero."""
+        body.zero_()
+        for view, field in zip(self.views(body), fields, strict=True):
+            view.copy_(field.reshape(-1))
+
 
 def layout_of(*fields: Tensor) -> Layout:
     """The layout of a body that holds these tensors."""
@@ -97,6 +107,16 @@ def body_of(*fields: Tensor) -> Tensor:
     Without a copy when they already are views of one body (as every payload made by gck is),
     else packed into a new buffer.
     """
+    body = body_in_place(*fields)
+    if body is None:
+        layout = layout_of(*fields)
+        body = torch.empty(layout.nbytes, dtype=torch.uint8, device=fields[0].device)
+        layout.pack_(body, fields)
+    return body
+
+
+def body_in_place(*fields: Tensor) -> Tensor | None:
+    """The body that these tensors are views of, as a view; None where they are not of one."""
     layout = layout_of(*fields)
     first = fields[0]
     start = first.storage_offset() * first.element_size()
@@ -108,10 +128,18 @@ def body_of(*fields: Tensor) -> Tensor:
         for f, place in zip(fields, layout.fields, strict=True)
         if place.count  # what is empty lies nowhere
     )
-    if in_place:
-        whole = torch.empty(0, dtype=torch.uint8, device=first.device)
-        return whole.set_(storage, start, (layout.nbytes,), (1,))
-    body = torch.zeros(layout.nbytes, dtype=torch.uint8, device=first.device)
-    for view, field in zip(layout.views(body), fields, strict=True):
-        view.copy_(field.reshape(-1))
-    return body
+    if not in_place:
+        return None
+    whole = torch.empty(0, dtype=torch.uint8, device=first.device)
+    return whole.set_(storage, start, (layout.nbytes,), (1,))
+
+
+def payloads_of(like: P, rows: Iterable[Tensor]) -> list[P]:
+    """A payload like `like` of each row, a body: its tensors are views of the row, all else is `like`'s."""
+    layout = layout_of(*(value for value in like if isinstance(value, Tensor)))
+    payloads = []
+    for row in rows:
+        views = iter(layout.views(row))
+        fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in like)
+        payloads.append(type(like)(*fields))
+    return payloads

@@ -11,9 +11,9 @@ import copy
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ from gck.collectives.transports import CallLog, check_timeout, resolve
 from gck.collectives.transports.nccl_operations import Operations, Shared, orphans
 from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchange_by_store, wheels
 from gck.errors import ArgumentError, CollectiveError, GckError
+from gck.kernels.common import checks
+from gck.wire import body_in_place, layout_of, payloads_of
 
 __all__ = ["NcclCommunicator"]
+
+P = TypeVar("P", bound=tuple[Any, ...])
 
 LEAVE = 2.0  # seconds that closing may take where nobody asked for it
 
@@ -157,6 +161,22 @@ class NcclCommunicator(Operations):
     def all_gather_bytes(self, send: Tensor) -> Tensor:
         return self._returned(self.all_gather(self._here(send)), send)
 
+    def all_gather_bodies(self, fields: Sequence[Tensor]) -> Tensor:
+        """(world_size, nbytes) uint8: the body of every rank's `fields`, in one launch.
+
+        What is not one body yet is packed into this rank's row, which NCCL gathers in place: ranks launch the
+        same, whether it is or not.
+        """
+        layout, body = layout_of(*fields), body_in_place(*fields)
+        rows = torch.empty((self.world_size, layout.nbytes), dtype=torch.uint8, device=self.device)
+        if body is None:
+            body = rows[self.rank]
+            layout.pack_(body, fields)
+        body = self._here(body)
+        if layout.nbytes:
+            self._run("all_gather", ([(body.data_ptr(), rows.data_ptr(), layout.nbytes)],), body, rows)
+        return self._returned(rows, fields[0])
+
     def all_to_all_bytes(self, send: Tensor) -> Tensor:
         return self._returned(self.all_to_all(self._here(send)), send)
 
@@ -191,6 +211,30 @@ class NcclCommunicator(Operations):
             self.close()
         else:
             self.abort(f"{kind.__name__} left its block")
+
+    def sparse_all_gather(self, payload: P) -> list[P]:
+        """Every rank's payload, values and indices in one launch; for payloads of one layout on all ranks.
+
+        Where `gck.sparse_all_gather` compares layouts and waits for the result, this does neither: the host
+        never waits, and it may be captured in a CUDA graph. The result is in the order of the current stream.
+        Of a payload on another device than the communicator's the host does wait.
+
+        Returns:
+            world_size payloads whose tensors are views of one new buffer on the payload's device.
+
+        Raises:
+            ArgumentError, DeviceMismatchError: payload is no tuple of tensors of one device, and what else it
+                holds. What the communicator does.
+        """
+        fields = (
+            [value for value in payload if isinstance(value, Tensor)] if isinstance(payload, tuple) else []
+        )
+        if not fields:
+            raise ArgumentError(f"sparse_all_gather: payload must be a payload, got {type(payload).__name__}")
+        for index, field in enumerate(fields):
+            checks.check_tensor("sparse_all_gather", f"tensor {index}", field)
+            checks.check_device("sparse_all_gather", f"tensor {index}", field, "the first one", fields[0])
+        return payloads_of(payload, self.all_gather_bodies(fields))
 
     @contextmanager
     def group(self) -> Iterator[None]:

@@ -122,18 +122,19 @@ class Operations:
                         f"all_to_all: send must have {size} rows, got {tuple(send.shape)}"
                     )
                 recv = torch.empty_like(send)
-                send_counts = recv_counts = [send.numel() // size] * size
-            else:
-                for name, counts in (("send_counts", send_counts), ("recv_counts", recv_counts)):
-                    if len(counts) != size or any(not isinstance(n, int) or n < 0 for n in counts):
-                        raise ArgumentError(
-                            f"all_to_all: {name} must be {size} ints of at least 0, got {list(counts)}"
-                        )
-                if sum(send_counts) != send.numel():
-                    raise ShapeMismatchError(
-                        f"all_to_all: send_counts add up to {sum(send_counts)}, send has {send.numel()}"
+                fields = (send.data_ptr(), recv.data_ptr(), send.nbytes // size)
+                self._run("all_to_all_rows", fields, send, recv)
+                return recv
+            for name, counts in (("send_counts", send_counts), ("recv_counts", recv_counts)):
+                if len(counts) != size or any(not isinstance(n, int) or n < 0 for n in counts):
+                    raise ArgumentError(
+                        f"all_to_all: {name} must be {size} ints of at least 0, got {list(counts)}"
                     )
-                recv = send.new_empty(sum(recv_counts))
+            if sum(send_counts) != send.numel():
+                raise ShapeMismatchError(
+                    f"all_to_all: send_counts add up to {sum(send_counts)}, send has {send.numel()}"
+                )
+            recv = send.new_empty(sum(recv_counts))
             width, peers = send.element_size(), []
             source, target = send.data_ptr(), recv.data_ptr()
             for peer, (out, back) in enumerate(zip(send_counts, recv_counts, strict=True)):

@@ -174,6 +174,30 @@ def test_wrong_arguments(wrong: Any, error: type[Exception], text: str) -> None:
         SimulatedGroup(1).run(wrong)
 
 
+def test_arrays_are_reduced_where_they_lie() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    def rank_main(member: SimulatedMember, array: bool) -> list[Any]:
+        generator = torch.Generator().manual_seed(member.rank)
+        tensors = [torch.randn(600, generator=generator) for _ in range(3)]
+        grad, packed, err = (tensor.numpy() for tensor in tensors) if array else tensors
+        server = numpy.zeros(320, numpy.float32) if array else torch.zeros(320)
+        assert all_reduce_(grad, ErrorFeedback(), Sign(64), member) is grad
+        assert packed_all_reduce_(packed, err, server, 64, member) is packed
+        return [numpy.asarray(buffer).tobytes() for buffer in (grad, packed, err, server)]
+
+    assert SimulatedGroup(2).run(rank_main, True) == SimulatedGroup(2).run(rank_main, False)
+    fixed = numpy.ones(600, numpy.float32)
+    member = SimulatedGroup(1).members[0]
+    with pytest.raises(
+        ArgumentError, match="all_reduce_: async_op=True takes tensors, got an array, ndarray"
+    ):
+        all_reduce_(fixed, None, Sign(64), member, async_op=True)
+    fixed.flags.writeable = False
+    with pytest.raises(LayoutError, match="all_reduce_: grad is a read-only array and would be written to"):
+        all_reduce_(fixed, None, Sign(64), member)
+
+
 def test_wrong_lists() -> None:
     member = SimulatedGroup(1).members[0]
     one, two = torch.ones(64), torch.ones(64)

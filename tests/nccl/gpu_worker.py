@@ -12,18 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What NCCL reads when it starts: ranks on one GPU talk through sockets of the loopback device.
+from bench.nccl.one_device import environment
+
+# What NCCL reads when it starts.
 if __name__ == "__main__":
-    os.environ |= {
-        "NCCL_HOSTID": f"gck-rank-{os.environ['RANK']}",
-        "NCCL_NET": "Socket",
-        "NCCL_IB_DISABLE": "1",
-        "NCCL_SOCKET_IFNAME": "=lo",
-        "NCCL_MAX_CTAS": "1",
-        "NCCL_ALGO": "Ring",
-        "NCCL_PROTO": "Simple",
-        "NCCL_NVLS_ENABLE": "0",
-        "NCCL_RAS_ENABLE": "0",
+    os.environ |= environment(int(os.environ["RANK"])) | {
         "NCCL_DEBUG": "INFO",
         "NCCL_DEBUG_FILE": f"{sys.argv[1]}/nccl.{os.environ['RANK']}.log",
     }
@@ -36,6 +29,7 @@ from gck.collectives import all_reduce_, sparse_all_gather
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveError, GroupUnusableError
 from tests.collectives import launcher, scenarios
+from tests.kernels.test_gpu import synchronisation_is_an_error
 
 KILL_TIMEOUT = 5.0
 NUMEL = 100_003
@@ -109,6 +103,31 @@ def operations(comm: gck.NcclCommunicator) -> None:
     assert (captured == size**3).all()
 
 
+def without_a_wait(comm: gck.NcclCommunicator) -> None:
+    """Between its messages the host waits for nothing; and a sparse all-gather is captured in a graph."""
+    size, device = comm.world_size, comm.device
+    payload = gck.topk(scenarios.gradient(comm.rank, NUMEL).to(device), 0.01)
+    grad = scenarios.gradient(comm.rank, NUMEL).to(device)
+    buffers = grad, torch.zeros_like(grad), torch.zeros(gck.shard_numel(NUMEL, 256, size), device=device)
+    for _ in range(2):  # the first compiles
+        with synchronisation_is_an_error():
+            gathered = comm.sparse_all_gather(payload)
+            gck.packed_all_reduce_(*buffers, 256, comm, validate="off")
+    comm.synchronize()
+    apart = comm.sparse_all_gather(payload._replace(values=payload.values.clone()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = comm.sparse_all_gather(payload)
+    payload.values.mul_(2)
+    graph.replay()
+    comm.synchronize()
+    for rank in range(size):
+        expected = gck.topk(scenarios.gradient(rank, NUMEL).to(device), 0.01)
+        for found, factor in ((gathered[rank], 1), (apart[rank], 1), (captured[rank], 2)):
+            assert torch.equal(found.values, factor * expected.values)
+            assert torch.equal(found.indices, expected.indices)
+
+
 def libraries() -> list[str]:
     maps = Path("/proc/self/maps").read_text()
     return sorted({line.split()[-1] for line in maps.splitlines() if "libnccl.so" in line})
@@ -152,6 +171,7 @@ if __name__ == "__main__":
             assert comm.device == device
             operations(comm)
             operations(other)
+            without_a_wait(comm)
             result = {
                 "scenarios": scenarios.run(rank, world_size, comm),
                 "on_device": on_device(rank, comm, device),

@@ -1,8 +1,10 @@
 #include <sys/random.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <utility>
 
 #include "fake.hpp"
 
@@ -16,12 +18,19 @@ namespace {
 constexpr char kPrefix[] = "fake-nccl-";
 
 thread_local int depth = 0;
+thread_local ncclResult_t refused = ncclSuccess;  // of the open group
 thread_local std::vector<std::pair<std::shared_ptr<Engine>, Task>> pending;
+
+std::atomic<int> launches{0}, sends{0}, gathers{0};
 
 std::mutex error_mutex;
 std::string last_error;
 
 ncclResult_t start_pending() {
+  if (refused != ncclSuccess) {
+    pending.clear();
+    return std::exchange(refused, ncclSuccess);
+  }
   std::vector<std::pair<std::shared_ptr<Engine>, Group>> groups;
   for (auto& [engine, task] : pending) {
     auto place = groups.begin();
@@ -30,6 +39,7 @@ ncclResult_t start_pending() {
     place->second.push_back(std::move(task));
   }
   pending.clear();
+  launches += static_cast<int>(groups.size());
   ncclResult_t result = ncclSuccess;
   for (auto& [engine, group] : groups) {
     const ncclResult_t started = engine->submit(std::move(group));
@@ -39,6 +49,11 @@ ncclResult_t start_pending() {
 }
 
 ncclResult_t add(ncclComm_t comm, Task task) {
+  if (++comm->engine->calls == comm->engine->faults.call_fails_at) {
+    fake::set_last_error("injected: a call within a group");
+    refused = ncclInternalError;
+  }
+  if (refused != ncclSuccess) return depth > 0 ? refused : start_pending();
   pending.emplace_back(comm->engine, std::move(task));
   return depth > 0 ? ncclSuccess : start_pending();
 }
@@ -67,6 +82,13 @@ void fake::set_last_error(const std::string& text) {
 }
 
 extern "C" {
+
+// Of this process since it began, all communicators together.
+void fakeNcclCounts(int* counts) {
+  counts[0] = launches;
+  counts[1] = sends;
+  counts[2] = gathers;
+}
 
 ncclResult_t ncclGetVersion(int* version) {
   const char* chosen = std::getenv("FAKE_NCCL_VERSION");
@@ -189,6 +211,7 @@ ncclResult_t ncclGroupEnd() {
 
 ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t dtype, int peer, ncclComm_t comm,
                       cudaStream_t) {
+  ++sends;
   return add(comm, {{{peer, bytes(send), count * fake::size_of(dtype)}}, {}, {}, {}});
 }
 
@@ -199,6 +222,7 @@ ncclResult_t ncclRecv(void* recv, size_t count, ncclDataType_t dtype, int peer, 
 
 ncclResult_t ncclAllGather(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclComm_t comm,
                            cudaStream_t) {
+  ++gathers;
   Task task;
   const size_t size = count * fake::size_of(dtype);
   for (int peer = 0; peer < comm->engine->world_size; ++peer) {

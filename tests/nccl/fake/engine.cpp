@@ -79,6 +79,7 @@ Faults Faults::of_rank(int rank) {
   faults.op_seconds = number("FAKE_NCCL_OP_SECONDS");
   faults.init_fails = number("FAKE_NCCL_INIT_FAILS") != 0;
   faults.abort_hangs = number("FAKE_NCCL_ABORT_HANGS") != 0;
+  faults.call_fails_at = static_cast<int>(number("FAKE_NCCL_CALL_FAILS_AT"));
   faults.remote_error_at = static_cast<int>(number("FAKE_NCCL_REMOTE_ERROR_AT"));
   faults.stall_at = static_cast<int>(number("FAKE_NCCL_STALL_AT"));
   faults.hang_at = static_cast<int>(number("FAKE_NCCL_HANG_AT"));

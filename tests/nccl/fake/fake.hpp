@@ -10,6 +10,7 @@
 //   FAKE_NCCL_INIT_SECONDS      initialisation takes so long
 //   FAKE_NCCL_INIT_FAILS        it fails
 //   FAKE_NCCL_OP_SECONDS        every group takes so long
+//   FAKE_NCCL_CALL_FAILS_AT     the n-th call that adds to a group is refused, and with it the group
 //   FAKE_NCCL_REMOTE_ERROR_AT   the n-th group of a communicator is a remote error
 //   FAKE_NCCL_STALL_AT          it never ends
 //   FAKE_NCCL_HANG_AT           the call that starts it does not return before an abort
@@ -53,7 +54,7 @@ using Group = std::vector<Task>;
 struct Faults {
   double init_seconds = 0, op_seconds = 0;
   bool init_fails = false, abort_hangs = false;
-  int remote_error_at = 0, stall_at = 0, hang_at = 0, error_after = 0;
+  int call_fails_at = 0, remote_error_at = 0, stall_at = 0, hang_at = 0, error_after = 0;
 
   static Faults of_rank(int rank);
 };
@@ -69,7 +70,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const std::string name;
   const int rank, world_size;
   const Faults faults;
-  int splits = 0;
+  int splits = 0, calls = 0;
 
  private:
   void run();

@@ -1,0 +1,1 @@
+"""NCCL through gck, beside torch.distributed and CuPy: `python -m bench.nccl`."""
