@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -147,6 +147,14 @@ def check_timeout(seconds: object) -> float:
     return float(seconds)
 
 
+# Not by isinstance, which from Python 3.12 on does not see what an object passes on to the one it wraps.
+_MEMBERS = tuple(name for name in vars(Transport) if not name.startswith("_"))
+
+
+def _is_transport(group: Any) -> TypeGuard[Transport]:
+    return all(hasattr(group, name) for name in _MEMBERS)
+
+
 def resolve(group: Any = None, timeout: float | None = None) -> Transport:
     """The transport of a group.
 
@@ -162,7 +170,7 @@ def resolve(group: Any = None, timeout: float | None = None) -> Transport:
     """
     if timeout is not None:
         check_timeout(timeout)
-    if isinstance(group, Transport):
+    if _is_transport(group):
         return group if timeout is None else group.with_timeout(timeout)
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
