@@ -109,7 +109,7 @@ class _Reduction:
         # The states once more: what was in flight may have used them since `prepare`.
         bindings = check_states(self.states, self.cuts, self.shards, self.compressor, tier)
         places = list(zip(self.shards, bindings, strict=True))
-        agree(self.transport, self.function, self.signature, self.validate)
+        agree(self.transport, self.function, self.signature, self.validate, self.checksum)
         if self.checksum:
             sequence = self.transport.calls.sequence
             tier, local = Checked(tier, sequence), None if local is None else Checked(local, sequence)
