@@ -147,9 +147,11 @@ def agree(
         fault = (DAMAGED, damaged[0]) if damaged else None
         agree_on_fault(transport, f"{function}: handshake", fault, PLACE)
     elif damaged:
-        text = f"{function}: handshake: the message from rank {damaged[0]} to rank {transport.rank} was damaged"
+        text = f"handshake: the message from rank {damaged[0]} to rank {transport.rank} was damaged"
         transport.abort(text)
-        raise CorruptPayloadError(f"{text}; other ranks may have gone on, so that the group was given up")
+        raise CorruptPayloadError(
+            f"{function}: {text}; other ranks may have gone on, so that the group was given up"
+        )
     if len(set(headers)) == 1:
         if len(calls.agreed) >= MOST_AGREED:
             calls.agreed.clear()

@@ -142,9 +142,7 @@ class Checked:
         return (DAMAGED if trailer[:8] != expected[:8] else MISPLACED), sender
 
 
-def agree_on_fault(
-    transport: Transport, operation: str, fault: tuple[int, int] | None, place: int
-) -> None:
+def agree_on_fault(transport: Transport, operation: str, fault: tuple[int, int] | None, place: int) -> None:
     """Tells all ranks what was wrong with what this one got; returns on all of them, or raises on all.
 
     Args:

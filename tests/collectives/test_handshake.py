@@ -268,7 +268,8 @@ def test_a_flipped_bit_accuses_nobody_without_checksums(bit: int) -> None:
 
     outcomes = SimulatedGroup(3, timeout=20).run(rank_main)
     text, after = outcomes[2]
-    assert text.startswith("CorruptPayloadError") and "from rank 1 to rank 2 was damaged" in text
+    assert text.startswith("CorruptPayloadError")
+    assert "from rank 1 to rank 2 was damaged" in text
     assert "given up" in text
     assert after == "GroupUnusableError"
     for text, _ in outcomes[:2]:
