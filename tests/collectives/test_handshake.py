@@ -92,6 +92,20 @@ def test_every_rank_names_rank_and_field(most: Call, odd: Call, field: str, odd_
         assert text.count("differs") == 1
 
 
+def test_ranks_that_count_each_other_differently() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        class Other(Damaged):
+            world_size = 5
+
+        transport = Other(member, 0, 0, -1) if member.rank == 2 else member
+        signature = handshake.Signature("dense", "", (torch.float32,), (600,))
+        with pytest.raises(CollectiveMismatchError, match=r"rank 2 .* in world_size \(5, not 3\)"):
+            handshake.agree(transport, "test", signature)  # type: ignore[arg-type]
+        reduce()(member)
+
+    SimulatedGroup(3, timeout=20).run(rank_main)
+
+
 def test_lost_count_is_a_mismatch_once() -> None:
     def rank_main(member: SimulatedMember) -> str:
         reduce()(member)
