@@ -1,4 +1,4 @@
-"""One rank of test_ddp_faults.py: DDP training in which the last rank dies, or stalls, before a backward pass.
+"""One rank of test_ddp_faults.py: DDP training whose last rank dies, or stalls, before a backward pass.
 
 usage: ddp_fault_worker DIRECTORY KILL | STOP
 """
