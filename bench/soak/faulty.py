@@ -77,11 +77,14 @@ class Faulty:
         self._kept[shape] = rows.clone()
         if len(self._kept) > KEPT:
             del self._kept[next(iter(self._kept))]
-        if self._fault is not None and self._place == self._fault.place:
+        fault = self._fault
+        if fault is not None and self._place == (0 if fault.kind == "header" else fault.place):
             before = rows[victim].clone()
-            match self._fault.kind:
+            match fault.kind:
                 case "flip":
                     rows[victim, rows.shape[1] // 3] ^= 16
+                case "header":  # the first message of all
+                    rows[victim, fault.place // 8] ^= 1 << fault.place % 8
                 case "truncate":
                     rows[victim, rows.shape[1] // 2 :] = 0
                 case "repeat" if kept is not None:

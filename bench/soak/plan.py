@@ -14,7 +14,7 @@ __all__ = [
     "DAMAGES", "FAULTS", "FREEZE_TIMEOUT", "STOPS", "Fault", "Operation", "Slot", "frozen", "plan", "slots"
 ]  # fmt: skip
 
-DAMAGES = ("flip", "truncate", "repeat")  # of what one rank receives, above the network
+DAMAGES = ("flip", "truncate", "repeat", "header")  # of what one rank receives, above the network
 FAULTS = (*DAMAGES, "mismatch", "late", "stopped")
 FREEZE_TIMEOUT = 2.0  # seconds, of the operations in which a rank is frozen
 # Seconds that SIGSTOP holds a rank, by kind of fault: within every timeout, and longer than one's peers wait.
@@ -35,7 +35,7 @@ class Slot:
 @dataclass(frozen=True)
 class Fault:
     """One of FAULTS, or "frozen", on one rank; damage is done to the n-th payload of the all-reduce, from 0,
-    and a rank is stopped before it sends that."""
+    and a rank is stopped before it sends that. Of "header" it is the n-th bit of the handshake that flips."""
 
     kind: str
     rank: int
@@ -92,7 +92,7 @@ def plan(seed: int, operations: int, world_size: int, rate: float) -> list[Opera
             fault, algorithm = _fault(rng, rng.choice(FAULTS), world_size, chunked)
         validate = "first"
         if fault is not None:
-            validate = "always" if fault.kind == "mismatch" else "off"
+            validate = "always" if fault.kind in ("mismatch", "header") else "off"
         planned.append(
             Operation(index, slot, rng.choice(DTYPES), algorithm, rng.choice(["avg", "sum"]), validate, fault)
         )
@@ -112,5 +112,5 @@ def frozen(planned: Sequence[Operation], seed: int, world_size: int, every: int)
 def _fault(rng: random.Random, kind: str, world_size: int, chunked: bool) -> tuple[Fault, str]:
     """A fault, and the algorithm that it needs: what "auto" and "dense" send is not known here, and a fault
     must know which message it meets."""
-    place = rng.randrange(2 if chunked else 1)
+    place = rng.randrange(512 if kind == "header" else 2 if chunked else 1)
     return Fault(kind, rng.randrange(world_size), place), "two_phase" if chunked else "one_phase"
