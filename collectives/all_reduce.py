@@ -101,13 +101,15 @@ def all_reduce_(
         ArgumentError: an argument is out of range or does not fit another.
         StateMismatchError: state belongs to another tensor, rank, world size or topology.
         CollectiveMismatchError: ranks call different things; on all ranks, and the group stays usable.
-        CorruptPayloadError: a message was damaged; with `checksum` on all ranks, and the group stays usable.
+        CorruptPayloadError: a message, or a handshake, was damaged; with `checksum` on all ranks, and the
+            group stays usable.
         BackendUnavailableError: `checksum`, and xxhash is not installed.
         PeerLostError, CollectiveTimeoutError: a peer died or did not answer; the group is unusable.
         GroupUnusableError: an earlier failure spoilt the group.
 
         Whatever is raised, grad and state are as they were; only Ctrl-C (KeyboardInterrupt) in the moment in
-        which results are written lets that come to its end first: all or nothing.
+        which results are written lets that come to its end first: all or nothing. Ctrl-C before that gives
+        the group up, since peers may wait for what will not come.
 
         Arguments are checked before ranks exchange anything: a check that fails on one rank only (a gradient
         that is not contiguous there, say) raises there, while its peers wait for it until their timeout,

@@ -8,7 +8,11 @@ The header, little-endian:
 
     4  magic "GCKH"       1  version       1  algorithm     1  dtype      1  reduction
     4  world size         4  tensors       8  sequence      8  numel, all tensors together
-    16 blake2b of the compressor's configuration   16 blake2b of every numel (and dtype, if mixed)
+    12 blake2b of the compressor's configuration   12 blake2b of every numel (and dtype, if mixed)
+    8  seal: blake2b of the 56 bytes before it
+
+A header whose seal is wrong was damaged on its way, and says nothing of the rank that sent it. With
+checksums ranks tell one another of it, as of any damaged message; without, only its receiver knows.
 """
 
 from __future__ import annotations
@@ -23,15 +27,18 @@ from typing import NamedTuple
 import torch
 
 from gck.collectives.transports import Transport
+from gck.collectives.transports.checked import DAMAGED, agree_on_fault
 from gck.compressor import describe
-from gck.errors import ArgumentError, CollectiveMismatchError
+from gck.errors import ArgumentError, CollectiveMismatchError, CorruptPayloadError
 
 __all__ = ["VALIDATE", "Signature", "agree", "check_validate", "describe"]
 
 VALIDATE = ("first", "always", "off")
-HEADER = struct.Struct("<4sBBBBIIQQ16s16s")
+HEADER = struct.Struct("<4sBBBBIIQQ12s12s8s")
 MAGIC = b"GCKH"
-VERSION = 1
+VERSION = 2
+PLACE = 0x484B4347  # of its verdicts; not the sequence, which may be what ranks differ in
+SEAL = 8  # bytes, the last ones in every version but the first, which had none
 ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed")
 REDUCTIONS = ("none", "avg", "sum")
 DTYPES = ("mixed", "float32", "bfloat16", "float16")
@@ -54,6 +61,7 @@ class _Header(NamedTuple):
     numel: int
     compressor: bytes
     shapes: bytes
+    seal: bytes
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Signature:
     def header(self, world_size: int, sequence: int) -> bytes:
         names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
         dtype = names[0] if len(set(names)) == 1 and names[0] in DTYPES else "mixed"
-        return HEADER.pack(
+        packed = HEADER.pack(
             MAGIC,
             VERSION,
             ALGORITHMS.index(self.algorithm),
@@ -89,7 +97,9 @@ class Signature:
             _digest(self.compressor),
             # Names are here only where the dtype field cannot say them.
             _digest(repr((self.numels, names if dtype == "mixed" else None))),
+            bytes(SEAL),
         )
+        return packed[:-SEAL] + _seal(packed)
 
 
 def check_validate(function: str, validate: object) -> None:
@@ -98,7 +108,9 @@ def check_validate(function: str, validate: object) -> None:
         raise ArgumentError(f'{function}: validate must be "first", "always" or "off", got {validate!r}')
 
 
-def agree(transport: Transport, function: str, signature: Signature, validate: str = "first") -> None:
+def agree(
+    transport: Transport, function: str, signature: Signature, validate: str = "first", checksum: bool = False
+) -> None:
     """Returns on every rank when all call the same, raises on every rank when not.
 
     "first" finds configurations that differ when a job, or a new phase of it, starts. It cannot find a rank
@@ -112,10 +124,14 @@ def agree(transport: Transport, function: str, signature: Signature, validate: s
         signature: what this rank is about to do.
         validate: "first" exchanges headers when this rank meets a signature for the first time, "always"
             on every call, "off" never; must itself be the same on all ranks.
+        checksum: whether ranks tell one another of damaged headers: 16 bytes more from each. The signature's
+            compressor must say so, too.
 
     Raises:
         ArgumentError: validate is none of these.
         CollectiveMismatchError: ranks differ; the group stays usable.
+        CorruptPayloadError: a header was damaged. With checksums on all ranks, and the group stays usable;
+            without, on the rank that got it alone, which gives the group up, since the others go on.
     """
     check_validate(function, validate)
     calls = transport.calls
@@ -126,6 +142,16 @@ def agree(transport: Transport, function: str, signature: Signature, validate: s
     own = signature.header(transport.world_size, calls.sequence)
     send = torch.frombuffer(bytearray(own), dtype=torch.uint8)
     headers = [bytes(row.tolist()) for row in transport.all_gather_bytes(send)]
+    damaged = [rank for rank, header in enumerate(headers) if not _sound(header)]
+    if checksum and _all_checked(headers, damaged, own):
+        fault = (DAMAGED, damaged[0]) if damaged else None
+        agree_on_fault(transport, f"{function}: handshake", fault, PLACE)
+    elif damaged:
+        text = f"handshake: the message from rank {damaged[0]} to rank {transport.rank} was damaged"
+        transport.abort(text)
+        raise CorruptPayloadError(
+            f"{function}: {text}; other ranks may have gone on, so that the group was given up"
+        )
     if len(set(headers)) == 1:
         if len(calls.agreed) >= MOST_AGREED:
             calls.agreed.clear()
@@ -134,6 +160,17 @@ def agree(transport: Transport, function: str, signature: Signature, validate: s
     # Ranks that lost count of each other must not differ for ever.
     calls.sequence = max(_Header._make(HEADER.unpack(header)).sequence for header in headers)
     raise CollectiveMismatchError(f"{function}: {_differences(headers)}; this rank has {signature}")
+
+
+def _sound(header: bytes) -> bool:
+    return header[-SEAL:] == _seal(header) or header[:5] == MAGIC + b"\1"
+
+
+def _all_checked(headers: Sequence[bytes], damaged: Sequence[int], own: bytes) -> bool:
+    """Whether every rank will say what it got: those that have checksums, too, which the compressor tells."""
+    compressor = _Header._make(HEADER.unpack(own)).compressor
+    sound = [header for rank, header in enumerate(headers) if rank not in damaged]
+    return all(_Header._make(HEADER.unpack(header)).compressor == compressor for header in sound)
 
 
 def _differences(headers: Sequence[bytes]) -> str:
@@ -147,7 +184,7 @@ def _differences(headers: Sequence[bytes]) -> str:
         fields = [
             _difference(name, mine, theirs)
             for name, mine, theirs in zip(_Header._fields, header, common, strict=True)
-            if mine != theirs
+            if mine != theirs and name != "seal"
         ]
         if fields:
             texts.append(f"rank {rank} differs from {others} in {', '.join(fields)}")
@@ -168,4 +205,8 @@ def _name(names: Sequence[str], code: int) -> str:
 
 
 def _digest(text: str) -> bytes:
-    return blake2b(text.encode(), digest_size=16).digest()
+    return blake2b(text.encode(), digest_size=12).digest()
+
+
+def _seal(header: bytes) -> bytes:
+    return blake2b(header[:-SEAL], digest_size=SEAL).digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import DtypeError
 
-__all__ = ["prepare"]
+__all__ = ["Reduction", "prepare"]
 
 # Of a tensor: its part of a node's sum, and the size and binding of its server residual.
 Place = tuple[ShardBinding | None, tuple[int, ServerBinding] | None]
@@ -42,8 +42,8 @@ def prepare(
     async_op: bool = False,
     piece_numel: int | None = None,
     checksum: bool = False,
-) -> Callable[[], None]:
-    """Checks a call and returns the rest of it, to be run when the call has the group's turn.
+) -> Reduction:
+    """Checks a call and returns the rest of it, to be called when the call has the group's turn.
 
     Args:
         function: the public function, for texts; the others are those of `gck.all_reduce_`.
@@ -56,8 +56,6 @@ def prepare(
         raise DtypeError(f"{function}: checksum must be a bool, got {type(checksum).__name__}")
     if checksum:
         Checked(transport)  # for what it raises: here, and not once peers wait for messages
-    if not grads:
-        return lambda: None
     tiers = transport if isinstance(transport, HierarchicalGroup) else None
     tier, local_world_size = (transport, 1) if tiers is None else (tiers.cross, tiers.local.world_size)
     numels = tuple(grad.numel() for grad in grads)
@@ -65,24 +63,26 @@ def prepare(
     plan = _plan(compressor, cuts, local_world_size, tier.world_size, algorithm)
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
+    device_type = grads[0].device.type if grads else "cpu"
     together = [cuts[i].numel for i in plan.get("two_phase", ())]
-    pieces = piece_numel_of(compressor, together, tier.world_size, grads[0].device.type, piece_numel)
+    pieces = piece_numel_of(compressor, together, tier.world_size, device_type, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
     text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
     text += " with checksums" if checksum else ""
     signature = Signature(name, text, tuple(grad.dtype for grad in grads), numels, op)
     checked = (validate, checksum)
-    return _Reduction(
+    return Reduction(
         function, grads, states, compressor, transport, plan, cuts, shards, pieces, signature, *checked
-    ).run
+    )
 
 
-@dataclass(frozen=True)
-class _Reduction:
+@dataclass
+class Reduction:
     """A call that was checked.
 
     Attributes:
+        written: gradients and states are those of afterwards, even where Ctrl-C came in that moment.
         plan: which tensors go by which algorithm.
         cuts: how the ranks of a node share each tensor.
         shards: this rank's part of each, on a hierarchy.
@@ -100,20 +100,32 @@ class _Reduction:
     signature: Signature
     validate: str
     checksum: bool
+    written: bool = False
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         """Agrees with the other ranks, reduces, and writes only when everything succeeded."""
+        if not self.grads:
+            return
+        try:
+            self._run()
+        except BaseException as error:
+            if not isinstance(error, Exception) and not self.written:
+                # Ctrl-C: peers may wait for what this rank will never send.
+                self.transport.abort(f"{type(error).__name__} in {self.function}")
+            raise
+
+    def _run(self) -> None:
         tiers = self.transport if isinstance(self.transport, HierarchicalGroup) else None
         # Payloads travel across `tier`.
         tier, local = (self.transport, None) if tiers is None else (tiers.cross, tiers.local)
         # The states once more: what was in flight may have used them since `prepare`.
         bindings = check_states(self.states, self.cuts, self.shards, self.compressor, tier)
         places = list(zip(self.shards, bindings, strict=True))
-        agree(self.transport, self.function, self.signature, self.validate)
+        agree(self.transport, self.function, self.signature, self.validate, self.checksum)
         if self.checksum:
             sequence = self.transport.calls.sequence
             tier, local = Checked(tier, sequence), None if local is None else Checked(local, sequence)
-        flat, writing = [grad.detach().view(-1) for grad in self.grads], False
+        flat = [grad.detach().view(-1) for grad in self.grads]
         with scratch() as memory:
             saved = [None if state is None else state.snapshot(memory.clone) for state in self.states]
             try:
@@ -123,13 +135,13 @@ class _Reduction:
                     with tiers.both_or_none():
                         results = self._in_tiers(tier, local, flat, places, memory)
                 self.transport.synchronize()
-                writing = True
+                self.written = True  # from here on Ctrl-C finds everything there
                 _write(flat, results)
             except BaseException as error:
-                if writing and not isinstance(error, Exception):
-                    # Ctrl-C, just when everything is there: what may be half written is written once more.
-                    _write(flat, results)
+                if self.written and not isinstance(error, Exception):
+                    _write(flat, results)  # what may be half written is written once more
                     raise
+                self.written = False
                 for state, snapshot in zip(self.states, saved, strict=True):
                     if state is not None and snapshot is not None:
                         state.restore(snapshot)

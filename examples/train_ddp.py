@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 examples/train_ddp.py [directory]
 
 The two lines that matter are marked. With a directory, which all ranks see, it saves what it needs every
-40 steps, and goes on from there when it is started again, however it ended. The task is made up, so that
+40 steps, and goes on from there when it is started again, however it ended, and with any number of
+processes. The task is made up, so that
 nothing has to be downloaded: a network learns to imitate another one with fixed random weights.
 """
 
@@ -36,7 +37,7 @@ def main() -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    loaded = state.load(folder) if folder else None
+    loaded = state.load(folder, reshard=True) if folder else None
     if folder and loaded:
         saved = torch.load(folder / f"model-{loaded.step}.pt", map_location=device)
         student.load_state_dict(saved["model"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from gck.collectives import SimulatedGroup, SimulatedMember
-from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.errors import ArgumentError, DtypeError, GroupUnusableError, ShapeMismatchError
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
 from tests.collectives.fragile import Fragile
 from tests.collectives.launcher import run_ranks
+from tests.collectives.test_transaction import Interrupted
 
 CHECKS = [
     line[len("def ") : line.index("(")]
@@ -126,6 +129,71 @@ def test_error_leaves_the_bucket_as_it_was() -> None:
         assert residuals.worker is None
 
     SimulatedGroup(2, timeout=20).run(rank_main)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_interrupt_at_every_write(guarded: bool) -> None:
+    """Bypassed and compressed tensors of a bucket: all as before, or all done."""
+    held = [nn.Parameter(torch.zeros(shape)) for shape in ((5,), (40, 40), (3, 4))]
+    numel, at, finished = 5 + 1600 + 12, 0, 0
+    while True:
+        at += 1
+        options: dict[str, Any] = {"algorithm": "two_phase", "skip_nonfinite": guarded}
+        state = ddp.HookState(Sign(32), group=SimulatedGroup(1).members[0], bypass_numel=20, **options)
+        flat = torch.randn(numel, generator=torch.Generator().manual_seed(1))
+        residual = state.feedback(held[1])
+        assert residual is not None
+        residual.worker_for(held[1].detach()).fill_(0.5)
+        # A residual of warm-up or of another option: what is bypassed sends it, too.
+        small = state.feedback(held[0])
+        assert small is not None
+        small.worker_for(held[0].detach()).fill_(0.25)
+        before = [flat.clone(), torch.full((1600,), 0.5), torch.full((5,), 0.25)]
+        try:
+            with Interrupted(at):
+                ddp.hook(state, Bucket(held, flat))  # type: ignore[arg-type]
+            break
+        except KeyboardInterrupt:
+            assert residual.worker is not None
+            assert small.worker is not None
+            after = [flat, residual.worker, small.worker]
+            same = [same_bytes(a, b) for a, b in zip(after, before, strict=True)]
+            done = not any(same) and bool((flat[:5] != before[0][:5]).all())
+            if guarded:  # residuals are those from before the step in any case
+                done = same == [False, True, True]
+            assert all(same) or done, f"write {at}: {same}"
+            finished += done
+            assert state.step == 0
+    assert at > 3
+    assert finished >= 1
+    assert state.step == 1
+
+
+def test_interrupt_while_others_are_in_flight() -> None:
+    """They have ended when the hook returns: nothing writes residuals behind the back of who saves them."""
+
+    class Slow(Sign):
+        def compress_(self, *args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            time.sleep(0.2)
+            return super().compress_(*args, **kwargs)
+
+    model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    member = SimulatedGroup(1).members[0]
+    state = ddp.HookState(Slow(32), model=model, group=member, bypass_numel=0, algorithm="two_phase")
+    flats = [torch.randn(1600) for _ in range(2)]
+    parameters = list(model.parameters())
+    first = ddp.hook(state, Bucket(parameters[:1], flats[0], last=False))  # type: ignore[arg-type]
+    before = flats[1].clone()
+    with pytest.raises(KeyboardInterrupt):
+        ddp.hook(state, Bucket(parameters[1:], flats[1]))  # type: ignore[arg-type]
+    assert first.done()
+    assert state._in_flight == []
+    assert same_bytes(flats[1], before)
+    assert state.step == 0
+    with pytest.raises(GroupUnusableError, match="KeyboardInterrupt"):
+        member.barrier()
 
 
 def test_sizes_are_checked() -> None:

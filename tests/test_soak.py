@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.soak import __main__ as command
-from bench.soak.plan import FAULTS, plan
+from bench.soak.plan import FAULTS, FREEZE_TIMEOUT, STOPS, frozen, plan
 from bench.soak.verdict import Verdict
 
 
@@ -23,6 +23,8 @@ def test_a_short_soak(tmp_path: Path) -> None:
         "--operations",
         "80",
         "--kills",
+        "1",
+        "--freezes",
         "1",
         "--rate",
         "0.5",
@@ -40,6 +42,9 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert report["injected"] == report["detected"]
     assert report["kills"] == 1
     assert sum(report["survivors"].values()) == 2
+    assert report["freezes"] == 1
+    assert sum(report["frozen"].values()) == 3
+    assert report["slowest_frozen"] < FREEZE_TIMEOUT + 2
 
 
 def reports(**changes: Any) -> dict[int, dict[str, Any]]:
@@ -87,6 +92,32 @@ def test_survivors_of_a_kill() -> None:
     verdict.add_killed(operation, 2, {0: good}, 3)
     verdict.add_killed(operation, 2, {0: good, 1: good | {"unchanged": False}}, 3)
     assert len(verdict.wrong) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, 0),
+        ({"error": ""}, 1),
+        ({"error": "CorruptPayloadError"}, 1),
+        ({"unchanged": False}, 1),
+        ({"seconds": FREEZE_TIMEOUT + 2.1}, 1),
+        ({"injected": False}, 1),
+    ],
+)
+def test_a_rank_that_is_frozen(changes: dict[str, Any], wrong: int) -> None:
+    operation = frozen(plan(3, 4, 3, 0.0), 3, 3, every=4)[3]
+    assert operation.fault is not None
+    assert operation.fault.kind == "frozen"
+    told = reports(error="CollectiveTimeoutError", seconds=FREEZE_TIMEOUT, injected=True)
+    victim = operation.fault.rank
+    told[victim] = told[victim] | {"seconds": STOPS["frozen"] + 0.1}
+    changed = victim if "injected" in changes else (victim + 1) % 3
+    told[changed] = told[changed] | changes
+    verdict = Verdict()
+    verdict.add(operation, told)
+    assert len(verdict.wrong) == wrong, verdict.wrong
+    assert verdict.freezes == 1
 
 
 def test_plans_are_the_same_everywhere() -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 import gck
 
-__all__ = ["DAMAGES", "FAULTS", "Fault", "Operation", "Slot", "plan", "slots"]
+__all__ = [
+    "DAMAGES", "FAULTS", "FREEZE_TIMEOUT", "STOPS", "Fault", "Operation", "Slot", "frozen", "plan", "slots"
+]  # fmt: skip
 
-DAMAGES = ("flip", "truncate", "repeat")  # of what one rank receives, above the network
-FAULTS = (*DAMAGES, "mismatch", "late")
+DAMAGES = ("flip", "truncate", "repeat", "header")  # of what one rank receives, above the network
+FAULTS = (*DAMAGES, "mismatch", "late", "stopped")
+FREEZE_TIMEOUT = 2.0  # seconds, of the operations in which a rank is frozen
+# Seconds that SIGSTOP holds a rank, by kind of fault: within every timeout, and longer than one's peers wait.
+STOPS = {"stopped": 0.3, "frozen": FREEZE_TIMEOUT + 2.5}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 200_000
 VALUE_BITS = (32, 16, 8, 4, 2)
@@ -28,7 +34,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Fault:
-    """One of FAULTS, on one rank; damage is done to the n-th payload of the all-reduce, from 0."""
+    """One of FAULTS, or "frozen", on one rank; damage is done to the n-th payload of the all-reduce, from 0,
+    and a rank is stopped before it sends that. Of "header" it is the n-th bit of the handshake that flips."""
 
     kind: str
     rank: int
@@ -82,14 +89,28 @@ def plan(seed: int, operations: int, world_size: int, rate: float) -> list[Opera
         algorithm = rng.choice([*choices, "auto"])
         fault = None
         if rng.random() < rate:
-            kind = rng.choice(FAULTS)
-            # What "auto" and "dense" send is not known here; damage needs to know which message it meets.
-            algorithm = "two_phase" if chunked else "one_phase"
-            fault = Fault(kind, rng.randrange(world_size), rng.randrange(2 if chunked else 1))
+            fault, algorithm = _fault(rng, rng.choice(FAULTS), world_size, chunked)
         validate = "first"
         if fault is not None:
-            validate = "always" if fault.kind == "mismatch" else "off"
+            validate = "always" if fault.kind in ("mismatch", "header") else "off"
         planned.append(
             Operation(index, slot, rng.choice(DTYPES), algorithm, rng.choice(["avg", "sum"]), validate, fault)
         )
     return planned
+
+
+def frozen(planned: Sequence[Operation], seed: int, world_size: int, every: int) -> list[Operation]:
+    """The same operations, but every `every`-th has a rank that is stopped for longer than its peers wait."""
+    rng, made, changed = random.Random(seed + 2), slots(seed), list(planned)
+    for i in range(every - 1, len(planned), every):
+        chunked = made[planned[i].slot].compressor.shard_unit is not None
+        fault, algorithm = _fault(rng, "frozen", world_size, chunked)
+        changed[i] = replace(planned[i], algorithm=algorithm, validate="off", fault=fault)
+    return changed
+
+
+def _fault(rng: random.Random, kind: str, world_size: int, chunked: bool) -> tuple[Fault, str]:
+    """A fault, and the algorithm that it needs: what "auto" and "dense" send is not known here, and a fault
+    must know which message it meets."""
+    place = rng.randrange(512 if kind == "header" else 2 if chunked else 1)
+    return Fault(kind, rng.randrange(world_size), place), "two_phase" if chunked else "one_phase"

@@ -17,15 +17,13 @@ from torch import Tensor
 
 import gck
 from bench.soak.faulty import Faulty
-from bench.soak.plan import DAMAGES, Operation, Slot, plan, slots
+from bench.soak.plan import DAMAGES, FREEZE_TIMEOUT, STOPS, Operation, Slot, frozen, plan, slots
 from gck.cli.crew import end_with, event_stream, tell
 from gck.collectives import SimulatedGroup, choose_algorithm, resolve
 from gck.collectives.transports.simulated import SimulatedMember
 from gck.errors import GckError
 
 __all__ = ["Assignment", "main", "to_json"]
-
-EVERY = 100  # operations between two looks at memory
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,13 @@ class Assignment:
     first: int
     last: int
     timeout: float
+    freeze_every: int = 0
+    look_every: int = 0  # operations between two looks at memory and descriptors
+
+    def planned(self) -> list[Operation]:
+        """The operations of this crew."""
+        part = plan(self.seed, self.operations, self.world_size, self.rate)[self.first : self.last]
+        return frozen(part, self.seed, self.world_size, self.freeze_every) if self.freeze_every else part
 
 
 class World:
@@ -125,12 +130,17 @@ def main(argv: list[str]) -> None:
     states = [gck.ErrorFeedback() for _ in made]
     # One rank alone can tell what every rank must have.
     world = World(made, given.world_size) if given.rank == 0 else None
-    group = Faulty(resolve())
-    for operation in plan(given.seed, given.operations, given.world_size, given.rate)[
-        given.first : given.last
-    ]:
+
+    def made_for(group: dist.ProcessGroup) -> Faulty:
+        return Faulty(resolve(group), lambda seconds: tell(events, event="stopping", seconds=seconds))
+
+    current = dist.new_group(timeout=timedelta(seconds=given.timeout))
+    usual = made_for(current)
+    for operation in given.planned():
         fault = operation.fault if operation.fault and operation.fault.rank == given.rank else None
-        group.arm(fault if fault and fault.kind in DAMAGES else None)
+        freezes = operation.fault is not None and operation.fault.kind == "frozen"
+        group = usual.with_timeout(FREEZE_TIMEOUT) if freezes else usual
+        group.arm(fault if fault and fault.kind in (*DAMAGES, *STOPS) else None)
         grad, state = gradient(operation, made[operation.slot], given.rank), states[operation.slot]
         before = digest(grad, *residuals(state))
         if fault and fault.kind == "late":
@@ -147,7 +157,7 @@ def main(argv: list[str]) -> None:
         except GckError as caught:
             error, text = type(caught).__name__, str(caught)
         report = {"index": operation.index, "error": error, "text": text, "seconds": time.monotonic() - began}
-        report["injected"] = bool(fault) and (fault.kind not in DAMAGES or group.done)
+        report["injected"] = bool(fault) and (fault.kind not in (*DAMAGES, *STOPS) or group.done)
         report["kind"] = fault.kind if fault else ""
         if error:
             report["unchanged"] = digest(grad, *residuals(state)) == before
@@ -156,10 +166,15 @@ def main(argv: list[str]) -> None:
             if world is not None:
                 result, right = world.reduce(operation)
                 report |= {"right": (digest(result), right), "near": near(operation, made, grad, result)}
-        if operation.index % EVERY == 0:
+        if given.look_every and operation.index % given.look_every == 0:
             report |= {"memory": resident_bytes(), "descriptors": len(os.listdir("/proc/self/fd"))}
         tell(events, event="operation", **report)
-        if error in ("PeerLostError", "CollectiveTimeoutError", "GroupUnusableError"):
+        if freezes:
+            # As a training would go on: with a new group of the same processes, and the residuals there are.
+            old, current = current, dist.new_group(timeout=timedelta(seconds=given.timeout))
+            dist.destroy_process_group(old)  # for its sockets
+            usual = made_for(current)
+        elif error in ("PeerLostError", "CollectiveTimeoutError", "GroupUnusableError"):
             break
     events.close()
     sys.stderr.flush()

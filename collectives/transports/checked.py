@@ -25,7 +25,7 @@ from torch import Tensor
 from gck.collectives.transports import CallLog, Transport
 from gck.errors import BackendUnavailableError, CorruptPayloadError, GroupUnusableError
 
-__all__ = ["Checked"]
+__all__ = ["DAMAGED", "Checked", "agree_on_fault"]
 
 TRAILER = struct.Struct("<QIHH")
 VERDICT = struct.Struct("<QBxHI")
@@ -129,24 +129,8 @@ class Checked:
         self._inner.synchronize()
         faults = (self._fault(row, sender, receiver) for sender, row in enumerate(received))
         fault = next(filter(None, faults), None)
-        what, whose = fault or (WELL, 0)
-        verdict = struct.pack(
-            "<BxHI", what, whose & 0xFFFF, place := (self._sequence << 8 ^ self._operation) & 0xFFFFFFFF
-        )
-        own = struct.pack("<Q", self._hash(verdict)) + verdict
-        rows = self._inner.all_gather_bytes(torch.frombuffer(bytearray(own), dtype=torch.uint8))
-        for rank, row in enumerate(rows):
-            digest, what, whose, theirs = VERDICT.unpack(packed := bytes(row.tolist()))
-            if digest != self._hash(packed[8:]) or theirs != place:
-                # Others may have understood it, and gone on: nobody knows who has what.
-                self._inner.abort(f"{operation}: what rank {rank} says of its messages was damaged")
-                raise GroupUnusableError(
-                    f"{operation}: what rank {rank} says of its messages was damaged; ranks may have gone on "
-                    "without this one"
-                )
-            if what != WELL:
-                words = WORDS.get(what, f"is wrong ({what})")
-                raise _damaged(f"{operation}: the message from rank {whose} to rank {rank} {words}")
+        place = (self._sequence << 8 ^ self._operation) & 0xFFFFFFFF
+        agree_on_fault(self._inner, operation, fault, place)
         return received[:, :-NBYTES]
 
     def _fault(self, row: Tensor, sender: int, receiver: int) -> tuple[int, int] | None:
@@ -156,6 +140,38 @@ class Checked:
         if trailer == expected:
             return None
         return (DAMAGED if trailer[:8] != expected[:8] else MISPLACED), sender
+
+
+def agree_on_fault(transport: Transport, operation: str, fault: tuple[int, int] | None, place: int) -> None:
+    """Tells all ranks what was wrong with what this one got; returns on all of them, or raises on all.
+
+    Args:
+        operation: its name, for the error's text.
+        fault: what was wrong, a key of `WORDS`, and with whose message.
+        place: in the program, below 2^32; the same on all ranks.
+
+    Raises:
+        CorruptPayloadError: a rank got something that was wrong; on all ranks.
+        GroupUnusableError: what a rank told was damaged; the group was given up.
+    """
+    from xxhash import xxh3_64_intdigest  # `Checked` has said so where it is missing
+
+    what, whose = fault or (WELL, 0)
+    verdict = struct.pack("<BxHI", what, whose & 0xFFFF, place)
+    own = struct.pack("<Q", xxh3_64_intdigest(verdict)) + verdict
+    rows = transport.all_gather_bytes(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    for rank, row in enumerate(rows):
+        digest, what, whose, theirs = VERDICT.unpack(packed := bytes(row.tolist()))
+        if digest != xxh3_64_intdigest(packed[8:]) or theirs != place:
+            # Others may have understood it, and gone on: nobody knows who has what.
+            transport.abort(f"{operation}: what rank {rank} says of its messages was damaged")
+            raise GroupUnusableError(
+                f"{operation}: what rank {rank} says of its messages was damaged; ranks may have gone on "
+                "without this one"
+            )
+        if what != WELL:
+            words = WORDS.get(what, f"is wrong ({what})")
+            raise _damaged(f"{operation}: the message from rank {whose} to rank {rank} {words}")
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ PEER_TEXT = re.compile(
     r"|peer .*(closed|lost)|ncclRemoteError|unexpectedly exited",
     re.IGNORECASE,
 )
+INTERRUPTIBLE = 0.25  # seconds that Ctrl-C may have to wait for
 # all_gather_into_tensor was renamed; the old name warns where the new one exists.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -116,12 +117,19 @@ class ProcessGroupTransport:
     def __init__(self, state: _GroupState, timeout: float) -> None:
         self._state = state
         self._timeout = timeout
+        self._gloo = dist.get_backend(state.group()) == "gloo"
         self._rank: int = dist.get_rank(state.group())
         self._world_size: int = dist.get_world_size(state.group())
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, timeout: float | None = None) -> ProcessGroupTransport:
-        """The transport of `group`; `timeout` is limited to the group's own, which is the default."""
+        """The transport of `group`; `timeout` is limited to the group's own, which is the default.
+
+        Raises:
+            GroupUnusableError: the group was destroyed.
+        """
+        if _destroyed(group):
+            raise GroupUnusableError("the group was destroyed; make a new one")
         state = _states.get(group)
         if state is None:
             state = _states[group] = _GroupState(ref(group))
@@ -162,7 +170,7 @@ class ProcessGroupTransport:
         operation = _Operation(
             self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
         )
-        if self._world_size == 2 and self._rotates(group, local):
+        if self._world_size == 2 and self._rotates(local):
             # gloo's ring of two has each link busy in one direction at a time.
             return operation.start(partial(self._rotation, group, local.expand(2, -1), recv.view(2, -1)))
         return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))
@@ -174,7 +182,7 @@ class ProcessGroupTransport:
         local = _onto(group, send)
         recv = torch.empty_like(local)
         operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
-        if self._rotates(group, local[0]):
+        if self._rotates(local[0]):
             return operation.start(partial(self._rotation, group, local, recv))
         return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
 
@@ -198,22 +206,31 @@ class ProcessGroupTransport:
         """A new process group: of the ranks that give the same colour, in rank order.
 
         All ranks of this group call it, and no others need to.
+
+        Raises:
+            PeerLostError, CollectiveTimeoutError: a rank did not come; this group is unusable.
         """
         group = self._group("split")
         send = torch.tensor([color], dtype=torch.int64).view(torch.uint8)
         colors = self.all_gather_bytes(send).view(torch.int64).view(-1).tolist()
         ranks = [dist.get_global_rank(group, r) for r, other in enumerate(colors) if other == color]
-        child = dist.new_group(
-            sorted(ranks),
-            timeout=timedelta(seconds=self._timeout),
-            backend=dist.get_backend_config(group),
-            use_local_synchronization=True,
-        )
+        began = time.monotonic()
+        try:
+            child = dist.new_group(
+                sorted(ranks),
+                timeout=timedelta(seconds=self._timeout),
+                backend=dist.get_backend_config(group),
+                use_local_synchronization=True,
+            )
+        except Exception as error:  # a rank that died since, or does not come
+            self._spoil("split", error, time.monotonic() - began)
         return ProcessGroupTransport.of(child)
 
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
+        if self._state.rotation is not None:
+            self._state.rotation.stop()
         for operation in list(_held):
             if operation.transport._state is self._state:
                 operation.end()  # nobody will wait for it
@@ -222,10 +239,9 @@ class ProcessGroupTransport:
             group.abort()
         self.calls.queue.end()
 
-    def _rotates(self, group: dist.ProcessGroup, message: Tensor) -> bool:
-        if message.device.type != "cpu":  # gloo's sends and receives take host memory alone
-            return False
-        return message.numel() >= rotation.ROTATE_FROM and dist.get_backend(group) == "gloo"
+    def _rotates(self, message: Tensor) -> bool:
+        # gloo's sends and receives take host memory alone.
+        return self._gloo and message.device.type == "cpu" and message.numel() >= rotation.ROTATE_FROM
 
     def _rotation(self, group: dist.ProcessGroup, send: Tensor, recv: Tensor) -> rotation.Rotation:
         ends = group, send, recv, self._rank, self._timeout, self._state.rotation
@@ -239,8 +255,8 @@ class ProcessGroupTransport:
             raise GroupUnusableError(
                 f"{operation}: the group cannot be used any more ({self._state.unusable}); make a new one"
             )
-        if group is None:
-            raise GroupUnusableError(f"{operation}: the group was destroyed")
+        if group is None or _destroyed(group):
+            raise GroupUnusableError(f"{operation}: the group was destroyed; make a new one")
         return group
 
     def _spoil(self, operation: str, error: BaseException, elapsed: float) -> NoReturn:
@@ -257,8 +273,8 @@ class ProcessGroupTransport:
         # A daemon thread that comes back from C++ into an interpreter that has ended takes the process down:
         # such a thread looks now and then, and leaves when the group is aborted.
         daemon = threading.current_thread().daemon
-        if dist.get_backend(self._state.group()) == "gloo" and not daemon:
-            work.wait(timedelta(seconds=self._timeout))
+        if self._gloo and not daemon:
+            self._wait(work, began)
             return
         # Device backends order `wait` on the stream only; we must know that the bytes arrived before
         # residuals are committed, and within the timeout.
@@ -266,10 +282,25 @@ class ProcessGroupTransport:
             elapsed = time.monotonic() - began
             if elapsed > self._timeout:
                 raise TimeoutError("operation timed out")
-            if self._state.unusable is not None:
-                raise GroupUnusableError(f"the group was given up meanwhile ({self._state.unusable})")
+            self._check_usable()
             time.sleep(min(max(elapsed / 16, 2e-5), 1e-3))
         work.wait()
+
+    def _wait(self, work: Any, began: float) -> None:
+        """As `_poll`, by C++: it answers sooner, but Python sees to Ctrl-C only when it has come back."""
+        while (left := began + self._timeout - time.monotonic()) > INTERRUPTIBLE:
+            try:
+                work.wait(timedelta(seconds=INTERRUPTIBLE))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    break  # so that it was not our wait which ran out
+                self._check_usable()
+        work.wait(timedelta(seconds=max(left, 0.001)))
+
+    def _check_usable(self) -> None:
+        if self._state.unusable is not None:
+            raise GroupUnusableError(f"the group was given up meanwhile ({self._state.unusable})")
 
 
 def typed_error(where: str, error: BaseException, elapsed: float) -> CollectiveError | None:
@@ -282,6 +313,14 @@ def typed_error(where: str, error: BaseException, elapsed: float) -> CollectiveE
     if TIMEOUT_TEXT.search(text):
         return CollectiveTimeoutError(f"{where}: no answer within {elapsed:.1f} s ({text})")
     return CollectiveError(f"{where}: failed after {elapsed:.1f} s ({text})")
+
+
+def _destroyed(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_backend(group)
+    except (ValueError, RuntimeError):  # also where torch.distributed as a whole was
+        return True
+    return False
 
 
 def _group_timeout(group: dist.ProcessGroup) -> float:

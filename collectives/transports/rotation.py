@@ -18,6 +18,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from gck.errors import GroupUnusableError
+
 __all__ = ["ROTATE_FROM", "Rotation", "rotation"]
 
 ROTATE_FROM = 256 << 10  # bytes of a message; at 1 Gbit/s they take 2 ms
@@ -57,6 +59,7 @@ class Rotation:
         self._recv: Any = recv
         self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
         self._after = after
+        self._stopped = False
         self._done = threading.Event()
         self._error: BaseException | None = None
         recv[rank] = send[rank]
@@ -72,11 +75,19 @@ class Rotation:
         if self._error is not None:
             raise self._error
 
+    def stop(self) -> None:
+        """Of this one and those before it no further round begins; the one under way may last its timeout."""
+        self._stopped, after = True, self._after
+        if after is not None:
+            after.stop()
+
     def _run(self) -> None:
         try:
             if self._after is not None:
                 self._after.wait()
             for to, source in self._rounds:
+                if self._stopped:
+                    raise GroupUnusableError("all_to_all: the group was given up meanwhile")
                 receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
                 sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
                 for work in (receiving, sending):

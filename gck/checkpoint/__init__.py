@@ -150,7 +150,7 @@ def load_state(
             state, or the step is not complete; says what differs.
         CorruptPayloadError: a file is damaged; an older step may be whole.
         BackendUnavailableError: safetensors or numpy is missing.
-        OSError: a file cannot be read.
+        OSError: a file cannot be read, or directory is none.
 
         After any error the residuals are as they were, and no file was removed; but for an error in removing
         files, which comes last.
@@ -316,4 +316,5 @@ def _check_place(function: str, rank: object, world_size: object, step: object) 
         if isinstance(value, bool) or not isinstance(value, int):
             raise DtypeError(f"{function}: {name} must be an int, got {value!r}")
         if value < least or (name == "rank" and isinstance(world_size, int) and value >= world_size):
-            raise ArgumentError(f"{function}: {name} out of range, got {value} of world size {world_size}")
+            of = f" of world size {world_size}" if name == "rank" else ""
+            raise ArgumentError(f"{function}: {name} out of range, got {value}{of}")

@@ -94,7 +94,8 @@ def abandon(directory: Path, step: int, rank: int, world_size: int, shared: bool
 
 def _files(directory: Path) -> Iterator[tuple[Path, int, int, int]]:
     """Path, step, rank and world size of each file that has a name of ours."""
-    for path in directory.iterdir() if directory.is_dir() else ():
+    # A directory that is not there holds nothing; a file in its place is an error of whoever named it.
+    for path in directory.iterdir() if directory.exists() else ():
         match = NAME.fullmatch(path.name)
         if match is None:
             continue

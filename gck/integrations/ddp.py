@@ -31,7 +31,7 @@ from gck.checkpoint import Loaded, load_state, save_state
 from gck.collectives import Transport, Work, resolve
 from gck.collectives.arguments import check_algorithm
 from gck.collectives.handshake import check_validate, describe
-from gck.collectives.reduction import prepare
+from gck.collectives.reduction import Reduction, prepare
 from gck.collectives.transports import check_timeout
 from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
@@ -368,15 +368,19 @@ def hook(
     # A single bucket needs no other thread, and the last one would have nothing to overlap with.
     failed = None
     try:
-        perform(transport, "gck.ddp.hook", run, device, False)
-    except Exception as error:
-        failed = error
-    except BaseException:  # Ctrl-C: what is in flight must not write residuals that somebody saves
+        try:
+            perform(transport, "gck.ddp.hook", run, device, False)
+        except Exception as error:
+            failed = error
+        # Also where this one failed: no rank stops at an error before it has called what its peers call.
+        failed = (_land(state) if bucket.is_last() else None) or failed
+    except BaseException as interrupt:
+        # Ctrl-C: peers wait for what this rank will not send, and what is in flight must not write residuals
+        # that somebody saves.
+        transport.abort(f"{type(interrupt).__name__} in gck.ddp.hook")
         _land(state)
         _abandon(state)
         raise
-    # Also where this one failed: no rank stops at an error before it has called what its peers call.
-    failed = (_land(state) if bucket.is_last() else None) or failed
     if failed is not None:
         _abandon(state)
         raise failed
@@ -487,7 +491,7 @@ def _prepare(
     ]
 
     def run() -> Tensor:
-        with _unchanged_on_error(state, plain if packed else []):
+        with _unchanged_on_error(state, plain if packed else [], calls[-1]):
             for call in calls:
                 call()
         return buffer
@@ -497,13 +501,13 @@ def _prepare(
 
 def _land(state: HookState) -> Exception | None:
     """Waits for the buckets in flight; the error of the first that failed."""
-    works, state._in_flight = state._in_flight, []
     failed = None
-    for work in works:
+    while state._in_flight:
         try:
-            work.wait()
+            state._in_flight[0].wait()
         except Exception as error:
             failed = failed or error
+        del state._in_flight[0]  # not where the wait was interrupted: it is in flight still
     return failed
 
 
@@ -533,18 +537,22 @@ def _guard(
 
 
 @contextmanager
-def _unchanged_on_error(state: HookState, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Puts small gradients back when a later message of their bucket fails."""
+def _unchanged_on_error(
+    state: HookState, pairs: Sequence[tuple[Tensor, Tensor]], last: Reduction
+) -> Iterator[None]:
+    """Puts small gradients back when a later message of their bucket fails: unless Ctrl-C came when even the
+    last one was done, and all of the bucket is."""
     grads = [(grad, grad.clone()) for _, grad in pairs]
     feedback = [state.feedback(parameter, create=False) for parameter, _ in pairs]
     saved = [(residuals, residuals.snapshot()) for residuals in feedback if residuals is not None]
     try:
         yield
     except BaseException:
-        for grad, copy in grads:
-            grad.copy_(copy)
-        for residuals, snapshot in saved:
-            residuals.restore(snapshot)
+        if not last.written:
+            for grad, copy in grads:
+                grad.copy_(copy)
+            for residuals, snapshot in saved:
+                residuals.restore(snapshot)
         raise
 
 

@@ -202,3 +202,11 @@ def test_a_renamed_file(tmp_path: Path) -> None:
     path_of(tmp_path, 10, 0, 1).rename(path_of(tmp_path, 20, 0, 1))
     with pytest.raises(CorruptPayloadError, match="was written as step 10 of rank 0 of 1: it was renamed"):
         load(tmp_path, 0, world_size=1)
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    """Not as if nothing had been saved yet: training would begin anew."""
+    (tmp_path / "state").write_text("x")
+    with pytest.raises(NotADirectoryError):
+        gck.load_state(tmp_path / "state", gck.ErrorFeedback(), rank=0, world_size=1)
+    assert gck.load_state(tmp_path / "other", gck.ErrorFeedback(), rank=0, world_size=1) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import signal
 import tempfile
 import threading
 import traceback
@@ -18,7 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gck.collectives import all_reduce_
 from gck.error_feedback import ErrorFeedback
-from gck.errors import ArgumentError, CollectiveMismatchError, LayoutError, StateMismatchError
+from gck.errors import (
+    ArgumentError,
+    CollectiveMismatchError,
+    GroupUnusableError,
+    LayoutError,
+    StateMismatchError,
+)
 from gck.integrations import ddp
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
@@ -572,6 +580,40 @@ def check_errors_reach_the_training_loop() -> None:
     ddp.register(again, Sign(32), bypass_numel=200)
     loss_of(again, 0).backward()
     assert_same_on_all_ranks([parameter.grad for parameter in again.parameters()])
+
+
+class Interrupted(Sign):
+    """Ctrl-C in the middle of a bucket."""
+
+    def compress_(self, *args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        super().compress_(*args, **kwargs)
+
+
+def check_an_interrupt_reaches_the_training_loop() -> None:
+    """On both ranks; nothing has changed, and training goes on with the same residuals on another group."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    group = dist.new_group()
+    model = DistributedDataParallel(network(), process_group=group)
+    state = ddp.register(model, Sign(32), bypass_numel=200, algorithm="two_phase")
+    train(model, range(1))
+    before = {name: residuals.worker.clone() for name, residuals in state.residuals.items()}
+    state.compressor = Interrupted(32)
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model, 1).backward()
+    assert state.step == 1
+    for name, residuals in state.residuals.items():
+        assert same_bytes(residuals.worker, before[name])
+    with pytest.raises(GroupUnusableError, match="KeyboardInterrupt"):
+        all_reduce_(torch.ones(64), None, Sign(32), group)
+    inner = model.module
+    del model
+    again = DistributedDataParallel(inner, process_group=dist.new_group())
+    next_state = ddp.register(again, Sign(32), bypass_numel=200, algorithm="two_phase")
+    next_state.load_state_dict(state.state_dict() | {"compressor": repr(Sign(32))})
+    train(again, range(1, 2))
+    assert next_state.step == 2
+    assert_same_on_all_ranks(list(again.parameters()))
 
 
 if __name__ == "__main__":

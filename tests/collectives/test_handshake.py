@@ -21,7 +21,7 @@ from gck.collectives import (
 )
 from gck.collectives.handshake import HEADER
 from gck.error_feedback import ErrorFeedback
-from gck.errors import ArgumentError, CollectiveMismatchError
+from gck.errors import ArgumentError, CollectiveMismatchError, GckError
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
@@ -90,6 +90,20 @@ def test_every_rank_names_rank_and_field(most: Call, odd: Call, field: str, odd_
         assert f"rank {odd_rank} differs from most ranks in " in text
         assert field in text
         assert text.count("differs") == 1
+
+
+def test_ranks_that_count_each_other_differently() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        class Other(Damaged):
+            world_size = 5
+
+        transport = Other(member, 0, 0, -1) if member.rank == 2 else member
+        signature = handshake.Signature("dense", "", (torch.float32,), (600,))
+        with pytest.raises(CollectiveMismatchError, match=r"rank 2 .* in world_size \(5, not 3\)"):
+            handshake.agree(transport, "test", signature)  # type: ignore[arg-type]
+        reduce()(member)
+
+    SimulatedGroup(3, timeout=20).run(rank_main)
 
 
 def test_lost_count_is_a_mismatch_once() -> None:
@@ -203,3 +217,119 @@ def test_what_ranks_have_agreed_on_does_not_pile_up(monkeypatch: pytest.MonkeyPa
 
     kept = SimulatedGroup(2, timeout=20).run(rank_main)
     assert kept[0] == kept[1] <= 3
+
+
+class Damaged:
+    """A transport that flips one bit of the header, or verdict, that this rank gets from another."""
+
+    def __init__(self, inner: SimulatedMember, bit: int, sender: int, at: int) -> None:
+        self.inner, self.bit, self.sender, self.at, self.count = inner, bit, sender, at, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    @property
+    def calls(self) -> Any:
+        return self.inner.calls
+
+    def all_gather_bytes(self, send: Tensor) -> Tensor:
+        rows = self.inner.all_gather_bytes(send)
+        if self.count == self.at:
+            rows[self.sender, self.bit // 8] ^= 1 << self.bit % 8
+        self.count += 1
+        return rows
+
+    def all_to_all_bytes(self, send: Tensor) -> Tensor:
+        return self.inner.all_to_all_bytes(send)
+
+
+def damaged(member: SimulatedMember, bit: int, checksum: bool, odd: bool = False) -> str:
+    """What one rank's call of three says where rank 2 gets a damaged header from rank 1."""
+    transport = Damaged(member, bit, 1, 0 if member.rank == 2 else -1)
+    grad, state = torch.randn(600), ErrorFeedback()
+    before = grad.clone()
+    try:
+        all_reduce_(grad, state, Sign(64 if not odd else 128), transport, checksum=checksum)
+    except GckError as error:
+        assert torch.equal(grad, before)
+        assert state.worker is None or not state.worker.any()
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("bit", [*range(0, 512, 23), 33, 511])
+def test_a_flipped_bit_is_found_by_all_with_checksums(bit: int) -> None:
+    def rank_main(member: SimulatedMember) -> str:
+        text = damaged(member, bit, checksum=True)
+        reduce(checksum=True)(member)  # the group is in step
+        return text
+
+    texts = SimulatedGroup(3, timeout=20).run(rank_main)
+    assert texts[0] == texts[1] == texts[2]
+    expected = "CorruptPayloadError: all_reduce_: handshake: the message from rank 1 to rank 2 was damaged"
+    assert texts[0].startswith(expected)
+
+
+@pytest.mark.parametrize("bit", [3, 33, 41, 100, 200, 300, 400, 511])
+def test_a_flipped_bit_accuses_nobody_without_checksums(bit: int) -> None:
+    """Its receiver alone knows; the others lose it."""
+
+    def rank_main(member: SimulatedMember) -> list[str]:
+        texts = [damaged(member, bit, checksum=False)]
+        with pytest.raises(GckError) as caught:
+            member.barrier()
+        return [*texts, type(caught.value).__name__]
+
+    outcomes = SimulatedGroup(3, timeout=20).run(rank_main)
+    text, after = outcomes[2]
+    assert text.startswith("CorruptPayloadError")
+    assert "from rank 1 to rank 2 was damaged" in text
+    assert "given up" in text
+    assert after == "GroupUnusableError"
+    for text, _ in outcomes[:2]:
+        assert text.startswith("PeerLostError")
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_damage_beside_a_mismatch_is_no_hang(checksum: bool) -> None:
+    """Rank 1 has another compressor, and its header does not reach rank 2 whole."""
+
+    def rank_main(member: SimulatedMember) -> str:
+        return damaged(member, 300, checksum, odd=member.rank == 1)
+
+    texts = SimulatedGroup(3, timeout=20).run(rank_main)
+    assert all("rank 1 differs from most ranks in compressor" in text for text in texts[:2])
+    assert texts[2].startswith(("CorruptPayloadError", "PeerLostError", "CollectiveTimeoutError"))
+
+
+def test_headers_of_the_first_version_had_no_seal() -> None:
+    """They are of another version, not damaged."""
+
+    class Old(Damaged):
+        def all_gather_bytes(self, send: Tensor) -> Tensor:
+            if self.count == 0:
+                send = send.clone()
+                send[4], send[-8:] = 1, 0
+            self.count += 1
+            return self.inner.all_gather_bytes(send)
+
+    def rank_main(member: SimulatedMember) -> None:
+        transport = Old(member, 0, 0, 0) if member.rank == 1 else member
+        with pytest.raises(CollectiveMismatchError, match=r"rank 1 differs from most ranks in version \(1"):
+            reduce()(transport)  # type: ignore[arg-type]
+
+    SimulatedGroup(3, timeout=20).run(rank_main)
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+def test_what_a_handshake_costs(checksum: bool) -> None:
+    """A message of 64 bytes, and one of 16 with checksums; then nothing."""
+    group = SimulatedGroup(3, timeout=20)
+
+    def rank_main(member: SimulatedMember) -> None:
+        signature = handshake.Signature("dense", "", (torch.float32,), (600,))
+        for _ in range(2):
+            handshake.agree(member, "test", signature, checksum=checksum)
+
+    group.run(rank_main)
+    assert group.bytes_sent == (2 * (64 + 16 * checksum),) * 3
