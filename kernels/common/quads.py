@@ -1,10 +1,10 @@
 """Packed payloads to dense values, four neighbours at a time.
 
-A thread owns quads: four elements that follow each other, which fp32 vectors move in 16 bytes, and whose codes
-lie in one nibble, byte, half word or word. Neighbouring threads own neighbouring quads, so that what is packed
-and what is dense are both read in order, and no value ever goes from one thread to another. Blocks of quads are
-columns, (QUADS, 1), and those of their elements (QUADS, 4): the compiler then keeps the layout in which a column
-is loaded for what is made of it.
+A thread owns quads: four elements that follow each other, which fp32 vectors move in 16 bytes, and whose
+codes lie in one nibble, byte, half word or word. Neighbouring threads own neighbouring quads, so that what is
+packed and what is dense are both read in order, and no value ever goes from one thread to another. Blocks of
+quads are columns, (QUADS, 1), and those of their elements (QUADS, 4): the compiler then keeps the layout in
+which a column is loaded for what is made of it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -19,7 +19,9 @@ MAGIC = tl.constexpr(8388608.0)
 
 @triton.jit
 def quad_column(QUADS: tl.constexpr):
-    return tl.arange(0, QUADS)[:, None]
+    """Numbers of quads. They count as not contiguous: else a thread would load the codes of several neighbours
+    at once, and their values would have to move to where they are stored from."""
+    return tl.max_contiguous(tl.arange(0, QUADS)[:, None], [1, 1])
 
 
 @triton.jit
@@ -29,7 +31,7 @@ def quad_offsets(b_quad):
 
 @triton.jit
 def load_code_quads(p_codes, b_quad, left, BITS: tl.constexpr, WHOLE: tl.constexpr):
-    """int32 whose low 4 * BITS bits are the codes, of 8, 4 or 2 bits, of each quad; 0 for elements from `left` on.
+    """int32 whose low 4 * BITS bits are the codes, of 8, 4 or 2 bits, of each quad; 0 from element `left` on.
 
     WHOLE: all elements are below, and p_codes, to uint8, is aligned to what a quad takes.
     """

@@ -46,8 +46,8 @@ def encode_group(
     WHOLE: tl.constexpr,
     STORE: tl.constexpr = True,
 ):
-    """Packs b_acc, CHUNKS chunks of 2**LEVELS elements, of which `left` exist, at which all pointers point; zeros
-    from there on."""
+    """Packs b_acc, CHUNKS chunks of 2**LEVELS elements, of which `left` exist, the others zeros. All pointers
+    point at the first."""
     CHUNK: tl.constexpr = 2**LEVELS
     WORDS: tl.constexpr = CHUNKS * CHUNK // 32
     b_chunk = tl.arange(0, CHUNKS)
@@ -147,7 +147,7 @@ def compress_kernel(
 
 
 def encode_options(compressor: Any, most: int | None = None) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of a kernel that encodes groups of chunks, at most so many elements a warp."""
+    """(compile-time values, warps) of a kernel that encodes groups of chunks, `most` elements a warp."""
     chunk = compressor.chunk_size
     chunks, part = max(WARP_ELEMENTS // chunk, 1), min(max(chunk, WARP_ELEMENTS), most or MOST_WARP_ELEMENTS)
     return {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1}, chunks * chunk // part

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gck.kernels.common.launch import EXACT, launching_on
-from gck.kernels.common.quads import bits_of, quad_offsets, quad_column
+from gck.kernels.common.quads import bits_of, quad_column, quad_offsets
 from gck.kernels.common.tiles import load_tile
 from gck.wire import Layout
 
@@ -80,13 +80,11 @@ def add_signs(
 ):
     """b_sum, (QUADS, 4), and what the ranks have there, in their order."""
     step = tl.cast(row_units, tl.int64) * 4
-    for _ in range(0, ranks // TOGETHER):
-        b_sum = _add_ranks(
-            b_sum, p_words, p_scales, b_quad, left, row_units, alpha, LEVELS, TOGETHER, WHOLE
-        )
+    for _ in range(ranks // TOGETHER):
+        b_sum = _add_ranks(b_sum, p_words, p_scales, b_quad, left, row_units, alpha, LEVELS, TOGETHER, WHOLE)
         p_words += step * TOGETHER
         p_scales += step * TOGETHER
-    for _ in range(0, ranks % TOGETHER):
+    for _ in range(ranks % TOGETHER):
         b_sum = _add_ranks(b_sum, p_words, p_scales, b_quad, left, row_units, alpha, LEVELS, 1, WHOLE)
         p_words += step
         p_scales += step

@@ -14,7 +14,7 @@ import triton.language as tl
 from gck.kernels.common.division import divided, division
 from gck.kernels.common.keys import accumulate, canonical
 from gck.kernels.common.launch import EXACT, launching_on
-from gck.kernels.common.quads import quad_offsets, quad_column
+from gck.kernels.common.quads import quad_column, quad_offsets
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.tiles import load_tile
 from gck.kernels.sign.gpu import WARP_ELEMENTS, encode_group, encode_options
@@ -50,7 +50,15 @@ def _reduce_group(
     if STORE:
         b_err = load_tile(p_err + base, b_offset, left, WHOLE)
     b_sum = tl.zeros((QUADS, 4), tl.float32)
-    fields = (p_from_words + base // 32, p_from_scales + (base >> LEVELS), b_quad, left, ranks, row_units, 1.0)
+    fields = (
+        p_from_words + base // 32,
+        p_from_scales + (base >> LEVELS),
+        b_quad,
+        left,
+        ranks,
+        row_units,
+        1.0,
+    )
     b_acc = divided(add_signs(b_sum, *fields, LEVELS, TOGETHER, WHOLE), number, DIVISION)
     b_acc = accumulate(b_acc, b_err) if STORE else canonical(b_acc)
     if not WHOLE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.quantize import Quantize, gpu, gpu_reduce
+from gck.kernels.quantize import Quantize, gpu, gpu_decode, gpu_reduce
 from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
@@ -32,11 +32,15 @@ def variants() -> list[Variant]:
         held = types | {"p_grad": f"*{grad}"}
         made.append(Variant("quantize", "gpu", "compress_kernel", label, held, constants, num_warps))
     for compressor in (Quantize(8), Quantize(4), Quantize(2), Quantize(2, scale="mean")):
-        for clear, add in ((False, False), (True, True), (False, True)):
-            constants, num_warps = gpu.decompress_options(compressor, clear=clear, add=add)
-            name = f"{'add' if add else 'write'}{' to zeros' if clear else ''}"
+        for ranks, clear, add in ((1, False, False), (1, False, True), (8, True, True)):
+            constants, num_warps = gpu_decode.decompress_options(
+                compressor, clear=clear, add=add, ranks=ranks
+            )
+            name = f"{ranks}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
             label = f"{compressor.bits} bits, {compressor.scale}, {name}"
-            made.append(Variant("quantize", "gpu", "decompress_kernel", label, types, constants, num_warps))
+            made.append(
+                Variant("quantize", "gpu_decode", "decompress_kernel", label, types, constants, num_warps)
+            )
     types |= {"p_from_codes": "*u8", "p_from_scales": "*fp32", "number": "fp32"}
     for compressor, kind, residual in (
         (Quantize(8), "product", True),

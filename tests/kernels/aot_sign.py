@@ -46,9 +46,7 @@ def variants() -> list[Variant]:
     for ranks, clear, add in ((1, False, False), (1, False, True), (8, True, True), (8, False, True)):
         constants, num_warps = gpu_decode.decompress_options(Sign(), clear=clear, add=add, ranks=ranks)
         label = f"{ranks}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
-        made.append(
-            Variant("sign", "gpu_decode", "decompress_kernel", label, decoded, constants, num_warps)
-        )
+        made.append(Variant("sign", "gpu_decode", "decompress_kernel", label, decoded, constants, num_warps))
     for chunk, kind, residual in (
         (32, "product", True),
         (256, "none", True),
