@@ -17,7 +17,7 @@ from gck.compressor import shard_numel
 from gck.kernels.common.codes import scaled_codes, two_level_codes
 from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, count_cleared, is_finite, magnitude_key
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.packing import pack_codes
 from gck.kernels.common.philox import key_of, uniform
 from gck.kernels.common.reduction import Reduction
@@ -30,6 +30,8 @@ __all__ = ["compress_", "decompress_", "decompress_sum_", "reduce_"]
 
 # Elements a warp of `compress`: up to this chunk size no reduction leaves a warp.
 WARP_ELEMENTS = 512
+# Registers a thread: what whole groups need. The group that the vector's end cuts short spills.
+REGISTERS: int | None = 64
 # Scales from 2^96 on: NaN, infinities and products that overflow are possible.
 WILD = tl.constexpr((96 + 127) << 23)
 
@@ -225,6 +227,7 @@ def compress_(
             STATS=stats is not None,
             **options,
             num_warps=num_warps,
+            **registers(None if stats is not None or compressor.two_levels else REGISTERS),
             **EXACT,
         )
     if stats is not None:

@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.quads import bits_of, load_code_quads, quad_column, quad_offsets, signed_codes
 from gck.kernels.common.tiles import load_tile
 from gck.wire import Layout
 
 TILE = 2048  # elements a program
 WARPS = 4
+# Registers a thread, of several ranks' and of one's: what whole tiles need. The last tile spills.
+REGISTERS: int | None = 96
+ONE_REGISTERS: int | None = 48
 TOGETHER = 4  # ranks whose codes are under way at the same time
 
 
@@ -97,13 +100,15 @@ def add_codes(
     WHOLE: tl.constexpr,
 ):
     """b_sum, (QUADS, 4), and what the ranks have there, in their order."""
+    # Masks take the registers that ranks need to be under way together; few programs have any.
+    RANKS: tl.constexpr = TOGETHER if WHOLE else 1
     step = tl.cast(row_units, tl.int64)
     sizes = (b_quad, left, row_units, alpha)
-    for _ in range(ranks // TOGETHER):
-        b_sum = _add_ranks(b_sum, p_codes, p_scales, *sizes, LEVELS, BITS, TWO_LEVELS, TOGETHER, WHOLE)
-        p_codes += step * (16 * TOGETHER)
-        p_scales += step * (4 * TOGETHER)
-    for _ in range(ranks % TOGETHER):
+    for _ in range(ranks // RANKS):
+        b_sum = _add_ranks(b_sum, p_codes, p_scales, *sizes, LEVELS, BITS, TWO_LEVELS, RANKS, WHOLE)
+        p_codes += step * (16 * RANKS)
+        p_scales += step * (4 * RANKS)
+    for _ in range(ranks % RANKS):
         b_sum = _add_ranks(b_sum, p_codes, p_scales, *sizes, LEVELS, BITS, TWO_LEVELS, 1, WHOLE)
         p_codes += step * 16
         p_scales += step * 4
@@ -228,5 +233,6 @@ def _decompress(
             alpha,
             **options,
             num_warps=num_warps,
+            **registers(REGISTERS if ranks > 1 else ONE_REGISTERS),
             **EXACT,
         )

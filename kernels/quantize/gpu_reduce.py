@@ -14,13 +14,18 @@ import triton.language as tl
 
 from gck.kernels.common.division import divided, division
 from gck.kernels.common.keys import accumulate, canonical
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.philox import key_of
 from gck.kernels.common.quads import quad_column, quad_offsets
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.tiles import load_tile
 from gck.kernels.quantize.gpu import encode_group, encode_options
 from gck.kernels.quantize.gpu_decode import TOGETHER, add_codes
+
+# Registers a thread, where a warp has whole chunks that are rounded to nearest, and else: what groups need that
+# the vector's end does not cut short. The last one spills.
+REGISTERS: int | None = 64
+MORE_REGISTERS: int | None = 96
 
 
 @triton.jit
@@ -155,6 +160,11 @@ def reduce_options(compressor: Any, server: Any, kind: str, *, residual: bool) -
     return options, num_warps
 
 
+def most_registers(options: dict[str, Any], num_warps: int) -> int | None:
+    more = options["STOCHASTIC"] or options["TWO_LEVELS"] or num_warps > 1
+    return MORE_REGISTERS if more else REGISTERS
+
+
 def reduce_(compressor: Any, job: Reduction) -> None:
     """See `gck.kernels.common.reduction.Reduction`."""
     codes, scales = job.layout.views(job.bodies[0])
@@ -181,5 +191,6 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             job.server.first // compressor.chunk_size,
             **options,
             num_warps=num_warps,
+            **registers(most_registers(options, num_warps)),
             **EXACT,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from gck.compressor import shard_numel
 from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, canonical, is_finite
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.packing import pack_bits
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import read_residual, residual_arguments
@@ -28,9 +28,11 @@ from gck.kernels.sign.gpu_decode import decompress_, decompress_sum_
 __all__ = ["compress_", "decompress_", "decompress_sum_", "reduce_"]
 
 WARP_ELEMENTS = 512  # a warp, of chunks that are not larger
-# Up to this chunk size the halving tree never leaves a warp: no barrier lies between a chunk's load and its
-# store. What fewer warps on a processor lack, each has under way.
-MOST_WARP_ELEMENTS = 2048
+# Of larger ones: fewer warps wait for each other in the halving tree, and each has more under way.
+MOST_WARP_ELEMENTS = 1024
+# Registers a thread, by elements a warp: what whole groups need, and a few. The group that the vector's end cuts
+# short needs twice as many for its masks, which must not keep other programs from the processor: it spills.
+REGISTERS: dict[int, int | None] = {512: 64, 1024: 80, 2048: 168}
 
 
 @triton.jit
@@ -146,11 +148,18 @@ def compress_kernel(
         sum_stored(p_err + base, p_sums, n, base, left, False)
 
 
-def encode_options(compressor: Any, most: int | None = None) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of a kernel that encodes groups of chunks, `most` elements a warp."""
-    chunk = compressor.chunk_size
-    chunks, part = max(WARP_ELEMENTS // chunk, 1), min(max(chunk, WARP_ELEMENTS), most or MOST_WARP_ELEMENTS)
+def encode_options(chunk: int, part: int) -> tuple[dict[str, Any], int]:
+    """(compile-time values, warps) of a kernel that encodes groups of chunks, `part` elements a warp."""
+    chunks = max(part // chunk, 1)
     return {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1}, chunks * chunk // part
+
+
+def compress_options(compressor: Any, *, stats: bool = False) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `compress_kernel`."""
+    chunk = compressor.chunk_size
+    part = MOST_WARP_ELEMENTS if chunk >= MOST_WARP_ELEMENTS else WARP_ELEMENTS
+    options, num_warps = encode_options(chunk, part)
+    return options, num_warps, None if stats else REGISTERS.get(part)
 
 
 def compress_(
@@ -165,7 +174,7 @@ def compress_(
     n, chunk, shards = grad.numel(), compressor.chunk_size, bodies.shape[0]
     shard = shard_numel(n, chunk, shards)
     scales_at = compressor.layout(shard).fields[1].offset
-    options, num_warps = encode_options(compressor)
+    options, num_warps, most = compress_options(compressor, stats=stats is not None)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
     decay, p_clip, residual = residual_arguments(compressor, err, clip)
@@ -187,6 +196,7 @@ def compress_(
             STATS=stats is not None,
             **options,
             num_warps=num_warps,
+            **registers(most),
             **EXACT,
         )
     if stats is not None:

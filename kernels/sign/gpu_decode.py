@@ -13,13 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.quads import bits_of, quad_column, quad_offsets
 from gck.kernels.common.tiles import load_tile
 from gck.wire import Layout
 
 TILE = 2048  # elements a program
 WARPS = 4
+# Registers a thread, of several ranks' and of one's: what whole tiles need. The last tile spills.
+REGISTERS: int | None = 96
+ONE_REGISTERS: int | None = 48
 TOGETHER = 4  # ranks whose words are under way at the same time
 
 
@@ -79,12 +82,14 @@ def add_signs(
     WHOLE: tl.constexpr,
 ):
     """b_sum, (QUADS, 4), and what the ranks have there, in their order."""
+    # Masks take the registers that ranks need to be under way together; few programs have any.
+    RANKS: tl.constexpr = TOGETHER if WHOLE else 1
     step = tl.cast(row_units, tl.int64) * 4
-    for _ in range(ranks // TOGETHER):
-        b_sum = _add_ranks(b_sum, p_words, p_scales, b_quad, left, row_units, alpha, LEVELS, TOGETHER, WHOLE)
-        p_words += step * TOGETHER
-        p_scales += step * TOGETHER
-    for _ in range(ranks % TOGETHER):
+    for _ in range(ranks // RANKS):
+        b_sum = _add_ranks(b_sum, p_words, p_scales, b_quad, left, row_units, alpha, LEVELS, RANKS, WHOLE)
+        p_words += step * RANKS
+        p_scales += step * RANKS
+    for _ in range(ranks % RANKS):
         b_sum = _add_ranks(b_sum, p_words, p_scales, b_quad, left, row_units, alpha, LEVELS, 1, WHOLE)
         p_words += step
         p_scales += step
@@ -199,5 +204,6 @@ def _decompress(
             alpha,
             **options,
             num_warps=num_warps,
+            **registers(REGISTERS if ranks > 1 else ONE_REGISTERS),
             **EXACT,
         )

@@ -13,12 +13,14 @@ import triton.language as tl
 
 from gck.kernels.common.division import divided, division
 from gck.kernels.common.keys import accumulate, canonical
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.quads import quad_column, quad_offsets
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.tiles import load_tile
 from gck.kernels.sign.gpu import WARP_ELEMENTS, encode_group, encode_options
 from gck.kernels.sign.gpu_decode import TOGETHER, add_signs
+
+REGISTERS: int | None = 96  # a thread: what groups need that the vector's end does not cut short
 
 
 @triton.jit
@@ -59,7 +61,8 @@ def _reduce_group(
         row_units,
         1.0,
     )
-    b_acc = divided(add_signs(b_sum, *fields, LEVELS, TOGETHER, WHOLE), number, DIVISION)
+    b_sum = add_signs(b_sum, *fields, LEVELS, TOGETHER, WHOLE)
+    b_acc = divided(b_sum, number, DIVISION)
     b_acc = accumulate(b_acc, b_err) if STORE else canonical(b_acc)
     if not WHOLE:
         b_acc = tl.where(b_offset < left, b_acc, 0.0)
@@ -102,7 +105,7 @@ def reduce_kernel(
 
 def reduce_options(compressor: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int]:
     """(compile-time values, warps) of `reduce_kernel`."""
-    options, num_warps = encode_options(compressor, WARP_ELEMENTS)
+    options, num_warps = encode_options(compressor.chunk_size, WARP_ELEMENTS)
     options |= {"DIVISION": kind, "STORE": residual, "TOGETHER": TOGETHER}
     return options, num_warps
 
@@ -131,5 +134,6 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             number,
             **options,
             num_warps=num_warps,
+            **registers(REGISTERS),
             **EXACT,
         )

@@ -19,7 +19,7 @@ def variants() -> list[Variant]:
         ("fp32", 256, ", clip"),
         ("fp32", 256, ", clip, stats"),
     ):
-        constants, num_warps = gpu.encode_options(Sign(chunk))
+        constants, num_warps, most = gpu.compress_options(Sign(chunk), stats="stats" in options)
         made.append(
             Variant(
                 "sign",
@@ -38,6 +38,7 @@ def variants() -> list[Variant]:
                 },
                 constants | residual_constants(options),
                 num_warps,
+                most_registers=most,
             )
         )
     types = payload | {"p_err": "*fp32", "p_from_words": "*i32", "p_from_scales": "*fp32"}
