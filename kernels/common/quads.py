@@ -19,8 +19,8 @@ MAGIC = tl.constexpr(8388608.0)
 
 @triton.jit
 def quad_column(QUADS: tl.constexpr):
-    """Numbers of quads. They count as not contiguous: else a thread would load the codes of several neighbours
-    at once, and their values would have to move to where they are stored from."""
+    """Numbers of quads. They count as not contiguous: else a thread would load the codes of several
+    neighbours at once, and their values would have to move to where they are stored from."""
     return tl.max_contiguous(tl.arange(0, QUADS)[:, None], [1, 1])
 
 

@@ -55,8 +55,8 @@ def encode_group(
     WHOLE: tl.constexpr,
     STORE: tl.constexpr = True,
 ):
-    """Codes of b_acc, CHUNKS chunks of 2**LEVELS elements, of which `left` exist, the others zeros. All pointers
-    point at the first.
+    """Codes of b_acc, CHUNKS chunks of 2**LEVELS elements, of which `left` exist, the others zeros. All
+    pointers point at the first.
 
     Random numbers are those of the elements from `first`, int64, on.
     """
@@ -121,7 +121,7 @@ def _compress_group(
     RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Compresses CHUNKS chunks of 2**LEVELS elements, of which `left` exist, at which all pointers point."""
+    """Compresses CHUNKS chunks of 2**LEVELS elements, of which `left` exist, at which pointers point."""
     CHUNK: tl.constexpr = 2**LEVELS
     b_local = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     b_err = read_residual(load_tile(p_err, b_local, left, WHOLE), decay, p_clip, RESIDUAL)

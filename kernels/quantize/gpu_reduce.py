@@ -22,8 +22,8 @@ from gck.kernels.common.tiles import load_tile
 from gck.kernels.quantize.gpu import encode_group, encode_options
 from gck.kernels.quantize.gpu_decode import TOGETHER, add_codes
 
-# Registers a thread, where a warp has whole chunks that are rounded to nearest, and else: what groups need that
-# the vector's end does not cut short. The last one spills.
+# Registers a thread, where a warp has whole chunks that are rounded to nearest, and else: what groups need
+# that the vector's end does not cut short. The last one spills.
 REGISTERS: int | None = 64
 MORE_REGISTERS: int | None = 96
 

@@ -30,8 +30,8 @@ __all__ = ["compress_", "decompress_", "decompress_sum_", "reduce_"]
 WARP_ELEMENTS = 512  # a warp, of chunks that are not larger
 # Of larger ones: fewer warps wait for each other in the halving tree, and each has more under way.
 MOST_WARP_ELEMENTS = 1024
-# Registers a thread, by elements a warp: what whole groups need, and a few. The group that the vector's end cuts
-# short needs twice as many for its masks, which must not keep other programs from the processor: it spills.
+# Registers a thread, by elements a warp: what whole groups need. The group that the vector's end cuts short
+# needs twice as many for its masks, which must not keep other programs from the processor: it spills.
 REGISTERS: dict[int, int | None] = {512: 64, 1024: 80, 2048: 168}
 
 
