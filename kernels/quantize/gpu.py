@@ -191,6 +191,12 @@ def encode_options(compressor: Any) -> tuple[dict[str, Any], int]:
     return options, chunks * chunk // WARP_ELEMENTS
 
 
+def compress_options(compressor: Any, *, stats: bool = False) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `compress_kernel`."""
+    options, num_warps = encode_options(compressor)
+    return options, num_warps, None if stats or compressor.two_levels else REGISTERS
+
+
 def compress_(
     compressor: Any,
     grad: Tensor,
@@ -205,7 +211,7 @@ def compress_(
     scales_at = compressor.layout(shard).fields[1].offset
     decay, p_clip, residual = residual_arguments(compressor, err, clip)
     sums = partial_sums(err, stats)
-    options, num_warps = encode_options(compressor)
+    options, num_warps, most = compress_options(compressor, stats=stats is not None)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
     with launching_on(grad):
@@ -227,7 +233,7 @@ def compress_(
             STATS=stats is not None,
             **options,
             num_warps=num_warps,
-            **registers(None if stats is not None or compressor.two_levels else REGISTERS),
+            **registers(most),
             **EXACT,
         )
     if stats is not None:

@@ -178,8 +178,10 @@ def decompress_kernel(
         _decompress_tile(*given, LEVELS, BITS, TWO_LEVELS, TILE, CLEAR, ADD, TOGETHER, False)
 
 
-def decompress_options(compressor: Any, *, clear: bool, add: bool, ranks: int) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `decompress_kernel`."""
+def decompress_options(
+    compressor: Any, *, clear: bool, add: bool, ranks: int
+) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `decompress_kernel`."""
     options = {
         "LEVELS": compressor.chunk_size.bit_length() - 1,
         "BITS": compressor.bits,
@@ -189,7 +191,7 @@ def decompress_options(compressor: Any, *, clear: bool, add: bool, ranks: int) -
         "ADD": add,
         "TOGETHER": TOGETHER if ranks > 1 else 1,
     }
-    return options, WARPS
+    return options, WARPS, REGISTERS if ranks > 1 else ONE_REGISTERS
 
 
 def decompress_(
@@ -221,7 +223,7 @@ def _decompress(
     codes, scales = fields
     if codes.data_ptr() % 4:  # a view of a user's: a quad of codes is loaded at once
         codes = codes.clone()
-    options, num_warps = decompress_options(compressor, clear=clear, add=add, ranks=ranks)
+    options, num_warps, most = decompress_options(compressor, clear=clear, add=add, ranks=ranks)
     with launching_on(out):
         decompress_kernel[(triton.cdiv(out.numel(), TILE),)](
             out,
@@ -233,6 +235,6 @@ def _decompress(
             alpha,
             **options,
             num_warps=num_warps,
-            **registers(REGISTERS if ranks > 1 else ONE_REGISTERS),
+            **registers(most),
             **EXACT,
         )

@@ -147,8 +147,10 @@ def reduce_kernel(
         )
 
 
-def reduce_options(compressor: Any, server: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `reduce_kernel`."""
+def reduce_options(
+    compressor: Any, server: Any, kind: str, *, residual: bool
+) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `reduce_kernel`."""
     options, num_warps = encode_options(server)
     options |= {
         "FROM_BITS": compressor.bits,
@@ -157,12 +159,8 @@ def reduce_options(compressor: Any, server: Any, kind: str, *, residual: bool) -
         "STORE": residual,
         "TOGETHER": TOGETHER,
     }
-    return options, num_warps
-
-
-def most_registers(options: dict[str, Any], num_warps: int) -> int | None:
     more = options["STOCHASTIC"] or options["TWO_LEVELS"] or num_warps > 1
-    return MORE_REGISTERS if more else REGISTERS
+    return options, num_warps, MORE_REGISTERS if more else REGISTERS
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:
@@ -170,7 +168,7 @@ def reduce_(compressor: Any, job: Reduction) -> None:
     codes, scales = job.layout.views(job.bodies[0])
     out_codes, out_scales = job.server.layout(job.numel).views(job.body)
     number, kind = division(job.divisor)
-    options, num_warps = reduce_options(compressor, job.server, kind, residual=job.err is not None)
+    options, num_warps, most = reduce_options(compressor, job.server, kind, residual=job.err is not None)
     nonfinite = job.nonfinite
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=job.body.device)
@@ -191,6 +189,6 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             job.server.first // compressor.chunk_size,
             **options,
             num_warps=num_warps,
-            **registers(most_registers(options, num_warps)),
+            **registers(most),
             **EXACT,
         )

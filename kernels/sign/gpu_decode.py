@@ -21,7 +21,7 @@ from gck.wire import Layout
 TILE = 2048  # elements a program
 WARPS = 4
 # Registers a thread, of several ranks' and of one's: what whole tiles need. The last tile spills.
-REGISTERS: int | None = 96
+REGISTERS: int | None = 128
 ONE_REGISTERS: int | None = 48
 TOGETHER = 4  # ranks whose words are under way at the same time
 
@@ -153,8 +153,10 @@ def decompress_kernel(
         _decompress_tile(*given, LEVELS, TILE, CLEAR, ADD, TOGETHER, False)
 
 
-def decompress_options(compressor: Any, *, clear: bool, add: bool, ranks: int) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `decompress_kernel`."""
+def decompress_options(
+    compressor: Any, *, clear: bool, add: bool, ranks: int
+) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `decompress_kernel`."""
     options = {
         "LEVELS": compressor.chunk_size.bit_length() - 1,
         "TILE": TILE,
@@ -162,7 +164,7 @@ def decompress_options(compressor: Any, *, clear: bool, add: bool, ranks: int) -
         "ADD": add,
         "TOGETHER": TOGETHER if ranks > 1 else 1,
     }
-    return options, WARPS
+    return options, WARPS, REGISTERS if ranks > 1 else ONE_REGISTERS
 
 
 def decompress_(
@@ -192,7 +194,7 @@ def _decompress(
     add: bool,
 ) -> None:
     words, scales = fields
-    options, num_warps = decompress_options(compressor, clear=clear, add=add, ranks=ranks)
+    options, num_warps, most = decompress_options(compressor, clear=clear, add=add, ranks=ranks)
     with launching_on(out):
         decompress_kernel[(triton.cdiv(out.numel(), TILE),)](
             out,
@@ -204,6 +206,6 @@ def _decompress(
             alpha,
             **options,
             num_warps=num_warps,
-            **registers(REGISTERS if ranks > 1 else ONE_REGISTERS),
+            **registers(most),
             **EXACT,
         )

@@ -103,11 +103,11 @@ def reduce_kernel(
         _reduce_group(*given, *sizes, CHUNKS, LEVELS, DIVISION, STORE, TOGETHER, False)
 
 
-def reduce_options(compressor: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `reduce_kernel`."""
+def reduce_options(compressor: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `reduce_kernel`."""
     options, num_warps = encode_options(compressor.chunk_size, WARP_ELEMENTS)
     options |= {"DIVISION": kind, "STORE": residual, "TOGETHER": TOGETHER}
-    return options, num_warps
+    return options, num_warps, REGISTERS
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:
@@ -115,7 +115,7 @@ def reduce_(compressor: Any, job: Reduction) -> None:
     words, scales = job.layout.views(job.bodies[0])
     out_words, out_scales = job.server.layout(job.numel).views(job.body)
     number, kind = division(job.divisor)
-    options, num_warps = reduce_options(compressor, kind, residual=job.err is not None)
+    options, num_warps, most = reduce_options(compressor, kind, residual=job.err is not None)
     nonfinite = job.nonfinite
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=job.body.device)
@@ -134,6 +134,6 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             number,
             **options,
             num_warps=num_warps,
-            **registers(REGISTERS),
+            **registers(most),
             **EXACT,
         )

@@ -45,9 +45,20 @@ def variants() -> list[Variant]:
     types |= {"p_nonfinite": "*i64", "n": "i32", "ranks": "i32", "row_units": "i32", "number": "fp32"}
     decoded = types | {"p_out": "*fp32", "alpha": "fp32"}
     for ranks, clear, add in ((1, False, False), (1, False, True), (8, True, True), (8, False, True)):
-        constants, num_warps = gpu_decode.decompress_options(Sign(), clear=clear, add=add, ranks=ranks)
+        constants, num_warps, most = gpu_decode.decompress_options(Sign(), clear=clear, add=add, ranks=ranks)
         label = f"{ranks}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
-        made.append(Variant("sign", "gpu_decode", "decompress_kernel", label, decoded, constants, num_warps))
+        made.append(
+            Variant(
+                "sign",
+                "gpu_decode",
+                "decompress_kernel",
+                label,
+                decoded,
+                constants,
+                num_warps,
+                most_registers=most,
+            )
+        )
     for chunk, kind, residual in (
         (32, "product", True),
         (256, "none", True),
@@ -57,7 +68,11 @@ def variants() -> list[Variant]:
         (1024, "product", True),
         (8192, "quotient", True),
     ):
-        constants, num_warps = gpu_reduce.reduce_options(Sign(chunk), kind, residual=residual)
+        constants, num_warps, most = gpu_reduce.reduce_options(Sign(chunk), kind, residual=residual)
         label = f"{chunk}, {kind}{'' if residual else ', no residual'}"
-        made.append(Variant("sign", "gpu_reduce", "reduce_kernel", label, types, constants, num_warps))
+        made.append(
+            Variant(
+                "sign", "gpu_reduce", "reduce_kernel", label, types, constants, num_warps, most_registers=most
+            )
+        )
     return made
