@@ -30,9 +30,9 @@ MAX_PROGRAMS = 1024
 INTERPRETED_PROGRAMS = 5
 
 
-def registers(most: int) -> dict[str, int]:
+def registers(most: int | None) -> dict[str, int]:
     """The launch option that keeps a thread's registers to so many, where the compiler has one."""
-    return {} if torch.version.hip else {"maxnreg": most}
+    return {} if torch.version.hip or most is None else {"maxnreg": most}
 
 
 def launching_on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -17,19 +17,21 @@ from gck.compressor import shard_numel
 from gck.kernels.common.codes import scaled_codes, two_level_codes
 from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import accumulate, count_cleared, is_finite, magnitude_key
-from gck.kernels.common.launch import EXACT, launching_on
-from gck.kernels.common.packing import pack_codes, unpack_codes
+from gck.kernels.common.launch import EXACT, launching_on, registers
+from gck.kernels.common.packing import pack_codes
 from gck.kernels.common.philox import key_of, uniform
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import read_residual, residual_arguments
 from gck.kernels.common.statistics import sum_read, sum_stored
 from gck.kernels.common.tiles import load_tile
-from gck.wire import Layout
+from gck.kernels.quantize.gpu_decode import decompress_, decompress_sum_
+
+__all__ = ["compress_", "decompress_", "decompress_sum_", "reduce_"]
 
 # Elements a warp of `compress`: up to this chunk size no reduction leaves a warp.
 WARP_ELEMENTS = 512
-TILE = 2048  # elements a program of `decompress`
-RUN = tl.constexpr(32)  # of them that certainly share a chunk
+# Registers a thread: what whole groups need. The group that the vector's end cuts short spills.
+REGISTERS: int | None = 64
 # Scales from 2^96 on: NaN, infinities and products that overflow are possible.
 WILD = tl.constexpr((96 + 127) << 23)
 
@@ -41,8 +43,7 @@ def encode_group(
     p_codes,
     p_scales,
     p_nonfinite,
-    base,
-    stop,
+    left,
     key_0,
     key_1,
     first,
@@ -54,19 +55,18 @@ def encode_group(
     WHOLE: tl.constexpr,
     STORE: tl.constexpr = True,
 ):
-    """Codes of b_acc, the CHUNKS chunks of 2**LEVELS elements from `base` on, zeros from `stop` on.
+    """Codes of b_acc, CHUNKS chunks of 2**LEVELS elements, of which `left` exist, the others zeros. All
+    pointers point at the first.
 
-    Random numbers are those of the elements from `first` + `base`, int64, on.
+    Random numbers are those of the elements from `first`, int64, on.
     """
     CHUNK: tl.constexpr = 2**LEVELS
     b_chunk = tl.arange(0, CHUNKS)
     b_local = b_chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    b_offset = base + b_local
     if WHOLE:
         b_inside = tl.full((CHUNKS, CHUNK), 1, tl.int1)
         b_valid = tl.full((CHUNKS,), CHUNK, tl.int32)
     else:
-        left = (stop - base).to(tl.int32)
         b_inside = b_local < left
         b_valid = tl.minimum(tl.maximum(left - b_chunk * CHUNK, 0), CHUNK)
     b_exists = b_valid > 0
@@ -77,7 +77,7 @@ def encode_group(
         b_top = tl.maximum(magnitude_key(b_low), magnitude_key(b_high))
     else:
         if STOCHASTIC:
-            b_uniform = uniform(first + base, key_0, key_1, CHUNKS, CHUNK)
+            b_uniform = uniform(first, key_0, key_1, CHUNKS, CHUNK)
             b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS, b_uniform)
         else:
             b_code, b_scale, b_decoded = scaled_codes(b_acc, b_inside, BITS)
@@ -90,11 +90,11 @@ def encode_group(
     if WHOLE:
         tl.store(p_codes + b_byte, pack_codes(b_code, BITS))
         if STORE:
-            tl.store(p_err + b_offset, b_residual)
+            tl.store(p_err + b_local, b_residual)
     else:
         tl.store(p_codes + b_byte, pack_codes(b_code, BITS), mask=b_byte < (left * BITS + 7) // 8)
         if STORE:
-            tl.store(p_err + b_offset, b_residual, mask=b_inside)
+            tl.store(p_err + b_local, b_residual, mask=b_inside)
     # A test a chunk, where one of every element would be a reduction over all of them.
     if tl.max(b_top, 0) >= WILD:
         count_cleared(p_nonfinite, b_cleared)
@@ -107,8 +107,7 @@ def _compress_group(
     p_codes,
     p_scales,
     p_nonfinite,
-    base,
-    stop,
+    left,
     key_0,
     key_1,
     first,
@@ -122,12 +121,12 @@ def _compress_group(
     RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Compresses the CHUNKS chunks of 2**LEVELS elements from `base` on, as far as `stop`."""
+    """Compresses CHUNKS chunks of 2**LEVELS elements, of which `left` exist, at which pointers point."""
     CHUNK: tl.constexpr = 2**LEVELS
-    b_offset = base + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    b_err = read_residual(load_tile(p_err, b_offset, stop, WHOLE), decay, p_clip, RESIDUAL)
-    b_acc = accumulate(load_tile(p_grad, b_offset, stop, WHOLE), b_err)
-    group = (p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, first)
+    b_local = tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    b_err = read_residual(load_tile(p_err, b_local, left, WHOLE), decay, p_clip, RESIDUAL)
+    b_acc = accumulate(load_tile(p_grad, b_local, left, WHOLE), b_err)
+    group = (p_err, p_codes, p_scales, p_nonfinite, left, key_0, key_1, first)
     encode_group(b_acc, *group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, WHOLE)
 
 
@@ -166,154 +165,16 @@ def compress_kernel(
     p_scales += i_shard * row_units * 4 + i_chunk * (2 if TWO_LEVELS else 1)
     if STATS:
         sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
-    first = tl.cast(first_chunk, tl.int64) * CHUNK
-    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, base, stop, key_0, key_1, first, decay, p_clip)
-    if base + CHUNKS * CHUNK <= stop:
+    first = tl.cast(first_chunk, tl.int64) * CHUNK + base
+    left = tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32)
+    group = (p_grad + base, p_err + base, p_codes, p_scales, p_nonfinite, left, key_0, key_1, first)
+    group += (decay, p_clip)
+    if left == CHUNKS * CHUNK:
         _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, True)
-    elif base < stop:
+    elif left > 0:
         _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, False)
     if STATS:
-        sum_stored(p_err + base, p_sums, n, base, tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32), False)
-
-
-@triton.jit
-def decode_runs(
-    p_codes,
-    p_scales,
-    first_run,
-    n,
-    alpha,
-    LEVELS: tl.constexpr,
-    BITS: tl.constexpr,
-    TWO_LEVELS: tl.constexpr,
-    RUNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """alpha * decoded of RUNS runs of RUN elements, a row each; 0 of either sign from element n on."""
-    b_run = first_run + tl.arange(0, RUNS)
-    b_byte = b_run[:, None] * (RUN * BITS // 8) + tl.arange(0, RUN * BITS // 8)[None, :]
-    b_live = tl.full((RUNS,), 1, tl.int1) if WHOLE else b_run * RUN < n
-    if WHOLE:
-        b_code = unpack_codes(tl.load(p_codes + b_byte), BITS)
-    else:
-        last = (tl.cast(n, tl.int64) * BITS + 7) // 8
-        b_code = unpack_codes(tl.load(p_codes + b_byte, mask=b_byte < last, other=0), BITS)
-    b_chunk = b_run >> (LEVELS - 5)
-    if TWO_LEVELS:
-        b_low = tl.load(p_scales + 2 * b_chunk, mask=b_live, other=0.0) * alpha
-        b_high = tl.load(p_scales + 2 * b_chunk + 1, mask=b_live, other=0.0) * alpha
-        b_level = tl.where((b_code & 1) != 0, b_high[:, None], b_low[:, None])
-        return tl.where((b_code & 2) != 0, b_level, -b_level)
-    else:
-        SIGN: tl.constexpr = 2 ** (BITS - 1)
-        b_scale = tl.load(p_scales + b_chunk, mask=b_live, other=0.0)
-        return ((b_code ^ SIGN) - SIGN).to(tl.float32) * b_scale[:, None] * alpha
-
-
-@triton.jit
-def _decompress_tile(
-    p_out,
-    p_codes,
-    p_scales,
-    first_run,
-    n,
-    ranks,
-    row_units,
-    alpha,
-    LEVELS: tl.constexpr,
-    BITS: tl.constexpr,
-    TWO_LEVELS: tl.constexpr,
-    RUNS: tl.constexpr,
-    CLEAR: tl.constexpr,
-    ADD: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    b_offset = first_run * RUN + tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    if ADD:
-        if CLEAR:
-            b_sum = tl.zeros((RUNS, RUN), tl.float32)
-        elif WHOLE:
-            b_sum = tl.load(p_out + b_offset)
-        else:
-            b_sum = tl.load(p_out + b_offset, mask=b_offset < n, other=0.0)
-        for rank in range(ranks):
-            i_row = tl.cast(rank, tl.int64) * row_units
-            b_sum += decode_runs(
-                p_codes + i_row * 16,
-                p_scales + i_row * 4,
-                first_run,
-                n,
-                alpha,
-                LEVELS,
-                BITS,
-                TWO_LEVELS,
-                RUNS,
-                WHOLE,
-            )
-    else:
-        b_sum = decode_runs(p_codes, p_scales, first_run, n, alpha, LEVELS, BITS, TWO_LEVELS, RUNS, WHOLE)
-    if WHOLE:
-        tl.store(p_out + b_offset, b_sum)
-    else:
-        tl.store(p_out + b_offset, b_sum, mask=b_offset < n)
-
-
-@triton.jit(do_not_specialize=["n", "ranks", "row_units"])
-def decompress_kernel(
-    p_out,
-    p_codes,
-    p_scales,
-    n,
-    ranks,
-    row_units,
-    alpha,
-    LEVELS: tl.constexpr,
-    BITS: tl.constexpr,
-    TWO_LEVELS: tl.constexpr,
-    TILE: tl.constexpr,
-    CLEAR: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """A program owns TILE elements and walks the bodies of all ranks, row_units * 16 bytes apart, in order.
-    CLEAR: from zero; ADD: decoded values are added, else written."""
-    RUNS: tl.constexpr = TILE // RUN
-    first_run = tl.program_id(0).to(tl.int64) * RUNS
-    if first_run * RUN + TILE <= n:
-        _decompress_tile(
-            p_out,
-            p_codes,
-            p_scales,
-            first_run,
-            n,
-            ranks,
-            row_units,
-            alpha,
-            LEVELS,
-            BITS,
-            TWO_LEVELS,
-            RUNS,
-            CLEAR,
-            ADD,
-            True,
-        )
-    else:
-        _decompress_tile(
-            p_out,
-            p_codes,
-            p_scales,
-            first_run,
-            n,
-            ranks,
-            row_units,
-            alpha,
-            LEVELS,
-            BITS,
-            TWO_LEVELS,
-            RUNS,
-            CLEAR,
-            ADD,
-            False,
-        )
+        sum_stored(p_err + base, p_sums, n, base, left, False)
 
 
 def encode_options(compressor: Any) -> tuple[dict[str, Any], int]:
@@ -330,6 +191,12 @@ def encode_options(compressor: Any) -> tuple[dict[str, Any], int]:
     return options, chunks * chunk // WARP_ELEMENTS
 
 
+def compress_options(compressor: Any, *, stats: bool = False) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `compress_kernel`."""
+    options, num_warps = encode_options(compressor)
+    return options, num_warps, None if stats or compressor.two_levels else REGISTERS
+
+
 def compress_(
     compressor: Any,
     grad: Tensor,
@@ -344,7 +211,7 @@ def compress_(
     scales_at = compressor.layout(shard).fields[1].offset
     decay, p_clip, residual = residual_arguments(compressor, err, clip)
     sums = partial_sums(err, stats)
-    options, num_warps = encode_options(compressor)
+    options, num_warps, most = compress_options(compressor, stats=stats is not None)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
     with launching_on(grad):
@@ -366,66 +233,11 @@ def compress_(
             STATS=stats is not None,
             **options,
             num_warps=num_warps,
+            **registers(most),
             **EXACT,
         )
     if stats is not None:
         finish(sums, stats, n)
-
-
-def decompress_(
-    compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
-) -> None:
-    _decompress(compressor, out, fields, 1, 0, alpha, clear=False, add=accumulate)
-
-
-def decompress_sum_(
-    compressor: Any, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
-) -> None:
-    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order."""
-    fields = layout.views(bodies[0])
-    ranks, row_units = bodies.shape[0], bodies.stride(0) // 16
-    _decompress(compressor, out, fields, ranks, row_units, alpha, clear=not accumulate, add=True)
-
-
-def decompress_options(compressor: Any, *, clear: bool, add: bool) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `decompress_kernel`."""
-    options = {
-        "LEVELS": compressor.chunk_size.bit_length() - 1,
-        "BITS": compressor.bits,
-        "TWO_LEVELS": compressor.two_levels,
-        "TILE": TILE,
-        "CLEAR": clear,
-        "ADD": add,
-    }
-    return options, 4
-
-
-def _decompress(
-    compressor: Any,
-    out: Tensor,
-    fields: tuple[Tensor, ...],
-    ranks: int,
-    row_units: int,
-    alpha: float,
-    *,
-    clear: bool,
-    add: bool,
-) -> None:
-    codes, scales = fields
-    options, num_warps = decompress_options(compressor, clear=clear, add=add)
-    with launching_on(out):
-        decompress_kernel[(triton.cdiv(out.numel(), TILE),)](
-            out,
-            codes,
-            scales,
-            out.numel(),
-            ranks,
-            row_units,
-            alpha,
-            **options,
-            num_warps=num_warps,
-            **EXACT,
-        )
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:

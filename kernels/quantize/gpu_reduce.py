@@ -14,14 +14,18 @@ import triton.language as tl
 
 from gck.kernels.common.division import divided, division
 from gck.kernels.common.keys import accumulate, canonical
-from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.philox import key_of
+from gck.kernels.common.quads import quad_column, quad_offsets
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.tiles import load_tile
-from gck.kernels.quantize.gpu import RUN, decode_runs, encode_group, encode_options
+from gck.kernels.quantize.gpu import encode_group, encode_options
+from gck.kernels.quantize.gpu_decode import TOGETHER, add_codes
 
-TOGETHER = 2  # ranks whose codes are under way at the same time
-MOST_WARPS = 8  # of a program in which there are registers for so many
+# Registers a thread, where a warp has whole chunks that are rounded to nearest, and else: what groups need
+# that the vector's end does not cut short. The last one spills.
+REGISTERS: int | None = 64
+MORE_REGISTERS: int | None = 96
 
 
 @triton.jit
@@ -54,34 +58,24 @@ def _reduce_group(
 ):
     """The CHUNKS chunks of 2**LEVELS elements from `base` on, as far as n."""
     CHUNK: tl.constexpr = 2**LEVELS
-    RUNS: tl.constexpr = CHUNKS * CHUNK // RUN
-    b_offset = base + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    QUADS: tl.constexpr = CHUNKS * CHUNK // 4
+    left = tl.minimum(n - base, CHUNKS * CHUNK).to(tl.int32)
+    b_quad = quad_column(QUADS)
+    b_offset = quad_offsets(b_quad)
     if STORE:
-        b_err = load_tile(p_err, b_offset, n, WHOLE)
-    b_sum = tl.zeros((RUNS, RUN), tl.float32)
-    for first in range(0, ranks, TOGETHER):
-        for i in tl.static_range(TOGETHER):
-            # Past the last rank it is read as nothing, so that its elements are 0, which changes no sum.
-            end = tl.where(first + i < ranks, n, 0)
-            i_row = tl.cast(first + i, tl.int64) * row_units
-            b_sum += decode_runs(
-                p_from_codes + i_row * 16,
-                p_from_scales + i_row * 4,
-                base // RUN,
-                end,
-                1.0,
-                LEVELS,
-                FROM_BITS,
-                FROM_TWO_LEVELS,
-                RUNS,
-                False,
-            )
-    b_acc = tl.reshape(divided(b_sum, number, DIVISION), (CHUNKS, CHUNK))
+        b_err = load_tile(p_err + base, b_offset, left, WHOLE)
+    p_from_codes += base // 8 * FROM_BITS
+    p_from_scales += (base >> LEVELS) * (2 if FROM_TWO_LEVELS else 1)
+    fields = (p_from_codes, p_from_scales, b_quad, left, ranks, row_units, 1.0)
+    b_sum = tl.zeros((QUADS, 4), tl.float32)
+    b_sum = add_codes(b_sum, *fields, LEVELS, FROM_BITS, FROM_TWO_LEVELS, TOGETHER, WHOLE)
+    b_acc = divided(b_sum, number, DIVISION)
     b_acc = accumulate(b_acc, b_err) if STORE else canonical(b_acc)
     if not WHOLE:
-        b_acc = tl.where(b_offset < n, b_acc, 0.0)
-    first = tl.cast(first_chunk, tl.int64) * CHUNK
-    group = (p_err, p_codes, p_scales, p_nonfinite, base, n, key_0, key_1, first)
+        b_acc = tl.where(b_offset < left, b_acc, 0.0)
+    b_acc = tl.reshape(b_acc, (CHUNKS, CHUNK))
+    first = tl.cast(first_chunk, tl.int64) * CHUNK + base
+    group = (p_err + base, p_codes, p_scales, p_nonfinite, left, key_0, key_1, first)
     encode_group(b_acc, *group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, WHOLE, STORE)
 
 
@@ -153,17 +147,20 @@ def reduce_kernel(
         )
 
 
-def reduce_options(compressor: Any, server: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int]:
-    """(compile-time values, warps) of `reduce_kernel`."""
+def reduce_options(
+    compressor: Any, server: Any, kind: str, *, residual: bool
+) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `reduce_kernel`."""
     options, num_warps = encode_options(server)
     options |= {
         "FROM_BITS": compressor.bits,
         "FROM_TWO_LEVELS": compressor.two_levels,
         "DIVISION": kind,
         "STORE": residual,
-        "TOGETHER": TOGETHER if num_warps <= MOST_WARPS else 1,
+        "TOGETHER": TOGETHER,
     }
-    return options, num_warps
+    more = options["STOCHASTIC"] or options["TWO_LEVELS"] or num_warps > 1
+    return options, num_warps, MORE_REGISTERS if more else REGISTERS
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:
@@ -171,7 +168,7 @@ def reduce_(compressor: Any, job: Reduction) -> None:
     codes, scales = job.layout.views(job.bodies[0])
     out_codes, out_scales = job.server.layout(job.numel).views(job.body)
     number, kind = division(job.divisor)
-    options, num_warps = reduce_options(compressor, job.server, kind, residual=job.err is not None)
+    options, num_warps, most = reduce_options(compressor, job.server, kind, residual=job.err is not None)
     nonfinite = job.nonfinite
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=job.body.device)
@@ -192,5 +189,6 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             job.server.first // compressor.chunk_size,
             **options,
             num_warps=num_warps,
+            **registers(most),
             **EXACT,
         )

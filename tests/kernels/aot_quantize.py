@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.quantize import Quantize, gpu, gpu_reduce
+from gck.kernels.quantize import Quantize, gpu, gpu_decode, gpu_reduce
 from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
@@ -25,18 +25,35 @@ def variants() -> list[Variant]:
         ("fp32", Quantize(4), ", clip"),
         ("fp32", Quantize(4), ", clip, stats"),
     ):
-        constants, num_warps = gpu.encode_options(compressor)
+        constants, num_warps, most = gpu.compress_options(compressor, stats="stats" in options)
         constants |= residual_constants(options)
         kind = "mean" if compressor.two_levels else compressor.rounding
         label = f"{grad}, {compressor.bits} bits, {kind}, {compressor.chunk_size}{options}"
         held = types | {"p_grad": f"*{grad}"}
-        made.append(Variant("quantize", "gpu", "compress_kernel", label, held, constants, num_warps))
+        made.append(
+            Variant(
+                "quantize", "gpu", "compress_kernel", label, held, constants, num_warps, most_registers=most
+            )
+        )
     for compressor in (Quantize(8), Quantize(4), Quantize(2), Quantize(2, scale="mean")):
-        for clear, add in ((False, False), (True, True), (False, True)):
-            constants, num_warps = gpu.decompress_options(compressor, clear=clear, add=add)
-            name = f"{'add' if add else 'write'}{' to zeros' if clear else ''}"
+        for ranks, clear, add in ((1, False, False), (1, False, True), (8, True, True)):
+            constants, num_warps, most = gpu_decode.decompress_options(
+                compressor, clear=clear, add=add, ranks=ranks
+            )
+            name = f"{ranks}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
             label = f"{compressor.bits} bits, {compressor.scale}, {name}"
-            made.append(Variant("quantize", "gpu", "decompress_kernel", label, types, constants, num_warps))
+            made.append(
+                Variant(
+                    "quantize",
+                    "gpu_decode",
+                    "decompress_kernel",
+                    label,
+                    types,
+                    constants,
+                    num_warps,
+                    most_registers=most,
+                )
+            )
     types |= {"p_from_codes": "*u8", "p_from_scales": "*fp32", "number": "fp32"}
     for compressor, kind, residual in (
         (Quantize(8), "product", True),
@@ -50,11 +67,22 @@ def variants() -> list[Variant]:
         (Quantize(2, 8192, scale="mean"), "quotient", True),
         (Quantize(8, 8192), "quotient", True),
     ):
-        constants, num_warps = gpu_reduce.reduce_options(
+        constants, num_warps, most = gpu_reduce.reduce_options(
             compressor, compressor.server_for(2), kind, residual=residual
         )
         rounding = "mean" if compressor.two_levels else compressor.rounding
         label = f"{compressor.bits} bits, {rounding}, {compressor.chunk_size}, {kind}"
         label += "" if residual else ", no residual"
-        made.append(Variant("quantize", "gpu_reduce", "reduce_kernel", label, types, constants, num_warps))
+        made.append(
+            Variant(
+                "quantize",
+                "gpu_reduce",
+                "reduce_kernel",
+                label,
+                types,
+                constants,
+                num_warps,
+                most_registers=most,
+            )
+        )
     return made

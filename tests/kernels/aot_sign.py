@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.sign import Sign, gpu, gpu_sum
+from gck.kernels.sign import Sign, gpu, gpu_decode, gpu_reduce
 from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
@@ -14,11 +14,12 @@ def variants() -> list[Variant]:
         ("fp32", 256, ""),
         ("bf16", 256, ""),
         ("fp32", 1024, ""),
+        ("fp32", 4096, ""),
         ("fp32", 8192, ""),
         ("fp32", 256, ", clip"),
         ("fp32", 256, ", clip, stats"),
     ):
-        chunks = max(gpu.WARP_ELEMENTS // chunk, 1)
+        constants, num_warps, most = gpu.compress_options(Sign(chunk), stats="stats" in options)
         made.append(
             Variant(
                 "sign",
@@ -35,36 +36,27 @@ def variants() -> list[Variant]:
                     "shard_chunks": "i32",
                     "row_units": "i32",
                 },
-                {"CHUNKS": chunks, "LEVELS": chunk.bit_length() - 1, **residual_constants(options)},
-                chunks * chunk // gpu.WARP_ELEMENTS,
-            )
-        )
-    for accumulate in (False, True):
-        made.append(
-            Variant(
-                "sign",
-                "gpu",
-                "decompress_kernel",
-                "add" if accumulate else "write",
-                {**payload, "p_out": "*fp32", "n": "i32", "alpha": "fp32"},
-                {"LEVELS": 8, "ACCUMULATE": accumulate, "TILE": gpu.TILE},
-                4,
+                constants | residual_constants(options),
+                num_warps,
+                most_registers=most,
             )
         )
     types = payload | {"p_err": "*fp32", "p_from_words": "*i32", "p_from_scales": "*fp32"}
     types |= {"p_nonfinite": "*i64", "n": "i32", "ranks": "i32", "row_units": "i32", "number": "fp32"}
-    for clear in (False, True):
-        constants, num_warps = gpu_sum.sum_options(Sign(), clear=clear)
-        label = "to zeros" if clear else "add"
+    decoded = types | {"p_out": "*fp32", "alpha": "fp32"}
+    for ranks, clear, add in ((1, False, False), (1, False, True), (8, True, True), (8, False, True)):
+        constants, num_warps, most = gpu_decode.decompress_options(Sign(), clear=clear, add=add, ranks=ranks)
+        label = f"{ranks}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
         made.append(
             Variant(
                 "sign",
-                "gpu_sum",
-                "sum_kernel",
+                "gpu_decode",
+                "decompress_kernel",
                 label,
-                types | {"p_out": "*fp32", "alpha": "fp32"},
+                decoded,
                 constants,
                 num_warps,
+                most_registers=most,
             )
         )
     for chunk, kind, residual in (
@@ -76,7 +68,11 @@ def variants() -> list[Variant]:
         (1024, "product", True),
         (8192, "quotient", True),
     ):
-        constants, num_warps = gpu_sum.reduce_options(Sign(chunk), kind, residual=residual)
+        constants, num_warps, most = gpu_reduce.reduce_options(Sign(chunk), kind, residual=residual)
         label = f"{chunk}, {kind}{'' if residual else ', no residual'}"
-        made.append(Variant("sign", "gpu_sum", "reduce_kernel", label, types, constants, num_warps))
+        made.append(
+            Variant(
+                "sign", "gpu_reduce", "reduce_kernel", label, types, constants, num_warps, most_registers=most
+            )
+        )
     return made

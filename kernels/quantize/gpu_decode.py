@@ -1,0 +1,240 @@
+"""Codes to a dense vector: those of one rank, or the sum of all ranks'.
+
+Codes and scales of several ranks are asked for before the first of them is used.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment, var-annotated"
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gck.kernels.common.launch import EXACT, launching_on, registers
+from gck.kernels.common.quads import bits_of, load_code_quads, quad_column, quad_offsets, signed_codes
+from gck.kernels.common.tiles import load_tile
+from gck.wire import Layout
+
+TILE = 2048  # elements a program
+WARPS = 4
+# Registers a thread, of several ranks' and of one's: what whole tiles need. The last tile spills.
+REGISTERS: int | None = 96
+ONE_REGISTERS: int | None = 48
+TOGETHER = 4  # ranks whose codes are under way at the same time
+
+
+@triton.jit
+def _load_quads(
+    p_codes,
+    p_scales,
+    b_quad,
+    left,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """(codes, and of each quad its scale twice, or its two levels); past `left` elements all are 0."""
+    b_word = load_code_quads(p_codes, b_quad, left, BITS, WHOLE)
+    p_scale = p_scales + (b_quad >> (LEVELS - 2)) * (2 if TWO_LEVELS else 1)
+    if WHOLE:
+        b_low = tl.load(p_scale)
+        b_high = tl.load(p_scale + 1) if TWO_LEVELS else b_low
+    else:
+        b_low = tl.load(p_scale, mask=b_quad * 4 < left, other=0.0)
+        b_high = tl.load(p_scale + 1, mask=b_quad * 4 < left, other=0.0) if TWO_LEVELS else b_low
+    return b_word, b_low, b_high
+
+
+@triton.jit
+def _decoded(b_word, b_low, b_high, alpha, BITS: tl.constexpr, TWO_LEVELS: tl.constexpr):
+    """(QUADS, 4): alpha times what `_load_quads` loaded."""
+    if TWO_LEVELS:
+        b_level = tl.where(bits_of(b_word, 0, BITS), b_high * alpha, b_low * alpha)
+        return tl.where(bits_of(b_word, 1, BITS), b_level, -b_level)
+    else:
+        return signed_codes(b_word, BITS) * b_low * alpha
+
+
+@triton.jit
+def _add_ranks(
+    b_sum,
+    p_codes,
+    p_scales,
+    b_quad,
+    left,
+    row_units,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    RANKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    loaded = ()
+    for i in tl.static_range(RANKS):
+        i_row = tl.cast(row_units, tl.int64) * i
+        fields = (p_codes + i_row * 16, p_scales + i_row * 4)
+        loaded += (_load_quads(*fields, b_quad, left, LEVELS, BITS, TWO_LEVELS, WHOLE),)
+    for i in tl.static_range(RANKS):
+        b_sum += _decoded(loaded[i][0], loaded[i][1], loaded[i][2], alpha, BITS, TWO_LEVELS)
+    return b_sum
+
+
+@triton.jit
+def add_codes(
+    b_sum,
+    p_codes,
+    p_scales,
+    b_quad,
+    left,
+    ranks,
+    row_units,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """b_sum, (QUADS, 4), and what the ranks have there, in their order."""
+    # Masks take the registers that ranks need to be under way together; few programs have any.
+    RANKS: tl.constexpr = TOGETHER if WHOLE else 1
+    step = tl.cast(row_units, tl.int64)
+    sizes = (b_quad, left, row_units, alpha)
+    for _ in range(ranks // RANKS):
+        b_sum = _add_ranks(b_sum, p_codes, p_scales, *sizes, LEVELS, BITS, TWO_LEVELS, RANKS, WHOLE)
+        p_codes += step * (16 * RANKS)
+        p_scales += step * (4 * RANKS)
+    for _ in range(ranks % RANKS):
+        b_sum = _add_ranks(b_sum, p_codes, p_scales, *sizes, LEVELS, BITS, TWO_LEVELS, 1, WHOLE)
+        p_codes += step * 16
+        p_scales += step * 4
+    return b_sum
+
+
+@triton.jit
+def _decompress_tile(
+    p_out,
+    p_codes,
+    p_scales,
+    left,
+    ranks,
+    row_units,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+    CLEAR: tl.constexpr,
+    ADD: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    b_quad = quad_column(TILE // 4)
+    b_offset = quad_offsets(b_quad)
+    if ADD:
+        b_sum = tl.zeros((TILE // 4, 4), tl.float32) if CLEAR else load_tile(p_out, b_offset, left, WHOLE)
+        fields = (p_codes, p_scales, b_quad, left, ranks, row_units, alpha)
+        b_sum = add_codes(b_sum, *fields, LEVELS, BITS, TWO_LEVELS, TOGETHER, WHOLE)
+    else:
+        fields = (p_codes, p_scales, b_quad, left)
+        b_word, b_low, b_high = _load_quads(*fields, LEVELS, BITS, TWO_LEVELS, WHOLE)
+        b_sum = _decoded(b_word, b_low, b_high, alpha, BITS, TWO_LEVELS)
+    if WHOLE:
+        tl.store(p_out + b_offset, b_sum)
+    else:
+        tl.store(p_out + b_offset, b_sum, mask=b_offset < left)
+
+
+@triton.jit(do_not_specialize=["n", "ranks", "row_units"])
+def decompress_kernel(
+    p_out,
+    p_codes,
+    p_scales,
+    n,
+    ranks,
+    row_units,
+    alpha,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    TWO_LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+    CLEAR: tl.constexpr,
+    ADD: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """A program owns TILE elements and walks the bodies of all ranks, row_units * 16 bytes apart, in order.
+    CLEAR: from zero; ADD: decoded values are added, else those of one rank are written."""
+    base = tl.program_id(0).to(tl.int64) * TILE
+    left = tl.minimum(tl.cast(n, tl.int64) - base, TILE).to(tl.int32)
+    p_scales += (base >> LEVELS) * (2 if TWO_LEVELS else 1)
+    given = (p_out + base, p_codes + base // 8 * BITS, p_scales, left, ranks, row_units, alpha)
+    if left == TILE:
+        _decompress_tile(*given, LEVELS, BITS, TWO_LEVELS, TILE, CLEAR, ADD, TOGETHER, True)
+    else:
+        _decompress_tile(*given, LEVELS, BITS, TWO_LEVELS, TILE, CLEAR, ADD, TOGETHER, False)
+
+
+def decompress_options(
+    compressor: Any, *, clear: bool, add: bool, ranks: int
+) -> tuple[dict[str, Any], int, int | None]:
+    """(compile-time values, warps, most registers) of `decompress_kernel`."""
+    options = {
+        "LEVELS": compressor.chunk_size.bit_length() - 1,
+        "BITS": compressor.bits,
+        "TWO_LEVELS": compressor.two_levels,
+        "TILE": TILE,
+        "CLEAR": clear,
+        "ADD": add,
+        "TOGETHER": TOGETHER if ranks > 1 else 1,
+    }
+    return options, WARPS, REGISTERS if ranks > 1 else ONE_REGISTERS
+
+
+def decompress_(
+    compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    _decompress(compressor, out, fields, 1, 0, alpha, clear=False, add=accumulate)
+
+
+def decompress_sum_(
+    compressor: Any, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+) -> None:
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order."""
+    fields = layout.views(bodies[0])
+    ranks, row_units = bodies.shape[0], bodies.stride(0) // 16
+    _decompress(compressor, out, fields, ranks, row_units, alpha, clear=not accumulate, add=True)
+
+
+def _decompress(
+    compressor: Any,
+    out: Tensor,
+    fields: tuple[Tensor, ...],
+    ranks: int,
+    row_units: int,
+    alpha: float,
+    *,
+    clear: bool,
+    add: bool,
+) -> None:
+    codes, scales = fields
+    if codes.data_ptr() % 4:  # a view of a user's: a quad of codes is loaded at once
+        codes = codes.clone()
+    options, num_warps, most = decompress_options(compressor, clear=clear, add=add, ranks=ranks)
+    with launching_on(out):
+        decompress_kernel[(triton.cdiv(out.numel(), TILE),)](
+            out,
+            codes,
+            scales,
+            out.numel(),
+            ranks,
+            row_units,
+            alpha,
+            **options,
+            num_warps=num_warps,
+            **registers(most),
+            **EXACT,
+        )
