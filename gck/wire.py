@@ -7,17 +7,24 @@ elements alone, so ranks never have to exchange sizes.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gck.errors import CorruptPayloadError
 
-__all__ = ["ALIGNMENT", "Field", "Layout", "body_of", "layout_of"]
+__all__ = ["ALIGNMENT", "Field", "Layout", "body_of", "layout_of", "memory_of"]
 
 ALIGNMENT = 16
 SMALL = 1 << 14  # bytes
+# Tensors do not speak the buffer protocol without NumPy, which gck does not need otherwise.
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def _align(nbytes: int) -> int:
@@ -115,3 +122,10 @@ def body_of(*fields: Tensor) -> Tensor:
     for view, field in zip(layout.views(body), fields, strict=True):
         view.copy_(field.reshape(-1))
     return body
+
+
+def memory_of(body: Tensor) -> memoryview:
+    """The memory of a contiguous (n,) uint8 tensor on the CPU, which the caller keeps alive; writable."""
+    if not body.numel():
+        return memoryview(bytearray())
+    return cast(memoryview, _memory_at(body.data_ptr(), body.numel(), WRITABLE))
