@@ -43,7 +43,6 @@ from gck.kernels.common import checks
 from gck.kernels.common.reduction import checked_reduction
 from gck.wire import Layout
 
-
 JOINED_BELOW = 256 << 10  # bytes of a shard's body; a copy of them takes about as long as a call
 
 
@@ -138,8 +137,8 @@ class KernelCompressor(ABC):
     def decompress_shards_(self, out: Tensor, bodies: Tensor, shard: int) -> None:
         """See `gck.compressor.decompress_shards_`.
 
-        Fields have a row for every chunk, so that those of many bodies, one behind the other, are those of one
-        body. Where bodies are small, copying them together costs less than a call for each: in a world of
+        Fields have a row for every chunk, so that those of many bodies, one behind the other, are those of
+        one body. Where bodies are small, copying them together costs less than a call for each: in a world of
         1024 ranks these calls take longer than all other work.
 
         Raises:
