@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gck.collectives.transports.rotation import ROTATE_FROM
 from gck.compressor import Compressor, server_of, shard_numel
 from gck.errors import ArgumentError
 
@@ -85,9 +86,8 @@ class Cost:
         algorithm: "dense", "one_phase" or "two_phase".
         nbytes: bytes sent, with the padding of payloads; headers of messages are left out.
         messages: how many messages these are.
-        rounds: how many of them wait for one another: a ring passes on what it has received, an all-to-all
-            sends all at once (over gloo messages of 256 KiB and more go one after another, whose latency is
-            little beside their bytes).
+        rounds: how many of them wait for one another: a ring passes on what it has received; an all-to-all
+            sends one message a round, or all at once where they are shorter than `ROTATE_FROM`, 32 KiB.
     """
 
     algorithm: str
@@ -145,7 +145,8 @@ def all_reduce_cost(
         return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
     if algorithm == "two_phase" and unit is not None:
         shards = _both_phases(compressor, numels, world_size)
-        return Cost(algorithm, others * shards, 2 * others, 1 + others if others else 0)
+        swaps = others if _nbytes(compressor, numels, world_size) >= ROTATE_FROM else min(1, others)
+        return Cost(algorithm, others * shards, 2 * others, swaps + others)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
 
 
