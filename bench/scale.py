@@ -28,7 +28,7 @@ from gck.collectives import Link, SimulatedGroup, all_reduce_cost
 from gck.collectives.transports.simulated import SimulatedMember
 
 WORLDS = (8, 64, 256, 1024)
-LINKS = {"100 Mbit/s": Link(0.001, 12.5e6), "1 Gbit/s": Link(0.0002, 125e6)}
+LINKS = {"100 Mbit/s": Link.ethernet(100e6, 0.001), "1 Gbit/s": Link.ethernet(1e9, 0.0002)}
 LARGE = 25_000_000
 COMPRESSORS: dict[str, tuple[Any, str]] = {
     "dense fp32": (gck.TopK(k=1), "dense"),
