@@ -63,18 +63,19 @@ class Link:
 
     @classmethod
     def ethernet(cls, bits_per_second: float, latency: float = 0.0, mtu: int = 1500) -> Link:
-        """A link of Ethernet, over which TCP sends: 1448 of 1514 bytes are payload where mtu is 1500.
+        """A link of Ethernet, over which TCP sends as much as it receives: 1448 of 1547 bytes are payload.
 
-        A frame has 14 bytes besides its packet, a packet 20 of IPv4 and 32 of TCP with timestamps. That is
-        what Linux counts and shapes (`tc`); on a wire, preamble, checksum and gap take 24 more.
-        Acknowledgements are left out: 66 bytes for two packets or more.
+        That is where mtu is 1500: a frame has 14 bytes besides its packet, a packet 20 of IPv4 and 32 of TCP
+        with timestamps; and for every other packet that comes in, an acknowledgement of 66 goes out. These
+        are what Linux counts and shapes (`tc`); on a wire, preamble, checksum and gap take 24 more a frame.
 
         Raises:
             ArgumentError: mtu of 52 bytes or less; those of `Link`.
         """
         if mtu <= TCP_HEADERS:
             raise ArgumentError(f"Link.ethernet: mtu must be above {TCP_HEADERS} bytes, got {mtu}")
-        share = (mtu - TCP_HEADERS) / (mtu + FRAME_HEADER)
+        acknowledgement = (FRAME_HEADER + TCP_HEADERS) / 2  # for each packet its half
+        share = (mtu - TCP_HEADERS) / (mtu + FRAME_HEADER + acknowledgement)
         return cls(latency, bits_per_second / 8 * share)
 
 

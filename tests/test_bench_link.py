@@ -47,9 +47,9 @@ def test_records() -> None:
     assert record["ideal_seconds"] == pytest.approx(6000 / (10**8 / 8 * 1448 / 1514))
     assert record["predicted"] == {
         "latency": 1.5,  # a ring of four, twice
-        "bytes": pytest.approx(record["ideal_seconds"]),
+        "bytes": pytest.approx(6000 / (10**8 / 8 * 1448 / 1547)),
         "compute": 0.5,
-        "seconds": pytest.approx(2.0 + record["ideal_seconds"]),
+        "seconds": pytest.approx(2.0 + 6000 / (10**8 / 8 * 1448 / 1547)),
     }
     assert record["algbw"] == 2000.0
     assert record["busbw"] == 3000.0

@@ -19,6 +19,8 @@ __all__ = ["draw", "goodput", "record_of", "show"]
 
 Record = dict[str, Any]
 MEGA = 1e6
+# Of an Ethernet frame of 1514 bytes, which is what tc counts, TCP's stream gets 1448.
+TCP_SHARE = 1448 / 1514
 COLUMNS = (
     "elements", "", "time", "spread", "ideal", "over ideal", "predicted", "over predicted", "payload", "wire",
     "algbw", "busbw", "x dense",
@@ -26,8 +28,8 @@ COLUMNS = (
 
 
 def goodput(network: Network) -> float:
-    """Bytes a second that a link can carry for those who send over TCP."""
-    return Link.ethernet(network.nodes[0].bits_per_second or 0).bandwidth
+    """Bytes a second that a link can carry for those who send over TCP, without its acknowledgements."""
+    return (network.nodes[0].bits_per_second or 0) / 8 * TCP_SHARE
 
 
 def record_of(event: Record, workers: int, network: Network, latency: float) -> Record:
@@ -63,7 +65,7 @@ def predicted(event: Record, workers: int, network: Network, latency: float) -> 
     method = METHODS[event["method"]]
     if not network.nodes or method.compressor is None:
         return None
-    link = Link(latency, goodput(network))
+    link = Link.ethernet(network.nodes[0].bits_per_second or 0, latency)
     cost = all_reduce_cost(method.compressor, [event["numel"]], workers, method.algorithm)
     return {
         "latency": cost.rounds * latency,
