@@ -16,7 +16,7 @@ from torch import Tensor
 from gck.collectives.all_reduce import all_reduce_
 from gck.collectives.cost import choose_algorithm
 from gck.collectives.transports import CallLog
-from gck.compressor import Compressor
+from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError
 
@@ -43,7 +43,7 @@ def measure_compute(
     Ranks that share processors slow one another down: measure on all of them at once.
 
     Args:
-        numel: elements of the gradient, at least 1.
+        numel: elements of the gradient, at least 1; rounded up to whole shards.
         world_size: ranks of the all-reduce that is meant; nobody else needs to be there.
         repeats: the median counts, after one call that does not.
         before: called before every repeat, such as a barrier of ranks that share processors.
@@ -60,7 +60,9 @@ def measure_compute(
         algorithm = choose_algorithm(compressor, [numel], world_size)
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    source = torch.randn(numel, generator=generator).to(device)
+    # What others say of their shards is what this rank says of its own: none may be cut short.
+    shard = shard_numel(numel, compressor.shard_unit, world_size)
+    source = torch.randn(-(-numel // shard) * shard, generator=generator).to(device)
     grad, state, transport = source.clone(), ErrorFeedback(), _Echo(world_size)
     seconds = []
     for _ in range(repeats + 1):

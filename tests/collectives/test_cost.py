@@ -103,13 +103,20 @@ def test_compute_is_that_of_a_whole_all_reduce(compressor: Any, monkeypatch: pyt
     assert algorithm == choose_algorithm(compressor, [1000], 5)
     # Five ranks that say the same: in one phase the mean is what one of them says.
     if algorithm == "one_phase":
-        alone = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+        alone = torch.randn(grad.numel(), generator=torch.Generator().manual_seed(0))
         gck.all_reduce_(
             alone, gck.ErrorFeedback(), compressor, SimulatedGroup(1).members[0], algorithm=algorithm
         )
         torch.testing.assert_close(grad, alone)
     assert grad.isfinite().all()
     assert grad.any()
+
+
+def test_compute_where_the_last_shard_is_short() -> None:
+    compressor = gck.ChunkTopK(k=32, chunk_size=64)
+    assert choose_algorithm(compressor, [1000], 10) == "two_phase"
+    for numel in (1, 1000, 1025):
+        assert measure_compute(compressor, numel, 10, "two_phase", repeats=1) > 0
 
 
 @pytest.mark.parametrize("wrong", [{"numel": 0}, {"world_size": True}, {"repeats": 0}])
