@@ -1,7 +1,7 @@
 """`python -m bench.overlap`: step time of the DDP hook with and without overlap, on a shaped link.
 
-Two workers in namespaces of their own (`gck.cli.links`), joined by gloo, train a stack of square layers, a
-bucket each. What a layer's backward pass takes is either spent "elsewhere", as on a GPU: the thread sleeps;
+Two workers, each behind a link of its own (`gck.cli.links`), joined by gloo, train a stack of square layers,
+a bucket each. What a layer's backward pass takes is either spent "elsewhere", as on a GPU: the thread sleeps;
 or on the "same cores" as compression and the transport's threads: a real matrix product of about that time.
 """
 
@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gck
 from bench.machine import ROOT, describe
-from gck.cli.crew import crew
-from gck.cli.links import links
+from gck.cli.crew import crew, end_with, event_stream, tell
+from gck.cli.network import join
 from gck.integrations import ddp
 
 WORKERS, LAYERS, WIDTH = 2, 8, 1024
@@ -75,13 +74,14 @@ def batch_of(seconds: float) -> int:
     return max(1, round(64 * seconds / taken))
 
 
-def worker(seconds: float, steps: int) -> None:
-    """One rank: a line of JSON on standard output for each way of computing and each compressor."""
+def worker(rank: int, parent: int, folder: str, seconds: float, steps: int) -> None:
+    """One rank: a report for each way of computing and each compressor."""
+    end_with(parent)
+    events = event_stream()
     torch.set_num_threads(1)  # a processor each
-    rank = int(os.environ["RANK"])
     dist.init_process_group(
         "gloo",
-        init_method=Path(os.environ["RENDEZVOUS"]).as_uri(),
+        init_method=(Path(folder) / "rendezvous").as_uri(),
         rank=rank,
         world_size=WORKERS,
         timeout=timedelta(seconds=60),
@@ -122,9 +122,11 @@ def worker(seconds: float, steps: int) -> None:
                 "overlapped": statistics.median(times[True]),
             }
             if rank == 0:
-                print(json.dumps({"event": "record", **record}), flush=True)
+                tell(events, event="record", **record)
             del models, states
-    sys.stdout.flush()
+    dist.barrier()  # nobody may leave while another still talks to it
+    events.close()
+    sys.stderr.flush()
     os._exit(0)  # `destroy_process_group` may hang
 
 
@@ -135,29 +137,24 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for overlap.json.")] = ROOT / "results/overlap",
 ) -> None:
     """Runs both workers and prints the table."""
-    if "RANK" in os.environ:
-        worker(seconds, steps)
-    records: list[Record] = []
-    with ExitStack() as stack:
-        nodes = stack.enter_context(links(WORKERS, rate))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        environment = {
-            "GLOO_SOCKET_IFNAME": nodes[0].interface,
-            "RENDEZVOUS": str(folder / "rendezvous"),
-            "OMP_NUM_THREADS": "1",
-        }
-        options = ["--seconds", str(seconds), "--steps", str(steps)]
-        commands = [
-            node.command(["env", f"RANK={rank}", sys.executable, "-m", "bench.overlap", *options])
-            for rank, node in enumerate(nodes)
-        ]
-        workers = stack.enter_context(crew(commands, environment, folder))
-        for _, event in workers.events(300):
-            records.append({key: value for key, value in event.items() if key != "event"})
-    show(records, rate, Console(width=120))
+    console, records = Console(width=120), []
+    with tempfile.TemporaryDirectory(prefix="gck-overlap-") as folder, join(WORKERS, rate) as network:
+        if network.reason:
+            console.print(f"bare loopback, not {rate}: {network.reason}")
+        commands = []
+        for rank in range(WORKERS):
+            assignment = [rank, os.getpid(), folder, seconds, steps]
+            argv = [sys.executable, "-m", "bench.overlap", "--worker", json.dumps(assignment)]
+            commands.append(network.command(rank, argv))
+        environment = {"GLOO_SOCKET_IFNAME": network.interface, "PYTHONPATH": str(ROOT)}
+        with crew(commands, environment, Path(folder)) as workers:
+            for _, event in workers.events(300):
+                records.append({key: value for key, value in event.items() if key != "event"})
+    show(records, network.rate or "bare loopback", console)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"machine": describe(torch.device("cpu")), "rate": rate, "seconds": seconds, "steps": steps}
-    (out / "overlap.json").write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
+    about = {"machine": describe(torch.device("cpu")), "seconds": seconds, "steps": steps}
+    report = {**about, "rate": network.rate, "records": records}
+    (out / "overlap.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def show(records: list[Record], rate: str, console: Console) -> None:
@@ -172,4 +169,6 @@ def show(records: list[Record], rate: str, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*json.loads(sys.argv[2]))
     typer.run(main)

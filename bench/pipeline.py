@@ -1,7 +1,7 @@
 """`python -m bench.pipeline`: the two-phase all-reduce in pieces of several sizes, on several links.
 
-Every rank is a process with one thread to compute. It has a network namespace of its own, whose interface is
-shaped; on "loopback" it has not. Namespaces need root, see `gck.cli.links`.
+Every rank is a process with one thread to compute, behind a link of its own (see `gck.cli.links`); on
+"loopback", and where links cannot be made, they share bare loopback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +24,8 @@ from rich.table import Table
 from bench.machine import ROOT, describe
 from bench.pipeline_worker import COMPRESSORS
 from gck.cli.crew import crew
-from gck.cli.links import Node, links, parse_rate
+from gck.cli.links import parse_rate
+from gck.cli.network import Network, join
 from gck.collectives import Link, all_reduce_cost, choose_piece_numel
 
 LOOPBACK = "loopback"
@@ -82,26 +82,25 @@ def measure(
 ) -> Iterator[Record]:
     """Every compressor on one link and size."""
     piece_numels = [0 if count == 1 else -(-numel // count) for count in counts]
-    with tempfile.TemporaryDirectory(prefix="gck-pipeline-") as folder, _nodes(rate, ranks) as nodes:
-        interface = nodes[0].interface if nodes else "lo"
+    with (
+        tempfile.TemporaryDirectory(prefix="gck-pipeline-") as folder,
+        join(ranks, None if rate == LOOPBACK else rate) as network,
+    ):
         commands = []
         for rank in range(ranks):
             assignment = {
                 "rank": rank,
                 "world_size": ranks,
+                "parent": os.getpid(),
                 "folder": folder,
-                "interface": interface,
+                "interface": network.interface,
                 "pieces": piece_numels,
                 "repeats": repeats,
                 "cases": [{"name": name, "numel": numel} for name in names],
             }
             argv = [sys.executable, "-m", "bench.pipeline_worker", json.dumps(assignment)]
-            commands.append(nodes[rank].command(argv) if nodes else argv)
-        environment = {
-            "GLOO_SOCKET_IFNAME": interface,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
+            commands.append(network.command(rank, argv))
+        environment = {"GLOO_SOCKET_IFNAME": network.interface, "PYTHONPATH": str(ROOT)}
         done: list[list[Record]] = [[] for _ in names]
         with crew(commands, environment, Path(folder)) as workers:
             heard = [0] * ranks
@@ -112,20 +111,11 @@ def measure(
                 heard[rank] += 1
                 done[case].append(report)
                 if len(done[case]) == ranks:
-                    yield _record(rate, names[case], numel, piece_numels, done[case])
-
-
-@contextmanager
-def _nodes(rate: str, ranks: int) -> Iterator[list[Node]]:
-    if rate == LOOPBACK:
-        yield []
-        return
-    with links(ranks, rate) as nodes:
-        yield nodes
+                    yield _record(network, names[case], numel, piece_numels, done[case])
 
 
 def _record(
-    rate: str, name: str, numel: int, piece_numels: Sequence[int], reports: Sequence[Record]
+    network: Network, name: str, numel: int, piece_numels: Sequence[int], reports: Sequence[Record]
 ) -> Record:
     """An all-reduce has ended when its last rank has."""
     times = []
@@ -134,9 +124,10 @@ def _record(
         times.append([max(ranks) for ranks in repeats])
     ranks = len(reports)
     cost = all_reduce_cost(COMPRESSORS[name], [numel], ranks, "two_phase")
-    bandwidth = None if rate == LOOPBACK else parse_rate(rate) / 8
+    bandwidth = None if network.rate is None else parse_rate(network.rate) / 8
     return {
-        "link": rate,
+        "link": network.rate or LOOPBACK,
+        "network": network.reason,  # why there are no links, where there should be
         "name": name,
         "numel": numel,
         "piece_numels": list(piece_numels),

@@ -1,6 +1,6 @@
 """One rank of bench.pipeline: `python -m bench.pipeline_worker ASSIGNMENT`, which is JSON.
 
-It reports on standard output, one JSON object a line: "begin" before a case, "done" with its times after it.
+It reports a "begin" before a case, and "done" with its times after it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gck
+from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
 
 COMPRESSORS = {"sign, 256": gck.Sign(), "4 bits, 256": gck.Quantize(bits=4)}
@@ -26,6 +27,8 @@ LIMIT = 120.0  # seconds that an operation may take
 
 def main(argv: list[str]) -> None:
     assignment: dict[str, Any] = json.loads(argv[1])
+    end_with(assignment["parent"])
+    events = event_stream()
     torch.set_num_threads(1)  # the ranks share one machine
     rank = assignment["rank"]
     dist.init_process_group(
@@ -36,11 +39,12 @@ def main(argv: list[str]) -> None:
         timeout=timedelta(seconds=LIMIT),
     )
     for case in assignment["cases"]:
-        _tell(event="begin")
-        _tell(event="done", **_measure(rank, assignment, **case))
+        tell(events, event="begin")
+        tell(events, event="done", **_measure(rank, assignment, **case))
     dist.barrier()  # nobody may leave while another still talks to it
-    sys.stdout.flush()
-    os._exit(0)
+    events.close()
+    sys.stderr.flush()
+    os._exit(0)  # destroying groups may hang, see gck.cli.demo.worker
 
 
 def _measure(rank: int, assignment: dict[str, Any], name: str, numel: int) -> dict[str, Any]:
@@ -74,10 +78,6 @@ def _fingerprint(grad: Tensor, state: gck.ErrorFeedback) -> int:
     """Of the result and both residuals."""
     parts = [grad, *(residual for residual in (state.worker, state.server) if residual is not None)]
     return hash(tuple(int(part.view(torch.int32).sum()) for part in parts))
-
-
-def _tell(**report: Any) -> None:
-    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

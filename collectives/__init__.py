@@ -9,6 +9,7 @@ from gck.collectives.all_reduce import (
     all_reduce_many_,
     packed_all_reduce_,
 )
+from gck.collectives.compute import measure_compute
 from gck.collectives.cost import (
     Cost,
     HierarchicalCost,
@@ -44,6 +45,7 @@ __all__ = [
     "choose_piece_numel",
     "empty_cache",
     "hierarchical_cost",
+    "measure_compute",
     "packed_all_reduce_",
     "resolve",
     "sparse_all_gather",

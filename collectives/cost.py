@@ -1,6 +1,15 @@
 """What an all-reduce costs: the bytes and messages of a rank, and the time that a link takes for them.
 
-Functions of the configuration alone, so that ranks agree without asking one another.
+Functions of the configuration alone, so that ranks agree without asking one another. The predicted time has
+three terms, of which a caller knows what its links and processors are:
+
+    rounds * latency        messages that wait for one another; see `Cost.rounds` and `Link.latency`
+    nbytes / bandwidth      payloads, at what a link has left when headers are paid: see `Link.ethernet`
+    compute                 compressing, reducing and decoding: `gck.collectives.measure_compute`
+
+They add up, because the steps of an all-reduce in one piece wait for one another: a rank can't send what it
+has not compressed. Left out: what a group agrees on once (the handshake of a new configuration, connections),
+what TCP does until it knows the link, packets that are lost, and ranks that start late.
 
 Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH"
 (2005), section 3, for the model of latency and bandwidth; Chan, Heimlich, Purkayastha and van de Geijn,
@@ -12,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gck.collectives.transports.rotation import ROTATE_FROM
 from gck.compressor import Compressor, server_of, shard_numel
 from gck.errors import ArgumentError
 
@@ -25,14 +35,18 @@ __all__ = [
     "hierarchical_cost",
 ]
 
+TCP_HEADERS = 20 + 20 + 12  # of IPv4, of TCP, and its timestamps
+FRAME_HEADER = 14
+
 
 @dataclass(frozen=True)
 class Link:
     """What every rank is connected by.
 
     Attributes:
-        latency: seconds from the start of a message to its arrival, beside its bytes.
-        bandwidth: bytes a second, in each direction.
+        latency: seconds from the start of a message to its arrival, beside its bytes: as good as always that
+            of the software, which wakes threads on either side. Measure it: a round of small messages.
+        bandwidth: bytes a second, in each direction, of what is sent; not of packets with their headers.
 
     Raises:
         ArgumentError: latency below 0, or bandwidth not above 0.
@@ -47,6 +61,23 @@ class Link:
         if not self.bandwidth > 0:
             raise ArgumentError(f"Link: bandwidth must be above 0 bytes a second, got {self.bandwidth}")
 
+    @classmethod
+    def ethernet(cls, bits_per_second: float, latency: float = 0.0, mtu: int = 1500) -> Link:
+        """A link of Ethernet, over which TCP sends as much as it receives: 1448 of 1547 bytes are payload.
+
+        That is where mtu is 1500: a frame has 14 bytes besides its packet, a packet 20 of IPv4 and 32 of TCP
+        with timestamps; and for every other packet that comes in, an acknowledgement of 66 goes out. These
+        are what Linux counts and shapes (`tc`); on a wire, preamble, checksum and gap take 24 more a frame.
+
+        Raises:
+            ArgumentError: mtu of 52 bytes or less; those of `Link`.
+        """
+        if mtu <= TCP_HEADERS:
+            raise ArgumentError(f"Link.ethernet: mtu must be above {TCP_HEADERS} bytes, got {mtu}")
+        acknowledgement = (FRAME_HEADER + TCP_HEADERS) / 2  # for each packet its half
+        share = (mtu - TCP_HEADERS) / (mtu + FRAME_HEADER + acknowledgement)
+        return cls(latency, bits_per_second / 8 * share)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -56,9 +87,8 @@ class Cost:
         algorithm: "dense", "one_phase" or "two_phase".
         nbytes: bytes sent, with the padding of payloads; headers of messages are left out.
         messages: how many messages these are.
-        rounds: how many of them wait for one another: a ring passes on what it has received, an all-to-all
-            sends all at once (over gloo messages of 256 KiB and more go one after another, whose latency is
-            little beside their bytes).
+        rounds: how many of them wait for one another: a ring passes on what it has received; an all-to-all
+            sends one message a round, or all at once where they are shorter than `ROTATE_FROM`, 32 KiB.
     """
 
     algorithm: str
@@ -66,9 +96,14 @@ class Cost:
     messages: int
     rounds: int
 
-    def seconds(self, link: Link) -> float:
-        """rounds * latency + nbytes / bandwidth: the time with nothing but the link in the way."""
-        return self.rounds * link.latency + self.nbytes / link.bandwidth
+    def seconds(self, link: Link, compute: float = 0.0) -> float:
+        """rounds * latency + nbytes / bandwidth + compute.
+
+        Args:
+            compute: seconds that a rank takes to compress, reduce and decode; 0: nothing but the link is in
+                the way.
+        """
+        return self.rounds * link.latency + self.nbytes / link.bandwidth + compute
 
 
 @dataclass(frozen=True)
@@ -111,7 +146,8 @@ def all_reduce_cost(
         return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
     if algorithm == "two_phase" and unit is not None:
         shards = _both_phases(compressor, numels, world_size)
-        return Cost(algorithm, others * shards, 2 * others, 1 + others if others else 0)
+        swaps = others if _nbytes(compressor, numels, world_size) >= ROTATE_FROM else min(1, others)
+        return Cost(algorithm, others * shards, 2 * others, swaps + others)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
 
 

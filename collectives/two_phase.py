@@ -18,7 +18,7 @@ from torch import Tensor
 from gck.collectives.pieces import Piece, Slice, cut, pipelined
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
-from gck.compressor import Compressor, compressor_at, reduce_, server_of, shard_numel
+from gck.compressor import Compressor, compressor_at, decompress_shards_, reduce_, server_of, shard_numel
 from gck.errors import ArgumentError
 
 __all__ = ["Shards", "two_phase"]
@@ -173,6 +173,9 @@ class _Job(NamedTuple):
         server = server_of(self.compressor, self.world_size)
         server_sizes = [server.layout(part.numel).nbytes for part in piece]
         for part, slots in zip(piece, gathered.split(server_sizes, 1), strict=True):
+            if self._whole(part):
+                decompress_shards_(server, self.results[part.tensor], slots, part.numel)
+                continue
             for owner, slot in enumerate(slots):
                 valid = self._valid(part, owner)
                 if valid:

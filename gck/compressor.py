@@ -124,6 +124,26 @@ def decompress_sum_(
         compressor.decompress_(out, body, capacity=capacity, accumulate=True)
 
 
+def decompress_shards_(compressor: Compressor, out: Tensor, bodies: Tensor, shard: int) -> None:
+    """Writes what the rows of `bodies` decode to side by side: row s to out[s * shard : (s + 1) * shard].
+
+    A row that `out` ends in was laid out for the elements that it has, and starts where the others do; those
+    behind it are not looked at. A compressor that can do it in one pass has a method `decompress_shards_`
+    (see `gck.kernels.common.base.KernelCompressor`); any other decodes one row after the other.
+
+    Args:
+        out: (numel,) fp32 contiguous; overwritten.
+        bodies: (S, compressor.layout(shard).nbytes) uint8, rows contiguous, with S * shard >= numel.
+        shard: elements a row, a multiple of shard_unit.
+    """
+    fused = getattr(compressor, "decompress_shards_", None)
+    if fused is not None:
+        fused(out, bodies, shard)
+        return
+    for part, body in zip(out.split(shard), bodies, strict=False):
+        compressor.decompress_(part, body[: compressor.layout(part.numel()).nbytes])
+
+
 def reduce_(
     compressor: Compressor,
     bodies: Tensor,

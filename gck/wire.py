@@ -7,21 +7,36 @@ elements alone, so ranks never have to exchange sizes.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from gck.errors import CorruptPayloadError
 
-__all__ = ["ALIGNMENT", "Field", "Layout", "body_in_place", "body_of", "layout_of", "payloads_of"]
+__all__ = [
+    "ALIGNMENT",
+    "Field",
+    "Layout",
+    "body_in_place",
+    "body_of",
+    "layout_of",
+    "memory_of",
+    "payloads_of",
+]
 
 P = TypeVar("P", bound=tuple[Any, ...])
 
 ALIGNMENT = 16
 SMALL = 1 << 14  # bytes
+# Tensors do not speak the buffer protocol without NumPy, which gck does not need otherwise.
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def _align(nbytes: int) -> int:
@@ -143,3 +158,10 @@ def payloads_of(like: P, rows: Iterable[Tensor]) -> list[P]:
         fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in like)
         payloads.append(type(like)(*fields))
     return payloads
+
+
+def memory_of(body: Tensor) -> memoryview:
+    """The memory of a contiguous (n,) uint8 tensor on the CPU, which the caller keeps alive; writable."""
+    if not body.numel():
+        return memoryview(bytearray())
+    return cast(memoryview, _memory_at(body.data_ptr(), body.numel(), WRITABLE))

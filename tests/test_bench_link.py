@@ -34,11 +34,23 @@ def test_on_loopback(tmp_path: Path) -> None:
 
 def test_records() -> None:
     network = Network([Node(0, "x", "10.77.0.1", 10**8)], "100mbit", None)
-    event = {"method": BASELINE, "numel": 1000, "seconds": [3.0, 1.0, 2.0], "wire_bytes": 7.0}
-    record = record_of(event, 4, network)
+    event = {
+        "method": BASELINE,
+        "numel": 1000,
+        "seconds": [3.0, 1.0, 2.0],
+        "wire_bytes": 7.0,
+        "compute": 0.5,
+    }
+    record = record_of(event, 4, network, 0.25)
     assert record["nbytes"] == 6000  # of 4,000 three quarters, twice
     assert record["seconds"] == 2.0
     assert record["ideal_seconds"] == pytest.approx(6000 / (10**8 / 8 * 1448 / 1514))
+    assert record["predicted"] == {
+        "latency": 1.5,  # a ring of four, twice
+        "bytes": pytest.approx(6000 / (10**8 / 8 * 1448 / 1547)),
+        "compute": 0.5,
+        "seconds": pytest.approx(2.0 + 6000 / (10**8 / 8 * 1448 / 1547)),
+    }
     assert record["algbw"] == 2000.0
     assert record["busbw"] == 3000.0
 

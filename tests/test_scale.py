@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from bench import scale
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """The benchmark computes with one thread a rank; others here shall not."""
-    before = torch.get_num_threads()
+    """The benchmark computes with one thread a rank, which waits long for its turn; others here shall not."""
+    before = torch.get_num_threads(), sys.getswitchinterval()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    sys.setswitchinterval(before[1])
 
 
 def test_a_small_world(tmp_path: Path) -> None:
@@ -29,10 +31,8 @@ def test_a_small_world(tmp_path: Path) -> None:
         assert record["same_bits"]
         assert record["nbytes"] == record["predicted_nbytes"] > 0
         assert record["error_of_sum"] <= record["error_of_first"] < 1
-    assert records["dense fp32"]["error_of_first"] < 1e-6 < records["sign, 256"]["error_of_first"]
+    assert records["dense fp32"]["error_of_first"] < 1e-6 < records["sign"]["error_of_first"]
 
 
 def test_what_would_not_fit_is_left_out() -> None:
-    assert (
-        scale.received("top-k 1 %", 1024, 1 << 18) > scale.MEMORY > scale.received("sign, 256", 1024, 1 << 18)
-    )
+    assert scale.held("8 bits", 1024, 1 << 20) > scale.MEMORY > scale.held("8 bits", 1024, 1 << 18)

@@ -109,12 +109,15 @@ def _measure(
             commands.append(network.command(rank, argv))
         environment = {"GLOO_SOCKET_IFNAME": network.interface, "PYTHONPATH": str(ROOT)}
         with crew(commands, environment, Path(scratch)) as running:
+            latency = 0.0
             for _, event in running.events(limit):
-                if event["event"] == "begin":
+                if event["event"] == "latency":
+                    latency = event["seconds"]
+                elif event["event"] == "begin":
                     progress.update(task, description=f"{event['method']}, {event['numel']:,}")
                 elif event["event"] == "done":
                     progress.advance(task)
-                    yield record_of(event, workers, network)
+                    yield record_of(event, workers, network, latency)
 
 
 if __name__ == "__main__":

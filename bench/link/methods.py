@@ -35,12 +35,15 @@ class Method:
         make: the method for gradients of `numel` elements, on every rank.
         nbytes: bytes that a rank sends, of (numel, world size).
         untimed: calls before the first that counts: a step does not allocate and agree as the first one does.
+        compressor: gck's, or any with algorithm "dense": what the cost model predicts the time of.
     """
 
     title: str
     make: Callable[[int], Run]
     nbytes: Callable[[int, int], int]
     untimed: int = 1
+    compressor: gck.Compressor | None = None
+    algorithm: str = "auto"
 
 
 def _ring(nbytes: int, world_size: int) -> int:
@@ -152,13 +155,16 @@ def _gck(title: str, compressor: gck.Compressor) -> Method:
 
         return run
 
-    return Method(title, make, lambda numel, world: all_reduce_cost(compressor, [numel], world).nbytes)
+    def nbytes(numel: int, world_size: int) -> int:
+        return all_reduce_cost(compressor, [numel], world_size).nbytes
+
+    return Method(title, make, nbytes, compressor=compressor)
 
 
 METHODS = {
     method.title: method
     for method in (
-        Method(BASELINE, _dense, lambda n, w: _ring(4 * n, w)),
+        Method(BASELINE, _dense, lambda n, w: _ring(4 * n, w), compressor=gck.TopK(k=1), algorithm="dense"),
         Method(
             "PyTorch bf16 hook",
             _hooked(default_hooks.bf16_compress_hook, lambda: None),

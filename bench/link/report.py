@@ -13,28 +13,33 @@ from rich.table import Table
 from bench.link.methods import BASELINE, METHODS
 from gck.cli.links import format_rate, parse_rate
 from gck.cli.network import Network
+from gck.collectives import Link, all_reduce_cost
 
 __all__ = ["draw", "goodput", "record_of", "show"]
 
 Record = dict[str, Any]
+MEGA = 1e6
 # Of an Ethernet frame of 1514 bytes, which is what tc counts, TCP's stream gets 1448.
 TCP_SHARE = 1448 / 1514
-MEGA = 1e6
 COLUMNS = (
-    "elements", "", "time", "spread", "ideal", "over ideal", "payload", "wire", "algbw", "busbw", "x dense",
+    "elements", "", "time", "spread", "ideal", "over ideal", "predicted", "over predicted", "payload", "wire",
+    "algbw", "busbw", "x dense",
 )  # fmt: skip
 
 
 def goodput(network: Network) -> float:
-    """Bytes a second that a link can carry for those who send over TCP."""
+    """Bytes a second that a link can carry for those who send over TCP, without its acknowledgements."""
     return (network.nodes[0].bits_per_second or 0) / 8 * TCP_SHARE
 
 
-def record_of(event: Record, workers: int, network: Network) -> Record:
+def record_of(event: Record, workers: int, network: Network, latency: float) -> Record:
     """What is known of one case.
 
     algbw and busbw are those of nccl-tests: bytes of the fp32 gradient over the time, and that times
     2 (W - 1) / W.
+
+    Args:
+        latency: seconds of a round of small messages, measured on the same links.
     """
     numel, seconds = event["numel"], statistics.median(event["seconds"])
     nbytes = METHODS[event["method"]].nbytes(numel, workers)
@@ -49,8 +54,24 @@ def record_of(event: Record, workers: int, network: Network) -> Record:
         "nbytes": nbytes,
         "wire_bytes": event["wire_bytes"],
         "ideal_seconds": nbytes / goodput(network) if network.nodes else None,
+        "predicted": predicted(event, workers, network, latency),
         "algbw": 4 * numel / seconds,
         "busbw": 4 * numel / seconds * 2 * (workers - 1) / workers,
+    }
+
+
+def predicted(event: Record, workers: int, network: Network, latency: float) -> Record | None:
+    """The terms of the cost model, in seconds, and their sum; None where there is no link, or no model."""
+    method = METHODS[event["method"]]
+    if not network.nodes or method.compressor is None:
+        return None
+    link = Link.ethernet(network.nodes[0].bits_per_second or 0, latency)
+    cost = all_reduce_cost(method.compressor, [event["numel"]], workers, method.algorithm)
+    return {
+        "latency": cost.rounds * latency,
+        "bytes": cost.nbytes / link.bandwidth,
+        "compute": event["compute"],
+        "seconds": cost.seconds(link, event["compute"]),
     }
 
 
@@ -66,7 +87,7 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for i, r in enumerate(records):
         dense, times = baseline(r, records), r["all_seconds"]
-        ideal = r["ideal_seconds"]
+        ideal, guess = r["ideal_seconds"], r["predicted"]
         last = i + 1 == len(records) or records[i + 1]["numel"] != r["numel"]
         table.add_row(
             f"{r['numel']:,}",
@@ -75,6 +96,8 @@ def show(records: Sequence[Record], title: str, console: Console) -> None:
             f"{1e3 * (max(times) - min(times)):.1f}",
             "" if ideal is None else f"{1e3 * ideal:.1f} ms",
             "" if ideal is None else f"{r['seconds'] / ideal:.2f}",
+            "" if guess is None else f"{1e3 * guess['seconds']:.1f} ms",
+            "" if guess is None else f"{r['seconds'] / guess['seconds']:.2f}",
             f"{r['nbytes'] / MEGA:.3f} MB",
             f"{r['wire_bytes'] / MEGA:.3f} MB",
             f"{r['algbw'] / MEGA:,.0f} MB/s",

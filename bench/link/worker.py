@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from bench.link.methods import METHODS, Method
 from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
+from gck.collectives import measure_compute, resolve
 
 __all__ = ["Assignment", "main"]
 
@@ -51,6 +53,9 @@ def main(argv: list[str]) -> None:
         world_size=assignment.world_size,
         timeout=timedelta(seconds=assignment.timeout),
     )
+    latency = measure_latency()
+    if assignment.rank == 0:
+        tell(events, event="latency", seconds=latency)
     for title, numel, repeats in assignment.repeats:
         if assignment.rank == 0:
             tell(events, event="begin", method=title, numel=numel)
@@ -59,6 +64,28 @@ def main(argv: list[str]) -> None:
     events.close()
     sys.stderr.flush()
     os._exit(0)  # destroying groups may hang, see gck.cli.demo.worker
+
+
+def measure_latency(repeats: int = 50) -> float:
+    """Seconds of a round in which every rank passes 16 bytes on: of links, and of threads that wake up."""
+    transport, send, seconds = resolve(None), torch.zeros(16, dtype=torch.uint8), []
+    for _ in range(repeats):
+        dist.barrier()
+        began = time.perf_counter()
+        transport.all_gather_bytes(send)
+        seconds.append((time.perf_counter() - began) / max(1, transport.world_size - 1))
+    return statistics.median(seconds)
+
+
+def compute_of(method: Method, numel: int) -> float | None:
+    """What the cost model cannot know: compressing and so on, of the slowest rank, as all are at it."""
+    if method.compressor is None or method.algorithm == "dense":  # that computes inside gloo
+        return None if method.compressor is None else 0.0
+    world_size = dist.get_world_size()
+    own = measure_compute(method.compressor, numel, world_size, method.algorithm, before=dist.barrier)
+    slowest = torch.tensor([own], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest)
 
 
 def measure(assignment: Assignment, method: Method, numel: int, repeats: int, events: TextIO) -> None:
@@ -86,6 +113,7 @@ def measure(assignment: Assignment, method: Method, numel: int, repeats: int, ev
     dist.all_reduce(total)
     # On loopback every worker has read what all of them sent.
     shares = assignment.world_size * repeats * (assignment.world_size if assignment.shared_interface else 1)
+    compute = compute_of(method, numel)
     if assignment.rank == 0:
         tell(
             events,
@@ -94,6 +122,7 @@ def measure(assignment: Assignment, method: Method, numel: int, repeats: int, ev
             numel=numel,
             seconds=slowest.tolist(),
             wire_bytes=total.item() / shares,
+            compute=compute,
         )
 
 

@@ -16,7 +16,6 @@ operation. Checksums are taken on the host: messages from a device are copied th
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
 import torch
@@ -24,13 +23,13 @@ from torch import Tensor
 
 from gck.collectives.transports import CallLog, Transport
 from gck.errors import BackendUnavailableError, CorruptPayloadError, GroupUnusableError
+from gck.wire import memory_of
 
 __all__ = ["DAMAGED", "Checked", "agree_on_fault"]
 
 TRAILER = struct.Struct("<QIHH")
 VERDICT = struct.Struct("<QBxHI")
 NBYTES = 16
-_NONE = memoryview(b"")
 WELL, DAMAGED, MISPLACED = range(3)
 WORDS = {DAMAGED: "was damaged: its checksum differs", MISPLACED: "belongs to another operation"}
 
@@ -93,7 +92,7 @@ class Checked:
         self._inner.all_reduce(tensor)
         self._inner.synchronize()
         host = _on_host(tensor)
-        digest = self._hash(_view(host))
+        digest = self._hash(memory_of(host))
         send = torch.frombuffer(bytearray(struct.pack("<Q", digest)), dtype=torch.uint8)
         digests = {bytes(row.tolist()) for row in self.all_gather_bytes(send)}
         if len(digests) > 1:
@@ -122,7 +121,7 @@ class Checked:
     def _trailer(self, message: Tensor, sender: int, receiver: int) -> bytes:
         """receiver: the seed of the checksum: 1 + its rank, or 0 where all ranks get the same."""
         place = self._sequence, self._operation & 0xFFFF, sender & 0xFFFF
-        return TRAILER.pack(self._hash(_view(message), receiver), *place)
+        return TRAILER.pack(self._hash(memory_of(message), receiver), *place)
 
     def _checked(self, operation: str, received: Tensor, receiver: int) -> Tensor:
         """The rows of `received` without their trailers, once every rank has found its own well."""
@@ -177,11 +176,6 @@ def agree_on_fault(transport: Transport, operation: str, fault: tuple[int, int] 
 def _on_host(tensor: Tensor) -> Tensor:
     """Its bytes: (nbytes,) uint8, without a copy where it is on the host already."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-
-
-def _view(host: Tensor) -> memoryview:
-    """The memory of a tensor that is alive, for whoever reads buffers."""
-    return memoryview((ctypes.c_ubyte * host.numel()).from_address(host.data_ptr())) if len(host) else _NONE
 
 
 def _damaged(text: str) -> CorruptPayloadError:

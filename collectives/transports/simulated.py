@@ -29,11 +29,30 @@ T = TypeVar("T")
 @dataclass
 class _Round:
     """One operation: what each rank posted (private copies, so posts never change), who has read it, and
-    why it failed: a rank that comes late must not find it complete when others have given it up."""
+    why it failed: a rank that comes late must not find it complete when others have given it up.
+
+    What is the same for all ranks is done once, not by each of them: in a world of 1024 once is 1024 steps.
+    """
 
     posts: dict[int, tuple[str, Tensor | None]] = field(default_factory=dict)
     readers: int = 0
     failure: str | None = None
+    alike: bool = False  # once all have posted: whether they agree on what they call
+    joining: threading.Lock = field(default_factory=threading.Lock)
+    joined: Tensor | None = None
+
+    def join(self, how: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """What the first rank makes of all posts, in rank order."""
+        with self.joining:
+            if self.joined is None:
+                posts = [self.posts[rank][1] for rank in range(len(self.posts))]
+                self.joined = how([post for post in posts if post is not None])
+                if self.joined.is_cuda:
+                    # Others read it on streams of their own.
+                    torch.cuda.current_stream(self.joined.device).synchronize()
+            if self.joined.is_cuda:
+                self.joined.record_stream(torch.cuda.current_stream(self.joined.device))
+            return self.joined
 
 
 class SimulatedGroup:
@@ -45,15 +64,18 @@ class SimulatedGroup:
     Args:
         world_size: number of ranks, at least 1.
         timeout: seconds that one wait may take.
+        shared_gathers: an all-gather returns one tensor to all ranks, which none may write to: a world of
+            1024 may have no room for a copy each.
 
     Raises:
         ArgumentError: world_size or timeout out of range.
     """
 
-    def __init__(self, world_size: int, timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, timeout: float = 60.0, *, shared_gathers: bool = False) -> None:
         if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
             raise ArgumentError(f"SimulatedGroup: world_size must be a positive int, got {world_size!r}")
         self.world_size = world_size
+        self.shared_gathers = shared_gathers
         self._condition = threading.Condition()
         self._rounds: dict[int, _Round] = {}
         self._departed: dict[int, str] = {}
@@ -137,7 +159,8 @@ class SimulatedGroup:
         with self._condition:
             child = self._splits.get((number, color))
             if child is None:
-                child = self._splits[number, color] = SimulatedGroup(len(ranks), timeout)
+                child = SimulatedGroup(len(ranks), timeout, shared_gathers=self.shared_gathers)
+                self._splits[number, color] = child
                 self._children.append((ranks, child))
             return child
 
@@ -158,11 +181,12 @@ class SimulatedGroup:
             current = self._rounds.setdefault(number, _Round())
             current.posts[rank] = (kind, own)
             if len(current.posts) == self.world_size:
+                current.alike = len({(kind, _shape(post)) for kind, post in current.posts.values()}) == 1
                 self._condition.notify_all()
         return number
 
-    def _collect(self, member: SimulatedMember, number: int) -> list[Tensor | None]:
-        """What every rank has posted to a round, once all have."""
+    def _collect(self, member: SimulatedMember, number: int) -> _Round:
+        """A round, once every rank has posted to it, and the same operation."""
         rank = member.rank
         with self._condition:
             current = self._rounds[number]
@@ -171,20 +195,20 @@ class SimulatedGroup:
             current.readers += 1
             if current.readers == self.world_size:
                 del self._rounds[number]
-        for other, (their_kind, post) in sorted(current.posts.items()):
-            if their_kind != kind or _shape(post) != _shape(own):
-                raise self._spoil(
-                    rank,
-                    CollectiveMismatchError(
-                        f"rank {rank} calls {kind} with {_shape(own)}, rank {other} calls {their_kind} "
-                        f"with {_shape(post)}"
-                    ),
-                )
-        posts = [current.posts[other][1] for other in range(self.world_size)]
-        for post in posts:
-            if post is not None and post.is_cuda:
-                post.record_stream(torch.cuda.current_stream(post.device))
-        return posts
+        if not current.alike:
+            other, (their_kind, post) = next(
+                (other, post)
+                for other, post in sorted(current.posts.items())
+                if (post[0], _shape(post[1])) != (kind, _shape(own))
+            )
+            raise self._spoil(
+                rank,
+                CollectiveMismatchError(
+                    f"rank {rank} calls {kind} with {_shape(own)}, rank {other} calls {their_kind} "
+                    f"with {_shape(post)}"
+                ),
+            )
+        return current
 
     def _wait(self, member: SimulatedMember, kind: str, current: _Round) -> None:
         where, deadline = f"{kind} on rank {member.rank}", time.monotonic() + member.timeout
@@ -257,12 +281,9 @@ class SimulatedMember:
         return self.start_all_to_all_bytes(send).wait()
 
     def start_all_gather_bytes(self, send: Tensor) -> Started:
-        def gathered(rows: list[Tensor]) -> Tensor:
+        def gathered(rows: Tensor) -> Tensor:
             self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.numel()
-            recv = send.new_empty(self.world_size, send.numel())
-            for rank, row in enumerate(rows):
-                recv[rank] = row
-            return recv
+            return rows if self.group.shared_gathers else rows.clone()
 
         return self._start("all_gather", send, gathered)
 
@@ -272,22 +293,17 @@ class SimulatedMember:
                 f"all_to_all_bytes: send must have {self.world_size} rows, got {tuple(send.shape)}"
             )
 
-        def swapped(rows: list[Tensor]) -> Tensor:
+        def swapped(rows: Tensor) -> Tensor:
             self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.shape[1]
-            recv = send.new_empty(send.shape)
-            for rank, row in enumerate(rows):
-                recv[rank] = row[self._rank]
-            return recv
+            return rows[:, self._rank].clone()
 
         return self._start("all_to_all", send, swapped)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        rows = self._rows(self.group._post(self, "all_reduce", tensor))
+        current = self.group._collect(self, self.group._post(self, "all_reduce", tensor))
         sent = 2 * tensor.numel() * tensor.element_size() * (self.world_size - 1) // self.world_size
         self.group._bytes_sent[self._rank] += sent
-        tensor.copy_(rows[0])
-        for row in rows[1:]:
-            tensor += row
+        tensor.copy_(current.join(_sum))
 
     def barrier(self) -> None:
         self.group._collect(self, self.group._post(self, "barrier", None))
@@ -304,28 +320,33 @@ class SimulatedMember:
 
         All ranks call it. Within `run` of this group, the new one is used like any other.
         """
-        posts = self._rows(self.group._post(self, "split", torch.tensor([color])))
-        ranks = [rank for rank, other in enumerate(posts) if int(other) == color]
+        current = self.group._collect(self, self.group._post(self, "split", torch.tensor([color])))
+        colors = current.join(torch.stack).view(-1).tolist()
+        ranks = [rank for rank, other in enumerate(colors) if other == color]
         group = self.group._split(len(self._tickets), color, ranks, self._timeout)
         return group.members[ranks.index(self._rank)]
 
-    def _start(self, kind: str, send: Tensor, result: Callable[[list[Tensor]], Tensor]) -> Started:
+    def _start(self, kind: str, send: Tensor, result: Callable[[Tensor], Tensor]) -> Started:
         return _Posted(self, self.group._post(self, kind, send), result)
-
-    def _rows(self, number: int) -> list[Tensor]:
-        return [row for row in self.group._collect(self, number) if row is not None]
 
 
 @dataclass(frozen=True)
 class _Posted:
-    """An operation that waits for the others' posts."""
+    """An operation that waits for the others' posts; `result` makes of all of them what this rank gets."""
 
     member: SimulatedMember
     number: int
-    result: Callable[[list[Tensor]], Tensor]
+    result: Callable[[Tensor], Tensor]
 
     def wait(self) -> Tensor:
-        return self.result(self.member._rows(self.number))
+        return self.result(self.member.group._collect(self.member, self.number).join(torch.stack))
+
+
+def _sum(rows: list[Tensor]) -> Tensor:
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total
 
 
 def _shape(post: Tensor | None) -> str:

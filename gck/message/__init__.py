@@ -7,10 +7,9 @@ what a receiver checks: docs/wire-format.md.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from gck.message.contents import check_padding, with_clear_padding
 from gck.message.formats import OPTIONS, Format, checked, format_of
 from gck.message.header import CHECKSUM, HEADER_NBYTES, MOST_NUMEL, VERSION, Header, parse
 from gck.payload import Payload
-from gck.wire import Layout, body_of
+from gck.wire import Layout, body_of, memory_of
 
 __all__ = ["HEADER_NBYTES", "VERSION", "Header", "from_bytes", "read_header", "to_buffers", "to_bytes"]
 
@@ -50,7 +49,7 @@ def to_bytes(payload: Payload, *, checksum: bool = True) -> bytes:
         BackendUnavailableError: checksum is asked for and xxhash is not installed.
     """
     header, body = _buffers("to_bytes", payload, checksum)
-    return b"".join((header, _memory(body)))
+    return b"".join((header, memory_of(body)))
 
 
 def to_buffers(payload: Payload, *, checksum: bool = True) -> tuple[bytes, Tensor]:
@@ -99,7 +98,7 @@ def from_bytes(
             )
         # A copy, so that nobody can change what has been checked, and fields are aligned.
         body = torch.empty(header.body_nbytes, dtype=torch.uint8)
-        _memory(body)[:] = view[HEADER_NBYTES:]
+        memory_of(body)[:] = view[HEADER_NBYTES:]
     if header.flags & CHECKSUM:
         found = _checksum(function, header, body)
         if found != header.checksum:
@@ -201,7 +200,7 @@ def _checksum(function: str, header: Header, body: Tensor) -> int:
             ", or do without: to_bytes(payload, checksum=False)"
         ) from error
     found = xxh3_64(header._replace(checksum=0).pack())
-    found.update(_memory(body))
+    found.update(memory_of(body))
     return found.intdigest()
 
 
@@ -224,7 +223,7 @@ def _viewed(function: str, data: Any) -> Iterator[memoryview]:
                 f"got {tuple(data.shape)} of {data.dtype}"
             )
         host = data.detach().cpu()
-        yield _memory(host)
+        yield memory_of(host)
         return
     try:
         whole = memoryview(data)
@@ -238,17 +237,3 @@ def _viewed(function: str, data: Any) -> Iterator[memoryview]:
             raise LayoutError(f"{function}: data must be contiguous, got strides {whole.strides}")
         with whole.cast("B") as view:
             yield view
-
-
-# Tensors do not speak the buffer protocol without NumPy, which gck does not need otherwise.
-_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
-_memory_at.restype = ctypes.py_object
-_memory_at.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
-WRITABLE = 0x200  # PyBUF_WRITE
-
-
-def _memory(body: Tensor) -> memoryview:
-    """The memory of a (n,) uint8 tensor on the CPU, which the caller keeps alive."""
-    if not body.numel():
-        return memoryview(bytearray())
-    return cast(memoryview, _memory_at(body.data_ptr(), body.numel(), WRITABLE))

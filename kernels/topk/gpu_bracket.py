@@ -135,9 +135,7 @@ def bracket_by_sample(
     low = _from(b_key, rank, middle - OCTAVE // 4)
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
     last = tl.where(expected > margin, expected - margin, 1)
-    guess, upper = _keys_of_ranks(
-        b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, stop, GUESS_BITS
-    )
+    guess, upper = _keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, stop, GUESS_BITS)
     if expected > margin:
         stop = upper + GUESS_WIDTH
     elif expected < SURE:

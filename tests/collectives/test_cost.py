@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 
 import gck
-from gck.collectives import Link, SimulatedGroup, all_reduce_cost, break_even_density
+from gck.collectives import (
+    Link,
+    SimulatedGroup,
+    all_reduce_cost,
+    break_even_density,
+    choose_algorithm,
+    compute,
+    measure_compute,
+)
 from gck.collectives.transports.simulated import SimulatedMember
 from gck.errors import ArgumentError
 
@@ -61,9 +70,60 @@ def test_break_even(world_size: int) -> None:
 
 def test_seconds() -> None:
     cost = all_reduce_cost(gck.Sign(), [1 << 20], 4, "two_phase")
-    assert (cost.messages, cost.rounds) == (6, 4)
+    assert (cost.messages, cost.rounds) == (6, 6)  # messages of 36 KiB go one after the other
+    assert all_reduce_cost(gck.Sign(), [1 << 19], 4, "two_phase").rounds == 1 + 3
     link = Link(latency=0.001, bandwidth=125e6)
-    assert cost.seconds(link) == pytest.approx(0.004 + cost.nbytes / 125e6)
+    assert cost.seconds(link) == pytest.approx(0.006 + cost.nbytes / 125e6)
+
+
+def test_terms_of_the_time() -> None:
+    link = Link.ethernet(1e8, latency=0.0005)
+    assert link.bandwidth == pytest.approx(12.5e6 * 1448 / 1547)
+    assert Link.ethernet(1e8, mtu=9000).bandwidth == pytest.approx(12.5e6 * 8948 / 9047)
+    cost = all_reduce_cost(gck.Quantize(), [1 << 20], 4, "two_phase")
+    assert cost.seconds(link, compute=0.25) == pytest.approx(0.25 + cost.seconds(link))
+    with pytest.raises(ArgumentError, match="mtu must be above 52 bytes, got 52"):
+        Link.ethernet(1e8, mtu=52)
+
+
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, gck.RandomK(ratio=0.1)], ids=str)
+def test_compute_is_that_of_a_whole_all_reduce(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def spy(grad: torch.Tensor, state: Any, used: Any, transport: Any, **options: Any) -> None:
+        gck.all_reduce_(grad, state, used, transport, **options)
+        calls.append((grad.clone(), options["algorithm"]))
+
+    monkeypatch.setattr(compute, "all_reduce_", spy)
+    began, before = time.perf_counter(), [0]
+    seconds = measure_compute(compressor, 1000, 5, repeats=2, before=lambda: before.append(0))
+    assert 0 < seconds < time.perf_counter() - began
+    assert len(calls) == len(before) - 1 == 3
+    grad, algorithm = calls[0]
+    assert algorithm == choose_algorithm(compressor, [1000], 5)
+    # Five ranks that say the same: in one phase the mean is what one of them says.
+    if algorithm == "one_phase":
+        alone = torch.randn(grad.numel(), generator=torch.Generator().manual_seed(0))
+        gck.all_reduce_(
+            alone, gck.ErrorFeedback(), compressor, SimulatedGroup(1).members[0], algorithm=algorithm
+        )
+        torch.testing.assert_close(grad, alone)
+    assert grad.isfinite().all()
+    assert grad.any()
+
+
+def test_compute_where_the_last_shard_is_short() -> None:
+    compressor = gck.ChunkTopK(k=32, chunk_size=64)
+    assert choose_algorithm(compressor, [1000], 10) == "two_phase"
+    for numel in (1, 1000, 1025):
+        assert measure_compute(compressor, numel, 10, "two_phase", repeats=1) > 0
+
+
+@pytest.mark.parametrize("wrong", [{"numel": 0}, {"world_size": True}, {"repeats": 0}])
+def test_wrong_arguments_of_compute(wrong: dict[str, Any]) -> None:
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(ArgumentError, match=f"{name} must be a positive int, got {value}"):
+        measure_compute(gck.Sign(), **{"numel": 10, "world_size": 2, **wrong})
 
 
 def test_wrong_arguments() -> None:

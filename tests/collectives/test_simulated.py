@@ -161,3 +161,19 @@ def test_a_started_operation_ends_though_a_rank_has_left() -> None:
         return gathered
 
     assert SimulatedGroup(2, timeout=20).run(rank_main) == [[[0], [1]], []]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gathers_may_be_shared(shared: bool) -> None:
+    def rank_main(member: SimulatedMember) -> tuple[Tensor, Tensor]:
+        half = member.split(member.rank % 2)
+        send = torch.tensor([member.rank], dtype=torch.uint8)
+        return member.all_gather_bytes(send), half.all_gather_bytes(send)
+
+    results = SimulatedGroup(4, timeout=20, shared_gathers=shared).run(rank_main)
+    for rank, (all_of_them, of_half) in enumerate(results):
+        assert all_of_them.view(-1).tolist() == [0, 1, 2, 3]
+        assert of_half.view(-1).tolist() == [rank % 2, rank % 2 + 2]
+    for operation, different in ((0, 1), (1, 2)):
+        places = {result[operation].data_ptr() for result in results}
+        assert len(places) == (different if shared else 4)

@@ -1,0 +1,314 @@
+"""What the hook of `gck.integrations.ddp` keeps from step to step: its options, and residuals by name."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gck.checkpoint import Loaded, load_state, save_state
+from gck.collectives import Work, resolve
+from gck.collectives.arguments import check_algorithm
+from gck.collectives.handshake import check_validate, describe
+from gck.collectives.transports import check_timeout
+from gck.compressor import Compressor
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
+from gck.errors import ArgumentError, DtypeError, StateMismatchError
+from gck.nonfinite import StepGuard
+
+__all__ = ["HookState"]
+
+STATE_VERSION = 1
+
+
+class HookState:
+    """What the hook keeps from step to step.
+
+    Args:
+        compressor: used for every parameter that is not bypassed.
+        warmup_steps: steps at the start that are reduced without compression.
+        bypass_numel: parameters of at most so many elements are reduced without compression, all those
+            of a bucket in one message.
+        bypass_1d: so are parameters of less than two dimensions (biases, norms), whatever their size.
+        model: the DDP module or the module inside, to key residuals by parameter name; `state_dict` needs
+            it. May be given later with `bind`.
+        group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
+            is a DDP module, else WORLD.
+        algorithm, validate, timeout, checksum: as for `gck.all_reduce_`.
+        overlap: reduce buckets on another thread while the backward pass goes on. Not where `model` is not
+            known, and not where it has a torch.nn.SyncBatchNorm, which sends in the backward pass itself.
+            False where other code does that on the same group: a thread more, and ranks might send in
+            different orders. The results are the same bits.
+        scaler: the torch.amp.GradScaler of the loss, or what has its `get_scale`. Before a step residuals are
+            rescaled where the scale has changed; implies `skip_nonfinite`. Without it, use `set_scale`.
+        skip_nonfinite: where a gradient of a step is not finite after the all-reduce, which all ranks see
+            alike, put all residuals back as they were before the step, since its optimizer step will be
+            skipped. Costs a copy of the residuals for the time of a step and a read of the gradients, at
+            whose end the host waits for the device. An error in a step puts them back as well.
+
+    Attributes:
+        step: synchronising steps done, skipped ones included.
+        skipped: steps in which something was not finite, where that is looked for.
+        scale: of the loss, that the residuals are in units of.
+        residuals: the `ErrorFeedbackMap`, by parameter name.
+
+    Raises:
+        DtypeError, ArgumentError: an option has a wrong type or is out of range.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        warmup_steps: int = 0,
+        bypass_numel: int = 1024,
+        bypass_1d: bool = True,
+        model: torch.nn.Module | None = None,
+        group: Any = None,
+        *,
+        algorithm: str = "auto",
+        validate: str = "first",
+        timeout: float | None = None,
+        checksum: bool = False,
+        overlap: bool = True,
+        scaler: Any = None,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        check_algorithm("HookState", compressor, algorithm)
+        check_validate("HookState", validate)
+        if timeout is not None:
+            check_timeout(timeout)
+        for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap), ("checksum", checksum)):
+            if not isinstance(value, bool):
+                raise DtypeError(f"HookState: {name} must be a bool, got {type(value).__name__}")
+        self.compressor = compressor
+        self.warmup_steps = _count("warmup_steps", warmup_steps)
+        self.bypass_numel = _count("bypass_numel", bypass_numel)
+        self.bypass_1d = bypass_1d
+        self.group = group
+        self.algorithm = algorithm
+        self.validate = validate
+        self.checksum = checksum
+        self.timeout = timeout
+        self.overlap = overlap
+        self.scaler = scaler
+        self.guard = StepGuard() if skip_nonfinite or scaler is not None else None
+        self.step = 0
+        self.skipped = 0
+        self.scale = 1.0
+        self.residuals = ErrorFeedbackMap()
+        self._bound = False
+        self._sends_in_backward = False
+        self._in_flight: list[Work[Tensor]] = []  # of this step's buckets, in their order
+        self._names: dict[int, str] = {}
+        # Keys are ids, which are unique only while the parameters live.
+        self._parameters: list[Tensor] = []
+        if model is not None:
+            self.bind(model)
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Learns the parameters' names; residuals that exist already follow. Where no group was given,
+        that of a DDP module is taken.
+
+        Raises:
+            ArgumentError: residuals exist for a parameter that is not in `model`.
+        """
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        named = {id(parameter): name for name, parameter in inner.named_parameters()}
+        strangers = [name for key, name in self._names.items() if key not in named and name in self.residuals]
+        if strangers:
+            raise ArgumentError(f"HookState.bind: model lacks {len(strangers)} parameters that were reduced")
+        for key, old in self._names.items():
+            if old in self.residuals and old != named[key]:
+                self.residuals.rename(old, named[key])
+        self._names = named
+        self._parameters = list(inner.parameters())
+        self._bound = True
+        self._sends_in_backward = any(isinstance(part, torch.nn.SyncBatchNorm) for part in inner.modules())
+        if self.group is None and isinstance(model, DistributedDataParallel):
+            self.group = model.process_group
+
+    def feedback(self, parameter: Tensor, create: bool = True) -> ErrorFeedback | None:
+        """The residuals of a parameter; None where it has none and `create` is false.
+
+        Raises:
+            ArgumentError: `bind` was called with a model that lacks the parameter.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            if self._bound:
+                raise ArgumentError(
+                    f"HookState: a parameter of shape {tuple(parameter.shape)} is not in the bound model"
+                )
+            name = self._names[id(parameter)] = f"<unnamed parameter {len(self._names)}>"
+            self._parameters.append(parameter)
+        return self.residuals[name] if create or name in self.residuals else None
+
+    def set_scale(self, scale: float) -> None:
+        """Tells the scale of the loss from the next step on; residuals are rescaled where it has changed.
+
+        Raises:
+            ArgumentError: it is not positive and finite.
+        """
+        check_factor("HookState.set_scale", scale, "scale")
+        if scale != self.scale:
+            self.residuals.rescale_(scale / self.scale)
+            self.scale = float(scale)
+
+    def save(self, directory: str | os.PathLike[str], *, keep: int = 2, shared: bool = True) -> Path:
+        """Writes this rank's residuals, as of `step`, to `directory`; see `gck.save_state`.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            Those of `gck.save_state`.
+        """
+        self._check_bound("save")
+        transport = resolve(self.group)
+        return save_state(
+            directory,
+            self.residuals,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            step=self.step,
+            compressor=self.compressor,
+            scale=self.scale,
+            keep=keep,
+            shared=shared,
+        )
+
+    def load(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        reshard: bool = False,
+        server: str = "keep",
+        shared: bool = True,
+    ) -> Loaded | None:
+        """Goes on from what `save` wrote; arguments, result and errors are those of `gck.load_state`.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            Those of `gck.load_state`; nothing was changed.
+        """
+        self._check_bound("load")
+        transport = resolve(self.group)
+        loaded = load_state(
+            directory,
+            self.residuals,
+            rank=transport.rank,
+            world_size=transport.world_size,
+            compressor=self.compressor,
+            step=step,
+            numels=self._numels(),
+            reshard=reshard,
+            server=server,
+            shared=shared,
+        )
+        if loaded is not None:
+            self.step, self.scale = loaded.step, loaded.scale
+        return loaded
+
+    def label(self, parameter: Tensor) -> str:
+        """How errors call a parameter: by its name, or by its shape where it has none."""
+        return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)}")
+
+    def bypassed(self, parameter: Tensor) -> bool:
+        """Whether a parameter's gradient is reduced without compression."""
+        return parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
+
+    def overlaps(self) -> bool:
+        """Whether buckets are reduced while the backward pass goes on."""
+        return self.overlap and self._bound and not self._sends_in_backward
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain dict for this rank's checkpoint: residuals by parameter name, and the step.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+        """
+        self._check_bound("state_dict")
+        transport = resolve(self.group)
+        return {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "scale": self.scale,
+            "rank": transport.rank,
+            "world_size": transport.world_size,
+            "compressor": describe(self.compressor, of_a_step=False),
+            "residuals": self.residuals.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, reset_server: bool = False) -> None:
+        """Continues from what `state_dict` returned on the same rank.
+
+        A worker residual is what one rank's messages left out: loaded on another rank as well, it would
+        be sent twice. So the rank must be the same, always. A world that grew starts the new ranks
+        without a state; in one that shrank, the residuals of the ranks that are gone are lost.
+
+        Args:
+            state: the dict of this rank.
+            reset_server: continue in a world of another size, or with another compressor: worker
+                residuals are gradients, which any compressor can send later, server residuals belong to
+                a shard and start from zero.
+
+        Raises:
+            ArgumentError: the parameters' names are not known.
+            StateMismatchError: the state is malformed or does not fit the model, the rank, or, without
+                reset_server, the world size or the compressor; nothing was changed.
+        """
+        self._check_bound("load_state_dict")
+        check_version("HookState.load_state_dict", state)
+        step, scale = state.get("step"), state.get("scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise StateMismatchError(f"HookState.load_state_dict: scale must be positive, got {scale!r}")
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
+        transport = resolve(self.group)
+        fixed: dict[str, object] = {"rank": transport.rank}
+        if not reset_server:
+            fixed |= {
+                "world_size": transport.world_size,
+                "compressor": describe(self.compressor, of_a_step=False),
+            }
+        for name, present in fixed.items():
+            if state.get(name) != present:
+                advice = (
+                    "; every rank saves and loads its own"
+                    if name == "rank"
+                    else "; reset_server=True keeps the worker residuals and starts the server's from zero"
+                )
+                raise StateMismatchError(
+                    f"HookState.load_state_dict: the saved state belongs to {name} {state.get(name)}, this "
+                    f"is {name} {present}{advice}"
+                )
+        self.residuals.load_state_dict(
+            state.get("residuals", {}),
+            numels=self._numels(),
+            rank=transport.rank,
+            world_size=transport.world_size,
+            reset_server=reset_server,
+        )
+        self.step, self.scale = step, float(scale)
+
+    def _numels(self) -> dict[str, int]:
+        return {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
+
+    def _check_bound(self, function: str) -> None:
+        if not self._bound:
+            raise ArgumentError(
+                f"HookState.{function}: parameters have no names; pass model= to HookState, or call bind"
+            )
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"HookState: {name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ArgumentError(f"HookState: {name} must be at least 0, got {value}")
+    return value
