@@ -167,14 +167,15 @@ def compress_kernel(
         sum_read(p_grad, p_err, p_sums, n, base, stop, decay, p_clip, CHUNKS * CHUNK, RESIDUAL)
     first = tl.cast(first_chunk, tl.int64) * CHUNK + base
     left = tl.minimum(stop - base, CHUNKS * CHUNK).to(tl.int32)
-    group = (p_grad + base, p_err + base, p_codes, p_scales, p_nonfinite, left, key_0, key_1, first)
-    group += (decay, p_clip)
+    p_grad += base
+    p_err += base
+    group = (p_grad, p_err, p_codes, p_scales, p_nonfinite, left, key_0, key_1, first, decay, p_clip)
     if left == CHUNKS * CHUNK:
         _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, True)
     elif left > 0:
         _compress_group(*group, CHUNKS, LEVELS, BITS, TWO_LEVELS, STOCHASTIC, RESIDUAL, False)
     if STATS:
-        sum_stored(p_err + base, p_sums, n, base, left, False)
+        sum_stored(p_err, p_sums, n, base, left, False)
 
 
 def encode_options(compressor: Any) -> tuple[dict[str, Any], int]:

@@ -42,7 +42,7 @@ BUDGETS = {
     "sign.reduce_kernel": (96, 96),
     "chunk_topk.compress_kernel": (120, 88),
     "chunk_topk.decompress_kernel": (88, 56),
-    "quantize.compress_kernel": (120, 64),
+    "quantize.compress_kernel": (120, 72),
     "quantize.decompress_kernel": (96, 64),
     "quantize.reduce_kernel": (96, 96),
     "random_k.compress_kernel": (80, 48),
@@ -81,7 +81,7 @@ LONE = (255, 176)
 SPILLED = (
     (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
     (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_.*", 20),
-    # Launches keep threads to the registers of whole groups; the one that the end cuts short has masks to keep.
+    # Launches keep threads to the registers of whole groups; the one that the end cuts short spills masks.
     (r"sign\.compress_kernel\[.*\]", "sm_.*", 240),
     (r"(sign|quantize)\.(compress|decompress|reduce)_kernel\[.*\]", "sm_.*", 220),
     (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
@@ -113,8 +113,8 @@ WIDE = {
     "topk.stream_kernel[fp32, fours]": (8, 4),
     "topk.stream_kernel[bf16, fours]": (4, 4),
     "sign.compress_kernel[fp32, 256]": (8, 4),
-    # A thread has 32 elements, of which only the residual is wide.
-    "sign.reduce_kernel[256, product]": (8, 8),
+    # Of 16 elements only the residual is wide.
+    "sign.reduce_kernel[256, product]": (4, 4),
     "quantize.compress_kernel[fp32, 8 bits, nearest, 256]": (8, 4),
     "random_k.compress_kernel[fp32, fp32]": (8, 4),
     "quantize.reduce_kernel[4 bits, nearest, 256, product]": (4, 4),
