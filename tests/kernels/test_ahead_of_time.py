@@ -81,7 +81,7 @@ LONE = (255, 176)
 SPILLED = (
     (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
     (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_.*", 20),
-    # Launches keep threads to the registers of whole groups; the one that the end cuts short has masks to keep.
+    # Launches keep threads to the registers of whole groups; one that the end cuts short has masks to keep.
     (r"sign\.compress_kernel\[.*\]", "sm_.*", 240),
     (r"(sign|quantize)\.(compress|decompress|reduce)_kernel\[.*\]", "sm_.*", 220),
     (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
