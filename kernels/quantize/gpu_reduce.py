@@ -24,7 +24,7 @@ from gck.kernels.quantize.gpu_decode import TOGETHER, add_codes
 
 # Registers a thread, where a warp has whole chunks that are rounded to nearest, and else: what groups need
 # that the vector's end does not cut short. The last one spills.
-REGISTERS: int | None = 64
+REGISTERS: int | None = 96
 MORE_REGISTERS: int | None = 96
 
 

@@ -23,7 +23,7 @@ WARPS = 4
 # Registers a thread, of several ranks' and of one's: what whole tiles need. The last tile spills.
 REGISTERS: int | None = 128
 ONE_REGISTERS: int | None = 48
-TOGETHER = 4  # ranks whose words are under way at the same time
+TOGETHER = 8  # ranks whose words are under way at the same time
 
 
 @triton.jit

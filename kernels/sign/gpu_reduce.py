@@ -20,7 +20,7 @@ from gck.kernels.common.tiles import load_tile
 from gck.kernels.sign.gpu import WARP_ELEMENTS, encode_group, encode_options
 from gck.kernels.sign.gpu_decode import TOGETHER, add_signs
 
-REGISTERS: int | None = 96  # a thread: what groups need that the vector's end does not cut short
+REGISTERS: int | None = 128  # a thread: what groups need that the vector's end does not cut short
 
 
 @triton.jit

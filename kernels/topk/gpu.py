@@ -75,9 +75,13 @@ from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE, ke
 
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
-# Entries of a row that are looked at together, and rows that then take few registers, in `refine` and `emit`.
-ROWS_OF_BLOCK = {32: (64, 8), 64: (32, 4), 128: (16, 4)}
-FEWEST_RUNS = 256  # where there are as many tiles: programs for every processor
+# By the entries of most rows of the list: rows and entries of them that fit into the registers of `refine`,
+# and of `emit`, together.
+SHAPES = {32: ((64, 32), (8, 32)), 64: ((32, 64), (4, 64)), 128: ((32, 64), (4, 128))}
+FEWEST_RUNS = 128  # where there are as many tiles: programs for every processor
+LONG_LIST = (
+    1 << 22
+)  # entries of room from which all programs have several tiles of a level, however large they are
 
 
 @triton.jit(do_not_specialize=["n", "capacity", "first_tile"])
@@ -263,10 +267,10 @@ def run_shapes(n: int, k: int) -> list[tuple[int, int, int]]:
         return [(1, ROWS, BLOCK)] * 2
     expected = k / n * gpu_guess.sample_lines(n, LINES) * LINE
     listed = TILE * k / n * (expected + 5 * expected**0.5 + 8) / expected
-    block = min(max(triton.next_power_of_2(int(1.2 * listed) + 4), min(ROWS_OF_BLOCK)), max(ROWS_OF_BLOCK))
+    entries = min(max(triton.next_power_of_2(int(1.2 * listed) + 4), min(SHAPES)), max(SHAPES))
     for_all = 1 << (triton.cdiv(n, TILE) // FEWEST_RUNS).bit_length() >> 1
-    rows = [max(1, min(most, for_all)) for most in ROWS_OF_BLOCK[block]]
-    return [(count, count, block) for count in rows]
+    shapes = [(max(1, min(most, for_all)), block) for most, block in SHAPES[entries]]
+    return [(rows, rows, block) for rows, block in shapes]
 
 
 def compress_(
@@ -354,7 +358,7 @@ def compress_(
                 *(n, k, capacity, tiles, runs[0], run_tiles[0], step),
                 LISTING=listing,
                 BINS=BINS,
-                LEVEL_TILE=min(LEVEL_TILE, TILE),
+                LEVEL_TILE=min(LEVEL_TILE, TILE) if capacity < LONG_LIST else TILE,
                 ROOM=NEAR_ROOM,
                 num_warps=REFINE_WARPS,
                 **(registers(TOGETHER_REGISTERS) | TOGETHER_LAUNCH if programs else {}),

@@ -3,7 +3,8 @@
 The sample is made of lines, runs of 16 elements at hashed places, so that no period of a gradient aligns with
 them. The bracket begins at the guess, the sample's key of rank f + 5 sqrt(sum of squared hits a line) + 8,
 where f is the expected rank of the k-th key and a hit a key of at least that rank: the squares measure how
-clustered the large elements are. It ends as many ranks on the other side.
+clustered the large elements are. It ends 3 sqrt(...) ranks on the other side, or later, where the bits that
+its keys differ in reach further. To miss the k-th key there costs some levels of the search, which is rare.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -37,9 +38,14 @@ SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expec
 @triton.jit
 def _reach(b_key, key):
     """How many keys of the sample are at least `key`."""
-    # In floating point, which is exact for numbers as small, because some versions add up comparisons by
-    # way of local memory; and all at once, because each thread then first adds up what it holds.
-    return tl.sum(tl.where(b_key >= key, 1.0, 0.0)).to(tl.int32)
+    return tl.sum(tl.where(b_key >= key, 1, 0))  # over both axes at once: each thread first adds up its own
+
+
+@triton.jit
+def _reach_both(b_key, key, other_key):
+    """How many keys are at least `key`, and at least `other_key`, in one sum: both are below 32768."""
+    both = tl.sum(tl.where(b_key >= key, 1, 0) + tl.where(b_key >= other_key, 65536, 0))
+    return both & 0xFFFF, both >> 16
 
 
 @triton.jit
@@ -67,8 +73,8 @@ def _keys_of_ranks(b_key, rank, low, high, other_rank, other_low, other_high, BI
     while tl.maximum(high - low, other_high - other_low) > 1:
         middle = low + (high - low) // 2
         other_middle = other_low + (other_high - other_low) // 2
-        up = _reach(b_key, middle << BITS) >= rank
-        other_up = _reach(b_key, other_middle << BITS) >= other_rank
+        reach, other_reach = _reach_both(b_key, middle << BITS, other_middle << BITS)
+        up, other_up = reach >= rank, other_reach >= other_rank
         # What has closed stays: its middle is its low end, which enough keys reach.
         low, high = tl.where(up, middle, low), tl.where(up, high, middle)
         other_low = tl.where(other_up, other_middle, other_low)
@@ -95,6 +101,7 @@ def _store(p_control, guess, expected, tie, stop):
     bits = tl.cast(0, tl.int32)
     while (stop - guess - 1) >> bits > 0:
         bits += 1
+    stop = tl.minimum(guess + (tl.cast(1, tl.int64) << bits), INFINITY)  # what so many bits reach anyway
     tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
     tl.store(p_control + EXPECTED, tl.minimum(tl.maximum(guess, expected), INFINITY).to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))
@@ -134,10 +141,11 @@ def bracket_by_sample(
     rank = tl.minimum(expected + margin, sampled)
     low = _from(b_key, rank, middle - OCTAVE // 4)
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
-    last = tl.where(expected > margin, expected - margin, 1)
-    guess, upper = _keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, stop, GUESS_BITS)
-    if expected > margin:
-        stop = upper + GUESS_WIDTH
+    upper = (margin - 8) // 5 * 3
+    last = tl.where(expected > upper, expected - upper, 1)
+    guess, last_key = _keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, stop, GUESS_BITS)
+    if expected > upper:
+        stop = last_key + GUESS_WIDTH
     elif expected < SURE:
         stop += 2 * OCTAVE
 

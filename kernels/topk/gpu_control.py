@@ -3,8 +3,8 @@
 The stream moves acc = grad + err into err, and what reaches a guessed key into a list. How the
 winners are found follows from what it counted:
 
-- LIST: the list holds them all, and some losers. In err stays 0 of those that are expected to win, and acc of the
-  others, so that few places of err are written again.
+- LIST: the list holds them all, and some losers. In err is 0 where one is expected to win, and else acc, so
+  that few places of err are written again.
 - KNOWN: too few were listed, but with the ties that were counted beside them they suffice: the tie's key is
   the threshold, and nothing needs to be refined.
 - SCAN: the guess was too high, or the list overflowed. All of acc is read from err.

@@ -21,12 +21,12 @@ from gck.kernels.topk import coded
 from gck.wire import Layout
 
 BLOCK = 1024  # payload entries a program of the scatter
-SUM_TILE = 8192
+SUM_TILE = 4096
 # (entries of a rank at a time, ranks whose entries are under way together, warps), where a tile has few
 # entries of a rank, and where it has many.
 SUM_FEW = (128, 8, 4)
 SUM_MANY = (256, 4, 8)
-FEW = 96  # entries of a rank in a tile, on average, that a block of the few mostly holds
+FEW = 48  # entries of a rank in a tile, on average, that a block of the few mostly holds
 ZEROS = tl.constexpr(256)  # that the last tile stores at a time
 SECTOR = tl.constexpr(8)  # elements that memory moves together
 # Entries an element, of all ranks, from which a tile is brought to the cache before it is added to: with

@@ -27,7 +27,7 @@ from gck.kernels.topk.gpu_control import (
 from gck.kernels.topk.gpu_select import shares_of_run, store_counts
 from gck.kernels.topk.gpu_stream import listed_rows, restore_run
 
-NEAR_ROOM = 4096  # keys that are set apart at most, which one program looks through
+NEAR_ROOM = 8192  # keys that are set apart at most, which one program looks through
 LEVEL_TILE = 1024  # keys that a program counts at a time: a short list is enough for all programs
 SEARCH = tl.constexpr(512)  # elements at a time where speed matters less than registers
 LAST_KEY = tl.constexpr(0x7FFFFFFF)  # past any key
@@ -196,6 +196,29 @@ def count_rows(
 
 
 @triton.jit
+def _add_winners(
+    p_rows,
+    p_groups,
+    p_near,
+    first,
+    count,
+    threshold,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    b_slot = first + tl.arange(0, PART)
+    b_inside = b_slot < count
+    b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
+    b_row = tl.load(p_near + SIZE + b_slot, mask=b_inside, other=0, cache_modifier=".cg")
+    b_wins = b_key >= threshold
+    b_tie = (b_key == threshold).to(tl.int32)
+    tl.atomic_add(p_rows + b_row, tl.where(b_tie > 0, 65536, 1), mask=b_wins, sem="relaxed")
+    b_one = tl.full((PART,), 1, tl.int64)
+    tl.atomic_add(p_groups + 2 * (b_row // GROUP) + b_tie, b_one, mask=b_wins, sem="relaxed")
+
+
+@triton.jit
 def pick_threshold(
     p_rows,
     p_groups,
@@ -209,14 +232,14 @@ def pick_threshold(
     SIZE: tl.constexpr,
 ):
     """Picks the `wanted`-th of the keys set apart, and adds those that win, and tie, to the counts."""
+    PART: tl.constexpr = SIZE // 4
     b_slot = tl.arange(0, SIZE)
     b_inside = b_slot < count
     b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
-    b_row = tl.load(p_near + SIZE + b_slot, mask=b_inside, other=0, cache_modifier=".cg")
     low, high, reach = first_key, stop_key, count.to(tl.int32)
     while (high - low > 1) & (reach > wanted):
         middle = low + (high - low) // 2
-        there = tl.sum(tl.where(b_key >= middle, 1.0, 0.0), 0).to(tl.int32)
+        there = tl.sum(tl.where(b_key >= middle, 1, 0), 0)
         up = there >= wanted
         low = tl.where(up, middle, low)
         reach = tl.where(up, there, reach)
@@ -226,8 +249,5 @@ def pick_threshold(
     above = tl.sum((b_key > threshold).to(tl.int32), 0)
     tl.store(p_control + THRESHOLD, threshold.to(tl.int64))
     tl.store(p_control + QUOTA, wanted - above)
-    b_wins = b_key >= threshold
-    b_tie = (b_key == threshold).to(tl.int32)
-    tl.atomic_add(p_rows + b_row, tl.where(b_tie > 0, 65536, 1), mask=b_wins, sem="relaxed")
-    b_one = tl.full((SIZE,), 1, tl.int64)
-    tl.atomic_add(p_groups + 2 * (b_row // GROUP) + b_tie, b_one, mask=b_wins, sem="relaxed")
+    for first in range(0, count.to(tl.int32), PART):  # anew, because all of them take all registers
+        _add_winners(p_rows, p_groups, p_near, first, count, threshold, GROUP, SIZE, PART)

@@ -1,4 +1,4 @@
-"""The one pass over grad and err, and the way back: acc is in the list, or else in err, whatever the guess was."""
+"""The one pass over grad and err, and the way back: acc is in the list, or else in err."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -66,8 +66,8 @@ def stream_tile(
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
-    The tile has `left` elements, FOURS of them, and is `whole` if that is all; the list begins at `list_at`. NaNs
-    stay as they come: they reach any guess, and whatever reads err or the list makes them one.
+    The tile has `left` elements, FOURS of them, and is `whole` if that is all; the list begins at `list_at`.
+    NaNs stay as they come: they reach any guess, and whatever reads err or the list makes them one.
     """
     start = tl.cast(i_tile, tl.int64) * TILE
     # Rows of 4 elements, 16 bytes of err, which one thread holds.

@@ -23,7 +23,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     """Tiles, runs and groups so small, and a sample so dense, that a few thousand elements have several
     of each; and a list of a given capacity."""
     small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "NEAR_ROOM": 128}
-    small["ROWS_OF_BLOCK"] = {16: (8, 4), 32: (4, 8)}
+    small["SHAPES"] = {16: ((8, 16), (4, 16)), 32: ((4, 16), (8, 32))}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 256)
