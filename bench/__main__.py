@@ -36,6 +36,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for bench.json and the charts.")] = ROOT / "results/bench",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     only: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(FILES)}.")] = None,
+    match: Annotated[
+        str | None, typer.Option("--match", "-k", help="Cases whose names match, as pytest's -k does.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Small and few: shows that the suite works.")] = False,
     again: Annotated[
         Path | None, typer.Option(help="Report this bench.json or gpu-check.json; measure nothing.")
@@ -52,14 +55,14 @@ def main(
                 param_hint="--again",
             )
     else:
-        report = _measure(out, device, only or list(FILES), quick)
+        report = _measure(out, device, only or list(FILES), quick, match)
     reporting.show(report, console)
     for path in reporting.write(report, out):
         console.print(f"wrote {path}")
     raise typer.Exit(1 if report["failed"] else 0)
 
 
-def _measure(out: Path, device: str, only: list[str], quick: bool) -> reporting.Record:
+def _measure(out: Path, device: str, only: list[str], quick: bool, match: str | None) -> reporting.Record:
     unknown = [name for name in only if name not in FILES]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(FILES)}", param_hint="--only")
@@ -88,6 +91,8 @@ def _measure(out: Path, device: str, only: list[str], quick: bool) -> reporting.
             arguments += ["--benchmark-quiet", f"--benchmark-json={out / 'pytest-benchmark.json'}"]
         if quick:
             arguments.append("--quick")
+        if match is not None:
+            arguments += ["-k", match]
         # Set by a pytest around this one, or to `-n 2`: cases side by side would time each other.
         for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
             os.environ.pop(name, None)
