@@ -94,7 +94,7 @@ def acceptable(grad: Tensor, err: Tensor) -> bool:
         and grad.is_contiguous()
         and err.is_contiguous()
         and grad.numel() == err.numel()
-        and (grad.is_cpu and err.is_cpu or grad.device == err.device)
+        and ((grad.is_cpu and err.is_cpu) or grad.device == err.device)
         and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
     )
 
