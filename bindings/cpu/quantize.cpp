@@ -2,14 +2,12 @@
 
 #include "cpu/dense.hpp"
 #include "cpu/reduce.hpp"
-#include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
 
 int64_t quantize_compress(const QuantizeChunks& job, const ResidualOptions& options, int threads) {
   const Leaves& isa = leaves();
-  expect_large_pages(job.bodies, static_cast<size_t>(job.chunks_per_row * job.chunk_size * job.bits / 8));
   return compress_chunks(
       {job.grad, job.grad_dtype, job.err, job.numel, job.chunk_size}, options, job.numel, threads,
       [&](int, int64_t begin, int64_t end) { return isa.quantize_compress(job, begin, end); });

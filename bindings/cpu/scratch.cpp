@@ -40,16 +40,6 @@ void put_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes, [[ma
 #endif
 }
 
-bool is_fresh([[maybe_unused]] const void* start, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  const auto middle = (reinterpret_cast<uintptr_t>(start) + bytes / 2) / kPage * kPage;
-  unsigned char present = 1;
-  return ::mincore(reinterpret_cast<void*>(middle), kPage, &present) == 0 && !(present & 1);
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 Scratch::Scratch(size_t bytes) {
@@ -96,19 +86,15 @@ void* Scratch::region(size_t bytes) {
 
 void populate(void* start, size_t bytes) { put_pages(start, bytes, bytes >= kLargePagesPay); }
 
-void expect_large_pages(void* start, size_t bytes) {
-  if (bytes < kLargePagesPay || !is_fresh(start, bytes)) return;
-#if defined(MADV_HUGEPAGE)
-  const auto begin = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kPage * kPage;
-  ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 void populate_fresh(float* out, int64_t begin, int64_t end) {
+#if defined(__linux__)
   if (end - begin < kFreshPays) return;
-  const size_t bytes = sizeof(float) * static_cast<size_t>(end - begin);
-  if (is_fresh(out + begin, bytes)) put_pages(out + begin, bytes, true);
+  const auto middle = reinterpret_cast<uintptr_t>(out + begin + (end - begin) / 2) / kPage * kPage;
+  unsigned char present = 1;
+  if (::mincore(reinterpret_cast<void*>(middle), kPage, &present) == 0 && !(present & 1)) {
+    put_pages(out + begin, sizeof(float) * static_cast<size_t>(end - begin), true);
+  }
+#endif
 }
 
 }  // namespace gck

@@ -40,12 +40,8 @@ class Scratch {
 // from it, and one page fault after the other would take longer than the writing.
 void populate(void* start, size_t bytes);
 
-// Where a result of so many bytes has no page in its middle yet: it is fresh from the system, which is asked
-// to put large pages behind it as it is written to.
-void expect_large_pages(void* start, size_t bytes);
-
-// The same as `populate` for out[begin, end), which will be written whole, if it is large and has no page in
-// its middle yet: out is a new tensor then.
+// The same for out[begin, end), which will be written whole, if it is large and has no page in its middle
+// yet: out is a new tensor then.
 void populate_fresh(float* out, int64_t begin, int64_t end);
 
 }  // namespace gck

@@ -124,17 +124,9 @@ class Emitter {
   int64_t offset_, end_, quota_, cleared_ = 0;
 };
 
-// What a winner takes of the payload's two fields.
-struct Widths {
-  int64_t value, index;
-
-  explicit Widths(const TopkJob& job)
-      : value(job.value_dtype == Dtype::fp32 ? 4 : 2), index(job.wide_indices ? 8 : 4) {}
-};
-
 inline void populate_slot(const TopkJob& job, const Slot& slot) {
   if (slot.winners < kFreshResult) return;
-  const auto [value, index] = Widths(job);
+  const int64_t value = job.value_dtype == Dtype::fp32 ? 4 : 2, index = job.wide_indices ? 8 : 4;
   populate(static_cast<char*>(job.values) + slot.offset * value, static_cast<size_t>(slot.winners * value));
   populate(static_cast<char*>(job.indices) + slot.offset * index, static_cast<size_t>(slot.winners * index));
 }
@@ -145,9 +137,6 @@ template <typename F>
 void emit_parts(const TopkJob& job, std::vector<Part>& parts, const Selection& selection, int64_t entries,
                 F each_piece) {
   const std::vector<Slot> slots = slots_of(selection);
-  const auto [value, index] = Widths(job);
-  expect_large_pages(job.values, static_cast<size_t>(job.k * value));
-  expect_large_pages(job.indices, static_cast<size_t>(job.k * index));
   share_parts(static_cast<int>(parts.size()), job.threads, entries, [&](int t) {
     const auto p = static_cast<size_t>(t);
     populate_slot(job, slots[p]);
