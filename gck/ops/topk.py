@@ -135,8 +135,8 @@ def topk_ef_(
     if flat:
         raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
     if decay != 1 or clip is not None or stats is not None:
-        one: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint)
-        return _topk_ef_with(*one, decay, clip, stats)
+        given: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint, decay, clip, stats)
+        return _topk_ef_with(*given)
     return _topk_ef_one(
         cast(Array, grad), cast(Array, err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
     )
