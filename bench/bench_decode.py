@@ -67,6 +67,9 @@ def cases(plan: Plan) -> list[Case]:
             made.append(
                 make("torch composition", dense_peer, partial(_verify_one, dense_run, dense_peer, name))
             )
+            if kernel == "decompress":
+                # What it takes to write as much: memory may be written slower than it is read.
+                made.append(make("torch fill_ alone", _fill, _verify_fill))
     return made
 
 
@@ -97,6 +100,16 @@ def _unpack(given: GivenDense) -> Tensor:
 def _unpack_and_add_(given: GivenDense) -> Tensor:
     # Not add_(…, alpha=ALPHA), which may round once for the product and the sum.
     return given[0].add_(peers_decode.torch_decoded(given[1]).mul_(ALPHA))
+
+
+def _fill(given: GivenDense) -> Tensor:
+    return given[0].fill_(ALPHA)
+
+
+def _verify_fill(pool: Pool) -> None:
+    """Not the same function; it writes all that a decoder writes."""
+    if not bool((_fill((pool.apart().err, None)) == ALPHA).all()):
+        raise peers.PeerMismatchError(f"fill_: not all is written (n={pool.n})")
 
 
 def _verify_one(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -37,6 +38,7 @@ _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.restype = ctypes.py_object
 _memory_at.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
 WRITABLE = 0x200  # PyBUF_WRITE
+_CPU = torch.device("cpu")
 
 
 def _align(nbytes: int) -> int:
@@ -67,12 +69,13 @@ class Layout:
     @classmethod
     def of(cls, *fields: tuple[torch.dtype, int]) -> Layout:
         """Lays out (dtype, count) pairs one after another."""
-        placed: list[Field] = []
-        offset = 0
-        for dtype, count in fields:
-            placed.append(Field(dtype, count, offset, offset + count * dtype.itemsize))
-            offset = _align(placed[-1].end)
-        return cls(tuple(placed), offset)
+        # Tracing may bring symbolic sizes, which have no hash, and looks through caches anyway.
+        if torch.compiler.is_compiling():
+            return _lay_out(fields)
+        try:
+            return _remembered(fields)
+        except TypeError:
+            return _lay_out(fields)
 
     def empty_body(self, device: torch.device) -> Tensor:
         """A (nbytes,) uint8 body for a kernel that writes every field: only the padding is zero."""
@@ -86,6 +89,34 @@ class Layout:
                 body[field.end : end].zero_()
         return body
 
+    def new_views(self) -> tuple[Tensor, ...]:
+        """`views` of a new body on the CPU for a kernel that writes every field, padding zero. Where none is
+        empty, it starts where the first one does."""
+        if self._small is None:
+            return self.views(self.empty_body(_CPU))
+        like, words, places = self._small
+        body = like.new_zeros(words)
+        return tuple(
+            [
+                (body if dtype is None else body.view(dtype)).as_strided(shape, (1,), start)
+                for dtype, shape, start in places
+            ]
+        )
+
+    @cached_property
+    def _small(self) -> tuple[Tensor, int, list[tuple[torch.dtype | None, tuple[int], int]]] | None:
+        """A tensor of the first field's dtype, the length of a body in it, and of each field the dtype where
+        that is another one, its shape and its start; None where zeroing a whole body would take long, or that
+        has no such length, or a field is empty."""
+        like = torch.empty(0, dtype=self.fields[0].dtype, device=_CPU)
+        if self.nbytes >= SMALL or self.nbytes % like.itemsize or not all(f.count for f in self.fields):
+            return None
+        places = [
+            (None if f.dtype is like.dtype else f.dtype, (f.count,), f.offset // f.dtype.itemsize)
+            for f in self.fields
+        ]
+        return like, self.nbytes // like.itemsize, places
+
     def views(self, body: Tensor) -> tuple[Tensor, ...]:
         """Typed views of a (nbytes,) uint8 body, one a field; nothing is copied.
 
@@ -97,10 +128,18 @@ class Layout:
                 f"payload body: expected {self.nbytes} bytes, got {tuple(body.shape)} of {body.dtype}"
             )
         # A field of nothing needs no address, and where there is nothing it may have no aligned one.
+        if torch.compiler.is_compiling():  # which takes pieces of a split for copies
+            return tuple(
+                [
+                    body[f.offset : f.end].view(f.dtype) if f.count else body.new_empty(0, dtype=f.dtype)
+                    for f in self.fields
+                ]
+            )
+        parts = body.unsafe_split_with_sizes(self._pieces)
         return tuple(
             [
-                body[f.offset : f.end].view(f.dtype) if f.count else body.new_empty(0, dtype=f.dtype)
-                for f in self.fields
+                part.view(f.dtype) if f.count else body.new_empty(0, dtype=f.dtype)
+                for part, f in zip(parts[::2], self.fields, strict=True)
             ]
         )
 
@@ -109,6 +148,26 @@ class Layout:
         body.zero_()
         for view, field in zip(self.views(body), fields, strict=True):
             view.copy_(field.reshape(-1))
+
+    @cached_property
+    def _pieces(self) -> list[int]:
+        """Bytes of each field and of the padding behind it, in turn."""
+        ends = [*(f.offset for f in self.fields[1:]), self.nbytes]
+        return [
+            size for f, end in zip(self.fields, ends, strict=True) for size in (f.end - f.offset, end - f.end)
+        ]
+
+
+def _lay_out(fields: tuple[tuple[torch.dtype, int], ...]) -> Layout:
+    placed: list[Field] = []
+    offset = 0
+    for dtype, count in fields:
+        placed.append(Field(dtype, count, offset, offset + count * dtype.itemsize))
+        offset = _align(placed[-1].end)
+    return Layout(tuple(placed), offset)
+
+
+_remembered = lru_cache(maxsize=1024)(_lay_out)
 
 
 def layout_of(*fields: Tensor) -> Layout:

@@ -40,6 +40,16 @@ void put_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes, [[ma
 #endif
 }
 
+bool is_fresh([[maybe_unused]] const void* start, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  const auto middle = (reinterpret_cast<uintptr_t>(start) + bytes / 2) / kPage * kPage;
+  unsigned char present = 1;
+  return ::mincore(reinterpret_cast<void*>(middle), kPage, &present) == 0 && !(present & 1);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 Scratch::Scratch(size_t bytes) {
@@ -87,14 +97,13 @@ void* Scratch::region(size_t bytes) {
 void populate(void* start, size_t bytes) { put_pages(start, bytes, bytes >= kLargePagesPay); }
 
 void populate_fresh(float* out, int64_t begin, int64_t end) {
-#if defined(__linux__)
   if (end - begin < kFreshPays) return;
-  const auto middle = reinterpret_cast<uintptr_t>(out + begin + (end - begin) / 2) / kPage * kPage;
-  unsigned char present = 1;
-  if (::mincore(reinterpret_cast<void*>(middle), kPage, &present) == 0 && !(present & 1)) {
-    put_pages(out + begin, sizeof(float) * static_cast<size_t>(end - begin), true);
-  }
-#endif
+  const size_t bytes = sizeof(float) * static_cast<size_t>(end - begin);
+  if (is_fresh(out + begin, bytes)) put_pages(out + begin, bytes, true);
+}
+
+void populate_fresh_codes(char* start, size_t bytes) {
+  if (bytes >= sizeof(float) * kFreshPays && is_fresh(start, bytes)) put_pages(start, bytes, false);
 }
 
 }  // namespace gck

@@ -44,4 +44,8 @@ void populate(void* start, size_t bytes);
 // yet: out is a new tensor then.
 void populate_fresh(float* out, int64_t begin, int64_t end);
 
+// The same for a part of a payload, in pages of the usual size: where memory is in pieces, to find large ones
+// takes longer than they save.
+void populate_fresh_codes(char* start, size_t bytes);
+
 }  // namespace gck

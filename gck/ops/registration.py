@@ -36,12 +36,7 @@ def plain(*tensors: Tensor | None) -> bool:
     That is: nobody traces or profiles, no mode looks on, no tensor is of a class of its own or negated
     lazily. Calling the kernel directly then spares more than a small kernel's own time.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiler_enabled():
         return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
@@ -50,6 +45,10 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Looked up once: of a call on few elements, looking is a good part.
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def compress(

@@ -134,11 +134,12 @@ def topk_ef_(
         return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
     if flat:
         raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
-    one: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint)
     if decay != 1 or clip is not None or stats is not None:
-        options: Any = (decay, clip, stats)
-        return _topk_ef_with(*one, *options)
-    return _topk_ef_one(*one)
+        given: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint, decay, clip, stats)
+        return _topk_ef_with(*given)
+    return _topk_ef_one(
+        cast(Array, grad), cast(Array, err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
+    )
 
 
 def _topk_ef_one(
@@ -164,16 +165,16 @@ def _topk_ef_one(
     compressor, layout = _chosen("topk_ef_", numel, ratio, k, value_dtype, direct)
     if fit and numel and nonfinite is None and hint is None and grad.is_cpu and checks.apart((grad, err)):
         # The same as below, by the shortest way: of small vectors this is most of the time.
-        body = compress_new(layout, grad, err)
+        values, indices = compress_new(layout, grad, err)
         increment_version(err)
+        return SparseGrad(values, indices, numel)
+    checks.check_nonfinite("topk_ef_", nonfinite, grad)
+    checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
+    if direct:
+        body = compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint)
     else:
-        checks.check_nonfinite("topk_ef_", nonfinite, grad)
-        checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
-        if direct:
-            body = compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint)
-        else:
-            count = layout.fields[0].count
-            body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
+        count = layout.fields[0].count
+        body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
     values, indices = layout.views(body)
     return SparseGrad(values, indices, numel)
 

@@ -23,6 +23,7 @@ from gck.statistics import FIELDS, Statistics
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
+_FP32, _STRIDED = torch.float32, torch.strided
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
@@ -88,12 +89,12 @@ def acceptable(grad: Tensor, err: Tensor) -> bool:
         isinstance(grad, Tensor)
         and isinstance(err, Tensor)
         and grad.dtype in GRAD_DTYPES
-        and err.dtype == torch.float32
-        and grad.layout == torch.strided == err.layout
+        and err.dtype is _FP32
+        and grad.layout is _STRIDED is err.layout
         and grad.is_contiguous()
         and err.is_contiguous()
         and grad.numel() == err.numel()
-        and grad.device == err.device
+        and ((grad.is_cpu and err.is_cpu) or grad.device == err.device)
         and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
     )
 
@@ -118,8 +119,11 @@ def apart(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors share no memory: told of many much faster than by `check_no_overlap`, for
     which it is to tell which do. Only of tensors on one device, none of them fake."""
     if len(tensors) == 2:  # by far the most calls
-        (a, a_size), (b, b_size) = [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
-        return a + a_size <= b or b + b_size <= a or not (a_size and b_size)
+        a, b = tensors
+        a_start, b_start = a.data_ptr(), b.data_ptr()
+        if a_start < b_start:
+            return a_start + a.nbytes <= b_start or not b.nbytes
+        return b_start + b.nbytes <= a_start or not a.nbytes
     filled = [tensor for tensor in tensors if tensor.nbytes]
     starts = [tensor.data_ptr() for tensor in filled]
     ends = sorted([start + tensor.nbytes for start, tensor in zip(starts, filled, strict=True)])

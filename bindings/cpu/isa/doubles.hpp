@@ -1,4 +1,5 @@
-// Sixteen doubles: what sums of a vector's lanes are taken in.
+// Sixteen doubles: what sums of a vector's lanes are taken in. `squares` is a * a + b * b of what was fp32,
+// whose squares are exact, so that a fused multiply-add rounds as a sum of products does.
 #pragma once
 
 #include "cpu/isa/vec.hpp"
@@ -14,8 +15,10 @@ struct Doubles {
 inline Doubles widened(Vec a) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
 }
-inline Doubles abs(Doubles a) { return {_mm512_abs_pd(a.lo), _mm512_abs_pd(a.hi)}; }
-inline Doubles square(Doubles a) { return {_mm512_mul_pd(a.lo, a.lo), _mm512_mul_pd(a.hi, a.hi)}; }
+inline Doubles squares(Doubles a, Doubles b) {
+  return {_mm512_fmadd_pd(b.lo, b.lo, _mm512_mul_pd(a.lo, a.lo)),
+          _mm512_fmadd_pd(b.hi, b.hi, _mm512_mul_pd(a.hi, a.hi))};
+}
 inline Doubles add(Doubles a, Doubles b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
 inline void store_halved(double* eight, Doubles a) { _mm512_storeu_pd(eight, _mm512_add_pd(a.lo, a.hi)); }
 
@@ -29,14 +32,9 @@ inline Doubles widened(Vec a) {
   return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.lo)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.lo, 1)),
            _mm256_cvtps_pd(_mm256_castps256_ps128(a.hi)), _mm256_cvtps_pd(_mm256_extractf128_ps(a.hi, 1))}};
 }
-inline Doubles abs(Doubles a) {
-  const __m256d magnitude = _mm256_castsi256_pd(_mm256_set1_epi64x(0x7fffffffffffffff));
-  return {{_mm256_and_pd(a.v[0], magnitude), _mm256_and_pd(a.v[1], magnitude),
-           _mm256_and_pd(a.v[2], magnitude), _mm256_and_pd(a.v[3], magnitude)}};
-}
-inline Doubles square(Doubles a) {
-  return {{_mm256_mul_pd(a.v[0], a.v[0]), _mm256_mul_pd(a.v[1], a.v[1]), _mm256_mul_pd(a.v[2], a.v[2]),
-           _mm256_mul_pd(a.v[3], a.v[3])}};
+inline Doubles squares(Doubles a, Doubles b) {
+  const auto two = [](__m256d x, __m256d y) { return _mm256_fmadd_pd(y, y, _mm256_mul_pd(x, x)); };
+  return {{two(a.v[0], b.v[0]), two(a.v[1], b.v[1]), two(a.v[2], b.v[2]), two(a.v[3], b.v[3])}};
 }
 inline Doubles add(Doubles a, Doubles b) {
   return {{_mm256_add_pd(a.v[0], b.v[0]), _mm256_add_pd(a.v[1], b.v[1]), _mm256_add_pd(a.v[2], b.v[2]),
@@ -58,12 +56,8 @@ inline Doubles widened(Vec a) {
   for (int i = 0; i < kLanes; ++i) r.x[i] = a.x[i];
   return r;
 }
-inline Doubles abs(Doubles a) {
-  for (int i = 0; i < kLanes; ++i) a.x[i] = __builtin_fabs(a.x[i]);
-  return a;
-}
-inline Doubles square(Doubles a) {
-  for (int i = 0; i < kLanes; ++i) a.x[i] *= a.x[i];
+inline Doubles squares(Doubles a, Doubles b) {
+  for (int i = 0; i < kLanes; ++i) a.x[i] = a.x[i] * a.x[i] + b.x[i] * b.x[i];
   return a;
 }
 inline Doubles add(Doubles a, Doubles b) {

@@ -241,6 +241,7 @@ void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t 
   if (job.two_levels) return decode_chunks<2, FourValues<true>>(job, alpha, begin, end, run);
   if (job.bits == 2) return decode_chunks<2, FourValues<false>>(job, alpha, begin, end, run);
   if (job.bits == 4) return decode_chunks<4, SixteenValues>(job, alpha, begin, end, run);
+  if (alpha == 1.0f) return decode_chunks<8, Steps<8, true>>(job, alpha, begin, end, run);
   decode_chunks<8, Steps<8>>(job, alpha, begin, end, run);
 }
 

@@ -19,10 +19,9 @@ struct Norms {
 // depth first, so that what is half done stays in registers.
 template <bool kL1, int Step = 1, typename F>
 [[gnu::always_inline]] inline Norms tree(F& leaf, int j = 0) {
-  if constexpr (Step == kVectors) {
-    const Doubles x = widened(leaf(j));
-    if constexpr (kL1) return {abs(x), square(x)};
-    return {x, square(x)};
+  if constexpr (2 * Step == kVectors) {
+    const Doubles x = widened(abs(leaf(j))), y = widened(abs(leaf(j + Step)));
+    return {add(x, y), squares(x, y)};
   } else {
     const Norms a = tree<kL1, 2 * Step>(leaf, j), b = tree<kL1, 2 * Step>(leaf, j + Step);
     if constexpr (kL1) return {add(a.l1, b.l1), add(a.sq, b.sq)};
