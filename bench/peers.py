@@ -185,7 +185,8 @@ def torch_quantize_ef_(buffers: Buffers, bits: int, chunk_size: int) -> tuple[Te
     whole = acc.numel() // chunk_size * chunk_size
     for rows in (acc[:whole].view(-1, chunk_size), acc[whole:].view(1, -1)):
         if rows.numel():
-            scale = rows.abs().amax(1, keepdim=True).div_(qmax)
+            # By a number, torch would multiply by the reciprocal on CUDA, which rounds otherwise.
+            scale = rows.abs().amax(1, keepdim=True).div_(torch.tensor(float(qmax), device=acc.device))
             codes = (rows * scale.reciprocal()).round_()
             rows.sub_(codes * scale)
             codes = codes.to(torch.int8).view(-1)
