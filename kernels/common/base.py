@@ -147,7 +147,9 @@ class KernelCompressor(ABC):
         function, layout = f"{type(self).__name__}.decompress_shards_", self.layout(shard)
         joined = out.numel() // shard if shard and layout.nbytes < JOINED_BELOW else 0
         if joined > 1:
-            fields = tuple(bodies[:joined, f.offset : f.end].reshape(-1).view(f.dtype) for f in layout.fields)
+            # `contiguous` first: a column of single bytes would stay the view that it is.
+            columns = (bodies[:joined, f.offset : f.end].contiguous() for f in layout.fields)
+            fields = tuple(c.view(-1).view(f.dtype) for c, f in zip(columns, layout.fields, strict=True))
             self.decompress(function, out[: joined * shard], fields, 1.0, False)
             out, bodies = out[joined * shard :], bodies[joined:]
         for part, body in zip(out.split(shard) if out.numel() else (), bodies, strict=False):

@@ -20,6 +20,7 @@ COMPRESSORS = [
     gck.ChunkTopK(k=3, chunk_size=32, value_bits=4),
     gck.ChunkTopK(k=5, chunk_size=64, value_bits=2, index_bits=16),
     gck.ChunkTopK(k=1, chunk_size=32, value_bits=32),
+    gck.ChunkTopK(k=1, chunk_size=32, value_bits=8),  # a single byte of codes a chunk
 ]
 
 
