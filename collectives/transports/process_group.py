@@ -90,10 +90,12 @@ class _Operation:
 
     def wait(self) -> Tensor:
         """Its result; failures become typed errors. Bounded by the transport's timeout, from now on."""
-        began = time.monotonic()
+        began, work = time.monotonic(), self.work
         try:
-            if self.work is not None:
-                self.transport._poll(self.work, began)
+            if self.ended:  # another thread gave the group up: nothing has come
+                self.transport._check_usable()
+            if work is not None:
+                self.transport._poll(work, began)
         except BaseException as error:
             self._failed(error, began)
         self.end()

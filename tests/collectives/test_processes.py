@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gck.collectives import SimulatedGroup, Transport, all_reduce_, resolve
+from gck.collectives.transports import process_group
 from gck.errors import GroupUnusableError
 from gck.kernels.sign import Sign
 from tests.collectives import scenarios
@@ -45,8 +46,13 @@ def test_abort_makes_a_process_group_unusable(tmp_path: Path, monkeypatch: pytes
         assert (transport.rank, transport.world_size) == (0, 1)
         assert resolve(timeout=1e9).timeout == transport.timeout  # no longer than the group's own
         assert transport.with_timeout(3).timeout == 3
+        assert isinstance(transport, process_group.ProcessGroupTransport)
+        recv = torch.zeros(9)
+        under_way = process_group._Operation(transport, "all_gather", (recv,), lambda: recv).start(object)
         transport.abort("no reason")
         transport.abort("again")
+        with pytest.raises(GroupUnusableError, match="aborted: no reason"):
+            under_way.wait()  # and does not return what has never come
         for call in (transport.barrier, lambda: all_reduce_(torch.ones(9), None, Sign(32))):
             with pytest.raises(GroupUnusableError, match="aborted: no reason"):
                 call()
