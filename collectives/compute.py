@@ -62,7 +62,7 @@ def measure_compute(
     generator = torch.Generator().manual_seed(0)
     # What others say of their shards is what this rank says of its own: none may be cut short.
     shard = shard_numel(numel, compressor.shard_unit, world_size)
-    source = torch.randn(-(-numel // shard) * shard, generator=generator).to(device)
+    source = torch.randn(-(-numel // shard) * shard, generator=generator, device="cpu").to(device)
     grad, state, transport = source.clone(), ErrorFeedback(), _Echo(world_size)
     seconds = []
     for _ in range(repeats + 1):

@@ -119,6 +119,11 @@ def test_compute_where_the_last_shard_is_short() -> None:
         assert measure_compute(compressor, numel, 10, "two_phase", repeats=1) > 0
 
 
+def test_compute_is_made_where_it_is_said() -> None:
+    with torch.device("meta"):  # whatever torch makes tensors on otherwise
+        assert measure_compute(gck.Sign(), 1000, 2, repeats=1) > 0
+
+
 @pytest.mark.parametrize("wrong", [{"numel": 0}, {"world_size": True}, {"repeats": 0}])
 def test_wrong_arguments_of_compute(wrong: dict[str, Any]) -> None:
     (name, value) = next(iter(wrong.items()))
