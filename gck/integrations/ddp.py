@@ -64,12 +64,12 @@ def hook(
         Those of `gck.all_reduce_`.
     """
     if bucket.index() == 0:
-        _land(state)  # of a step whose backward pass did not come to its end
+        state._land()  # of a step whose backward pass did not come to its end
     try:
         transport, run = _prepare(state, bucket)
     except BaseException:
-        _land(state)
-        _abandon(state)
+        state._land()
+        state._abandon()
         raise
     device = bucket.buffer().device
     if not bucket.is_last() and state.overlaps():
@@ -84,16 +84,16 @@ def hook(
         except Exception as error:
             failed = error
         # Also where this one failed: no rank stops at an error before it has called what its peers call.
-        failed = (_land(state) if bucket.is_last() else None) or failed
+        failed = (state._land() if bucket.is_last() else None) or failed
     except BaseException as interrupt:
         # Ctrl-C: peers wait for what this rank will not send, and what is in flight must not write residuals
         # that somebody saves.
         transport.abort(f"{type(interrupt).__name__} in gck.ddp.hook")
-        _land(state)
-        _abandon(state)
+        state._land()
+        state._abandon()
         raise
     if failed is not None:
-        _abandon(state)
+        state._abandon()
         raise failed
     if bucket.is_last():
         state.step += 1
@@ -208,24 +208,6 @@ def _prepare(
         return buffer
 
     return transport, run
-
-
-def _land(state: HookState) -> Exception | None:
-    """Waits for the buckets in flight; the error of the first that failed."""
-    failed = None
-    while state._in_flight:
-        try:
-            state._in_flight[0].wait()
-        except Exception as error:
-            failed = failed or error
-        del state._in_flight[0]  # not where the wait was interrupted: it is in flight still
-    return failed
-
-
-def _abandon(state: HookState) -> None:
-    """Puts residuals back where a step fails and that was asked for; nothing is in flight any more."""
-    if state.guard is not None:
-        state.guard.abandon()
 
 
 def _guard(

@@ -156,6 +156,7 @@ class HookState:
             ArgumentError: it is not positive and finite.
         """
         check_factor("HookState.set_scale", scale, "scale")
+        self._settle()
         if scale != self.scale:
             self.residuals.rescale_(scale / self.scale)
             self.scale = float(scale)
@@ -168,6 +169,7 @@ class HookState:
             Those of `gck.save_state`.
         """
         self._check_bound("save")
+        self._settle()
         transport = resolve(self.group)
         return save_state(
             directory,
@@ -197,6 +199,7 @@ class HookState:
             Those of `gck.load_state`; nothing was changed.
         """
         self._check_bound("load")
+        self._settle()
         transport = resolve(self.group)
         loaded = load_state(
             directory,
@@ -233,6 +236,7 @@ class HookState:
             ArgumentError: the parameters' names are not known.
         """
         self._check_bound("state_dict")
+        self._settle()
         transport = resolve(self.group)
         return {
             "version": STATE_VERSION,
@@ -263,6 +267,7 @@ class HookState:
                 reset_server, the world size or the compressor; nothing was changed.
         """
         self._check_bound("load_state_dict")
+        self._settle()
         check_version("HookState.load_state_dict", state)
         step, scale = state.get("step"), state.get("scale", 1.0)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
@@ -295,6 +300,27 @@ class HookState:
             reset_server=reset_server,
         )
         self.step, self.scale = step, float(scale)
+
+    def _land(self) -> Exception | None:
+        """Waits for the buckets in flight; the error of the first that failed."""
+        failed = None
+        while self._in_flight:
+            try:
+                self._in_flight[0].wait()
+            except Exception as error:
+                failed = failed or error
+            del self._in_flight[0]  # not where the wait was interrupted: it is in flight still
+        return failed
+
+    def _abandon(self) -> None:
+        """Puts residuals back where a step fails and that was asked for; nothing is in flight any more."""
+        if self.guard is not None:
+            self.guard.abandon()
+
+    def _settle(self) -> None:
+        """Ends a step whose backward pass did not come to its end: its buckets may still write residuals."""
+        self._land()
+        self._abandon()
 
     def _numels(self) -> dict[str, int]:
         return {self._names[id(parameter)]: parameter.numel() for parameter in self._parameters}
