@@ -15,7 +15,7 @@ from gck.kernels.common.tiles import load_tile, tile_offsets
 from gck.kernels.topk.gpu_control import HISTOGRAMS
 from gck.kernels.topk.gpu_stream import listed_rows
 
-ROWS = 8  # divides a tile; the most tiles of a run
+ROWS = 8  # divides a tile; the most tiles of a run, where nothing says more
 BLOCK = 64  # elements of a row at a time
 GROUP = 256  # rows whose counts are also kept as one sum
 RUN_WARPS = 8
