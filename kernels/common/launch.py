@@ -24,8 +24,6 @@ TOGETHER_REGISTERS = 128
 # on which the rest of another rank waits.
 TOGETHER_LAUNCH = {"launch_cooperative_grid": True}
 
-PROGRAMS_PER_PROCESSOR = 4
-MAX_PROGRAMS = 1024
 # Without a GPU the kernels run in Triton's interpreter, one program after another: few, but several.
 INTERPRETED_PROGRAMS = 5
 
@@ -43,13 +41,6 @@ def launching_on(tensor: Tensor) -> AbstractContextManager[object]:
 
     # The interpreter computes with numpy, which warns of what IEEE arithmetic defines: inf - inf.
     return numpy.errstate(all="ignore")
-
-
-def most_programs(tensor: Tensor) -> int:
-    """How many programs fill the device, for kernels whose programs share the tiles of a vector."""
-    if tensor.device.type == "cuda":
-        return min(MAX_PROGRAMS, PROGRAMS_PER_PROCESSOR * _processors(tensor.device))
-    return INTERPRETED_PROGRAMS
 
 
 def most_together(tensor: Tensor) -> int | None:

@@ -37,18 +37,6 @@ def pack_codes(b_code, BITS: tl.constexpr):
 
 
 @triton.jit
-def unpack_codes(b_byte, BITS: tl.constexpr):
-    """(ROWS, BYTES) uint8 to (ROWS, BYTES * 8 / BITS) int32 codes without sign, 2, 4 or 8 bits each."""
-    EACH: tl.constexpr = 8 // BITS
-    b_code = b_byte.to(tl.int32)
-    if EACH > 1:
-        b_place = tl.arange(0, EACH)[None, None, :] * BITS
-        b_code = (tl.reshape(b_code, (b_byte.shape[0], b_byte.shape[1], 1)) >> b_place) & (2**BITS - 1)
-        b_code = tl.reshape(b_code, (b_byte.shape[0], b_byte.shape[1] * EACH))
-    return b_code
-
-
-@triton.jit
 def store_codes(p_rows, b_code, b_exists, BITS: tl.constexpr, K: tl.constexpr):
     """Packs (ROWS, SLOTS) int32 codes, 0 from slot K on, into rows of ceil(K * BITS / 8) bytes at p_rows.
 
