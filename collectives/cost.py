@@ -146,9 +146,14 @@ def all_reduce_cost(
         return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
     if algorithm == "two_phase" and unit is not None:
         shards = _both_phases(compressor, numels, world_size)
-        swaps = others if _nbytes(compressor, numels, world_size) >= ROTATE_FROM else min(1, others)
+        swaps = _swaps(_nbytes(compressor, numels, world_size), others)
         return Cost(algorithm, others * shards, 2 * others, swaps + others)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
+
+
+def _swaps(nbytes: int, others: int) -> int:
+    """Rounds of an all-to-all with messages of so many bytes."""
+    return others if nbytes >= ROTATE_FROM else min(1, others)
 
 
 def hierarchical_cost(
@@ -179,7 +184,7 @@ def hierarchical_cost(
             )
     shards = [shard_numel(numel, compressor.shard_unit or 1, local_world_size) for numel in numels]
     others, nbytes = local_world_size - 1, sum(-(-numel * element_nbytes // 16) * 16 for numel in shards)
-    local = Cost("dense", 2 * others * nbytes, 2 * others, 1 + others if others else 0)
+    local = Cost("dense", 2 * others * nbytes, 2 * others, _swaps(nbytes, others) + others)
     return HierarchicalCost(local, all_reduce_cost(compressor, shards, nodes, algorithm))
 
 

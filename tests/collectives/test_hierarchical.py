@@ -304,6 +304,8 @@ def test_cost() -> None:
     assert cost.local.nbytes == 2 * 7 * 2 * (1 << 17)
     fast, slow = gck.collectives.Link(1e-5, 1e10), gck.collectives.Link(1e-3, 1e7)
     assert cost.seconds(fast, slow) == cost.local.seconds(fast) + cost.cross.seconds(slow)
+    assert hierarchical_cost(gck.Sign(), [1 << 16], 4, 8).local.rounds == 7 + 7  # messages of 32 KiB
+    assert hierarchical_cost(gck.Sign(), [1 << 15], 4, 8).local.rounds == 1 + 7
     assert hierarchical_cost(gck.Sign(), [1000], 1, 8).cross.nbytes == 0
     assert hierarchical_cost(gck.Sign(), [1000], 8, 1).local == gck.collectives.Cost("dense", 0, 0, 0)
     for nodes, local in ((0, 2), (2, 0), (2, True)):
