@@ -94,12 +94,18 @@ def sparse_all_gather(
     )
 
     def run() -> list[P]:
-        agree(transport, "sparse_all_gather", signature, validate)
-        # A transport that can packs what lies apart where it is received.
-        gather = getattr(transport, "all_gather_bodies", None)
-        rows = transport.all_gather_bytes(body_of(*tensors)) if gather is None else gather(tensors)
-        transport.synchronize()
-        return payloads_of(payload, rows)
+        try:
+            agree(transport, "sparse_all_gather", signature, validate)
+            # A transport that can packs what lies apart where it is received.
+            gather = getattr(transport, "all_gather_bodies", None)
+            rows = transport.all_gather_bytes(body_of(*tensors)) if gather is None else gather(tensors)
+            transport.synchronize()
+            return payloads_of(payload, rows)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                # Ctrl-C: peers may wait for what would else be this rank's next payload.
+                transport.abort(f"{type(error).__name__} in sparse_all_gather")
+            raise
 
     return perform(transport, "sparse_all_gather", run, tensors[0].device, async_op)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import gck
-from gck.collectives import SimulatedGroup, SimulatedMember, sparse_all_gather
-from gck.errors import ArgumentError, LayoutError
+from gck.collectives import SimulatedGroup, SimulatedMember, all_gather, sparse_all_gather
+from gck.errors import ArgumentError, GroupUnusableError, LayoutError
 from tests.cases import same_bytes
 
 
@@ -85,6 +85,24 @@ def test_gathered_payloads_decode() -> None:
 def test_wrong_payloads(payload: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         SimulatedGroup(1).run(lambda member: sparse_all_gather(payload, member))
+
+
+def test_interrupt_between_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that wait must not get this rank's next payload in place of the one that never came."""
+    group = SimulatedGroup(2, timeout=20)
+
+    def interrupted(*tensors: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(all_gather, "body_of", interrupted)
+
+    def rank_main(member: SimulatedMember) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            sparse_all_gather(sparse(member.rank), member)
+        with pytest.raises(GroupUnusableError, match="KeyboardInterrupt in sparse_all_gather"):
+            member.barrier()
+
+    group.run(rank_main)
 
 
 def test_wrong_group() -> None:
