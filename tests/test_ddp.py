@@ -197,6 +197,21 @@ def test_interrupt_while_others_are_in_flight() -> None:
         member.barrier()
 
 
+def test_interrupt_before_a_bucket_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While residuals are copied, say: peers wait for the bucket all the same."""
+    model, member = nn.Linear(40, 40, bias=False), SimulatedGroup(1).members[0]
+    state = ddp.HookState(Sign(32), model=model, group=member, skip_nonfinite=True)
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state.guard, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ddp.hook(state, Bucket(list(model.parameters()), torch.randn(1600)))  # type: ignore[arg-type]
+    with pytest.raises(GroupUnusableError, match="KeyboardInterrupt"):
+        member.barrier()
+
+
 @pytest.mark.parametrize("guarded", [False, True])
 def test_what_is_saved_is_not_written_meanwhile(guarded: bool, tmp_path: Path) -> None:
     """A backward pass that failed between buckets, elsewhere than in the hook: one is in flight still."""

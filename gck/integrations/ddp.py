@@ -65,9 +65,13 @@ def hook(
     """
     if bucket.index() == 0:
         state._land()  # of a step whose backward pass did not come to its end
+    transport = None
     try:
-        transport, run = _prepare(state, bucket)
-    except BaseException:
+        transport = resolve(state.group, state.timeout)
+        run = _prepare(state, bucket, transport)
+    except BaseException as error:
+        if transport is not None and not isinstance(error, Exception):
+            transport.abort(f"{type(error).__name__} in gck.ddp.hook")  # peers wait for the bucket
         state._land()
         state._abandon()
         raise
@@ -164,8 +168,9 @@ def register(
 def _prepare(
     state: HookState,
     bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch re-exports it from C++
-) -> tuple[Transport, Callable[[], Tensor]]:
-    """Checks a bucket; returns what it goes by, and what reduces it when it has the turn."""
+    transport: Transport,
+) -> Callable[[], Tensor]:
+    """Checks a bucket; returns what reduces it when it has the turn."""
     buffer: Tensor = bucket.buffer()
     parameters: list[Tensor] = bucket.parameters()
     if buffer.layout != torch.strided:
@@ -186,7 +191,6 @@ def _prepare(
     plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
     packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
     _guard(state, bucket.index() == 0, buffer, plain, packed)
-    transport = resolve(state.group, state.timeout)
     calls = [
         prepare(
             "gck.ddp.hook",
@@ -207,7 +211,7 @@ def _prepare(
                 call()
         return buffer
 
-    return transport, run
+    return run
 
 
 def _guard(
