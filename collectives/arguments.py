@@ -30,6 +30,8 @@ def check_algorithm(function: str, compressor: object, algorithm: object) -> Non
     if algorithm not in ALGORITHMS:
         names = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
+    if isinstance(compressor, type):  # a class has what its instances have
+        raise DtypeError(f"{function}: compressor must be a Compressor, got the class {compressor.__name__}")
     if not isinstance(compressor, Compressor):
         raise DtypeError(f"{function}: compressor must be a Compressor, got {type(compressor).__name__}")
     if algorithm == "two_phase" and compressor.shard_unit is None:

@@ -70,8 +70,10 @@ class Link:
         are what Linux counts and shapes (`tc`); on a wire, preamble, checksum and gap take 24 more a frame.
 
         Raises:
-            ArgumentError: mtu of 52 bytes or less; those of `Link`.
+            ArgumentError: bits_per_second is no number; mtu of 52 bytes or less; those of `Link`.
         """
+        if not isinstance(bits_per_second, int | float):
+            raise ArgumentError(f"Link.ethernet: bits_per_second must be a number, got {bits_per_second!r}")
         if mtu <= TCP_HEADERS:
             raise ArgumentError(f"Link.ethernet: mtu must be above {TCP_HEADERS} bytes, got {mtu}")
         acknowledgement = (FRAME_HEADER + TCP_HEADERS) / 2  # for each packet its half
@@ -132,8 +134,10 @@ def all_reduce_cost(
     ring of fp32.
 
     Raises:
-        ArgumentError: world_size below 1; algorithm unknown, or "two_phase" of a compressor without chunks.
+        ArgumentError: world_size below 1; algorithm unknown, or "two_phase" of a compressor without chunks;
+            numels is a number.
     """
+    _check_numels("all_reduce_cost", numels)
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ArgumentError(f"all_reduce_cost: world_size must be a positive int, got {world_size!r}")
     if algorithm == "auto":
@@ -176,6 +180,7 @@ def hierarchical_cost(
     Raises:
         ArgumentError: as for `all_reduce_cost`.
     """
+    _check_numels("hierarchical_cost", numels)
     for value in (nodes, local_world_size):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(
@@ -194,7 +199,11 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and of an owner's, a dense ring
     8 (W - 1) / W bytes an element. On a tie the simpler one wins; in a world of one nothing is sent, so
     nothing is compressed.
+
+    Raises:
+        ArgumentError: numels is a number.
     """
+    _check_numels("choose_algorithm", numels)
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
     if compressor.shard_unit is not None:
@@ -219,6 +228,11 @@ def break_even_density(world_size: int, entry_nbytes: float = 8) -> float:
             f"and {entry_nbytes}"
         )
     return min(1.0, 8 / (world_size * entry_nbytes))
+
+
+def _check_numels(function: str, numels: object) -> None:
+    if isinstance(numels, int):
+        raise ArgumentError(f"{function}: numels must be a sequence, an int for each tensor, got {numels}")
 
 
 def _both_phases(compressor: Compressor, numels: Sequence[int], world_size: int) -> int:

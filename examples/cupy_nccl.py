@@ -2,8 +2,8 @@
 
     python examples/cupy_nccl.py
 
-A process a GPU. Each sends the largest tenth of its gradient, and keeps the rest for later. The task is made
-up: linear regression, whose weights are known.
+Needs CuPy and NCCL: `pip install ".[cuda12]"`, or cuda13. A process a GPU. Each sends the largest tenth of
+its gradient, and keeps the rest for later. The task is made up: linear regression, whose weights are known.
 """
 
 import multiprocessing

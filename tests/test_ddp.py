@@ -250,6 +250,7 @@ def test_sizes_are_checked() -> None:
     ("make", "error", "text"),
     [
         (lambda: ddp.HookState("sign"), DtypeError, "compressor must be a Compressor, got str"),
+        (lambda: ddp.HookState(Sign), DtypeError, "compressor must be a Compressor, got the class Sign"),
         (
             lambda: ddp.HookState(Sign(), warmup_steps=-1),
             ArgumentError,

@@ -265,11 +265,18 @@ class ProcessGroupTransport:
         """Makes the group unusable and raises what `error` means."""
         if isinstance(error, GroupUnusableError):  # aborted meanwhile
             raise error
-        typed = typed_error(f"{operation} on rank {self._rank} of {self._world_size}", error, elapsed)
+        typed = typed_error(f"{operation} on {self._place()}", error, elapsed)
         self._state.unusable = self._state.unusable or str(typed or repr(error))
         if typed is None:
             raise error
         raise typed from error
+
+    def _place(self) -> str:
+        """This rank of the group; and of all, where the group is a part of them, as a tier is."""
+        place = f"rank {self._rank} of {self._world_size}"
+        if not dist.is_initialized() or dist.get_world_size() == self._world_size:
+            return place
+        return f"{place} (rank {dist.get_rank()} of all {dist.get_world_size()})"
 
     def _poll(self, work: Any, began: float) -> None:
         # A daemon thread that comes back from C++ into an interpreter that has ended takes the process down:

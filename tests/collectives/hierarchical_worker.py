@@ -87,12 +87,13 @@ def failure(group: gck.HierarchicalGroup) -> list[Any]:
     before, worker = grad.clone(), state.worker.clone()
     try:
         gck.all_reduce_(grad, state, gck.Sign(32), group, algorithm="two_phase", validate="off")
-        return ["none", False]
+        return ["none", False, ""]
     except GckError as error:
         typed = isinstance(error, CollectiveError)
         return [
             type(error).__name__,
             typed and torch.equal(grad, before) and torch.equal(state.worker, worker),
+            str(error),
         ]
 
 

@@ -16,6 +16,7 @@ from gck.collectives import (
     break_even_density,
     choose_algorithm,
     compute,
+    hierarchical_cost,
     measure_compute,
 )
 from gck.collectives.transports.simulated import SimulatedMember
@@ -138,6 +139,13 @@ def test_wrong_arguments() -> None:
         all_reduce_cost(gck.TopK(k=1), [10], 2, "two_phase")
     with pytest.raises(ArgumentError, match='"ring" is unknown'):
         all_reduce_cost(gck.Sign(), [10], 2, "ring")
+    for call in (all_reduce_cost, choose_algorithm):
+        with pytest.raises(ArgumentError, match=f"{call.__name__}: numels must be a sequence.*got 10"):
+            call(gck.Sign(), 10, 2)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"hierarchical_cost: numels must be a sequence.*got 10"):
+        hierarchical_cost(gck.Sign(), 10, 2, 2)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="bits_per_second must be a number, got '100mbit'"):
+        Link.ethernet("100mbit")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="bandwidth must be above 0 bytes a second, got 0"):
         Link(0, 0)
     with pytest.raises(ArgumentError, match="latency must be at least 0 seconds, got -1"):

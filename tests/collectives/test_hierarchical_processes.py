@@ -28,5 +28,6 @@ def test_two_nodes_of_two(tmp_path: Path) -> None:
         assert report["trained"] == [survivors[0][1]["trained"][0], True]
         assert report["failure"][0] in ("PeerLostError", "CollectiveTimeoutError", "GroupUnusableError")
         assert report["failure"][1]
+        assert f" of 2 (rank {rank} of all 4)" in report["failure"][2]
     for name, (shared, _) in simulated[0].items():
         assert {report["by_size"][name][0] for _, report in survivors} == {shared}

@@ -165,6 +165,7 @@ def state_of(numel: int) -> ErrorFeedback:
         ),
         (call(compressor=TopK(k=601), algorithm="one_phase"), ArgumentError, "k must be at most"),
         (call(compressor="sign"), DtypeError, "compressor must be a Compressor, got str"),
+        (call(compressor=TopK), DtypeError, "compressor must be a Compressor, got the class TopK"),
         (call(checksum=1), DtypeError, "checksum must be a bool, got int"),
         (call(state="none"), DtypeError, "state must be an ErrorFeedback, got str"),
         (call(grad=torch.ones(600).double()), DtypeError, "grad must be float32, bfloat16 or float16"),
