@@ -15,6 +15,7 @@ the group's own timeout has passed: give `init_process_group` a short one rather
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -30,7 +31,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gck.collectives.transports import CallLog, Done, Started, check_timeout, rotation
-from gck.errors import CollectiveError, CollectiveTimeoutError, GroupUnusableError, PeerLostError
+from gck.errors import (
+    CollectiveError,
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    GroupUnusableError,
+    PeerLostError,
+)
 
 __all__ = ["ProcessGroupTransport", "typed_error"]
 
@@ -42,6 +49,9 @@ PEER_TEXT = re.compile(
     re.IGNORECASE,
 )
 INTERRUPTIBLE = 0.25  # seconds that Ctrl-C may have to wait for
+# gloo takes a message that is shorter than what is waited for, without a word. Where these bytes are still at
+# the end of a row, nothing has come there. They differ between processes: no peer can happen to send them.
+_UNTOUCHED = int.from_bytes(os.urandom(8), "little", signed=True)
 # all_gather_into_tensor was renamed; the old name warns where the new one exists.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -73,8 +83,16 @@ class _Operation:
     name: str
     tensors: tuple[Tensor, ...]
     result: Callable[[], Tensor]
+    last_words: Tensor | None = None  # of each row that is received
     work: Any = None  # keeps the group's sockets open
     ended: bool = False
+
+    def receiving(self, rows: Tensor) -> _Operation:
+        """(W, n) bytes that ranks send, each of which must be whole."""
+        if self.transport._gloo and rows.shape[1] % 8 == 0:
+            self.last_words = rows.view(torch.int64)[:, -1]
+            self.last_words.fill_(_UNTOUCHED)
+        return self
 
     def start(self, begin: Callable[[], Any]) -> _Operation:
         with _holding:
@@ -96,10 +114,19 @@ class _Operation:
                 self.transport._check_usable()
             if work is not None:
                 self.transport._poll(work, began)
+            self._check_whole()
         except BaseException as error:
             self._failed(error, began)
         self.end()
         return self.result()
+
+    def _check_whole(self) -> None:
+        short = [] if self.last_words is None else self.last_words.eq(_UNTOUCHED).nonzero().view(-1).tolist()
+        if short:
+            raise CollectiveMismatchError(
+                f"{self.name} on {self.transport._place()}: rank {short[0]} sent less than was waited for: it "
+                "calls something else, or the same on another size. The group cannot be used any more"
+            )
 
     def end(self) -> None:
         self.ended, self.work = True, None
@@ -171,7 +198,7 @@ class ProcessGroupTransport:
         recv = local.new_empty(self._world_size * local.numel())
         operation = _Operation(
             self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
-        )
+        ).receiving(recv.view(self._world_size, -1))
         if self._world_size == 2 and self._rotates(local):
             # gloo's ring of two has each link busy in one direction at a time.
             return operation.start(partial(self._rotation, group, local.expand(2, -1), recv.view(2, -1)))
@@ -183,7 +210,9 @@ class ProcessGroupTransport:
             return Done(send.clone())
         local = _onto(group, send)
         recv = torch.empty_like(local)
-        operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
+        operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device)).receiving(
+            recv
+        )
         if self._rotates(local[0]):
             return operation.start(partial(self._rotation, group, local, recv))
         return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
@@ -264,6 +293,9 @@ class ProcessGroupTransport:
     def _spoil(self, operation: str, error: BaseException, elapsed: float) -> NoReturn:
         """Makes the group unusable and raises what `error` means."""
         if isinstance(error, GroupUnusableError):  # aborted meanwhile
+            raise error
+        if isinstance(error, CollectiveMismatchError):
+            self._state.unusable = self._state.unusable or str(error)
             raise error
         typed = typed_error(f"{operation} on {self._place()}", error, elapsed)
         self._state.unusable = self._state.unusable or str(typed or repr(error))

@@ -1,0 +1,41 @@
+"""One rank of test_short.py. Rank 1 answers with fewer bytes than rank 0 waits for; rank 0 reports what it saw."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from gck.collectives import all_reduce_, resolve
+from gck.collectives.transports import rotation
+from gck.error_feedback import ErrorFeedback
+from gck.errors import GckError
+from gck.kernels.sign import Sign
+from tests.cases import same_bytes
+from tests.collectives import launcher
+
+SHORT = 64  # bytes, as a handshake has
+NUMEL = 40_000
+
+if __name__ == "__main__":
+    directory, rank, _ = launcher.init(timeout=30)
+    rotation.ROTATE_FROM = 0
+    result = {}
+    grad, state = torch.randn(NUMEL), ErrorFeedback()
+    if rank == 0:
+        state.worker_for(grad).normal_()
+        before = grad.clone(), state.worker.clone()
+        try:
+            all_reduce_(grad, state, Sign(64), algorithm="two_phase", validate="off")
+        except GckError as error:
+            result = {"error": type(error).__name__, "text": str(error)}
+        try:
+            resolve().barrier()
+        except GckError as error:
+            result["after"] = type(error).__name__
+        result["unchanged"] = same_bytes(grad, before[0]) and same_bytes(state.worker, before[1])
+    else:
+        receiving = dist.irecv(torch.empty(NUMEL, dtype=torch.uint8), group_src=0, tag=rotation.TAG)
+        dist.isend(torch.ones(SHORT, dtype=torch.uint8), group_dst=0, tag=rotation.TAG).wait()
+        receiving.wait()  # takes less than it has room for, as gloo does
+    launcher.report(directory, rank, result)
+    launcher.leave()
