@@ -74,10 +74,10 @@ def all_reduce_(
         group: None (WORLD), a torch ProcessGroup, an `NcclCommunicator` or a member of a
             `SimulatedGroup`.
         op: "avg" or "sum".
-        algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors
-            only), "dense" sends fp32 uncompressed, residual included, and leaves none; "auto" takes
-            the one that sends least, see `gck.collectives.choose_algorithm`. On a `HierarchicalGroup`, what
-            happens across nodes.
+        algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors only),
+            "seeded" adds up values whose places all ranks share (random-k only), "dense" sends fp32
+            uncompressed, residual included, and leaves none; "auto" takes the one that sends least, see
+            `gck.collectives.choose_algorithm`. On a `HierarchicalGroup`, what happens across nodes.
         piece_numel: elements of a piece of the two-phase algorithm: while one piece is on the wire, the next
             is compressed and the last decoded, with the same bits as without. 0: all at once. The same on
             all ranks; may change from call to call. Default: `gck.collectives.choose_piece_numel`. A

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
-from gck.compressor import Compressor, shard_numel
+from gck.compressor import Compressor, is_seeded, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import ArgumentError, AutogradError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
@@ -17,7 +17,7 @@ from gck.kernels.common import checks
 __all__ = ["check_algorithm", "check_call", "check_states"]
 
 OPS = ("avg", "sum")
-ALGORITHMS = ("auto", "one_phase", "two_phase", "dense")
+ALGORITHMS = ("auto", "one_phase", "two_phase", "seeded", "dense")
 
 
 def check_algorithm(function: str, compressor: object, algorithm: object) -> None:
@@ -37,6 +37,10 @@ def check_algorithm(function: str, compressor: object, algorithm: object) -> Non
     if algorithm == "two_phase" and compressor.shard_unit is None:
         raise ArgumentError(
             f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'
+        )
+    if algorithm == "seeded" and not is_seeded(compressor):
+        raise ArgumentError(
+            f'{function}: algorithm "seeded" needs ranks that choose the same entries, got {compressor}'
         )
 
 

@@ -21,9 +21,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from gck.collectives.transports.rotation import ROTATE_FROM
-from gck.compressor import Compressor, server_of, shard_numel
+from gck.compressor import Compressor, is_seeded, server_of, shard_numel
 from gck.errors import ArgumentError
+from gck.wire import Layout
 
 __all__ = [
     "Cost",
@@ -86,7 +89,7 @@ class Cost:
     """What one rank sends in an all-reduce; it receives as much.
 
     Attributes:
-        algorithm: "dense", "one_phase" or "two_phase".
+        algorithm: "dense", "one_phase", "two_phase" or "seeded".
         nbytes: bytes sent, with the padding of payloads; headers of messages are left out.
         messages: how many messages these are.
         rounds: how many of them wait for one another: a ring passes on what it has received; an all-to-all
@@ -130,8 +133,8 @@ def all_reduce_cost(
 ) -> Cost:
     """What each rank sends to reduce tensors of `numels` elements, sharing messages, over `world_size` ranks.
 
-    One phase gathers payloads around a ring; two phases send a shard to every rank, and gather; dense is a
-    ring of fp32.
+    One phase gathers payloads around a ring; two phases send a shard to every rank, and gather, as seeded
+    does with values; dense is a ring of fp32.
 
     Raises:
         ArgumentError: world_size below 1; algorithm unknown, or "two_phase" of a compressor without chunks;
@@ -152,6 +155,9 @@ def all_reduce_cost(
         shards = _both_phases(compressor, numels, world_size)
         swaps = _swaps(_nbytes(compressor, numels, world_size), others)
         return Cost(algorithm, others * shards, 2 * others, swaps + others)
+    if algorithm == "seeded" and is_seeded(compressor):
+        first, second = _values_and_sums(compressor, numels, world_size)
+        return Cost(algorithm, others * (first + second), 2 * others, _swaps(first, others) + others)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
 
 
@@ -196,9 +202,9 @@ def hierarchical_cost(
 def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
     """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
 
-    One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and of an owner's, a dense ring
-    8 (W - 1) / W bytes an element. On a tie the simpler one wins; in a world of one nothing is sent, so
-    nothing is compressed.
+    One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and an owner's, seeded as much of
+    the values and of their sums in fp32, a dense ring 8 (W - 1) / W bytes an element. On a tie the simpler
+    one wins; in a world of one nothing is sent, so nothing is compressed.
 
     Raises:
         ArgumentError: numels is a number.
@@ -208,6 +214,8 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
     if compressor.shard_unit is not None:
         volumes["two_phase"] = world_size * _both_phases(compressor, numels, world_size)
+    if is_seeded(compressor):
+        volumes["seeded"] = world_size * sum(_values_and_sums(compressor, numels, world_size))
     return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
 
 
@@ -239,6 +247,17 @@ def _both_phases(compressor: Compressor, numels: Sequence[int], world_size: int)
     """Bytes of one shard's bodies of all tensors, the workers' and the owner's."""
     server = server_of(compressor, world_size)
     return _nbytes(compressor, numels, world_size) + _nbytes(server, numels, world_size)
+
+
+def _values_and_sums(compressor: Compressor, numels: Sequence[int], world_size: int) -> tuple[int, int]:
+    """Bytes of a part of all tensors' values, and of their sums, each at a multiple of 16."""
+    first = second = 0
+    for numel in numels:
+        for field in compressor.layout(numel).fields:
+            part = shard_numel(field.count, 1, world_size)
+            first += Layout.of((field.dtype, part)).nbytes
+            second += Layout.of((torch.float32, part)).nbytes
+    return first, second
 
 
 def _nbytes(compressor: Compressor, numels: Sequence[int], shards: int) -> int:

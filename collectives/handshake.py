@@ -39,7 +39,7 @@ MAGIC = b"GCKH"
 VERSION = 2
 PLACE = 0x484B4347  # of its verdicts; not the sequence, which may be what ranks differ in
 SEAL = 8  # bytes, the last ones in every version but the first, which had none
-ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed")
+ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed", "seeded")
 REDUCTIONS = ("none", "avg", "sum")
 DTYPES = ("mixed", "float32", "bfloat16", "float16")
 # A compressor whose seed is part of the signature makes a new one at every step. All ranks agree on the same
@@ -69,7 +69,8 @@ class Signature:
     """What one call is about to do; ranks must agree on all of it.
 
     Attributes:
-        algorithm: "gather", "one_phase", "two_phase", "dense", or "mixed" where tensors go by different ones.
+        algorithm: "gather", "one_phase", "two_phase", "seeded", "dense", or "mixed" where tensors go by
+            different ones.
         compressor: the configuration as text, see `describe`.
         dtypes, numels: of each tensor.
         reduction: "avg", "sum" or "none".

@@ -16,6 +16,7 @@ from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
 from gck.collectives.pieces import check_piece_numel, piece_numel_of
 from gck.collectives.scratch import Scratch, scratch
+from gck.collectives.seeded import seeded
 from gck.collectives.transports import Transport
 from gck.collectives.transports.checked import Checked
 from gck.collectives.two_phase import Shards, two_phase
@@ -188,6 +189,8 @@ class Reduction:
             return dense(transport, compressor, grads, [state for _, state, _ in some], divisor, memory)
         errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _) in some]
         counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, _ in some]
+        if algorithm == "seeded":
+            return seeded(transport, compressor, grads, errs, counters, divisor, memory)
         if algorithm == "one_phase" or unit is None:
             return one_phase(transport, compressor, grads, errs, counters, divisor, memory)
         servers = [

@@ -26,11 +26,13 @@ __all__ = [
     "compressor_class",
     "decompress_sum_",
     "describe",
+    "is_seeded",
     "reduce_",
     "reduce_by_steps_",
     "residual_of",
     "server_of",
     "shard_numel",
+    "summed_of",
 ]
 
 # One line a compressor: registry name -> module and class. Imported on first use, never before, so
@@ -100,6 +102,20 @@ class Compressor(Protocol):
             CorruptPayloadError: before anything is written, where the check costs no host sync.
         """
         ...
+
+
+def is_seeded(compressor: Compressor) -> bool:
+    """Whether all ranks choose the same entries, so that payloads can be added up value by value.
+
+    Such a compressor has an attribute `summed`, see `summed_of`, and payloads of values alone.
+    """
+    return getattr(compressor, "summed", None) is not None
+
+
+def summed_of(compressor: Compressor) -> Compressor:
+    """The compressor whose payload is the sum of payloads of a seeded one: its values are fp32."""
+    summed: Compressor = compressor.summed  # type: ignore[attr-defined]
+    return summed
 
 
 def decompress_sum_(

@@ -124,8 +124,8 @@ class _Operation:
         short = [] if self.last_words is None else self.last_words.eq(_UNTOUCHED).nonzero().view(-1).tolist()
         if short:
             raise CollectiveMismatchError(
-                f"{self.name} on {self.transport._place()}: rank {short[0]} sent less than was waited for: it "
-                "calls something else, or the same on another size. The group cannot be used any more"
+                f"{self.name} on {self.transport._place()}: rank {short[0]} sent less than was waited for: "
+                "it calls something else, or the same on another size. The group cannot be used any more"
             )
 
     def end(self) -> None:

@@ -10,7 +10,7 @@ probability, which removes the bias); Salmon, Moraes, Dror and Shaw, "Parallel R
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -70,6 +70,11 @@ class RandomK(KernelCompressor):
     @property
     def shard_unit(self) -> int | None:
         return None
+
+    @property
+    def summed(self) -> RandomK:
+        """See `gck.compressor.is_seeded`."""
+        return replace(self, value_dtype=torch.float32)
 
     def layout(self, numel: int) -> Layout:
         return Layout.of((self.value_dtype, resolve_k("RandomK", numel, self.ratio, self.k)))

@@ -1,4 +1,4 @@
-"""One rank of test_short.py. Rank 1 answers with fewer bytes than rank 0 waits for; rank 0 reports what it saw."""
+"""One rank of test_short.py. Rank 1 answers with fewer bytes than rank 0 waits for; rank 0 reports."""
 
 from __future__ import annotations
 
