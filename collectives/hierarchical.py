@@ -266,8 +266,12 @@ def reduce_scatter(
     sizes = _places(cuts, [tensor.dtype for tensor in tensors])
     send = torch.zeros(local.world_size, sum(sizes), dtype=torch.uint8, device=tensors[0].device)
     for tensor, shards, rows in zip(tensors, cuts, send.split(sizes, 1), strict=True):
-        for rank, row in enumerate(rows):
-            _as(row, shards.valid(rank), tensor.dtype).copy_(shards.part(tensor, rank))
+        whole = shards.total // shards.numel if shards.numel else 0  # shards, and then perhaps a part of one
+        full = tensor[: whole * shards.numel].view(whole, shards.numel)
+        _as(rows[:whole], shards.numel, tensor.dtype).copy_(full)
+        if shards.total > full.numel():
+            rest = tensor[full.numel() :]
+            _as(rows[whole], rest.numel(), tensor.dtype).copy_(rest)
     received = local.all_to_all_bytes(send) if sum(sizes) else send
     sums = []
     for tensor, shards, rows in zip(tensors, cuts, received.split(sizes, 1), strict=True):
@@ -291,10 +295,9 @@ def all_gather(
     rows = local.all_gather_bytes(send) if sum(sizes) else send.expand(local.world_size, 0)
     results = []
     for shards, dtype, places in zip(cuts, dtypes, rows.split(sizes, 1), strict=True):
-        result = torch.empty(shards.total, dtype=dtype, device=send.device)
-        for rank, place in enumerate(places):
-            shards.part(result, rank).copy_(_as(place, shards.valid(rank), dtype))
-        results.append(result)
+        # A copy in any case: what a transport returns may be shared between simulated ranks.
+        received = _as(places, shards.numel, dtype)
+        results.append(received.new_empty(received.shape).copy_(received).view(-1)[: shards.total])
     return results
 
 
@@ -305,10 +308,10 @@ def _places(cuts: Sequence[Shards], dtypes: Sequence[torch.dtype]) -> list[int]:
 
 
 def _as(place: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """The first `numel` elements of bytes."""
+    """The first `numel` elements of bytes, or of each row of them."""
     if not numel:  # places of no bytes begin anywhere
-        return place.new_empty(0, dtype=dtype)
-    return place[: numel * dtype.itemsize].view(dtype)
+        return place.new_empty((*place.shape[:-1], 0), dtype=dtype)
+    return place[..., : numel * dtype.itemsize].view(dtype)
 
 
 def _exchange(transport: Transport, numbers: Sequence[int]) -> list[list[int]]:

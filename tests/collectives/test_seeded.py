@@ -46,6 +46,16 @@ def test_the_bits_of_one_phase(value_dtype: torch.dtype, world_size: int, feedba
             assert all(same_bytes(one, other) for one, other in zip(tensors, others, strict=True))
 
 
+def test_ranks_that_share_what_they_gather_do_not_share_results() -> None:
+    def rank_main(member: Any) -> Tensor:
+        grad = torch.full((1280,), 1.0 + member.rank)
+        # 32 values a part: messages without padding, which need not be put together from pieces.
+        return gck.all_reduce_(grad, gck.ErrorFeedback(), gck.RandomK(k=128), member, algorithm="seeded")
+
+    for result in SimulatedGroup(4, shared_gathers=True).run(rank_main):
+        assert sorted(set(result.tolist())) == [0.0, 2.5]
+
+
 def test_what_is_not_finite_arrives() -> None:
     def rank_main(member: Any) -> Tensor:
         grad = torch.full((64,), float("inf") if member.rank == 1 else 1.0)
