@@ -185,8 +185,8 @@ def draw(records: Sequence[Record], numel: int, steps: int, path: Path) -> None:
     for axes, (title, value) in zip(grid, panels.items(), strict=True):
         for name in dict.fromkeys(r["name"] for r in records):
             chosen = [r for r in records if r["name"] == name]
-            # One phase and dense: dotted; two phases: solid.
-            style = "-" if chosen[0]["algorithm"] == "two_phase" else ":"
+            # One phase and dense: dotted; two phases and seeded: solid.
+            style = "-" if chosen[0]["algorithm"] in ("two_phase", "seeded") else ":"
             axes.plot(
                 [r["world_size"] for r in chosen],
                 [value(r) for r in chosen],
