@@ -37,7 +37,7 @@ def seeded(
         3. All-gather the sums, in fp32; divide once by `divisor`, the ranks of all tiers, for a mean.
         4. Decode once.
     """
-    values = []
+    values: list[Tensor] = []
     for grad, err, counter in zip(grads, errs, counters, strict=True):
         layout = compressor.layout(grad.numel())
         body = memory.zeros((1, layout.nbytes), torch.uint8, grad.device)
