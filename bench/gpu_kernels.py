@@ -25,6 +25,7 @@ from bench import bench_quantize, bench_random_k, inputs
 from bench.bench_topk_lists import gpt2_sizes
 from bench.machine import ROOT, describe
 from bench.measure import seconds_of
+from gck.wire import body_of, payloads_of
 
 ROUNDS, PROFILED = 15, 5
 DEVICE = torch.device("cuda")
@@ -124,10 +125,13 @@ def _of_lists() -> Iterator[Look]:
 
 
 def _of_payloads(n: int, world: int = 8, ratio: float = 0.01) -> Iterator[Look]:
-    payloads = []
+    sent = []
     for rank in range(world):
         grad, err = (x[:n].to(DEVICE) for x in inputs.make(inputs.GAUSSIAN, n + rank))
-        payloads.append(gck.topk_ef_(grad, err, ratio))
+        sent.append(gck.topk_ef_(grad, err, ratio))
+    # Rows of one tensor, as a gather leaves them: what lies apart would be copied together first.
+    rows = torch.stack([body_of(payload.values, payload.indices) for payload in sent])
+    payloads = payloads_of(sent[0], rows)
     out = torch.zeros(n, device=DEVICE)
     entries = 8 * world * ratio
     for name, run, dense in (

@@ -88,8 +88,8 @@ class _Operation:
     ended: bool = False
 
     def receiving(self, rows: Tensor) -> _Operation:
-        """(W, n) bytes that ranks send, each of which must be whole."""
-        if self.transport._gloo and rows.shape[1] % 8 == 0:
+        """(W, n) bytes that ranks send, each of which must be whole; on devices nobody looks."""
+        if self.transport._gloo and rows.device.type == "cpu" and rows.shape[1] % 8 == 0:
             self.last_words = rows.view(torch.int64)[:, -1]
             self.last_words.fill_(_UNTOUCHED)
         return self
@@ -121,11 +121,12 @@ class _Operation:
         return self.result()
 
     def _check_whole(self) -> None:
-        short = [] if self.last_words is None else self.last_words.eq(_UNTOUCHED).nonzero().view(-1).tolist()
-        if short:
+        words = [] if self.last_words is None else self.last_words.tolist()
+        if _UNTOUCHED in words:
+            place, peer = self.transport._place(), words.index(_UNTOUCHED)
             raise CollectiveMismatchError(
-                f"{self.name} on {self.transport._place()}: rank {short[0]} sent less than was waited for: "
-                "it calls something else, or the same on another size. The group cannot be used any more"
+                f"{self.name} on {place}: rank {peer} sent less than was waited for: it calls something "
+                "else, or the same on another size. The group cannot be used any more"
             )
 
     def end(self) -> None:

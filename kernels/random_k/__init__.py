@@ -74,7 +74,7 @@ class RandomK(KernelCompressor):
     @property
     def summed(self) -> RandomK:
         """See `gck.compressor.is_seeded`."""
-        return replace(self, value_dtype=torch.float32)
+        return self if self.value_dtype == torch.float32 else replace(self, value_dtype=torch.float32)
 
     def layout(self, numel: int) -> Layout:
         return Layout.of((self.value_dtype, resolve_k("RandomK", numel, self.ratio, self.k)))
