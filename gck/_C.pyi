@@ -1,7 +1,18 @@
 # Addresses are tensor.data_ptr(); dtypes are numbered as in kernels/common/native.py.
 # options: (decay, clip, statistics), the latter two 0 where there are none.
 
+from torch import Tensor
+
 def isa() -> str: ...
+
+class BodyLayout:
+    def __init__(self, fields: list[tuple[int, int, int, int]], nbytes: int) -> None: ...
+
+def find_tensors(tensor_type: type) -> bool: ...
+def new_tensor(code: int, bits: int, numel: int) -> Tensor: ...
+def topk_new(
+    layout: BodyLayout, value_dtype: int, grad: Tensor, err: Tensor, threads: int
+) -> tuple[Tensor, ...] | None: ...
 def topk_compress(
     grad: int,
     grad_dtype: int,

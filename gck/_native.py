@@ -10,7 +10,7 @@ import torch
 
 from gck.errors import BackendUnavailableError
 
-__all__ = ["load", "num_threads"]
+__all__ = ["load", "num_threads", "sees_tensors"]
 
 
 @cache
@@ -32,6 +32,13 @@ def load() -> Any:
             "cmake --build build/local && cmake --install build/local --prefix .`"
         ) from error
     return native
+
+
+@cache
+def sees_tensors() -> bool:
+    """Whether the compiled module can look at tensors itself, and make some: torch has DLPack's table of
+    functions since 2.10. Without it all goes by addresses, which takes a few microseconds longer."""
+    return bool(load().find_tensors(torch.Tensor))
 
 
 def num_threads() -> int:

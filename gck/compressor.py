@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gck.average import average_
 from gck.errors import ArgumentError
+from gck.memory import empty
 from gck.wire import Layout
 
 __all__ = [
@@ -208,7 +209,7 @@ def reduce_by_steps_(
     nonfinite: Tensor | None = None,
 ) -> None:
     """`reduce_` of any compressor: decode and add, divide, compress; three passes over a dense vector."""
-    total = torch.empty(numel, dtype=torch.float32, device=bodies.device)
+    total = empty(numel, torch.float32, bodies.device)
     decompress_sum_(compressor, total, bodies, capacity=capacity)
     if divisor != 1:
         average_(total, divisor)

@@ -16,7 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from gck._native import load, sees_tensors
 from gck.errors import CorruptPayloadError
+from gck.memory import dlpack_type, empty
 
 __all__ = [
     "ALIGNMENT",
@@ -38,7 +40,6 @@ _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.restype = ctypes.py_object
 _memory_at.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
 WRITABLE = 0x200  # PyBUF_WRITE
-_CPU = torch.device("cpu")
 
 
 def _align(nbytes: int) -> int:
@@ -82,40 +83,21 @@ class Layout:
         nbytes = self.nbytes
         if nbytes < SMALL:  # zeroing all of it is quicker than asking where the padding is
             return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        body = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        body = empty(nbytes, torch.uint8, device)
         ends = [*(f.offset for f in self.fields[1:]), nbytes]
         for field, end in zip(self.fields, ends, strict=True):
             if field.end < end:
                 body[field.end : end].zero_()
         return body
 
-    def new_views(self) -> tuple[Tensor, ...]:
-        """`views` of a new body on the CPU for a kernel that writes every field, padding zero. Where none is
-        empty, it starts where the first one does."""
-        if self._small is None:
-            return self.views(self.empty_body(_CPU))
-        like, words, places = self._small
-        body = like.new_zeros(words)
-        return tuple(
-            [
-                (body if dtype is None else body.view(dtype)).as_strided(shape, (1,), start)
-                for dtype, shape, start in places
-            ]
-        )
-
     @cached_property
-    def _small(self) -> tuple[Tensor, int, list[tuple[torch.dtype | None, tuple[int], int]]] | None:
-        """A tensor of the first field's dtype, the length of a body in it, and of each field the dtype where
-        that is another one, its shape and its start; None where zeroing a whole body would take long, or that
-        has no such length, or a field is empty."""
-        like = torch.empty(0, dtype=self.fields[0].dtype, device=_CPU)
-        if self.nbytes >= SMALL or self.nbytes % like.itemsize or not all(f.count for f in self.fields):
+    def native(self) -> Any:
+        """The same for the compiled module, which then makes bodies itself; None where it cannot, or a field
+        is empty."""
+        if not sees_tensors() or not all(f.count for f in self.fields):
             return None
-        places = [
-            (None if f.dtype is like.dtype else f.dtype, (f.count,), f.offset // f.dtype.itemsize)
-            for f in self.fields
-        ]
-        return like, self.nbytes // like.itemsize, places
+        fields = [(*dlpack_type(f.dtype), f.count, f.offset) for f in self.fields]
+        return load().BodyLayout(fields, self.nbytes)
 
     def views(self, body: Tensor) -> tuple[Tensor, ...]:
         """Typed views of a (nbytes,) uint8 body, one a field; nothing is copied.
@@ -195,10 +177,10 @@ def body_in_place(*fields: Tensor) -> Tensor | None:
     first = fields[0]
     start = first.storage_offset() * first.element_size()
     storage = first.untyped_storage()
+    # By addresses: fields may have storages of their own on the memory that the first one's reaches over.
+    base = storage.data_ptr() + start
     in_place = start + layout.nbytes <= storage.nbytes() and all(
-        f.is_contiguous()
-        and f.untyped_storage().data_ptr() == storage.data_ptr()
-        and f.storage_offset() * f.element_size() == start + place.offset
+        f.is_contiguous() and f.data_ptr() == base + place.offset
         for f, place in zip(fields, layout.fields, strict=True)
         if place.count  # what is empty lies nowhere
     )

@@ -25,7 +25,6 @@ std::unique_ptr<Run> take() {
 }
 
 constexpr size_t kPage = 4096;
-constexpr size_t kLargePagesPay = size_t{8} << 20;
 constexpr int64_t kFreshPays = 1 << 20;  // entries
 
 void unmap(const Run& run) { ::munmap(run.first, run.second); }
@@ -53,6 +52,7 @@ bool is_fresh([[maybe_unused]] const void* start, [[maybe_unused]] size_t bytes)
 }  // namespace
 
 Scratch::Scratch(size_t bytes) {
+  regions_.reserve(8);
   if (const auto run = take()) {
     if (run->second >= bytes) {
       run_ = *run;
@@ -94,7 +94,9 @@ void* Scratch::region(size_t bytes) {
   return start;
 }
 
-void populate(void* start, size_t bytes) { put_pages(start, bytes, bytes >= kLargePagesPay); }
+void populate(void* start, size_t bytes) {
+  if (is_fresh(start, bytes)) put_pages(start, bytes, false);
+}
 
 void populate_fresh(float* out, int64_t begin, int64_t end) {
   if (end - begin < kFreshPays) return;
@@ -103,7 +105,7 @@ void populate_fresh(float* out, int64_t begin, int64_t end) {
 }
 
 void populate_fresh_codes(char* start, size_t bytes) {
-  if (bytes >= sizeof(float) * kFreshPays && is_fresh(start, bytes)) put_pages(start, bytes, false);
+  if (bytes >= sizeof(float) * kFreshPays) populate(start, bytes);
 }
 
 }  // namespace gck

@@ -36,16 +36,16 @@ class Scratch {
   std::vector<std::pair<size_t, size_t>> regions_;  // offset, bytes
 };
 
-// Has the system put pages behind [start, start + bytes) at once, where it can: a large result comes fresh
-// from it, and one page fault after the other would take longer than the writing.
+// Has the system put pages behind [start, start + bytes) at once, where it can and there is none in the
+// middle yet: a large result may come fresh from it, and one page fault after the other would take longer
+// than the writing.
 void populate(void* start, size_t bytes);
 
-// The same for out[begin, end), which will be written whole, if it is large and has no page in its middle
-// yet: out is a new tensor then.
+// The same for out[begin, end), which will be written whole, if it is large, in large pages.
 void populate_fresh(float* out, int64_t begin, int64_t end);
 
-// The same for a part of a payload, in pages of the usual size: where memory is in pieces, to find large ones
-// takes longer than they save.
+// The same for a part of a payload, if it is large, in pages of the usual size: where memory is in pieces, to
+// find large ones takes longer than they save.
 void populate_fresh_codes(char* start, size_t bytes);
 
 }  // namespace gck

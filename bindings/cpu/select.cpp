@@ -27,10 +27,11 @@ Share count_share(const float* x, int64_t count, int32_t threshold) {
 
 // The same as select_largest, for lists so short that no histogram pays.
 Selection select_few(const std::vector<Segment>& lists, int64_t k) {
-  std::vector<int32_t> keys;
-  for (const auto& [x, count] : lists) {
-    for (int64_t i = 0; i < count; ++i) keys.push_back(key_of(x[i]));
-  }
+  int64_t total = 0;
+  for (const Segment& list : lists) total += list.count;
+  std::vector<int32_t> keys(static_cast<size_t>(total));
+  auto next = keys.begin();
+  for (const auto& [x, count] : lists) next = std::transform(x, x + count, next, key_of);
   std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
   const int32_t kth = keys[static_cast<size_t>(k - 1)];
   std::vector<Share> shares;
@@ -76,6 +77,14 @@ std::vector<Share> shares_of(const std::vector<Group>& groups, int32_t threshold
 }
 
 }  // namespace
+
+int32_t kth_largest(const Segment& segment, int64_t rank, int32_t* keys) {
+  const auto& [x, count] = segment;
+  if (count > kFew) return kth_largest({{segment}}, rank, 1).key;
+  std::transform(x, x + count, keys, key_of);
+  std::nth_element(keys, keys + (rank - 1), keys + count, std::greater<>());
+  return keys[rank - 1];
+}
 
 Threshold kth_largest(const std::vector<Group>& groups, int64_t rank, int threads) {
   constexpr int shifts[] = {20, 10, 0}, bins[] = {2048, 1024, 1024};

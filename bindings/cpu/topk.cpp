@@ -148,14 +148,15 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
   const int64_t size = std::max<int64_t>(1, job.numel / (4 * job.k));  // entries a group
   int64_t groups = 0;
   for (const Piece& piece : parts[0].pieces) groups += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
-  const Lists lists(parts, job.numel, groups);
+  const Lists lists(parts, job.numel, 2 * groups);  // maxima, and their keys
   float* next = lists.more();
   for (const Piece& piece : parts[0].pieces) {
     if (job.residual) job.residual->before(piece.grad, piece.dtype, piece.err, piece.begin, piece.count);
     leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
     next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
   }
-  const int32_t low = kth_largest({{{lists.more(), groups}}}, job.k, 1).key;
+  auto* keys = reinterpret_cast<int32_t*>(lists.more() + groups);
+  const int32_t low = kth_largest(Segment{lists.more(), groups}, job.k, keys);
   const auto threshold =
       select_with(job, parts, lists, {{std::min(low, kInfKey), false, false}, INT32_MAX}, false);
   return *threshold;

@@ -16,6 +16,7 @@ from gck.kernels.common import checks
 from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
+from gck.memory import empty
 from gck.ops.registration import Array, plain, register
 from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
 from gck.wire import ALIGNMENT, body_of, layout_of
@@ -44,7 +45,7 @@ def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor
     """
     _, fields, _ = _parts("decompress", _first("decompress", payload))
     if out is None:
-        out = torch.empty(_first("decompress", payload).numel, dtype=torch.float32, device=fields[0].device)
+        out = empty(_first("decompress", payload).numel, torch.float32, fields[0].device)
     return _decode("decompress", out, payload, 1.0, False)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gck.kernels.common.base import KernelCompressor
+from gck.memory import unwatched
 
-__all__ = ["Array", "compress", "fake_body", "plain", "register"]
+__all__ = ["Array", "compress", "direct", "fake_body", "plain", "register"]
 
 _library = torch.library.Library("gck", "DEF")
 
@@ -33,10 +34,10 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether dispatching an operator on these tensors would do nothing but call its kernel.
 
-    That is: nobody traces or profiles, no mode looks on, no tensor is of a class of its own or negated
-    lazily. Calling the kernel directly then spares more than a small kernel's own time.
+    That is: it is `unwatched`, and no tensor is of a class of its own or negated lazily. Calling the kernel
+    directly then spares more than a small kernel's own time.
     """
-    if torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiler_enabled():
+    if not unwatched():
         return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
@@ -44,11 +45,17 @@ def plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def direct(grad: Tensor, err: Tensor) -> bool:
+    """Whether the compiled module may look at these itself: `plain`, of torch's own class, not recorded."""
+    return (
+        type(grad) is Tensor is type(err)
+        and unwatched()
+        and not (grad.is_neg() or err.is_neg())
+        and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
+    )
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Looked up once: of a call on few elements, looking is a good part.
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def compress(

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gck import interop
-from gck.errors import ArgumentError
+from gck._native import load, num_threads
+from gck.errors import ArgumentError, GckError
 from gck.kernels.common import checks
+from gck.kernels.common.native import DTYPE_CODE
 from gck.kernels.topk import TopK, check_options, resolve_k
-from gck.kernels.topk.cpu import compress_new
-from gck.ops.registration import Array, compress, fake_body, plain, register
+from gck.ops.registration import Array, compress, direct, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
 from gck.statistics import Statistics
@@ -122,6 +123,10 @@ def topk_ef_(
 
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
     """
+    if nonfinite is hint is clip is stats is None and decay == 1 and not flat:
+        made = _topk_ef_direct(grad, err, ratio, k, value_dtype)
+        if made is not None:
+            return made
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
@@ -142,6 +147,28 @@ def topk_ef_(
     )
 
 
+def _topk_ef_direct(
+    grad: Any, err: Any, ratio: float | None, k: Any, value_dtype: torch.dtype
+) -> SparseGrad | None:
+    """`_topk_ef_one` by one call of the compiled module, which looks at the tensors and makes the payload: of
+    small vectors the rest would be most of the time. None where all is not as it mostly is."""
+    if not direct(grad, err):
+        return None
+    numel = grad.numel()
+    try:
+        _, layout = _choice("topk_ef_", numel, ratio, k, value_dtype)
+    except (GckError, TypeError):  # with a word on the tensors first, if there is one
+        return None
+    if layout.native is None:
+        return None
+    fields = load().topk_new(layout.native, DTYPE_CODE[value_dtype], grad, err, num_threads())
+    if fields is None:
+        return None
+    increment_version(err)
+    values, indices = fields
+    return SparseGrad(values.resize_(layout.fields[0].count), indices, numel)
+
+
 def _topk_ef_one(
     grad: Array,
     err: Array,
@@ -154,29 +181,22 @@ def _topk_ef_one(
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             return _topk_ef_one(g, e, ratio, k, value_dtype, nonfinite, hint)
-    direct = plain(grad, err, nonfinite, hint)
-    fit = direct and checks.acceptable(grad, err)
-    if not fit:
+    is_plain = plain(grad, err, nonfinite, hint)
+    if not (is_plain and checks.acceptable(grad, err)):
         check_options("topk_ef_", ratio, k, value_dtype)
         checks.check_grad("topk_ef_", grad)
         resolve_k("topk_ef_", grad.numel(), ratio, k)
         checks.check_pair("topk_ef_", grad, err)
-    numel = grad.numel()
-    compressor, layout = _chosen("topk_ef_", numel, ratio, k, value_dtype, direct)
-    if fit and numel and nonfinite is None and hint is None and grad.is_cpu and checks.apart((grad, err)):
-        # The same as below, by the shortest way: of small vectors this is most of the time.
-        values, indices = compress_new(layout, grad, err)
-        increment_version(err)
-        return SparseGrad(values, indices, numel)
+    compressor, layout = _chosen("topk_ef_", grad.numel(), ratio, k, value_dtype, is_plain)
     checks.check_nonfinite("topk_ef_", nonfinite, grad)
     checks.check_scalar("topk_ef_", "hint", hint, torch.int32, grad)
-    if direct:
+    if is_plain:
         body = compress("topk_ef_", compressor, grad, err, nonfinite, hint=hint)
     else:
         count = layout.fields[0].count
         body = torch.ops.gck.topk_ef_(grad, err, count, value_dtype, nonfinite, hint)
     values, indices = layout.views(body)
-    return SparseGrad(values, indices, numel)
+    return SparseGrad(values, indices, grad.numel())
 
 
 def _topk_ef_with(
@@ -220,9 +240,9 @@ def topk(
             return topk(tensor, ratio, k=k, value_dtype=value_dtype)
     check_options("topk", ratio, k, value_dtype)
     checks.check_grad("topk", x, "x")
-    direct = plain(x)
-    compressor, layout = _chosen("topk", x.numel(), ratio, k, value_dtype, direct)
-    if direct:
+    is_plain = plain(x)
+    compressor, layout = _chosen("topk", x.numel(), ratio, k, value_dtype, is_plain)
+    if is_plain:
         body = compress("topk", compressor, x, None, None)
     else:
         body = torch.ops.gck.topk(x, layout.fields[0].count, value_dtype)
@@ -231,15 +251,15 @@ def topk(
 
 
 def _chosen(
-    function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype, direct: bool
+    function: str, numel: int, ratio: float | None, k: int | None, value_dtype: torch.dtype, is_plain: bool
 ) -> tuple[TopK, Layout]:
-    """The compressor that keeps as many as is wanted, and the payload's layout. Remembered where `direct`.
+    """The compressor that keeps as many as is wanted, and the payload's layout. Remembered where `is_plain`.
 
     Raises:
         ArgumentError, DtypeError: the options are wrong, as such or for a vector of `numel` elements.
     """
     # Tracing may bring symbolic sizes, which have no hash, as a caller may any option.
-    if direct:
+    if is_plain:
         try:
             return _choice(function, numel, ratio, k, value_dtype)
         except TypeError:

@@ -41,27 +41,6 @@ def compress_(
         nonfinite += cleared
 
 
-def compress_new(layout: Layout, grad: Tensor, err: Tensor) -> tuple[Tensor, ...]:
-    """`compress_` into the fields of a new body of this layout, of tensors of any shape, not empty, that
-    have been checked."""
-    values, indices = fields = layout.new_views()
-    load().topk_compress(
-        grad.data_ptr(),
-        DTYPE_CODE[grad.dtype],
-        err.data_ptr(),
-        grad.numel(),
-        values.numel(),
-        values.data_ptr(),
-        DTYPE_CODE[values.dtype],
-        indices.data_ptr(),
-        indices.dtype is torch.int64,
-        0,
-        num_threads(),
-        None,
-    )
-    return fields
-
-
 def _compress(
     layout: Layout,
     grad: Tensor,

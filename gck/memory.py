@@ -1,0 +1,52 @@
+"""Memory of results on the CPU: what is freed is kept for the next one.
+
+A large tensor that is fresh from the system costs a page fault, and zeroing, for each page as it is first
+written to; of a dense result that takes longer than decoding into it. Training makes results of the same
+sizes step after step, so the process keeps up to 256 MiB of what they have freed (bindings/results.hpp).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gck._native import load, sees_tensors
+
+__all__ = ["LARGE", "dlpack_type", "empty", "unwatched"]
+
+LARGE = 1 << 20  # bytes, as in bindings/results.hpp
+
+_DLPACK = {
+    torch.float32: (2, 32),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+    torch.uint16: (1, 16),
+    torch.uint32: (1, 32),
+}
+
+# Looked up once: of a call on few elements, looking is a good part.
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiler_enabled = torch._C._autograd._profiler_enabled
+
+
+def dlpack_type(dtype: torch.dtype) -> tuple[int, int]:
+    """(type code, bits) as DLPack numbers them."""
+    return _DLPACK[dtype]
+
+
+def unwatched() -> bool:
+    """Whether nobody traces, transforms or profiles, and no mode looks on."""
+    return not (torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiler_enabled())
+
+
+def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new (numel,) tensor of any content; a large one on the CPU from memory that results have freed."""
+    small = numel < LARGE // dtype.itemsize
+    if small or device.type != "cpu" or not (unwatched() and sees_tensors()):
+        return torch.empty(numel, dtype=dtype, device=device)
+    tensor: Tensor = load().new_tensor(*_DLPACK[dtype], numel)
+    return tensor
