@@ -123,7 +123,8 @@ def topk_ef_(
 
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
     """
-    if nonfinite is hint is clip is stats is None and decay == 1 and not flat:
+    plainly = nonfinite is None and hint is None and clip is None and stats is None
+    if plainly and decay == 1 and not flat:
         made = _topk_ef_direct(grad, err, ratio, k, value_dtype)
         if made is not None:
             return made
