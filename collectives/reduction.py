@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from gck.collectives.scratch import Scratch, scratch
 from gck.collectives.seeded import seeded
 from gck.collectives.transports import Transport
 from gck.collectives.transports.checked import Checked
-from gck.collectives.two_phase import Shards, two_phase
+from gck.collectives.two_phase import Residuals, Shards, two_phase
+from gck.collectives.undo import Undo
 from gck.collectives.work import check_async_op
-from gck.compressor import Compressor
+from gck.compressor import Compressor, decodes_anything, server_of
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import DtypeError
 
@@ -29,6 +31,7 @@ __all__ = ["Reduction", "prepare"]
 
 # Of a tensor: its part of a node's sum, and the size and binding of its server residual.
 Place = tuple[ShardBinding | None, tuple[int, ServerBinding] | None]
+Member = tuple[Tensor, ErrorFeedback | None, Place, Undo]
 
 
 def prepare(
@@ -128,33 +131,63 @@ class Reduction:
             tier, local = Checked(tier, sequence), None if local is None else Checked(local, sequence)
         flat = [grad.detach().view(-1) for grad in self.grads]
         with scratch() as memory:
-            saved = [None if state is None else state.snapshot(memory.clone) for state in self.states]
+            undo = [Undo(state, memory) for state in self.states]
             try:
-                if tiers is None or local is None:
-                    results = self._reduced(tier, self.plan, flat, places, memory)
-                else:
-                    with tiers.both_or_none():
-                        results = self._in_tiers(tier, local, flat, places, memory)
+                finish = self._reduce(tier, local, flat, places, undo, memory)
                 self.transport.synchronize()
                 self.written = True  # from here on Ctrl-C finds everything there
-                _write(flat, results)
+                _to_the_end(finish)
             except BaseException as error:
                 if self.written and not isinstance(error, Exception):
-                    _write(flat, results)  # what may be half written is written once more
                     raise
                 self.written = False
-                for state, snapshot in zip(self.states, saved, strict=True):
-                    if state is not None and snapshot is not None:
-                        state.restore(snapshot)
+                for each in undo:
+                    each.restore()
                 raise
 
+    def _reduce(
+        self,
+        tier: Transport,
+        local: Transport | None,
+        grads: list[Tensor],
+        places: list[Place],
+        undo: list[Undo],
+        memory: Scratch,
+    ) -> Callable[[], None]:
+        """Everything up to the results; the rest, which writes to the gradients, may be called again."""
+        tiers = self.transport if isinstance(self.transport, HierarchicalGroup) else None
+        if tiers is not None and local is not None:
+            with tiers.both_or_none():
+                results = self._in_tiers(tier, local, grads, places, undo, memory)
+            return partial(_write, grads, results)
+        if self._straight():
+            some = list(zip(grads, self.states, places, undo, strict=True))
+            return self._by_two_phase(tier, some, memory, grads, at_end=True)
+        return partial(_write, grads, self._reduced(tier, self.plan, grads, places, undo, memory))
+
+    def _straight(self) -> bool:
+        """Whether what was gathered is decoded to the gradients themselves: in the end, when nothing can fail
+        any more. That spares writing a dense result and copying it."""
+        server = server_of(self.compressor, self.transport.world_size)
+        return (
+            list(self.plan) == ["two_phase"]
+            and decodes_anything(server)
+            and all(grad.dtype is torch.float32 for grad in self.grads)
+        )
+
     def _in_tiers(
-        self, tier: Transport, local: Transport, flat: list[Tensor], places: list[Place], memory: Scratch
+        self,
+        tier: Transport,
+        local: Transport,
+        flat: list[Tensor],
+        places: list[Place],
+        undo: list[Undo],
+        memory: Scratch,
     ) -> list[Tensor]:
         parts = reduce_scatter(local, flat, self.cuts)
         # The ranks across nodes hold parts of one size: those of none have nothing to send.
         held = {chosen: [i for i in those if parts[i].numel()] for chosen, those in self.plan.items()}
-        parts = self._reduced(tier, held, parts, places, memory)
+        parts = self._reduced(tier, held, parts, places, undo, memory)
         return all_gather(local, parts, [grad.dtype for grad in self.grads], self.cuts)
 
     def _reduced(
@@ -163,44 +196,84 @@ class Reduction:
         plan: dict[str, list[int]],
         grads: list[Tensor],
         places: list[Place],
+        undo: list[Undo],
         memory: Scratch,
     ) -> list[Tensor]:
         """The reduced `grads`, flat, in their order; those that are in no plan as they are."""
         results = list(grads)
         for chosen, members in plan.items():
             if members:
-                some = [(grads[i], self.states[i], places[i]) for i in members]
+                some = [(grads[i], self.states[i], places[i], undo[i]) for i in members]
                 for i, result in zip(members, self._by(chosen, transport, some, memory), strict=True):
                     results[i] = result
         return results
 
-    def _by(
-        self,
-        algorithm: str,
-        transport: Transport,
-        some: list[tuple[Tensor, ErrorFeedback | None, Place]],
-        memory: Scratch,
-    ) -> list[Tensor]:
+    def _by(self, algorithm: str, transport: Transport, some: list[Member], memory: Scratch) -> list[Tensor]:
         """Tensors that share messages."""
-        # The mean is taken once, over the ranks of all tiers.
-        divisor = self.transport.world_size if self.signature.reduction == "avg" else 1
-        compressor, grads, unit = self.compressor, [grad for grad, _, _ in some], self.compressor.shard_unit
+        compressor, grads, divisor = self.compressor, [grad for grad, *_ in some], self._divisor
+        if algorithm == "two_phase" and compressor.shard_unit is not None:
+            results = [memory.empty((grad.numel(),), torch.float32, grad.device) for grad in grads]
+            self._by_two_phase(transport, some, memory, results)
+            return results
+        for *_, undo in some:
+            undo.keep()
         if algorithm == "dense":
-            return dense(transport, compressor, grads, [state for _, state, _ in some], divisor, memory)
-        errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _) in some]
-        counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, _ in some]
-        if algorithm == "seeded":
-            return seeded(transport, compressor, grads, errs, counters, divisor, memory)
-        if algorithm == "one_phase" or unit is None:
-            return one_phase(transport, compressor, grads, errs, counters, divisor, memory)
+            return dense(transport, compressor, grads, [state for _, state, *_ in some], divisor, memory)
+        run = seeded if algorithm == "seeded" else one_phase
+        return run(transport, compressor, grads, *_residuals(some), divisor, memory)
+
+    def _by_two_phase(
+        self,
+        transport: Transport,
+        some: list[Member],
+        memory: Scratch,
+        results: list[Tensor],
+        at_end: bool = False,
+    ) -> Callable[[], None]:
+        """See `two_phase`, whose last step decodes to `results`, by what this returns where `at_end`."""
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
-            for grad, state, (_, bound) in some
+            for grad, state, (_, bound), _ in some
         ]
-        residuals = errs, servers, counters
+        errs, counters = _residuals(some)
         return two_phase(
-            transport, compressor, unit, grads, *residuals, divisor, self.piece_numel, memory=memory
+            transport,
+            self.compressor,
+            [grad for grad, *_ in some],
+            Residuals(errs, servers, counters, [undo.keep for *_, undo in some]),
+            results,
+            self._divisor,
+            self.piece_numel,
+            memory=memory,
+            at_end=at_end,
         )
+
+    @property
+    def _divisor(self) -> int:
+        """The mean is taken once, over the ranks of all tiers."""
+        return self.transport.world_size if self.signature.reduction == "avg" else 1
+
+
+def _residuals(some: list[Member]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Of each tensor the worker residual and the counter."""
+    errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _), _ in some]
+    counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, *_ in some]
+    return errs, counters
+
+
+def _to_the_end(finish: Callable[[], None]) -> None:
+    """Calls it, again where Ctrl-C came in between: what may be half written is written once more."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            finish()
+            break
+        except BaseException as error:
+            if isinstance(error, Exception):
+                raise
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _write(grads: list[Tensor], results: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from gck.collectives.transports import Transport
 from gck.compressor import Compressor, compressor_at, decompress_shards_, reduce_, server_of, shard_numel
 from gck.errors import ArgumentError
 
-__all__ = ["Shards", "two_phase"]
+__all__ = ["Residuals", "Shards", "two_phase"]
 
 
 class Shards(NamedTuple):
@@ -54,17 +54,16 @@ class Shards(NamedTuple):
 def two_phase(
     transport: Transport,
     compressor: Compressor,
-    unit: int,
     grads: Sequence[Tensor],
-    errs: Sequence[Tensor | None],
-    server_errs: Sequence[Tensor | None],
-    counters: Sequence[Tensor | None],
+    residuals: Residuals,
+    results: Sequence[Tensor],
     divisor: int,
     piece_numel: int = 0,
     *,
     memory: Scratch,
-) -> list[Tensor]:
-    """Reduces `grads` and returns flat fp32 results, the same bits on every rank.
+    at_end: bool = False,
+) -> Callable[[], None]:
+    """Reduces `grads` to `results`, the same bits on every rank.
 
     All tensors travel in one message a phase: row r of a message is one body a tensor, side by side. Or they
     are cut into pieces with messages of their own, which overlap: see `gck.collectives.pieces`. The bits are
@@ -83,36 +82,59 @@ def two_phase(
            message is in its server residual.
 
     Args:
-        unit: the compressor's shard_unit.
-        errs: (numel,) fp32 each, overwritten, or None for no error feedback.
-        server_errs: (shard numel,) fp32 each, overwritten in its valid part, or None.
-        counters: (1,) int64 each, increased by residual entries cleared in either phase, or None.
+        compressor: one with a `shard_unit`.
+        results: (numel,) fp32 each, overwritten. The gradients themselves where `at_end`.
         divisor: of the sums; the number of ranks, of all tiers, for a mean.
         piece_numel: elements a piece, of all shards together; 0: one piece.
-        memory: where results, and what is sent, are made.
+        memory: where what is sent is made.
+        at_end: step 7 is done by what is returned, of all pieces; it may be called more than once. Else it is
+            done of each piece as it comes.
     """
     rank, world_size = transport.rank, transport.world_size
+    unit = compressor.shard_unit
+    if unit is None:
+        raise ArgumentError(f"two_phase: {compressor} cannot be cut into shards")
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
-    # Decoding writes all of it: every element has one owner.
-    results = [memory.empty((shard.total,), torch.float32, grads[0].device) for shard in shards]
-    residuals = errs, server_errs, counters
-    job = _Job(compressor, rank, world_size, shards, grads, *residuals, results, divisor, memory)
+    # Decoding writes all of the results: every element has one owner.
+    job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, memory)
     pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
-    pipelined(transport, pieces, job.compress, job.reduce, job.decode)
-    return results
+    gathered: list[tuple[Piece, Tensor]] = []
+
+    def finish() -> None:
+        for each in gathered:
+            job.decode(*each)
+        torch.autograd.graph.increment_version(results)
+
+    decode = job.decode if not at_end else lambda *each: gathered.append(each)
+    pipelined(transport, pieces, job.compress, job.reduce, decode)
+    return finish
+
+
+class Residuals(NamedTuple):
+    """What changes as tensors are compressed, of each.
+
+    Attributes:
+        workers: (numel,) fp32, overwritten, or None for no error feedback.
+        servers: (shard numel,) fp32, overwritten in its valid part, or None.
+        counters: (1,) int64, increased by residual entries cleared in either phase, or None.
+        before: called with (start, stop) before these elements of the worker residual change, once for each.
+    """
+
+    workers: Sequence[Tensor | None]
+    servers: Sequence[Tensor | None]
+    counters: Sequence[Tensor | None]
+    before: Sequence[Callable[[int, int], None]]
 
 
 class _Job(NamedTuple):
-    """What the steps work on: of each tensor its shards, gradient, residuals, counter and result."""
+    """What the steps work on: of each tensor its shards, gradient, residuals and result."""
 
     compressor: Compressor
     rank: int
     world_size: int
     shards: Sequence[Shards]
     grads: Sequence[Tensor]
-    errs: Sequence[Tensor | None]
-    server_errs: Sequence[Tensor | None]
-    counters: Sequence[Tensor | None]
+    residuals: Residuals
     results: Sequence[Tensor]
     divisor: int
     memory: Scratch
@@ -122,9 +144,10 @@ class _Job(NamedTuple):
         sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
         send = self._zeros(self.world_size, sum(sizes))
         for part, bodies in zip(piece, send.split(sizes, 1), strict=True):
-            grad, err = self.grads[part.tensor], self.errs[part.tensor]
-            counter = self.counters[part.tensor]
+            grad, err = self.grads[part.tensor], self.residuals.workers[part.tensor]
+            counter, before = self.residuals.counters[part.tensor], self.residuals.before[part.tensor]
             if self._whole(part):
+                before(0, grad.numel())
                 self.compressor.compress_(grad, err, bodies, nonfinite=counter)
                 continue
             for owner, body in enumerate(bodies):
@@ -133,6 +156,7 @@ class _Job(NamedTuple):
                     continue
                 first = owner * self.shards[part.tensor].numel + part.start
                 compressor = self._at(first)
+                before(first, first + valid)
                 compressor.compress_(
                     grad[first : first + valid],
                     None if err is None else err[first : first + valid],
@@ -154,7 +178,7 @@ class _Job(NamedTuple):
                 continue
             # In one pass the bodies of a shard cut short were laid out as those of the others.
             capacity = part.numel if self._whole(part) else valid
-            err = self.server_errs[part.tensor]
+            err = self.residuals.servers[part.tensor]
             reduce_(
                 self.compressor if self._whole(part) else self._at(part.start),
                 bodies[:, : self.compressor.layout(capacity).nbytes],
@@ -164,7 +188,7 @@ class _Job(NamedTuple):
                 valid,
                 capacity=capacity,
                 divisor=self.divisor,
-                nonfinite=self.counters[part.tensor],
+                nonfinite=self.residuals.counters[part.tensor],
             )
         return reduced
 

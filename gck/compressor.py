@@ -25,6 +25,7 @@ __all__ = [
     "Compressor",
     "compressor_at",
     "compressor_class",
+    "decodes_anything",
     "decompress_sum_",
     "describe",
     "is_seeded",
@@ -103,6 +104,12 @@ class Compressor(Protocol):
             CorruptPayloadError: before anything is written, where the check costs no host sync.
         """
         ...
+
+
+def decodes_anything(compressor: Compressor) -> bool:
+    """Whether every body of the right size decodes: none can turn out to be corrupt. Such a compressor has an
+    attribute of that name which is True."""
+    return bool(getattr(compressor, "decodes_anything", False))
 
 
 def is_seeded(compressor: Compressor) -> bool:

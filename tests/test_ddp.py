@@ -21,7 +21,7 @@ from gck.kernels.topk import TopK
 from tests.cases import same_bytes
 from tests.collectives.fragile import Fragile
 from tests.collectives.launcher import run_ranks
-from tests.collectives.test_transaction import Interrupted
+from tests.collectives.test_transaction import Interrupted, Interruptible
 
 CHECKS = [
     line[len("def ") : line.index("(")]
@@ -140,7 +140,9 @@ def test_interrupt_at_every_write(guarded: bool) -> None:
     while True:
         at += 1
         options: dict[str, Any] = {"algorithm": "two_phase", "skip_nonfinite": guarded}
-        state = ddp.HookState(Sign(32), group=SimulatedGroup(1).members[0], bypass_numel=20, **options)
+        state = ddp.HookState(
+            Interruptible(32), group=SimulatedGroup(1).members[0], bypass_numel=20, **options
+        )
         flat = torch.randn(numel, generator=torch.Generator().manual_seed(1))
         residual = state.feedback(held[1])
         assert residual is not None

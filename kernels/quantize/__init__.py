@@ -69,6 +69,7 @@ class Quantize(KernelCompressor):
 
     name: ClassVar[str] = "quantize"
     package: ClassVar[str] = __name__
+    decodes_anything: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)

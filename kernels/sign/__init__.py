@@ -42,6 +42,7 @@ class Sign(KernelCompressor):
 
     name: ClassVar[str] = "sign"
     package: ClassVar[str] = __name__
+    decodes_anything: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_chunk_size("Sign", self.chunk_size)
