@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gck.collectives.transports import Started, Transport, start_all_gather, start_all_to_all
+from gck.collectives.transports import Started, Transport, start_all_gather
 from gck.compressor import Compressor, compressor_at
 from gck.errors import ArgumentError, CollectiveError, DtypeError
 
@@ -105,7 +105,7 @@ def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: in
 def pipelined(
     transport: Transport,
     pieces: Sequence[Piece],
-    compress: Callable[[Piece], Tensor],
+    start: Callable[[Piece], Started],
     reduce: Callable[[Piece, Tensor], Tensor],
     decode: Callable[[Piece, Tensor], None],
 ) -> None:
@@ -121,17 +121,17 @@ def pipelined(
     up.
 
     Args:
-        compress: the message of a piece: a row for each rank.
+        start: compresses a piece and starts its all-to-all.
         reduce: the body of the sum of what an all-to-all returned.
         decode: takes what an all-gather returned.
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
     try:
-        swaps.append(start_all_to_all(transport, compress(pieces[0])))
+        swaps.append(start(pieces[0]))
         for j, piece in enumerate(pieces):
             if j + 1 < len(pieces):
-                swaps.append(start_all_to_all(transport, compress(pieces[j + 1])))
+                swaps.append(start(pieces[j + 1]))
             reduced = reduce(piece, swaps.popleft().wait())
             gathers.append(start_all_gather(transport, reduced))
             if j:

@@ -231,11 +231,11 @@ class Reduction:
         at_end: bool = False,
     ) -> Callable[[], None]:
         """See `two_phase`, whose last step decodes to `results`, by what this returns where `at_end`."""
+        errs, counters = _residuals(some)
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
             for grad, state, (_, bound), _ in some
         ]
-        errs, counters = _residuals(some)
         return two_phase(
             transport,
             self.compressor,

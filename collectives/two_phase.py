@@ -10,6 +10,7 @@ Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,19 @@ from torch import Tensor
 
 from gck.collectives.pieces import Piece, Slice, cut, pipelined
 from gck.collectives.scratch import Scratch
-from gck.collectives.transports import Transport
+from gck.collectives.transports import (
+    Started,
+    Transport,
+    rotation,
+    start_all_to_all,
+    start_all_to_all_as_made,
+)
 from gck.compressor import Compressor, compressor_at, decompress_shards_, reduce_, server_of, shard_numel
 from gck.errors import ArgumentError
 
 __all__ = ["Residuals", "Shards", "two_phase"]
+
+Message = list[tuple[Slice, Tensor]]  # of each part the bodies, a row for each owner
 
 
 class Shards(NamedTuple):
@@ -72,7 +81,8 @@ def two_phase(
     Steps, with W ranks:
         1. Cut every tensor into W shards of whole chunks and compress acc = fp32(grad) + err in one pass
            into W bodies; err becomes acc - decoded.
-        2. All-to-all: shard s of every rank goes to rank s, its owner.
+        2. All-to-all: shard s of every rank goes to rank s, its owner. Large bodies are compressed one by
+           one, in the order in which they are sent, and the next is made while one is on the wire.
         3. The owner decodes the W bodies of its shard and adds them in rank order, in fp32.
         4. The owner divides by `divisor`: the only place where a mean is taken.
         5. The owner compresses the result with its server residual, by the compressor's `server_of`. Steps 3
@@ -96,8 +106,9 @@ def two_phase(
         raise ArgumentError(f"two_phase: {compressor} cannot be cut into shards")
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
     # Decoding writes all of the results: every element has one owner.
-    job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, memory)
     pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
+    by_rows = _by_rows(compressor, pieces[0], world_size, grads)
+    job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, by_rows, memory)
     gathered: list[tuple[Piece, Tensor]] = []
 
     def finish() -> None:
@@ -106,8 +117,16 @@ def two_phase(
         torch.autograd.graph.increment_version(results)
 
     decode = job.decode if not at_end else lambda *each: gathered.append(each)
-    pipelined(transport, pieces, job.compress, job.reduce, decode)
+    pipelined(transport, pieces, partial(job.start, transport), job.reduce, decode)
     return finish
+
+
+def _by_rows(compressor: Compressor, first: Piece, world_size: int, grads: Sequence[Tensor]) -> bool:
+    """Whether owners' bodies are compressed one by one, so that one is on the wire while the next is made. Of
+    the configuration alone: bodies of a shard that the vector's end cuts short are then laid out as short."""
+    if world_size == 1 or grads[0].device.type != "cpu" or compressor_at(compressor, 0) is None:
+        return False
+    return sum(compressor.layout(part.numel).nbytes for part in first) >= rotation.ROTATE_FROM
 
 
 class Residuals(NamedTuple):
@@ -137,33 +156,52 @@ class _Job(NamedTuple):
     residuals: Residuals
     results: Sequence[Tensor]
     divisor: int
+    by_rows: bool
     memory: Scratch
 
-    def compress(self, piece: Piece) -> Tensor:
-        """Step 1: the message of a piece, a row for each owner."""
+    def start(self, transport: Transport, piece: Piece) -> Started:
+        """Steps 1 and 2 of a piece, whose message has a row for each owner."""
         sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
         send = self._zeros(self.world_size, sum(sizes))
-        for part, bodies in zip(piece, send.split(sizes, 1), strict=True):
-            grad, err = self.grads[part.tensor], self.residuals.workers[part.tensor]
-            counter, before = self.residuals.counters[part.tensor], self.residuals.before[part.tensor]
-            if self._whole(part):
-                before(0, grad.numel())
-                self.compressor.compress_(grad, err, bodies, nonfinite=counter)
+        bodies = list(zip(piece, send.split(sizes, 1), strict=True))
+        if self.by_rows:
+            return start_all_to_all_as_made(transport, send, partial(self._compress_row, bodies))
+        self._compress(bodies)
+        return start_all_to_all(transport, send)
+
+    def _compress(self, message: Message) -> None:
+        for part, bodies in message:
+            if not self._whole(part):
+                for owner, body in enumerate(bodies):
+                    self._compress_for(owner, part, body)
                 continue
-            for owner, body in enumerate(bodies):
-                valid = self._valid(part, owner)
-                if not valid:
-                    continue
-                first = owner * self.shards[part.tensor].numel + part.start
-                compressor = self._at(first)
-                before(first, first + valid)
-                compressor.compress_(
-                    grad[first : first + valid],
-                    None if err is None else err[first : first + valid],
-                    body[: compressor.layout(valid).nbytes].unsqueeze(0),
-                    nonfinite=counter,
-                )
-        return send
+            grad, err, counter, before = self._of(part)
+            before(0, grad.numel())
+            self.compressor.compress_(grad, err, bodies, nonfinite=counter)
+
+    def _compress_row(self, message: Message, owner: int) -> None:
+        for part, bodies in message:
+            self._compress_for(owner, part, bodies[owner])
+
+    def _compress_for(self, owner: int, part: Slice, body: Tensor) -> None:
+        valid = self._valid(part, owner)
+        if not valid:
+            return
+        grad, err, counter, before = self._of(part)
+        first = owner * self.shards[part.tensor].numel + part.start
+        compressor = self._at(first)
+        before(first, first + valid)
+        compressor.compress_(
+            grad[first : first + valid],
+            None if err is None else err[first : first + valid],
+            body[: compressor.layout(valid).nbytes].unsqueeze(0),
+            nonfinite=counter,
+        )
+
+    def _of(self, part: Slice) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[int, int], None]]:
+        workers, _, counters, before = self.residuals
+        i = part.tensor
+        return self.grads[i], workers[i], counters[i], before[i]
 
     def reduce(self, piece: Piece, received: Tensor) -> Tensor:
         """Steps 3 to 5: the body of what this rank owns of a piece, from what came for it."""
@@ -212,7 +250,7 @@ class _Job(NamedTuple):
 
     def _whole(self, part: Slice) -> bool:
         """Whether it is all of a tensor, which is compressed in one pass."""
-        return part.numel == self.shards[part.tensor].numel
+        return not self.by_rows and part.numel == self.shards[part.tensor].numel
 
     def _valid(self, part: Slice, owner: int) -> int:
         """Elements of the tensor that lie in the slice of `owner`."""

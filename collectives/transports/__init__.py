@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -134,6 +135,20 @@ def start_all_to_all(transport: Transport, send: Tensor) -> Started:
     start = getattr(transport, "start_all_to_all_bytes", None)
     started: Started = Done(transport.all_to_all_bytes(send)) if start is None else start(send)
     return started
+
+
+def start_all_to_all_as_made(transport: Transport, send: Tensor, make: Callable[[int], None]) -> Started:
+    """`start_all_to_all` of a message whose rows `make(row)` makes, in any order, on this thread.
+
+    Where the transport can, a row is on the wire while the next ones are made. Returns when all are made.
+    """
+    start = getattr(transport, "start_all_to_all_as_made", None)
+    if start is not None:
+        started: Started = start(send, make)
+        return started
+    for row in range(len(send)):
+        make(row)
+    return start_all_to_all(transport, send)
 
 
 def check_timeout(seconds: object) -> float:

@@ -218,6 +218,32 @@ class ProcessGroupTransport:
             return operation.start(partial(self._rotation, group, local, recv))
         return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
 
+    def start_all_to_all_as_made(self, send: Tensor, make: Callable[[int], None]) -> Started:
+        """See `gck.collectives.transports.start_all_to_all_as_made`; where the all-to-all goes in rounds."""
+        if self._world_size == 1 or not send.numel() or not self._rotates(send[0]):
+            for row in range(len(send)):
+                make(row)
+            return self.start_all_to_all_bytes(send)
+        group, made = self._group("all_to_all"), [threading.Event() for _ in send]
+        recv = torch.empty(send.shape, dtype=send.dtype)
+        operation = _Operation(self, "all_to_all", (send, recv), lambda: recv).receiving(recv)
+        operation.start(partial(self._rotation, group, send, recv, lambda row: made[row].wait()))
+        try:
+            for j, row in enumerate(rotation.order_of_rows(self._rank, self._world_size)):
+                # No earlier than while the one before it is on the wire: other ranks of this machine, whose
+                # first row everybody waits for, may want the processor.
+                operation.work.begun(j - 1)
+                make(row)
+                made[row].set()
+        except BaseException as error:
+            # Peers have some of the rows, and wait for the others.
+            self.abort(f"{type(error).__name__} in all_to_all")
+            raise
+        finally:
+            for event in made:
+                event.set()
+        return operation
+
     def all_reduce(self, tensor: Tensor) -> None:
         group = self._group("all_reduce")
         if self._world_size == 1 or tensor.numel() == 0:
@@ -275,9 +301,15 @@ class ProcessGroupTransport:
         # gloo's sends and receives take host memory alone.
         return self._gloo and message.device.type == "cpu" and message.numel() >= rotation.ROTATE_FROM
 
-    def _rotation(self, group: dist.ProcessGroup, send: Tensor, recv: Tensor) -> rotation.Rotation:
+    def _rotation(
+        self,
+        group: dist.ProcessGroup,
+        send: Tensor,
+        recv: Tensor,
+        ready: Callable[[int], object] = bool,
+    ) -> rotation.Rotation:
         ends = group, send, recv, self._rank, self._timeout, self._state.rotation
-        self._state.rotation = started = rotation.Rotation(*ends)
+        self._state.rotation = started = rotation.Rotation(*ends, ready)
         return started
 
     def _group(self, operation: str) -> dist.ProcessGroup:

@@ -12,7 +12,7 @@ section 4.3, the pairwise-exchange algorithm for long messages.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +21,16 @@ from torch import Tensor
 
 from gck.errors import GroupUnusableError
 
-__all__ = ["ROTATE_FROM", "Rotation", "rotation"]
+__all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
 
 ROTATE_FROM = 32 << 10  # bytes of a message; at 100 Mbit/s they take 2.6 ms
 TAG = 0x67636B  # apart from what the group's user may send
+
+
+def order_of_rows(rank: int, world_size: int) -> Iterator[int]:
+    """Rows of a rank's message as it sends them; its own, which it keeps, comes last."""
+    for i in range(1, world_size + 1):
+        yield (rank + i) % world_size
 
 
 def rotation(rank: int, world_size: int) -> Iterator[tuple[int, int]]:
@@ -48,22 +54,24 @@ class Rotation:
         rank: int,
         timeout: float,
         after: Rotation | None,
+        ready: Callable[[int], object] = bool,
     ) -> None:
         """
         Args:
             timeout: seconds that every round may take.
             after: the rotation before this one, which must end first: between two ranks messages are told
                 apart by their order.
+            ready: called with a row before it is sent; returns once it is made.
         """
         self._group: Any = group
         self._send: Any = send
         self._recv: Any = recv
         self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
-        self._after = after
+        self._rank, self._after, self._ready = rank, after, ready
         self._stopped = False
+        self._begun = [threading.Event() for _ in send[1:]]
         self._done = threading.Event()
         self._error: BaseException | None = None
-        recv[rank] = send[rank]
         # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down.
         threading.Thread(target=self._run, name="gck rotation", daemon=False).start()
 
@@ -76,6 +84,11 @@ class Rotation:
         if self._error is not None:
             raise self._error
 
+    def begun(self, j: int) -> None:
+        """Waits until the j-th message is on the wire, or nothing more will be; not at all where j < 0."""
+        if j >= 0:
+            self._begun[j].wait()
+
     def stop(self) -> None:
         """Of this one and those before it no further round begins; the one under way may last its timeout."""
         self._stopped, after = True, self._after
@@ -86,17 +99,28 @@ class Rotation:
         try:
             if self._after is not None:
                 self._after.wait()
-            for to, source in self._rounds:
-                if self._stopped:
-                    raise GroupUnusableError("all_to_all: the group was given up meanwhile")
+            for j, (to, source) in enumerate(self._rounds):
+                self._go_on()
                 receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
+                self._ready(to)
+                self._go_on()
                 sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
+                self._begun[j].set()
                 for work in (receiving, sending):
                     if work is not None:
                         work.wait(self._timeout)
+            self._ready(self._rank)
+            self._go_on()
+            self._recv[self._rank] = self._send[self._rank]
         except BaseException as error:
             self._error = error
         finally:
             # Whoever keeps this for its end must not keep the group, nor the memory.
-            self._after = self._group = self._send = self._recv = None
+            self._after = self._group = self._send = self._recv = self._ready = None
+            for begun in self._begun:
+                begun.set()
             self._done.set()
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise GroupUnusableError("all_to_all: the group was given up meanwhile")

@@ -19,6 +19,7 @@ from gck.collectives import (
     choose_algorithm,
     packed_all_reduce_,
 )
+from gck.collectives.transports import rotation
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError
@@ -93,7 +94,14 @@ def check_against_oracle(
     [(c, a) for c in COMPRESSORS for a in ("one_phase", "two_phase") if runs_on(c, a)],
     ids=str,
 )
-def test_equals_oracle(compressor: Any, algorithm: str) -> None:
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_equals_oracle(
+    compressor: Any, algorithm: str, by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_rows:
+        if algorithm != "two_phase":
+            pytest.skip("one message for all")
+        monkeypatch.setattr(rotation, "ROTATE_FROM", 0)
     for world_size in (1, 2, 3, 4, 7):
         for n in (0, 1, 2, 31, 257, 1001):
             check_against_oracle(compressor, algorithm, world_size, n, torch.float32, "avg")

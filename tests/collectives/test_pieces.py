@@ -20,7 +20,7 @@ from gck.collectives import (
 )
 from gck.collectives import pieces as module
 from gck.collectives.pieces import Slice, cut, pipelined
-from gck.collectives.transports import Started
+from gck.collectives.transports import Started, start_all_to_all
 from gck.compressor import Compressor, compressor_at
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError, CollectiveMismatchError, DtypeError, PeerLostError
@@ -243,7 +243,7 @@ def run_on(wire: Any, fails: str = "", error: BaseException | None = None) -> li
     pipelined(
         wire,
         [[Slice(0, j, 1)] for j in range(3)],
-        lambda piece: step("compress", piece),
+        lambda piece: start_all_to_all(wire, step("compress", piece)),
         lambda piece, received: step("reduce", piece),
         lambda piece, gathered: [step("decode", piece), None][1],
     )
