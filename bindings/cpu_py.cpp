@@ -108,9 +108,10 @@ void bind_cpu(py::module_& m) {
       "sparse_decompress",
       [](Address bodies, int64_t rows, int64_t row_stride, int64_t count, int value_dtype,
          int64_t indices_offset, bool wide_indices, Address out, int64_t numel, float alpha, bool clear,
-         bool add, int threads) {
-        SparseJob job{{},  count,  Dtype{value_dtype}, wide_indices, at<float>(out), numel, alpha, clear,
-                      add, threads};
+         bool add, int threads, float divisor) {
+        SparseJob job{
+            {},      count,  Dtype{value_dtype}, wide_indices, at<float>(out), numel, alpha, clear, add,
+            threads, divisor};
         for (int64_t row = 0; row < rows; ++row) {
           const auto* body = at<char>(bodies) + row * row_stride;
           job.rows.push_back({body, body + indices_offset});

@@ -6,18 +6,17 @@ cut into shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from gck.average import average_
 from gck.collectives.handshake import Signature, agree, check_validate
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.work import Work, check_async_op, perform
-from gck.compressor import Compressor, decompress_sum_
+from gck.compressor import Compressor, decompress_mean_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.wire import body_of, payloads_of
@@ -116,16 +115,18 @@ def one_phase(
     grads: Sequence[Tensor],
     errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
+    results: Sequence[Tensor],
     divisor: int,
     memory: Scratch,
-) -> list[Tensor]:
-    """Reduces by gathering payloads; returns flat fp32 results. All tensors travel in one message.
+) -> Callable[[], None]:
+    """Reduces by gathering payloads. All tensors travel in one message.
 
     Steps:
         1. Compress every gradient with its worker residual, which becomes what was left out.
         2. All-gather the bodies.
         3. Decode and add in rank order, this rank's own message too; divide once by `divisor`, which is the
-           number of ranks, of all tiers, for a mean.
+           number of ranks, of all tiers, for a mean. This is done by what is returned, which may be called
+           more than once, and writes to `results`, (numel,) fp32 each.
     """
     sizes = [compressor.layout(grad.numel()).nbytes for grad in grads]
     send = memory.zeros((1, sum(sizes)), torch.uint8, grads[0].device)
@@ -133,12 +134,11 @@ def one_phase(
         if grad.numel():
             compressor.compress_(grad, err, body, nonfinite=counter)
     rows = transport.all_gather_bytes(send[0])
-    results = []
-    for grad, bodies in zip(grads, rows.split(sizes, 1), strict=True):
-        result = memory.empty((grad.numel(),), torch.float32, grad.device)
-        if grad.numel():
-            decompress_sum_(compressor, result, bodies)
-            if divisor != 1:
-                average_(result, divisor)
-        results.append(result)
-    return results
+
+    def finish() -> None:
+        for result, bodies in zip(results, rows.split(sizes, 1), strict=True):
+            if result.numel():
+                decompress_mean_(compressor, result, bodies, divisor)
+        torch.autograd.graph.increment_version(results)
+
+    return finish

@@ -23,7 +23,7 @@ from gck.collectives.transports.checked import Checked
 from gck.collectives.two_phase import Residuals, Shards, two_phase
 from gck.collectives.undo import Undo
 from gck.collectives.work import check_async_op
-from gck.compressor import Compressor, decodes_anything, server_of
+from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import DtypeError
 
@@ -160,20 +160,24 @@ class Reduction:
             with tiers.both_or_none():
                 results = self._in_tiers(tier, local, grads, places, undo, memory)
             return partial(_write, grads, results)
-        if self._straight():
+        algorithm = self._straight()
+        if algorithm is not None:
             some = list(zip(grads, self.states, places, undo, strict=True))
-            return self._by_two_phase(tier, some, memory, grads, at_end=True)
+            return self._begin(algorithm, tier, some, grads, memory, at_end=True)
         return partial(_write, grads, self._reduced(tier, self.plan, grads, places, undo, memory))
 
-    def _straight(self) -> bool:
-        """Whether what was gathered is decoded to the gradients themselves: in the end, when nothing can fail
-        any more. That spares writing a dense result and copying it."""
+    def _straight(self) -> str | None:
+        """The algorithm, where what was gathered is decoded to the gradients themselves: in the end, when
+        nothing can fail any more, or only as a whole. That spares writing a dense result and copying it."""
+        if len(self.plan) != 1 or any(grad.dtype is not torch.float32 for grad in self.grads):
+            return None
+        (algorithm,) = self.plan
         server = server_of(self.compressor, self.transport.world_size)
-        return (
-            list(self.plan) == ["two_phase"]
-            and decodes_anything(server)
-            and all(grad.dtype is torch.float32 for grad in self.grads)
-        )
+        whole = {
+            "two_phase": decodes_anything(server),
+            "one_phase": len(self.grads) == 1 and sums_or_raises(self.compressor),
+        }
+        return algorithm if whole.get(algorithm) else None
 
     def _in_tiers(
         self,
@@ -210,43 +214,42 @@ class Reduction:
 
     def _by(self, algorithm: str, transport: Transport, some: list[Member], memory: Scratch) -> list[Tensor]:
         """Tensors that share messages."""
-        compressor, grads, divisor = self.compressor, [grad for grad, *_ in some], self._divisor
-        if algorithm == "two_phase" and compressor.shard_unit is not None:
+        grads = [grad for grad, *_ in some]
+        if algorithm in ("one_phase", "two_phase"):
             results = [memory.empty((grad.numel(),), torch.float32, grad.device) for grad in grads]
-            self._by_two_phase(transport, some, memory, results)
+            self._begin(algorithm, transport, some, results, memory)()
             return results
         for *_, undo in some:
             undo.keep()
         if algorithm == "dense":
-            return dense(transport, compressor, grads, [state for _, state, *_ in some], divisor, memory)
-        run = seeded if algorithm == "seeded" else one_phase
-        return run(transport, compressor, grads, *_residuals(some), divisor, memory)
+            states = [state for _, state, *_ in some]
+            return dense(transport, self.compressor, grads, states, self._divisor, memory)
+        return seeded(transport, self.compressor, grads, *_residuals(some), self._divisor, memory)
 
-    def _by_two_phase(
+    def _begin(
         self,
+        algorithm: str,
         transport: Transport,
         some: list[Member],
-        memory: Scratch,
         results: list[Tensor],
+        memory: Scratch,
         at_end: bool = False,
     ) -> Callable[[], None]:
-        """See `two_phase`, whose last step decodes to `results`, by what this returns where `at_end`."""
-        errs, counters = _residuals(some)
+        """Everything of one or two phases but for the last step, which decodes to `results`, by what this
+        returns. Of pieces that step is done as they come, but where `at_end`."""
+        grads, (errs, counters) = [grad for grad, *_ in some], _residuals(some)
+        given = transport, self.compressor, grads
+        if algorithm == "one_phase":
+            for *_, undo in some:
+                undo.keep()
+            return one_phase(*given, errs, counters, results, self._divisor, memory)
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
             for grad, state, (_, bound), _ in some
         ]
-        return two_phase(
-            transport,
-            self.compressor,
-            [grad for grad, *_ in some],
-            Residuals(errs, servers, counters, [undo.keep for *_, undo in some]),
-            results,
-            self._divisor,
-            self.piece_numel,
-            memory=memory,
-            at_end=at_end,
-        )
+        residuals = Residuals(errs, servers, counters, [undo.keep for *_, undo in some])
+        pieces = self.piece_numel
+        return two_phase(*given, residuals, results, self._divisor, pieces, memory=memory, at_end=at_end)
 
     @property
     def _divisor(self) -> int:

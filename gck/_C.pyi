@@ -56,6 +56,7 @@ def sparse_decompress(
     clear: bool,
     add: bool,
     threads: int,
+    divisor: float,
 ) -> tuple[int, int]: ...
 def chunk_topk_compress(
     grad: int,

@@ -35,6 +35,7 @@ __all__ = [
     "server_of",
     "shard_numel",
     "summed_of",
+    "sums_or_raises",
 ]
 
 # One line a compressor: registry name -> module and class. Imported on first use, never before, so
@@ -112,6 +113,12 @@ def decodes_anything(compressor: Compressor) -> bool:
     return bool(getattr(compressor, "decodes_anything", False))
 
 
+def sums_or_raises(compressor: Compressor) -> bool:
+    """Whether `decompress_sum_` and `decompress_mean_` leave `out` as it was where they raise. Such a
+    compressor has an attribute of that name which is True."""
+    return bool(getattr(compressor, "sums_or_raises", False))
+
+
 def is_seeded(compressor: Compressor) -> bool:
     """Whether all ranks choose the same entries, so that payloads can be added up value by value.
 
@@ -146,6 +153,17 @@ def decompress_sum_(
     out.zero_()
     for body in bodies:
         compressor.decompress_(out, body, capacity=capacity, accumulate=True)
+
+
+def decompress_mean_(compressor: Compressor, out: Tensor, bodies: Tensor, divisor: int) -> None:
+    """`decompress_sum_`, and out /= divisor; by a method of this name, where there is one, in one pass."""
+    fused = getattr(compressor, "decompress_mean_", None)
+    if fused is not None:
+        fused(out, bodies, divisor)
+        return
+    decompress_sum_(compressor, out, bodies)
+    if divisor != 1:
+        average_(out, divisor)
 
 
 def decompress_shards_(compressor: Compressor, out: Tensor, bodies: Tensor, shard: int) -> None:

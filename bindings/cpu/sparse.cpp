@@ -111,6 +111,7 @@ void write(const SparseJob& job, Range part, int64_t* next) {
       move_out(share);
       next[row] = put<Index, D, Add>(job, job.rows[static_cast<size_t>(row)], next[row], tile, at, stop);
     }
+    if (job.divisor != 1.0f) isa.divide(tile, stop - at, job.divisor);
     made = tile;
     waiting = {at, stop};
     tile = tile == tiles ? tiles + kTileMade : tiles;

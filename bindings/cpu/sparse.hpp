@@ -23,6 +23,7 @@ struct SparseJob {
   float alpha;
   bool clear, add;
   int threads;
+  float divisor = 1.0f;  // of the sums; only where clear
 };
 
 struct BadIndex {

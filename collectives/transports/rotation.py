@@ -67,7 +67,8 @@ class Rotation:
         self._send: Any = send
         self._recv: Any = recv
         self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
-        self._rank, self._after, self._ready = rank, after, ready
+        self._rank, self._after = rank, after
+        self._ready: Any = ready
         self._stopped = False
         self._begun = [threading.Event() for _ in send[1:]]
         self._done = threading.Event()

@@ -10,6 +10,10 @@ may define, where one pass over `out` is possible for all ranks' payloads togeth
 
     decompress_sum_(compressor, out, bodies, layout, alpha, accumulate)      # bodies: (W, layout.nbytes)
 
+and, where that pass can take the mean, too,
+
+    decompress_mean_(compressor, out, bodies, layout, alpha, accumulate, divisor)
+
 and, where one pass makes the payload of a sum of payloads,
 
     reduce_(compressor, job)      # job: a `gck.kernels.common.reduction.Reduction`
@@ -31,6 +35,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from gck.average import average_
 from gck.compressor import reduce_by_steps_, shard_numel
 from gck.errors import (
     ArgumentError,
@@ -73,6 +78,8 @@ class KernelCompressor(ABC):
 
     name: ClassVar[str]
     package: ClassVar[str]  # whose cpu and gpu modules hold the kernels
+    # See `gck.compressor.sums_or_raises`.
+    sums_or_raises: ClassVar[bool] = True
     # What is added to a gradient is clamp(decay * err, -clip, clip): see `gck.topk_ef_`.
     decay: float = 1.0
     clip: float | None = None
@@ -133,6 +140,15 @@ class KernelCompressor(ABC):
         function = f"{type(self).__name__}.decompress_sum_"
         layout = self.layout(out.numel() if capacity is None else capacity)
         self.decompress_sum(function, out, bodies, layout, alpha, accumulate)
+
+    def decompress_mean_(
+        self, out: Tensor, bodies: Tensor, divisor: int, *, capacity: int | None = None
+    ) -> None:
+        """Writes the sum of what the rows of bodies decode to, divided by `divisor`: the bits of
+        `decompress_sum_` and `gck.average.average_`. Errors as of the former."""
+        function = f"{type(self).__name__}.decompress_mean_"
+        layout = self.layout(out.numel() if capacity is None else capacity)
+        self.decompress_sum(function, out, bodies, layout, 1.0, False, divisor)
 
     def decompress_shards_(self, out: Tensor, bodies: Tensor, shard: int) -> None:
         """See `gck.compressor.decompress_shards_`.
@@ -281,8 +297,9 @@ class KernelCompressor(ABC):
         layout: Layout,
         alpha: float,
         accumulate: bool,
+        divisor: int = 1,
     ) -> None:
-        """`decompress_sum_` of bodies with this layout, on behalf of a public function."""
+        """`decompress_sum_` or `decompress_mean_` of bodies with this layout, on behalf of a function."""
         checks.check_fp32(function, "out", out)
         rows = checks.check_bodies(function, bodies, out, "out")
         if bodies.shape[1] != layout.nbytes:
@@ -294,14 +311,23 @@ class KernelCompressor(ABC):
         checks.check_no_overlap(function, out=out, **rows_of)
         alpha = checks.check_alpha(function, alpha)
         kernels = backend(function, self.package, out.device)
+        given = _flat(out), bodies, layout, alpha, accumulate
+        if out.numel() and divisor != 1 and hasattr(kernels, "decompress_mean_"):
+            with _naming(function):
+                kernels.decompress_mean_(self, *given, divisor)
+            return
         if out.numel() and hasattr(kernels, "decompress_sum_"):
             with _naming(function):
-                kernels.decompress_sum_(self, _flat(out), bodies, layout, alpha, accumulate)
+                kernels.decompress_sum_(self, *given)
+            if divisor != 1:
+                average_(out, divisor)
             return
         # Nothing is written to out before all rows have been accepted.
         total = out.clone() if accumulate else torch.zeros_like(out)
         for body in bodies:
             self.decompress(function, total, layout.views(body), alpha, True)
+        if divisor != 1:
+            average_(total, divisor)
         out.copy_(total)
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,17 +142,26 @@ def decompress_(
         not accumulate,
         accumulate,
         num_threads(),
+        1.0,
     )
     if bad >= 0:
         raise _corrupt("", out, bad, indices)
 
 
 def decompress_sum_(
-    compressor: TopK, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+    compressor: TopK,
+    out: Tensor,
+    bodies: Tensor,
+    layout: Layout,
+    alpha: float,
+    accumulate: bool,
+    divisor: int = 1,
 ) -> None:
-    """out (+)= alpha * decoded, for each row of bodies (W, layout.nbytes) in turn."""
+    """out (+)= alpha * decoded, for each row of bodies (W, layout.nbytes) in turn; then out /= divisor, which
+    is 1 where `accumulate`."""
     if not compressor.is_plain:
-        coded.decompress_sum_(decompress_sum_, compressor, out, bodies, layout, alpha, accumulate)
+        plain = partial(decompress_sum_, divisor=divisor)
+        coded.decompress_sum_(plain, compressor, out, bodies, layout, alpha, accumulate)
         return
     values, indices = layout.fields
     row, bad = load().sparse_decompress(
@@ -168,9 +178,13 @@ def decompress_sum_(
         not accumulate,
         True,
         num_threads(),
+        divisor,
     )
     if bad >= 0:
         raise _corrupt(f"payload {row}: ", out, bad, layout.views(bodies[row])[1])
+
+
+decompress_mean_ = decompress_sum_
 
 
 def _corrupt(which: str, out: Tensor, position: int, indices: Tensor) -> CorruptPayloadError:

@@ -41,7 +41,9 @@ class Gathered:
         self.bodies[:, : count * value.itemsize] = self.values.view(torch.uint8)
         self.bodies[:, self.offset : self.offset + count * index.itemsize] = self.indices.view(torch.uint8)
 
-    def to(self, out: Tensor, alpha: float, clear: bool, add: bool, threads: int) -> tuple[int, int]:
+    def to(
+        self, out: Tensor, alpha: float, clear: bool, add: bool, threads: int, divisor: float = 1.0
+    ) -> tuple[int, int]:
         world, count = self.values.shape
         return load().sparse_decompress(
             self.bodies.data_ptr(),
@@ -57,6 +59,7 @@ class Gathered:
             clear,
             add,
             threads,
+            divisor,
         )
 
     def one_by_one(self, start: Tensor, alpha: float, add: bool) -> Tensor:
@@ -93,6 +96,11 @@ def test_as_one_by_one(n: int, world: int, density: float) -> None:
             assert same_bytes(out, sums), (clear, add, threads)
             out.fill_(CANARY)
             assert bool((memory == CANARY).all())
+            if not clear:
+                continue
+            for divisor in (2.0, 3.0):
+                assert gathered.to(out, 0.7, clear, add, threads, divisor) == (-1, -1)
+                assert same_bytes(out, sums / divisor), (add, threads, divisor)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
