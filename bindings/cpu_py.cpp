@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/chunk_topk.hpp"
+#include "cpu/copy.hpp"
 #include "cpu/index_codecs.hpp"
 #include "cpu/quantize.hpp"
 #include "cpu/random_k.hpp"
@@ -46,6 +47,12 @@ void bind_cpu(py::module_& m) {
   using namespace gck;
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
+  m.def(
+      "copy_large",
+      [](Address to, Address from, int64_t nbytes, int threads) {
+        copy_large(at<void>(to), at<void>(from), nbytes, threads);
+      },
+      nogil);
   m.def("isa", [] { return leaves().name; });
 
   m.def(

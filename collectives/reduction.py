@@ -26,6 +26,7 @@ from gck.collectives.work import check_async_op
 from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import DtypeError
+from gck.memory import copy_
 
 __all__ = ["Reduction", "prepare"]
 
@@ -280,8 +281,8 @@ def _to_the_end(finish: Callable[[], None]) -> None:
 
 
 def _write(grads: list[Tensor], results: list[Tensor]) -> None:
-    """In one call, which no signal handler of Python's can interrupt."""
-    torch._foreach_copy_(grads, results)
+    for grad, result in zip(grads, results, strict=True):
+        copy_(grad, result)
 
 
 def _plan(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gck.collectives.scratch import Scratch
 from gck.error_feedback import ErrorFeedback
+from gck.memory import copy_
 
 __all__ = ["Undo"]
 
@@ -35,7 +36,7 @@ class Undo:
             return  # zeros, which are made on first use, and dropped again
         worker, copy = self._saved.worker
         stop = worker.numel() if stop is None else stop
-        copy[start:stop].copy_(worker[start:stop])
+        copy_(copy[start:stop], worker[start:stop])
         self._kept.append((start, stop))
 
     def restore(self) -> None:

@@ -217,3 +217,29 @@ def test_declarations_match_torch() -> None:
         [compiler, *flags, *folders, str(ROOT / "tests/dlpack_abi.cpp")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7])
+@pytest.mark.parametrize("numel", [10, LARGE // 4 + 3, 3 * LARGE + 5])
+def test_copies(numel: int, shift: int) -> None:
+    """The largest goes past the caches, from and to places that are no multiples of a line."""
+    source, memory_ = torch.randn(numel + 8), torch.full((numel + 32,), 7.0)
+    to, version = memory_[16 - shift :][:numel], memory_._version
+    memory.copy_(to, source[shift : shift + numel])
+    assert torch.equal(to, source[shift : shift + numel])
+    assert bool((memory_[: 16 - shift] == 7).all())
+    assert bool((memory_[16 - shift + numel :] == 7).all())
+    assert memory_._version > version
+
+
+def test_copies_that_torch_makes() -> None:
+    source = torch.randn(LARGE)
+    rounded = torch.zeros(LARGE, dtype=torch.bfloat16)
+    memory.copy_(rounded, source)
+    assert torch.equal(rounded, source.bfloat16())
+    strided = torch.zeros(2 * LARGE)[::2]
+    memory.copy_(strided, source)
+    assert torch.equal(strided, source)
+    turned = torch.zeros(LARGE)
+    memory.copy_(turned, torch._neg_view(source))
+    assert torch.equal(turned, -source)
