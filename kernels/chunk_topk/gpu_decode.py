@@ -49,7 +49,10 @@ def decompress_kernel(
     """A program makes groups of CHUNKS dense chunks, as many programs apart as there are."""
     SIZE: tl.constexpr = CHUNKS * 2**LEVELS
     groups = (tl.cast(n, tl.int64) + SIZE - 1) // SIZE
-    for i_group in range(tl.program_id(0).to(tl.int64), groups, tl.num_programs(0)):
+    # What every turn needs would be kept in registers through all of them.
+    for i_group in tl.range(
+        tl.program_id(0).to(tl.int64), groups, tl.num_programs(0), disable_licm=True
+    ):
         left = tl.minimum(n - i_group * SIZE, SIZE).to(tl.int32)
         sum_chunks(
             p_out + i_group * SIZE,

@@ -13,13 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from gck.kernels.chunk_topk.gpu import compress_group, compress_options
+from gck.kernels.chunk_topk.gpu import WARP_PART, compress_group, compress_options
 from gck.kernels.chunk_topk.gpu_encode import indices_of, scales_of, values_of
 from gck.kernels.chunk_topk.gpu_sum import CLEAR, row_fields, sum_chunks, sum_options
 from gck.kernels.common.division import division
 from gck.kernels.common.launch import EXACT, launching_on, looping
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import ABSENT, AS_IT_IS
+
+# Of a processor: elements that its programs have under way, whose sums and residuals take all of an H100's nearest
+# caches and two thirds of the farther one; and warps, which have 128 registers a thread then.
+UNDER_WAY = 32768
+MOST_WARPS = 16
 
 
 @triton.jit(do_not_specialize=["n", "ranks", "row_units"])
@@ -64,7 +69,7 @@ def reduce_kernel(
     p_scratch += i_program * SIZE
     p_position += i_program * (CHUNKS * max(K, CAPACITY))
     groups = (tl.cast(n, tl.int64) + SIZE - 1) // SIZE
-    for i_turn in range(i_program, groups, tl.num_programs(0)):
+    for i_turn in tl.range(i_program, groups, tl.num_programs(0), disable_licm=True):
         # The last group first, because a part of a chunk takes longest.
         i_group = groups - 1 - i_turn
         i_chunk = i_group * CHUNKS
@@ -103,8 +108,11 @@ def reduce_options(
         "DIVISION": kind,
         "STORE": residual,
     }
-    # As many as fit: a warp that has a chunk to itself takes all of its registers, others half as many.
-    return options, num_warps, 8 if num_warps == 1 else max(16 // num_warps, 1)
+    if kind == "quotient":
+        # Each division takes registers of its own, so that fewer elements are under way.
+        options["PART"] = min(options["PART"], WARP_PART * num_warps)
+    programs = min(UNDER_WAY // (options["CHUNKS"] * compressor.chunk_size), MOST_WARPS // num_warps)
+    return options, num_warps, max(programs, 1)
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:

@@ -22,6 +22,7 @@ MAX_WARPS = 8
 THREAD_ENTRIES = 16  # of all ranks under way together: a place and a value take a register each
 MOST_TOGETHER = 8
 STEP = tl.constexpr(4096)  # elements zeroed by one statement
+TOUCHED = tl.constexpr(16384)  # elements touched by one statement
 ZEROS = tl.constexpr(256)  # the same, of chunks that are cut short
 SECTOR = tl.constexpr(8)  # elements that memory moves together
 
@@ -96,8 +97,10 @@ def _prepare(p_dense, left, SIZE: tl.constexpr, START: tl.constexpr):
                 b_offset = first + tl.arange(0, ZEROS)
                 tl.store(p_dense + b_offset, tl.zeros((ZEROS,), tl.float32), mask=b_offset < left)
     elif START == TOUCH:
-        b_sector = tl.arange(0, SIZE // SECTOR) * SECTOR
-        tl.load(p_dense + b_sector, mask=b_sector < left, volatile=True)
+        SPAN: tl.constexpr = min(SIZE, TOUCHED)
+        for first in range(0, SIZE, SPAN):
+            b_sector = first + tl.arange(0, SPAN // SECTOR) * SECTOR
+            tl.load(p_dense + b_sector, mask=b_sector < left, volatile=True)
 
 
 @triton.jit

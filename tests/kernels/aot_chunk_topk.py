@@ -59,6 +59,9 @@ def variants() -> list[Variant]:
         (64, 4096, 4, 64, "quotient", True),
         (64, 4096, 16, 64, "none", False),
         (4, 64, 8, 16, "product", True),
+        (32, 2048, 4, 32, "product", True),
+        (16, 1024, 4, 16, "product", True),
+        (16, 1024, 4, 64, "quotient", True),
         (128, 8192, 32, 512, "quotient", True),
         (1024, 65536, 2, 4096, "product", True),
     ):
