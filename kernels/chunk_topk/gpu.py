@@ -60,6 +60,9 @@ def compress_group(
     p_indices,
     p_nonfinite,
     p_sums,
+    i_shard,
+    i_chunk,
+    row_units,
     n,
     base,
     left,
@@ -81,8 +84,9 @@ def compress_group(
     STATS: tl.constexpr,
 ):
     """Compresses CHUNKS chunks of 2**LEVELS elements, a row each, or one alone: acc is what lies at p_grad, as
-    `divided` divides it, and the residual. `left` elements exist, from the vector's `base`-th on; pointers are
-    those of the first chunk, but for p_sums. Positions have room for CAPACITY a chunk, and for K."""
+    `divided` divides it, and the residual. `left` elements exist, from the vector's `base`-th on, which
+    p_grad, p_err and p_position point to; what is sent is the i_chunk-th row, and those after it, of the body of
+    i_shard. Positions have room for CAPACITY a chunk, and for K."""
     CHUNK: tl.constexpr = 2**LEVELS
     STRIDE: tl.constexpr = max(K, CAPACITY)
     given = (p_grad, p_err, p_position, left, number, decay, p_clip)
@@ -96,8 +100,13 @@ def compress_group(
     tl.debug_barrier()
     if STATS:
         sum_stored(p_err, p_sums, n, base, left, True)
-    rows = (p_err, p_position, p_values, p_scales, p_indices, p_nonfinite, b_wanted)
-    encode(*rows, K, LEVELS, BITS, INDEX_BITS, SLOT_LEVELS, STRIDE)
+    encode(
+        *(p_err, p_position),
+        chunk_of(p_values, i_shard, i_chunk, row_units, values_of(K, BITS)),
+        chunk_of(p_scales, i_shard, i_chunk, row_units, scales_of(BITS)),
+        chunk_of(p_indices, i_shard, i_chunk, row_units, indices_of(K, INDEX_BITS)),
+        *(p_nonfinite, b_wanted, K, LEVELS, BITS, INDEX_BITS, SLOT_LEVELS, STRIDE),
+    )
     if wild:
         tl.debug_barrier()
         clear_rest(p_err, p_nonfinite, left, STEP)
@@ -147,10 +156,8 @@ def compress_kernel(
             p_grad + i_first * CHUNK,
             p_err + i_first * CHUNK,
             p_position + i_first * max(K, CAPACITY),
-            chunk_of(p_values, i_shard, i_chunk, row_units, values_of(K, BITS)),
-            chunk_of(p_scales, i_shard, i_chunk, row_units, scales_of(BITS)),
-            chunk_of(p_indices, i_shard, i_chunk, row_units, indices_of(K, INDEX_BITS)),
-            *(p_nonfinite, p_sums, n, i_first * CHUNK, left, 1.0, decay, p_clip),
+            *(p_values, p_scales, p_indices, p_nonfinite, p_sums, i_shard, i_chunk, row_units),
+            *(n, i_first * CHUNK, left, 1.0, decay, p_clip),
             *(K, CHUNKS, LEVELS, GROUPS, CAPACITY, BITS, INDEX_BITS, SLOT_LEVELS, PART, STEP),
             *("none", RESIDUAL, STATS),
         )

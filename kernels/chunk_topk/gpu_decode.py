@@ -21,6 +21,7 @@ GROUP = 2048  # elements of a program's small chunks together
 # farther one.
 UNDER_WAY = 32768
 MOST_PROGRAMS = 16  # of a processor
+MOST_WARPS = 32  # of the same
 # Entries an element, of all ranks, from which a chunk is brought to the cache before it is added to: with
 # fewer, most of the result need not be read.
 TOUCH_FROM = 1 / 32
@@ -83,7 +84,7 @@ def decompress_options(
         "ADD": add,
     }
     programs = MOST_PROGRAMS if start is KEEP else UNDER_WAY // (chunks * chunk)
-    return options, num_warps, max(min(programs, MOST_PROGRAMS), 2)
+    return options, num_warps, max(min(programs, MOST_PROGRAMS, MOST_WARPS // num_warps), 2)
 
 
 def decompress_(

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from gck.kernels.chunk_topk.gpu import WARP_PART, compress_group, compress_options
-from gck.kernels.chunk_topk.gpu_encode import indices_of, scales_of, values_of
 from gck.kernels.chunk_topk.gpu_sum import CLEAR, row_fields, sum_chunks, sum_options
 from gck.kernels.common.division import division
 from gck.kernels.common.launch import EXACT, launching_on, looping
@@ -84,11 +83,8 @@ def reduce_kernel(
         if STORE:
             p_held = p_err + i_group * SIZE
         compress_group(
-            *(p_scratch, p_held, p_position),
-            p_values + i_chunk * values_of(K, BITS),
-            p_scales + i_chunk * scales_of(BITS),
-            p_indices + i_chunk * indices_of(K, INDEX_BITS),
-            *(p_nonfinite, p_err, n, i_group * SIZE, left, number, 1.0, p_err),
+            *(p_scratch, p_held, p_position, p_values, p_scales, p_indices, p_nonfinite, p_err, 0, i_chunk, 0),
+            *(n, i_group * SIZE, left, number, 1.0, p_err),
             *(K, CHUNKS, LEVELS, GROUPS, CAPACITY, BITS, INDEX_BITS, SLOT_LEVELS, PART, STEP),
             *(DIVISION, AS_IT_IS if STORE else ABSENT, False),
         )

@@ -10,8 +10,10 @@ KB that this program alone touches and has just written, so that the nearest cac
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from gck.kernels.chunk_topk.gpu_encode import chunk_of, indices_of, scales_of, values_of
 from gck.kernels.common.keys import widen
@@ -178,11 +180,7 @@ def sum_warps(k: int, chunks: int) -> int:
     return max(min(chunks * triton.next_power_of_2(k) // WARP_SLOTS, MAX_WARPS), 1)
 
 
-def row_fields(compressor: Any, fields: tuple[Any, ...]) -> tuple[Any, ...]:
-    """(values, scales, indices) as kernels take them."""
+def row_fields(compressor: Any, fields: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(values, scales, indices) of a body as kernels take them: Triton knows no 16 bits without a sign."""
     values, scales, indices = fields
-    if not compressor.packs_indices:
-        import torch
-
-        indices = indices.view(torch.int16)
-    return values, scales, indices
+    return values, scales, indices if compressor.packs_indices else indices.view(torch.int16)
