@@ -16,14 +16,16 @@ import triton.language as tl
 from gck.kernels.chunk_topk.gpu import WARP_PART, compress_group, compress_options
 from gck.kernels.chunk_topk.gpu_sum import CLEAR, row_fields, sum_chunks, sum_options
 from gck.kernels.common.division import division
-from gck.kernels.common.launch import EXACT, launching_on, looping
+from gck.kernels.common.launch import EXACT, launching_on, looping, registers
 from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import ABSENT, AS_IT_IS
 
 # Of a processor: elements that its programs have under way, whose sums and residuals take all of an H100's nearest
-# caches and two thirds of the farther one; and warps, which have 128 registers a thread then.
+# caches and two thirds of the farther one; and warps.
 UNDER_WAY = 32768
 MOST_WARPS = 16
+REGISTERS = 65536  # of a processor
+MOST_REGISTERS = 255  # of a thread
 
 
 @triton.jit(do_not_specialize=["n", "ranks", "row_units"])
@@ -92,8 +94,8 @@ def reduce_kernel(
 
 def reduce_options(
     compressor: Any, server: Any, ranks: int, kind: str, *, residual: bool
-) -> tuple[dict[str, Any], int, int]:
-    """(compile-time values, warps, programs a processor) of `reduce_kernel`."""
+) -> tuple[dict[str, Any], int, int | None, int]:
+    """(compile-time values, warps, most registers, programs a processor) of `reduce_kernel`."""
     options, num_warps = compress_options(server)
     del options["RESIDUAL"], options["STATS"]
     options |= {
@@ -104,18 +106,24 @@ def reduce_options(
         "DIVISION": kind,
         "STORE": residual,
     }
+    programs = min(UNDER_WAY // (options["CHUNKS"] * compressor.chunk_size), MOST_WARPS // num_warps)
+    programs = max(programs, 1)
+    most: int | None = REGISTERS // (programs * num_warps * 32)
+    if most > MOST_REGISTERS:
+        most = None
+    else:
+        options["PART"] = min(options["PART"], 2 * WARP_PART * num_warps)
     if kind == "quotient":
         # Each division takes registers of its own, so that fewer elements are under way.
         options["PART"] = min(options["PART"], WARP_PART * num_warps)
-    programs = min(UNDER_WAY // (options["CHUNKS"] * compressor.chunk_size), MOST_WARPS // num_warps)
-    return options, num_warps, max(programs, 1)
+    return options, num_warps, most, programs
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:
     """See `gck.kernels.common.reduction.Reduction`."""
     device, ranks = job.body.device, job.bodies.shape[0]
     number, kind = division(job.divisor)
-    options, num_warps, each = reduce_options(
+    options, num_warps, most, each = reduce_options(
         compressor, job.server, ranks, kind, residual=job.err is not None
     )
     size = options["CHUNKS"] * compressor.chunk_size
@@ -135,5 +143,6 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             *(nonfinite, job.numel, ranks, job.bodies.stride(0) // 16, number),
             **options,
             num_warps=num_warps,
+            **registers(most),
             **EXACT,
         )

@@ -60,7 +60,6 @@ def variants() -> list[Variant]:
         (64, 4096, 16, 64, "none", False),
         (4, 64, 8, 16, "product", True),
         (32, 2048, 4, 32, "product", True),
-        (16, 1024, 4, 16, "product", True),
         (16, 1024, 4, 64, "quotient", True),
         (128, 8192, 32, 512, "quotient", True),
         (1024, 65536, 2, 4096, "product", True),
@@ -69,9 +68,14 @@ def variants() -> list[Variant]:
         server = ChunkTopK(server_k, chunk, bits)
         held = types | {"p_values": fields[bits], "p_indices": "*u8" if compressor.packs_indices else "*i16"}
         held |= {f"p_from_{name}": held[f"p_{name}"] for name in ("values", "indices")}
-        constants, num_warps, _ = gpu_reduce.reduce_options(compressor, server, 8, kind, residual=residual)
+        constants, num_warps, most, _ = gpu_reduce.reduce_options(
+            compressor, server, 8, kind, residual=residual
+        )
         label = f"{k} of {chunk} to {server_k}, {bits} bits, {kind}{'' if residual else ', no residual'}"
         made.append(
-            Variant("chunk_topk", "gpu_reduce", "reduce_kernel", label, held, constants, num_warps)
+            Variant(
+                *("chunk_topk", "gpu_reduce", "reduce_kernel", label, held, constants, num_warps),
+                most_registers=most,
+            )
         )
     return made
