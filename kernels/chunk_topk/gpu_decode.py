@@ -17,8 +17,8 @@ from gck.kernels.common.launch import EXACT, launching_on, looping
 from gck.wire import Layout
 
 GROUP = 2048  # elements of a program's small chunks together
-# Elements that the programs of a processor have under way: half of an H100's nearest caches, and a third of the
-# farther one.
+# Elements that the programs of a processor have under way: half of an H100's nearest cache, and together a third
+# of the farther one.
 UNDER_WAY = 32768
 MOST_PROGRAMS = 16  # of a processor
 MOST_WARPS = 32  # of the same
@@ -51,9 +51,7 @@ def decompress_kernel(
     SIZE: tl.constexpr = CHUNKS * 2**LEVELS
     groups = (tl.cast(n, tl.int64) + SIZE - 1) // SIZE
     # What every turn needs would be kept in registers through all of them.
-    for i_group in tl.range(
-        tl.program_id(0).to(tl.int64), groups, tl.num_programs(0), disable_licm=True
-    ):
+    for i_group in tl.range(tl.program_id(0).to(tl.int64), groups, tl.num_programs(0), disable_licm=True):
         left = tl.minimum(n - i_group * SIZE, SIZE).to(tl.int32)
         sum_chunks(
             p_out + i_group * SIZE,

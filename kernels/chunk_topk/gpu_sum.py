@@ -1,8 +1,12 @@
 """Entries of all ranks added up in dense chunks, in the order of the ranks and without atomics.
 
-What a program waits for is asked for together: the entries of up to eight ranks, before it zeroes the chunk that
-they go to. What is left is a chain, rank after rank: of entries loaded, added to and stored, in a chunk of a few
-KB that this program alone touches and has just written, so that the nearest cache may answer.
+What a program waits for is asked for together: the entries of up to eight ranks, before it zeroes the chunk
+that they go to. What is left is a chain, rank after rank: elements are loaded, added to and stored, in a chunk
+of a few KB that this program alone touches and has just written, so that the nearest cache may answer.
+
+Of 64 of 4096 of eight ranks a program waits once for memory, and eight times for that cache. A rank's entries
+are loads and stores of 4 bytes, each of a sector of its own as a rule: those of eight ranks are as many sectors
+as the chunk has. So caches store it twice, once as zeros; memory is written once, if it stays there meanwhile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -68,8 +72,8 @@ def _entries(
     INDEX_BITS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """(places in the chunks, values) of SLOTS entries of a rank, from `first` on; places are -1 where there is
-    none. b_valid, (CHUNKS, 1): how many elements each chunk has."""
+    """(places in the chunks, values) of SLOTS entries of a rank, from `first` on; places are -1 where there
+    is none. b_valid, (CHUNKS, 1): how many elements each chunk has."""
     i_rank = tl.cast(i_rank, tl.int64)
     p_values = chunk_of(p_values, i_rank, i_chunk, row_units, values_of(K, BITS))
     p_scales = chunk_of(p_scales, i_rank, i_chunk, row_units, scales_of(BITS))
@@ -133,8 +137,9 @@ def sum_chunks(
     START: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Adds alpha * entries of CHUNKS chunks, from the i_chunk-th of each body on, to p_dense, of whose elements
-    `left` exist. Bodies are row_units * 16 bytes apart. Without ADD there is one rank, and it is written.
+    """Adds alpha * entries of CHUNKS chunks, from the i_chunk-th of each body on, to p_dense, of whose
+    elements `left` exist. Bodies are row_units * 16 bytes apart. Without ADD there is one rank, which is
+    written.
 
     Indices of a rank differ, so that no two of its entries meet; those of different ranks meet in order.
     """
@@ -177,7 +182,8 @@ def sum_options(k: int, chunks: int, ranks: int, num_warps: int) -> dict[str, in
 
 def sum_warps(k: int, chunks: int) -> int:
     """Warps of a program that does nothing else. A chain is as long for one, and waits for no other."""
-    return max(min(chunks * triton.next_power_of_2(k) // WARP_SLOTS, MAX_WARPS), 1)
+    warps: int = chunks * triton.next_power_of_2(k) // WARP_SLOTS
+    return max(min(warps, MAX_WARPS), 1)
 
 
 def row_fields(compressor: Any, fields: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

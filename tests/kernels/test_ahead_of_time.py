@@ -91,7 +91,7 @@ SPILLED = (
     # Launches keep threads to the registers of whole groups; the one that the end cuts short spills masks.
     (r"sign\.compress_kernel\[.*\]", "sm_.*", 240),
     (r"(sign|quantize)\.(compress|decompress|reduce)_kernel\[.*\]", "sm_.*", 220),
-    # 4096 entries of a chunk, selected by one program: a thread has 128 registers, and so many spills without ranks.
+    # 4096 entries of a chunk, selected by 16 warps of 128 registers a thread: the same spills without ranks.
     (r"chunk_topk\.reduce_kernel\[1024 of 65536 to 4096, .*\]", ".*", 830),
     (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
     (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),

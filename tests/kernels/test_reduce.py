@@ -291,6 +291,24 @@ def test_cuda(compressor: Any, ranks: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compressor", TOPKS, ids=str)
+def test_cuda_several_groups_a_program(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program leaves of one group in its scratch is not in the next one's sum."""
+    for module in ("gpu_reduce", "gpu_decode"):
+        monkeypatch.setattr(f"gck.kernels.chunk_topk.{module}.looping", lambda tensor, each: 3)
+    n = 70_001
+    bodies = payloads(compressor, 9, n, n, "few nonfinite")
+    for err in (residual(n), None):
+        check(compressor, "cuda", bodies, n, n, err, 9)
+    layout, wanted, out = compressor.layout(n), torch.zeros(n), Guarded.of(torch.full((n,), -7.0).cuda())
+    compressor.decompress_sum("test", out.inner, bodies.cuda(), layout, 1.0, False)
+    for body in bodies:
+        wanted += reference(compressor).decompress(compressor, layout.views(body), n)
+    assert same_bytes(one_nan(out.inner), one_nan(wanted))
+    assert out.intact()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_no_host_synchronisation(compressor: Any) -> None:
     n = 70_001
