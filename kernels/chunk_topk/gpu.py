@@ -83,10 +83,10 @@ def compress_group(
     RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """Compresses CHUNKS chunks of 2**LEVELS elements, a row each, or one alone: acc is what lies at p_grad, as
-    `divided` divides it, and the residual. `left` elements exist, from the vector's `base`-th on, which
-    p_grad, p_err and p_position point to; what is sent is the i_chunk-th row, and those after it, of the body of
-    i_shard. Positions have room for CAPACITY a chunk, and for K."""
+    """Compresses CHUNKS chunks of 2**LEVELS elements, a row each, or one alone: acc is what lies at p_grad,
+    `divided`, and the residual. `left` elements exist, from the vector's `base`-th on; p_grad, p_err and
+    p_position are theirs. They are sent as the i_chunk-th row, and those after it, of the i_shard-th body.
+    Positions have room for CAPACITY a chunk, and for K."""
     CHUNK: tl.constexpr = 2**LEVELS
     STRIDE: tl.constexpr = max(K, CAPACITY)
     given = (p_grad, p_err, p_position, left, number, decay, p_clip)

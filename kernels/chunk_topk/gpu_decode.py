@@ -17,8 +17,8 @@ from gck.kernels.common.launch import EXACT, launching_on, looping
 from gck.wire import Layout
 
 GROUP = 2048  # elements of a program's small chunks together
-# Elements that the programs of a processor have under way: half of an H100's nearest cache, and together a third
-# of the farther one.
+# Elements that the programs of a processor have under way: half of an H100's nearest cache, and together a
+# third of the farther one.
 UNDER_WAY = 32768
 MOST_PROGRAMS = 16  # of a processor
 MOST_WARPS = 32  # of the same

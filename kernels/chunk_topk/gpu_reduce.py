@@ -1,11 +1,11 @@
 """Entries of all ranks to the entries of their sum: one pass.
 
 A program has a scratch chunk of its own, which it uses for one chunk after another, so that it stays in a
-cache: the ranks are added up there in their order, as fp32 additions must be. What is there is divided, added to
-the residual and compressed as an accumulated gradient is.
+cache: the ranks are added up there in their order, as fp32 additions must be. What is there is divided, added
+to the residual and compressed as an accumulated gradient is.
 
-Memory moves the payloads, and the residual both ways. Caches move more, an element of 64 of 4096 of eight ranks:
-zeros to the scratch 4 bytes, entries' sectors 4 read and 4 written, the sum 4, acc 4 before it becomes the residual.
+Memory moves the payloads, and the residual both ways. Caches move more for an element, of 64 of 4096 of eight
+ranks: 4 bytes of zeros, 4 each way of the entries' sectors, and 4 of the sum, which is read once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -88,20 +88,8 @@ def reduce_kernel(
         if STORE:
             p_held = p_err + i_group * SIZE
         compress_group(
-            *(
-                p_scratch,
-                p_held,
-                p_position,
-                p_values,
-                p_scales,
-                p_indices,
-                p_nonfinite,
-                p_err,
-                0,
-                i_chunk,
-                0,
-            ),
-            *(n, i_group * SIZE, left, number, 1.0, p_err),
+            *(p_scratch, p_held, p_position, p_values, p_scales, p_indices, p_nonfinite, p_err),
+            *(0, i_chunk, 0, n, i_group * SIZE, left, number, 1.0, p_err),
             *(K, CHUNKS, LEVELS, GROUPS, CAPACITY, BITS, INDEX_BITS, SLOT_LEVELS, PART, STEP),
             *(DIVISION, AS_IT_IS if STORE else ABSENT, False),
         )

@@ -218,8 +218,8 @@ def select_chunk(
     DIVISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Moves acc = grad / divisor + err of a chunk, of which `left` elements exist, to err; writes the positions of the largest.
-    Returns how many those are, and whether anything is not finite."""
+    """Moves acc of a chunk, of `divided` grad and err, of which `left` elements exist, to err; writes the
+    positions of the largest. Returns how many those are, and whether anything is not finite."""
     CHUNK: tl.constexpr = 2**LEVELS
     wanted = tl.minimum(left, K)
     # With fewer groups than entries only zero is surely reached by enough.
