@@ -1,12 +1,12 @@
 """Entries of all ranks added up in dense chunks, in the order of the ranks and without atomics.
 
 What a program waits for is asked for together: the entries of up to eight ranks, before it zeroes the chunk
-that they go to. What is left is a chain, rank after rank: elements are loaded, added to and stored, in a chunk
-of a few KB that this program alone touches and has just written, so that the nearest cache may answer.
+that they go to. What is left is a chain, rank after rank: elements are loaded, added to and stored, in a
+chunk of a few KB that this program alone touches and has just written, so that the nearest cache may answer.
 
 Of 64 of 4096 of eight ranks a program waits once for memory, and eight times for that cache. A rank's
-entries are loads and stores of 4 bytes, each of a sector of its own as a rule: those of eight ranks are as many
-sectors as the chunk has. So caches store it twice, once as zeros; and memory once, if it stays in a cache.
+entries are loads and stores of 4 bytes, each of a sector of its own as a rule: those of eight ranks are as
+many sectors as the chunk has. So caches store it twice, once as zeros; and memory once, if it stays in a cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
