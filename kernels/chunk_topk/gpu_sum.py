@@ -6,7 +6,7 @@ chunk of a few KB that this program alone touches and has just written, so that 
 
 Of 64 of 4096 of eight ranks a program waits once for memory, and eight times for that cache. A rank's
 entries are loads and stores of 4 bytes, each of a sector of its own as a rule: those of eight ranks are as
-many sectors as the chunk has. So caches store it twice, once as zeros; and memory once, if it stays in a cache.
+many sectors as the chunk has. So caches store it twice, once as zeros; memory once, if it stays in a cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
