@@ -241,6 +241,7 @@ def test_any_reduction(
     [
         *((compressor, ranks) for compressor in PACKED for ranks in (1, 3, 8)),
         *((compressor, ranks) for compressor in TOPKS for ranks in (3, 9)),
+        (TOPK, 1),
         (MANY, 2),
     ],
     ids=str,
