@@ -1,7 +1,8 @@
 """From 8 ranks' packed payloads to that of their mean in one pass, as the owner of a shard makes it in the
-two-phase all-reduce: beside the same by steps of gck, and of torch.
+two-phase all-reduce: beside the same by steps of gck, and of torch. And their sum alone, as a dense vector.
 
-The floor is what must move: every payload read and one written, and the residual of the mean both ways.
+The floor is what must move: every payload read and one written, and the residual of the mean both ways; or
+every payload read, and the sum written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gck.compressor import reduce_, reduce_by_steps_
 
 WORLD = 8
 RESIDUAL_BYTES = 8  # an element: read and written
+SUM_BYTES = 4  # an element: written
 # What is measured, by name. A composition with two levels would sum in another order, and one with random
 # numbers round by others: neither would be the same function.
 COMPRESSORS: dict[str, Any] = {
@@ -61,6 +63,10 @@ def cases(plan: Plan) -> list[Case]:
         made.append(make(GCK, partial(_in_one_pass, name)))
         made.append(make("gck, by steps", partial(_by_steps, name), partial(_verify_steps, name)))
         made.append(make("torch composition", partial(_composed, name), partial(_verify_composed, name)))
+        of_sum = {"bytes": WORLD * payload + SUM_BYTES, "prepare": prepare}
+        make = partial(Case, "decompress", "payloads", f"{WORLD} of {name}", n, torch.float32, **of_sum)
+        made.append(make(GCK, partial(_sum, name)))
+        made.append(make("torch composition", partial(_composed_sum, name), partial(_verify_sum, name)))
     return made
 
 
@@ -90,8 +96,22 @@ def _by_steps(name: str, given: Given) -> Tensor:
 
 
 def _composed(name: str, given: Given) -> tuple[Tensor, Tensor]:
-    payloads = [peers_decode.payload_of(COMPRESSORS[name], body, given.pool.n) for body in given.bodies]
-    return peers_decode.torch_reduced_(payloads, given.err, given.pool)
+    return peers_decode.torch_reduced_(_payloads(name, given), given.err, given.pool)
+
+
+def _sum(name: str, given: Given) -> Tensor:
+    return gck.decompress(_payloads(name, given), out=given.err)
+
+
+def _composed_sum(name: str, given: Given) -> Tensor:
+    given.err.zero_()
+    for payload in _payloads(name, given):
+        given.err.add_(peers_decode.torch_decoded(payload))
+    return given.err
+
+
+def _payloads(name: str, given: Given) -> list[Any]:
+    return [peers_decode.payload_of(COMPRESSORS[name], body, given.pool.n) for body in given.bodies]
 
 
 def _verify_steps(name: str, pool: Pool) -> None:
@@ -108,6 +128,12 @@ def _verify_composed(name: str, pool: Pool) -> None:
     payload = peers_decode.payload_of(COMPRESSORS[name], _in_one_pass(name, ours), pool.n)
     composed = _composed(name, theirs)
     peers_decode.verify_reduced(payload, composed, (ours.err, theirs.err))
+
+
+def _verify_sum(name: str, pool: Pool) -> None:
+    ours, theirs = (call(name, _prepare(name, pool.apart())) for call in (_sum, _composed_sum))
+    if not torch.equal(ours, theirs):
+        raise peers_decode.PeerMismatchError(f"decompress: torch and gck disagree ({name}, n={pool.n})")
 
 
 def test_reduce(case: Case, measured: Callable[[Case], None]) -> None:

@@ -212,10 +212,13 @@ def test_verification_notices_wrong_reductions(
 ) -> None:
     bench_reduce._verify_steps(name, small_pool)
     bench_reduce._verify_composed(name, small_pool)
+    bench_reduce._verify_sum(name, small_pool)
     right = peers_decode.torch_decoded
     monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload) * 2)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         bench_reduce._verify_composed(name, small_pool)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_reduce._verify_sum(name, small_pool)
     steps = bench_reduce._by_steps
     monkeypatch.setattr(bench_reduce, "_by_steps", lambda *given: steps(*given) ^ 1)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):

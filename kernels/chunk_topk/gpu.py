@@ -21,15 +21,23 @@ from torch import Tensor
 
 from gck.compressor import shard_numel
 from gck.kernels.chunk_topk.gpu_decode import decompress_, decompress_sum_
-from gck.kernels.chunk_topk.gpu_encode import chunk_of, clear_rest, encode
+from gck.kernels.chunk_topk.gpu_encode import (
+    chunk_of,
+    clear_rest,
+    encode,
+    indices_of,
+    scales_of,
+    values_of,
+)
 from gck.kernels.chunk_topk.gpu_rows import select_rows
 from gck.kernels.chunk_topk.gpu_select import select_chunk
 from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.reduction import Reduction
 from gck.kernels.common.residual import residual_arguments
 from gck.kernels.common.statistics import sum_stored
 
-__all__ = ["compress_", "decompress_", "decompress_sum_"]
+__all__ = ["compress_", "decompress_", "decompress_sum_", "reduce_"]
 
 GROUP = 512  # elements of a program's small chunks together
 WARP_PART = 512  # elements of a chunk that a warp accumulates together
@@ -40,6 +48,70 @@ WARP_STEP = 256  # elements that a warp looks at together of a chunk that it wal
 CHUNK_WARP_ELEMENTS = 4096  # elements of a chunk for each of its warps
 WARP_SLOTS = 64  # entries of a chunk for each of its warps
 MAX_WARPS = 16
+
+
+@triton.jit
+def compress_group(
+    p_grad,
+    p_err,
+    p_position,
+    p_values,
+    p_scales,
+    p_indices,
+    p_nonfinite,
+    p_sums,
+    i_shard,
+    i_chunk,
+    row_units,
+    n,
+    base,
+    left,
+    number,
+    decay,
+    p_clip,
+    K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    BITS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    SLOT_LEVELS: tl.constexpr,
+    PART: tl.constexpr,
+    STEP: tl.constexpr,
+    DIVISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """Compresses CHUNKS chunks of 2**LEVELS elements, a row each, or one alone: acc is what lies at p_grad,
+    `divided`, and the residual. `left` elements exist, from the vector's `base`-th on; p_grad, p_err and
+    p_position are theirs. They are sent as the i_chunk-th row, and those after it, of the i_shard-th body.
+    Positions have room for CAPACITY a chunk, and for K."""
+    CHUNK: tl.constexpr = 2**LEVELS
+    STRIDE: tl.constexpr = max(K, CAPACITY)
+    given = (p_grad, p_err, p_position, left, number, decay, p_clip)
+    if CHUNKS == 1:
+        wanted, wild = select_chunk(*given, K, LEVELS, GROUPS, CAPACITY, PART, STEP, DIVISION, RESIDUAL)
+        b_wanted = tl.zeros((1,), tl.int32) + wanted
+    elif left == CHUNKS * CHUNK:
+        b_wanted, wild = select_rows(*given, K, CHUNKS, LEVELS, GROUPS, STRIDE, DIVISION, RESIDUAL, True)
+    else:
+        b_wanted, wild = select_rows(*given, K, CHUNKS, LEVELS, GROUPS, STRIDE, DIVISION, RESIDUAL, False)
+    tl.debug_barrier()
+    if STATS:
+        sum_stored(p_err, p_sums, n, base, left, True)
+    encode(
+        *(p_err, p_position),
+        chunk_of(p_values, i_shard, i_chunk, row_units, values_of(K, BITS)),
+        chunk_of(p_scales, i_shard, i_chunk, row_units, scales_of(BITS)),
+        chunk_of(p_indices, i_shard, i_chunk, row_units, indices_of(K, INDEX_BITS)),
+        *(p_nonfinite, b_wanted, K, LEVELS, BITS, INDEX_BITS, SLOT_LEVELS, STRIDE),
+    )
+    if wild:
+        tl.debug_barrier()
+        clear_rest(p_err, p_nonfinite, left, STEP)
+    if STATS:
+        sum_stored(p_err, p_sums, n, base, left, False)
 
 
 @triton.jit(do_not_specialize=["n", "shard_chunks", "row_units"])
@@ -70,10 +142,8 @@ def compress_kernel(
     RESIDUAL: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """A program compresses CHUNKS chunks of 2**LEVELS elements, a row each; or one
-    alone. Positions, of all shards in one array, have room for CAPACITY a chunk, and for K."""
+    """A program compresses a group of CHUNKS chunks; positions of all shards lie in one array."""
     CHUNK: tl.constexpr = 2**LEVELS
-    STRIDE: tl.constexpr = max(K, CAPACITY)
     i_shard = tl.program_id(1).to(tl.int64)
     # The last chunk first, because a part of a chunk takes longest.
     i_chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * CHUNKS
@@ -81,49 +151,16 @@ def compress_kernel(
     # The last group of a shard stops at the shard's end: what follows belongs to the next row.
     stop = tl.minimum((i_shard + 1) * shard_chunks * CHUNK, tl.cast(n, tl.int64))
     left = tl.minimum(stop - i_first * CHUNK, CHUNKS * CHUNK).to(tl.int32)
-    p_grad += i_first * CHUNK
-    p_err += i_first * CHUNK
-    p_position += i_first * STRIDE
     if left > 0:
-        if CHUNKS == 1:
-            wanted, wild = select_chunk(
-                *(p_grad, p_err, p_position, left, decay, p_clip),
-                *(K, LEVELS, GROUPS, CAPACITY, PART, STEP, RESIDUAL),
-            )
-            b_wanted = tl.zeros((1,), tl.int32) + wanted
-        elif left == CHUNKS * CHUNK:
-            b_wanted, wild = select_rows(
-                *(p_grad, p_err, p_position, left, decay, p_clip),
-                *(K, CHUNKS, LEVELS, GROUPS, STRIDE, RESIDUAL, True),
-            )
-        else:
-            b_wanted, wild = select_rows(
-                *(p_grad, p_err, p_position, left, decay, p_clip),
-                *(K, CHUNKS, LEVELS, GROUPS, STRIDE, RESIDUAL, False),
-            )
-        tl.debug_barrier()
-        if STATS:
-            sum_stored(p_err, p_sums, n, i_first * CHUNK, left, True)
-        encode(
-            p_err,
-            p_position,
-            chunk_of(p_values, i_shard, i_chunk, row_units, K if BITS >= 16 else (K * BITS + 7) // 8),
-            chunk_of(p_scales, i_shard, i_chunk, row_units, 2 if BITS == 2 else 1),
-            chunk_of(p_indices, i_shard, i_chunk, row_units, K if INDEX_BITS == 16 else (K * 12 + 7) // 8),
-            p_nonfinite,
-            b_wanted,
-            K,
-            LEVELS,
-            BITS,
-            INDEX_BITS,
-            SLOT_LEVELS,
-            STRIDE,
+        compress_group(
+            p_grad + i_first * CHUNK,
+            p_err + i_first * CHUNK,
+            p_position + i_first * max(K, CAPACITY),
+            *(p_values, p_scales, p_indices, p_nonfinite, p_sums, i_shard, i_chunk, row_units),
+            *(n, i_first * CHUNK, left, 1.0, decay, p_clip),
+            *(K, CHUNKS, LEVELS, GROUPS, CAPACITY, BITS, INDEX_BITS, SLOT_LEVELS, PART, STEP),
+            *("none", RESIDUAL, STATS),
         )
-        if wild:
-            tl.debug_barrier()
-            clear_rest(p_err, p_nonfinite, left, STEP)
-        if STATS:
-            sum_stored(p_err, p_sums, n, i_first * CHUNK, left, False)
 
 
 def compress_options(
@@ -198,3 +235,10 @@ def compress_(
         )
     if stats is not None:
         finish(sums, stats, n // chunk * k + min(n % chunk, k))
+
+
+def reduce_(compressor: Any, job: Reduction) -> None:
+    """See `gck.kernels.common.reduction.Reduction`."""
+    from gck.kernels.chunk_topk import gpu_reduce  # whose kernel is made of the helpers above
+
+    gpu_reduce.reduce_(compressor, job)

@@ -17,6 +17,22 @@ def chunk_of(p_field, i_shard, i_chunk, row_units, COUNT: tl.constexpr):
     return p_field + i_shard * row_units * UNIT + i_chunk * COUNT
 
 
+@triton.constexpr_function
+def values_of(k, bits):
+    """Elements of a chunk's row of values; `ChunkTopK.row` says the same of all fields."""
+    return k if bits >= 16 else (k * bits + 7) // 8
+
+
+@triton.constexpr_function
+def scales_of(bits):
+    return 2 if bits == 2 else 1
+
+
+@triton.constexpr_function
+def indices_of(k, index_bits):
+    return k if index_bits == 16 else (k * 12 + 7) // 8
+
+
 @triton.jit
 def encode(
     p_err,

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from gck.kernels.chunk_topk.gpu_rank import halve, ranked
-from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key
+from gck.kernels.common.division import divided
+from gck.kernels.common.keys import INFINITY, accumulate, magnitude_key, widen
 from gck.kernels.common.residual import read_residual
 
 
@@ -25,6 +26,7 @@ def select_rows(
     p_err,
     p_position,
     left,
+    number,
     decay,
     p_clip,
     K: tl.constexpr,
@@ -32,6 +34,7 @@ def select_rows(
     LEVELS: tl.constexpr,
     GROUPS: tl.constexpr,
     STRIDE: tl.constexpr,
+    DIVISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -44,13 +47,13 @@ def select_rows(
     # Only the keys stay in registers: what is selected is read back.
     if WHOLE:
         b_err = read_residual(tl.load(p_err + b_offset), decay, p_clip, RESIDUAL)
-        b_acc = accumulate(tl.load(p_grad + b_offset), b_err)
+        b_acc = accumulate(divided(widen(tl.load(p_grad + b_offset)), number, DIVISION), b_err)
         tl.store(p_err + b_offset, b_acc)
         b_key = magnitude_key(b_acc)
         b_wanted = tl.full((CHUNKS,), K, tl.int32)
     else:
         b_inside = b_offset < left
-        b_grad = tl.load(p_grad + b_offset, mask=b_inside, other=0.0)
+        b_grad = divided(widen(tl.load(p_grad + b_offset, mask=b_inside, other=0.0)), number, DIVISION)
         b_err = tl.load(p_err + b_offset, mask=b_inside, other=0.0)
         b_acc = accumulate(b_grad, read_residual(b_err, decay, p_clip, RESIDUAL))
         tl.store(p_err + b_offset, b_acc, mask=b_inside)

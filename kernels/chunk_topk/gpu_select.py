@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.chunk_topk.gpu_rank import halve, ranked
+from gck.kernels.common.division import divided
 from gck.kernels.common.keys import INFINITY, QUIET_NAN, magnitude_key, widen
 from gck.kernels.common.residual import read_residual
 from gck.kernels.common.tiles import columns
@@ -45,31 +46,50 @@ def _find_floor(b_most, most, wanted):
 
 @triton.jit
 def _accumulate_rows(
-    p_grad, p_err, decay, p_clip, SIZE: tl.constexpr, PART: tl.constexpr, RESIDUAL: tl.constexpr
+    p_grad,
+    p_err,
+    number,
+    decay,
+    p_clip,
+    SIZE: tl.constexpr,
+    PART: tl.constexpr,
+    DIVISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """Moves SIZE elements of acc to err, PART at a time; returns the largest key of each row of 4."""
     if SIZE > PART:
         HALF: tl.constexpr = SIZE // 2
-        b_lower = _accumulate_rows(p_grad, p_err, decay, p_clip, HALF, PART, RESIDUAL)
-        b_upper = _accumulate_rows(p_grad + HALF, p_err + HALF, decay, p_clip, HALF, PART, RESIDUAL)
+        options = (number, decay, p_clip)
+        b_lower = _accumulate_rows(p_grad, p_err, *options, HALF, PART, DIVISION, RESIDUAL)
+        b_upper = _accumulate_rows(p_grad + HALF, p_err + HALF, *options, HALF, PART, DIVISION, RESIDUAL)
         return tl.reshape(tl.permute(tl.join(b_lower, b_upper), (1, 0)), (SIZE // 4,))
     else:
         b_local = tl.arange(0, SIZE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         b_err = read_residual(tl.load(p_err + b_local), decay, p_clip, RESIDUAL)
-        b_acc = widen(tl.load(p_grad + b_local)) + b_err
+        b_acc = divided(widen(tl.load(p_grad + b_local)), number, DIVISION) + b_err
         tl.store(p_err + b_local, b_acc)
         return tl.minimum(tl.max(magnitude_key(b_acc), 1), QUIET_NAN)
 
 
 @triton.jit
-def _accumulate_short(p_grad, p_err, left, decay, p_clip, STEP: tl.constexpr, RESIDUAL: tl.constexpr):
+def _accumulate_short(
+    p_grad,
+    p_err,
+    left,
+    number,
+    decay,
+    p_clip,
+    STEP: tl.constexpr,
+    DIVISION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
     """Moves acc of a chunk that is short of elements to err; returns the largest keys of STEP groups."""
     # In small steps, because masks take registers.
     b_most = tl.zeros((STEP,), tl.int32)
     for first in range(0, left, STEP):
         b_local = first + tl.arange(0, STEP)
         b_inside = b_local < left
-        b_acc = widen(tl.load(p_grad + b_local, mask=b_inside, other=0.0))
+        b_acc = divided(widen(tl.load(p_grad + b_local, mask=b_inside, other=0.0)), number, DIVISION)
         b_err = tl.load(p_err + b_local, mask=b_inside, other=0.0)
         b_acc += read_residual(b_err, decay, p_clip, RESIDUAL)
         tl.store(p_err + b_local, b_acc, mask=b_inside)
@@ -186,6 +206,7 @@ def select_chunk(
     p_err,
     p_list,
     left,
+    number,
     decay,
     p_clip,
     K: tl.constexpr,
@@ -194,17 +215,18 @@ def select_chunk(
     CAPACITY: tl.constexpr,
     PART: tl.constexpr,
     STEP: tl.constexpr,
+    DIVISION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Moves acc of a chunk, of which `left` elements exist, to err; writes the positions of the largest.
-    Returns how many those are, and whether anything is not finite."""
+    """Moves acc of a chunk, of `divided` grad and err, of which `left` elements exist, to err; writes the
+    positions of the largest. Returns how many those are, and whether anything is not finite."""
     CHUNK: tl.constexpr = 2**LEVELS
     wanted = tl.minimum(left, K)
     # With fewer groups than entries only zero is surely reached by enough.
     low = wanted * 0
     rows = wanted * 0 + CAPACITY + 1
     if left == CHUNK:
-        b_row = _accumulate_rows(p_grad, p_err, decay, p_clip, CHUNK, PART, RESIDUAL)
+        b_row = _accumulate_rows(p_grad, p_err, number, decay, p_clip, CHUNK, PART, DIVISION, RESIDUAL)
         b_most = _group_maxima(b_row, GROUPS)
         most = tl.max(b_most, 0)
         if GROUPS >= K:
@@ -212,7 +234,7 @@ def select_chunk(
         if CAPACITY > 0:
             rows = _list_rows(p_list, b_row, 0, low, wanted * 0, CAPACITY)
     else:
-        b_part = _accumulate_short(p_grad, p_err, left, decay, p_clip, STEP, RESIDUAL)
+        b_part = _accumulate_short(p_grad, p_err, left, number, decay, p_clip, STEP, DIVISION, RESIDUAL)
         most = tl.max(b_part, 0)
         if STEP >= K:
             low = tl.min(b_part, 0)

@@ -49,6 +49,11 @@ def most_together(tensor: Tensor) -> int | None:
     return TOGETHER_PER_PROCESSOR * _processors(tensor.device) if tensor.device.type == "cuda" else None
 
 
+def looping(tensor: Tensor, each: int) -> int:
+    """How many programs share work that they loop over: `each` a processor, of as many as fit on it."""
+    return each * _processors(tensor.device) if tensor.device.type == "cuda" else INTERPRETED_PROGRAMS
+
+
 @lru_cache
 def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -10,11 +10,14 @@ from torch import Tensor
 
 # What a kernel does to a residual, known when it is compiled.
 AS_IT_IS, DECAYED, CLIPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ABSENT = tl.constexpr(-1)  # there is none, whatever memory holds
 
 
 @triton.jit
 def read_residual(b_err, decay, p_clip, RESIDUAL: tl.constexpr):
     """clamp(decay * b_err, -clip, clip), in two roundings; a clip that is not above 0 is 0, and NaN stays."""
+    if RESIDUAL == ABSENT:
+        b_err = tl.full(b_err.shape, -0.0, tl.float32)  # which added to any x is x
     if RESIDUAL > AS_IT_IS:
         b_err = b_err * decay
     if RESIDUAL == CLIPPED:

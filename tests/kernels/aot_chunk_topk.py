@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gck.kernels.chunk_topk import ChunkTopK, gpu, gpu_decode
+from gck.kernels.chunk_topk import ChunkTopK, gpu, gpu_decode, gpu_reduce
 from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
@@ -45,9 +45,37 @@ def variants() -> list[Variant]:
         if options:
             continue
         for clear, add in ((True, True), (False, True)) if bits == 2 else ((True, False),):
-            constants, num_warps = gpu_decode.decompress_options(compressor, clear=clear, add=add)
+            constants, num_warps, _ = gpu_decode.decompress_options(
+                compressor, 8 if add else 1, clear=clear, add=add
+            )
             name = f"{label}, {'add' if add else 'write'}{' to zeros' if clear else ''}"
             made.append(
                 Variant("chunk_topk", "gpu_decode", "decompress_kernel", name, held, constants, num_warps)
             )
+    types |= {"p_scratch": "*fp32", "p_from_scales": "*fp32", "number": "fp32"}
+    for k, chunk, bits, server_k, kind, residual in (
+        (64, 4096, 16, 64, "product", True),
+        (64, 4096, 2, 256, "product", True),
+        (64, 4096, 4, 64, "quotient", True),
+        (64, 4096, 16, 64, "none", False),
+        (4, 64, 8, 16, "product", True),
+        (32, 2048, 4, 32, "product", True),
+        (16, 1024, 4, 64, "quotient", True),
+        (128, 8192, 32, 512, "quotient", True),
+        (1024, 65536, 2, 4096, "product", True),
+    ):
+        compressor = ChunkTopK(k, chunk, bits)
+        server = ChunkTopK(server_k, chunk, bits)
+        held = types | {"p_values": fields[bits], "p_indices": "*u8" if compressor.packs_indices else "*i16"}
+        held |= {f"p_from_{name}": held[f"p_{name}"] for name in ("values", "indices")}
+        constants, num_warps, most, _ = gpu_reduce.reduce_options(
+            compressor, server, 8, kind, residual=residual
+        )
+        label = f"{k} of {chunk} to {server_k}, {bits} bits, {kind}{'' if residual else ', no residual'}"
+        made.append(
+            Variant(
+                *("chunk_topk", "gpu_reduce", "reduce_kernel", label, held, constants, num_warps),
+                most_registers=most,
+            )
+        )
     return made

@@ -41,7 +41,8 @@ BUDGETS = {
     "sign.decompress_kernel": (128, 64),
     "sign.reduce_kernel": (128, 96),
     "chunk_topk.compress_kernel": (120, 88),
-    "chunk_topk.decompress_kernel": (88, 56),
+    "chunk_topk.decompress_kernel": (112, 80),
+    "chunk_topk.reduce_kernel": (128, 128),
     "quantize.compress_kernel": (120, 72),
     "quantize.decompress_kernel": (96, 88),
     "quantize.reduce_kernel": (96, 96),
@@ -65,6 +66,8 @@ RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
 RARE |= {"quantize.compress_kernel[fp32, 2 bits, mean, 8192]": 128}
 # Statistics are summed before and after.
 RARE |= {"quantize.compress_kernel[fp32, 4 bits, nearest, 256, clip, stats]": 72}
+# Chunks of 65,536 that are added to: one program has them on their way.
+RARE |= {"chunk_topk.decompress_kernel[fp32, 1024 of 65536, 2 bits, add]": 176}
 RARE |= {f"chunk_topk.compress_kernel[fp32, 64 of 4096, 2 bits{o}]": 180 for o in (", clip", ", clip, stats")}
 # A warp that has a chunk to itself keeps all of it under way, whatever that takes.
 LONE_WARPS = {
@@ -75,7 +78,11 @@ LONE_WARPS = {
         ("bf16", 16),
     )
 } | {f"chunk_topk.compress_kernel[fp32, 64 of 4096, 2 bits{o}]" for o in (", clip", ", clip, stats")}
-LONE = (255, 176)
+LONE_WARPS |= {
+    f"chunk_topk.reduce_kernel[64 of 4096 to 64, {bits}]"
+    for bits in ("16 bits, product", "4 bits, quotient", "16 bits, none, no residual")
+}
+LONE = (255, 216)
 # Bytes of stack, and instructions that use it: a word or two where that lets one more program fit on a
 # processor, and more in variants for vectors past 2^31 elements.
 SPILLED = (
@@ -84,6 +91,8 @@ SPILLED = (
     # Launches keep threads to the registers of whole groups; the one that the end cuts short spills masks.
     (r"sign\.compress_kernel\[.*\]", "sm_.*", 240),
     (r"(sign|quantize)\.(compress|decompress|reduce)_kernel\[.*\]", "sm_.*", 220),
+    # 4096 entries of a chunk, selected by 16 warps of 128 registers a thread: the same spills without ranks.
+    (r"chunk_topk\.reduce_kernel\[1024 of 65536 to 4096, .*\]", ".*", 830),
     (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
     (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),
     (r"topk\.stream_kernel\[(bf16|fp16), fours\]", "sm_100", 12),
@@ -99,7 +108,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         "sign.compress_kernel": (128, 64),
         # As many programs fit on a processor as with 120: two of 8 warps, one of 16.
         "chunk_topk.compress_kernel": (128, 80),
-        "chunk_topk.decompress_kernel": (96, 56),
+        "chunk_topk.decompress_kernel": (128, 72),
         "quantize.compress_kernel": (144, 64),
     }
     SPILLED += (

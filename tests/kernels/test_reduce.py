@@ -29,8 +29,7 @@ from tests.kernels.launches import recorded
 from tests.kernels.test_gpu import synchronisation_is_an_error
 
 TOPK = gck.ChunkTopK(k=5, chunk_size=32, value_bits=4)
-# Whose kernels do it in one pass on the GPU, too.
-FUSED = [
+PACKED = [
     gck.Sign(32),
     gck.Sign(),
     gck.Sign(8192),
@@ -42,8 +41,7 @@ FUSED = [
     gck.Quantize(2, 8192, scale="mean"),
     gck.Quantize(2, 32, scale="mean"),
 ]
-COMPRESSORS = [
-    *FUSED,
+TOPKS = [
     TOPK,
     gck.ChunkTopK(),
     gck.ChunkTopK(k=7, chunk_size=128, value_bits=2),
@@ -51,6 +49,9 @@ COMPRESSORS = [
     gck.ChunkTopK(k=4, chunk_size=64, value_bits=32, server_k=16),
     gck.ChunkTopK(k=100, chunk_size=8192, value_bits=2, server_k=400),
 ]
+COMPRESSORS = [*PACKED, *TOPKS]
+# More entries than a program's threads take together.
+MANY = gck.ChunkTopK(k=600, chunk_size=2048, value_bits=8, server_k=8)
 
 
 def reference(compressor: Any) -> Any:
@@ -197,7 +198,7 @@ def test_thread_count_changes_nothing(compressor: Any) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("compressor", FUSED, ids=str)
+@pytest.mark.parametrize("compressor", PACKED, ids=str)
 def test_random_bits(compressor: Any) -> None:
     """Codes and scales that no compressor makes: of any bits, NaN and infinities among the scales."""
     n = 3 * compressor.chunk_size + 5
@@ -235,18 +236,29 @@ def test_any_reduction(
     check(compressor, "cpu", bodies, n, n + more, err, ranks if mean else 1)
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 8])
-@pytest.mark.parametrize("compressor", FUSED, ids=str)
-def test_interpreter(compressor: Any, ranks: int) -> None:
-    n = 2 * max(compressor.chunk_size, 1024) + 33
+@pytest.mark.parametrize(
+    ("compressor", "ranks"),
+    [
+        *((compressor, ranks) for compressor in PACKED for ranks in (1, 3, 8)),
+        *((compressor, ranks) for compressor in TOPKS for ranks in (3, 9)),
+        (TOPK, 1),
+        (MANY, 2),
+    ],
+    ids=str,
+)
+def test_interpreter(compressor: Any, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One program makes several groups of chunks, one after the other.
+    monkeypatch.setattr("gck.kernels.common.launch.INTERPRETED_PROGRAMS", 2)
+    group = 512 if compressor.name == "chunk_topk" else 1024
+    n = 2 * max(compressor.chunk_size, group) + 33
     for err, divisor, capacity in ((residual(n), 1, n), (None, ranks, n), (residual(n), ranks, n + 1000)):
         bodies = payloads(compressor, ranks, n, capacity)
         check(compressor, "interpreter", bodies, n, capacity, err, divisor)
 
 
-@pytest.mark.parametrize("compressor", FUSED, ids=str)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_values_in_the_interpreter(compressor: Any) -> None:
-    n = min(2 * compressor.chunk_size, 1024) + 65
+    n = min(2 * compressor.chunk_size, 1024 if compressor in PACKED else 512) + 65
     for case in ("few nonfinite", "denormal", "huge", "minus zero"):
         check(compressor, "interpreter", payloads(compressor, 2, n, n, case), n, n, residual(n, case), 2)
 
@@ -280,6 +292,24 @@ def test_cuda(compressor: Any, ranks: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compressor", TOPKS, ids=str)
+def test_cuda_several_groups_a_program(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program leaves of one group in its scratch is not in the next one's sum."""
+    for module in ("gpu_reduce", "gpu_decode"):
+        monkeypatch.setattr(f"gck.kernels.chunk_topk.{module}.looping", lambda tensor, each: 3)
+    n = 70_001
+    bodies = payloads(compressor, 9, n, n, "few nonfinite")
+    for err in (residual(n), None):
+        check(compressor, "cuda", bodies, n, n, err, 9)
+    layout, wanted, out = compressor.layout(n), torch.zeros(n), Guarded.of(torch.full((n,), -7.0).cuda())
+    compressor.decompress_sum("test", out.inner, bodies.cuda(), layout, 1.0, False)
+    for body in bodies:
+        wanted += reference(compressor).decompress(compressor, layout.views(body), n)
+    assert same_bytes(one_nan(out.inner), one_nan(wanted))
+    assert out.intact()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_no_host_synchronisation(compressor: Any) -> None:
     n = 70_001
@@ -290,15 +320,16 @@ def test_no_host_synchronisation(compressor: Any) -> None:
         compressor.reduce_(bodies, err, body, n, divisor=3)
 
 
-@pytest.mark.parametrize("compressor", FUSED, ids=str)
+@pytest.mark.parametrize("compressor", [*PACKED, TOPK], ids=str)
 def test_launches_do_not_depend_on_values(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same grid and options for any values, and contraction pinned off; one kernel."""
     kernels, n = kernels_of(compressor, "interpreter"), 700
     runs = []
     for case in ("gaussian", "all nan", "all zero"):
         bodies, err = payloads(compressor, 2, n, n, case), residual(n, case)
-        body = torch.zeros(compressor.layout(n).nbytes, dtype=torch.uint8)
-        job = Reduction(bodies, compressor.layout(n), n, 2, server_of(compressor, 2), err, body, None)
+        server = server_of(compressor, 2)
+        body = torch.zeros(server.layout(n).nbytes, dtype=torch.uint8)
+        job = Reduction(bodies, compressor.layout(n), n, 2, server, err, body, None)
         runs.append(
             [
                 (fn.__name__, grid, options)
