@@ -92,13 +92,16 @@ def _measure(out: Path, device: str, only: list[str], quick: bool, match: str | 
         if quick:
             arguments.append("--quick")
         if match is not None:
-            arguments += ["-k", match]
+            # Where nothing matches, it is said below.
+            arguments += ["-k", match, "-W", "ignore:Not saving anything"]
         # Set by a pytest around this one, or to `-n 2`: cases side by side would time each other.
         for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
             os.environ.pop(name, None)
         code = pytest.main(arguments, plugins=[failures])
         taken = json.loads(records.read_text()) if records.exists() else []
     machine["load_average_after"] = list(os.getloadavg())
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED and match is not None:
+        raise typer.BadParameter(f"{match!r} is in the name of no case", param_hint="--match")
     if not taken:
         raise typer.Exit(int(code) or 1)
     if code and not failures.names:

@@ -179,8 +179,9 @@ def test_wrong_peer_is_not_timed_and_pytest_benchmark_is_optional(tmp_path: Path
     assert not (tmp_path / "pytest-benchmark.json").exists()
 
 
-def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    done = python("-m", "bench", "--only", "nothing", "--out", tmp_path)
+@pytest.mark.parametrize("wrong", [("--only", "nothing"), ("--only", "sign", "-k", "nothing")])
+def test_unknown_names_are_refused(wrong: tuple[str, ...], tmp_path: Path) -> None:
+    done = python("-m", "bench", "--quick", *wrong, "--out", tmp_path)
     assert done.returncode == 2
     assert "'nothing'" in done.stderr
 
