@@ -127,6 +127,10 @@ struct EliasFano {
 
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
 
+// Elements that are summed over ranks, and then compressed while the nearest cache has them: a tile of a
+// reduction. Memory works on the ranks' payloads while sums are made, and on the residual meanwhile.
+constexpr int64_t kReduceTile = 2048;
+
 // Elements whose sums are one number of the statistics of a residual.
 constexpr int64_t kBlock = 512;
 

@@ -11,14 +11,11 @@ constexpr uint32_t kPhiloxKeyStep[2] = {0x9E3779B9u, 0xBB67AE85u};
 constexpr int kPhiloxRounds = 10;
 constexpr int64_t kDraw = 32;
 
-// Numbers of the elements [at, at + 32), at a multiple of 32: multiples of 2^-24 in [0, 1), the upper 24
-// bits of each word.
+// RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
+// of 8. The number of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
 struct Draw {
   Vec first, second;
 };
-
-// RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
-// of 8.
 
 #if defined(GCK_AVX512) || defined(GCK_AVX2)
 
@@ -28,6 +25,7 @@ using Wide = __m512i;
 inline Wide wide(uint32_t x) { return _mm512_set1_epi64(x); }
 inline Wide product(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
 inline Wide exclusive(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
+inline Wide exclusive(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 inline Wide upper(Wide a) { return _mm512_srli_epi64(a, 32); }
 inline Wide plus(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
 inline Wide wide64(int64_t x) { return _mm512_set1_epi64(x); }
@@ -38,6 +36,7 @@ using Wide = __m256i;
 inline Wide wide(uint32_t x) { return _mm256_set1_epi64x(x); }
 inline Wide product(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
 inline Wide exclusive(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
+inline Wide exclusive(Wide a, Wide b, Wide c) { return exclusive(exclusive(a, b), c); }
 inline Wide upper(Wide a) { return _mm256_srli_epi64(a, 32); }
 inline Wide plus(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
 inline Wide wide64(int64_t x) { return _mm256_set1_epi64x(x); }
@@ -49,29 +48,49 @@ struct Words {
   Wide x[4];
 };
 
-// The keys of all rounds: of one seed, made once.
+// The keys of all rounds: of one seed, made once. And what is the same in all lanes after two rounds, because
+// counters have no words but two, and the second one is common to them.
 struct Keys {
   Wide round[kPhiloxRounds][2];
+  Wide second_2, third_2;  // keys of x[2], with the part of a product that is common
+  uint32_t high;           // the counters' second word
 
-  explicit Keys(uint64_t seed) {
-    auto key_0 = static_cast<uint32_t>(seed), key_1 = static_cast<uint32_t>(seed >> 32);
+  explicit Keys(uint64_t seed) : seed_1(static_cast<uint32_t>(seed >> 32)), seed_0(static_cast<uint32_t>(seed)) {
+    auto key_0 = seed_0, key_1 = seed_1;
     for (auto& keys : round) {
       keys[0] = wide(key_0);
       keys[1] = wide(key_1);
       key_0 += kPhiloxKeyStep[0];
       key_1 += kPhiloxKeyStep[1];
     }
+    begin(0);
   }
+
+  void begin(uint32_t second_word) {
+    high = second_word;
+    const uint64_t common = static_cast<uint64_t>(high ^ seed_0) * kPhiloxFactor[0];
+    second_2 = wide((seed_1 + kPhiloxKeyStep[1]) ^ static_cast<uint32_t>(common >> 32));
+    third_2 = wide((seed_1 + 2 * kPhiloxKeyStep[1]) ^ static_cast<uint32_t>(common));
+  }
+
+ private:
+  uint32_t seed_1, seed_0;
 };
 
-inline void philox(Words& w, const Keys& keys) {
+// Of counters with the first words x: what the last round starts from.
+GCK_INLINE Words nine_rounds(Wide x, const Keys& keys) {
   const Wide factor_0 = wide(kPhiloxFactor[0]), factor_1 = wide(kPhiloxFactor[1]);
+  const Wide p_1 = product(x, factor_0);
+  const Wide q_2 = product(exclusive(upper(p_1), keys.round[0][1]), factor_1);
+  const Wide x_0 = exclusive(upper(q_2), keys.round[1][0]), x_2 = exclusive(p_1, keys.second_2);
+  const Wide p_3 = product(x_0, factor_0), q_3 = product(x_2, factor_1);
+  Words w{{exclusive(upper(q_3), q_2, keys.round[2][0]), q_3, exclusive(upper(p_3), keys.third_2), p_3}};
 #pragma GCC unroll 10
-  for (int r = 0; r < kPhiloxRounds; ++r) {
+  for (int r = 3; r + 1 < kPhiloxRounds; ++r) {
     const Wide p = product(w.x[0], factor_0), q = product(w.x[2], factor_1);
-    w = {{exclusive(exclusive(upper(q), w.x[1]), keys.round[r][0]), q,
-          exclusive(exclusive(upper(p), w.x[3]), keys.round[r][1]), p}};
+    w = {{exclusive(upper(q), w.x[1], keys.round[r][0]), q, exclusive(upper(p), w.x[3], keys.round[r][1]), p}};
   }
+  return w;
 }
 
 #endif
@@ -82,29 +101,23 @@ struct RandomWords {
   Wide first, second;
 };
 
-inline RandomWords random_words(const Keys& keys, uint64_t counter) {
+GCK_INLINE RandomWords random_words(Keys& keys, uint64_t counter) {
+  if (counter >> 32 != keys.high) keys.begin(static_cast<uint32_t>(counter >> 32));
   // In the order that lets the words of counters 0 to 3 come out of one interleaving, and 4 to 7 of the
   // other.
   const Wide lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  Words w{{_mm512_add_epi64(lane, wide(static_cast<uint32_t>(counter))),
-           wide(static_cast<uint32_t>(counter >> 32)), _mm512_setzero_si512(), _mm512_setzero_si512()}};
-  philox(w, keys);
-  const auto pair = [](Wide even, Wide odd) {
-    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  const Words w = nine_rounds(_mm512_add_epi64(lane, wide(static_cast<uint32_t>(counter))), keys);
+  const Wide* last = keys.round[kPhiloxRounds - 1];
+  // The last round, for two words at once: the upper half of a product, and behind it the lower half.
+  const auto pair = [](Wide whole, Wide other, Wide key) {
+    return _mm512_mask_ternarylogic_epi32(_mm512_ror_epi64(whole, 32), 0x5555, other, key, 0x96);
   };
-  const Wide front = pair(w.x[0], w.x[1]), back = pair(w.x[2], w.x[3]);
+  const Wide front = pair(product(w.x[2], wide(kPhiloxFactor[1])), w.x[1], last[0]);
+  const Wide back = pair(product(w.x[0], wide(kPhiloxFactor[0])), w.x[3], last[1]);
   return {_mm512_unpacklo_epi64(front, back), _mm512_unpackhi_epi64(front, back)};
 }
 
 inline Wide words_at(const RandomWords& words, int64_t i) { return i ? words.second : words.first; }
-
-inline Vec to_uniform(Wide words) {
-  return {_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(0x1p-24f))};
-}
-
-inline Draw to_uniform(const RandomWords& words) {
-  return {to_uniform(words.first), to_uniform(words.second)};
-}
 
 #elif defined(GCK_AVX2)
 
@@ -112,19 +125,24 @@ struct RandomWords {
   Wide quarter[4];
 };
 
-inline RandomWords random_words(const Keys& keys, uint64_t counter) {
+GCK_INLINE RandomWords random_words(Keys& keys, uint64_t counter) {
+  if (counter >> 32 != keys.high) keys.begin(static_cast<uint32_t>(counter >> 32));
   // In the order that lets the words of counters 0 and 1 come out of one interleaving, 2 and 3 of the other.
-  const Wide lane = _mm256_setr_epi64x(0, 2, 1, 3), high = wide(static_cast<uint32_t>(counter >> 32));
-  const Wide low = _mm256_add_epi64(lane, wide(static_cast<uint32_t>(counter)));
-  Words a{{low, high, _mm256_setzero_si256(), _mm256_setzero_si256()}};
-  Words b{{_mm256_add_epi64(low, wide(4)), high, _mm256_setzero_si256(), _mm256_setzero_si256()}};
-  philox(a, keys);
-  philox(b, keys);
-  const auto pair = [](Wide even, Wide odd) {
-    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  const Wide first = _mm256_add_epi64(_mm256_setr_epi64x(0, 2, 1, 3), wide(static_cast<uint32_t>(counter)));
+  const Wide* last = keys.round[kPhiloxRounds - 1];
+  // The last round, for two words at once: the upper half of a product, and behind it the lower half.
+  const auto pair = [](Wide whole, Wide other, Wide key) {
+    const Wide low = _mm256_blend_epi32(_mm256_setzero_si256(), exclusive(other, key), 0x55);
+    return exclusive(_mm256_shuffle_epi32(whole, 0xb1), low);
   };
-  const Wide front_a = pair(a.x[0], a.x[1]), back_a = pair(a.x[2], a.x[3]);
-  const Wide front_b = pair(b.x[0], b.x[1]), back_b = pair(b.x[2], b.x[3]);
+  const auto front = [&](const Words& w) {
+    return pair(product(w.x[2], wide(kPhiloxFactor[1])), w.x[1], last[0]);
+  };
+  const auto back = [&](const Words& w) {
+    return pair(product(w.x[0], wide(kPhiloxFactor[0])), w.x[3], last[1]);
+  };
+  const Words a = nine_rounds(first, keys), b = nine_rounds(_mm256_add_epi64(first, wide(4)), keys);
+  const Wide front_a = front(a), back_a = back(a), front_b = front(b), back_b = back(b);
   return {{_mm256_unpacklo_epi64(front_a, back_a), _mm256_unpackhi_epi64(front_a, back_a),
            _mm256_unpacklo_epi64(front_b, back_b), _mm256_unpackhi_epi64(front_b, back_b)}};
 }
@@ -188,9 +206,5 @@ inline void store_words(uint64_t* p, const RandomWords& words) {
   for (int64_t i = 0; i < kDraw / 2; i += each) store_wide(p + i, words_at(words, i / each));
 }
 #endif
-
-inline Draw draw(const Keys& keys, int64_t at) {
-  return to_uniform(random_words(keys, static_cast<uint64_t>(at) / 4));
-}
 
 }  // namespace gck::GCK_ISA

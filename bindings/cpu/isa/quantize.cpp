@@ -31,19 +31,14 @@ inline int32_t accumulate(const Chunk& c) {
   for (int64_t i = 0; i < c.size; i += 2 * kLanes) {
     const Vec a = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
     const Vec b = add(load_as<D>(c.grad, c.at + i + kLanes), load(c.err + i + kLanes));
-    store(c.err + i, a);
-    store(c.err + i + kLanes, b);
+    if constexpr (D != Dtype::none) {
+      store(c.err + i, a);
+      store(c.err + i + kLanes, b);
+    }
     best = max_key(best, a);
     other = max_key(other, b);
   }
-  alignas(64) float keys[kLanes];
-  store(keys, max_key(best, other));
-  int32_t top = 0;
-  for (float key : keys) {
-    const auto k = static_cast<int32_t>(bits_of(key));
-    top = k > top ? k : top;
-  }
-  return top;
+  return largest_key(max_key(best, other));
 }
 
 // What is not finite becomes 0; returns how many that are.
@@ -58,57 +53,72 @@ int64_t clear_nonfinite(float* err, int64_t valid) {
 }
 
 // acc / scale to whole numbers of at most qmax: to codes; what they do not say stays in err.
-template <bool Stochastic>
-inline void round_all(const Chunk& c, float scale, float most, const Keys& keys, int8_t* codes) {
-  const Vec inverse = set1(1.0f / scale), step = set1(scale), qmax = set1(most), zero = set1(0.0f);
-  const auto put = [&](int64_t i, Vec acc, Vec code) {
-    store_bytes(codes + i, code);
-    store(c.err + i, sub(acc, mul(code, step)));
-  };
-  for (int64_t i = 0; i < c.size; i += kDraw) {
-    const Vec a = load(c.err + i), b = load(c.err + i + kLanes);
+template <Dtype D, int Bits, bool Stochastic, int Vecs>
+inline void round_all(const Chunk& c, float scale, Keys& keys) {
+  const auto most = static_cast<float>((1 << (Bits - 1)) - 1);
+  const Vec inverse = set1(1.0f / scale), step = set1(scale);
+  for (int64_t i = 0; i < c.size; i += Vecs * kLanes) {
+    Vec acc[Vecs], code[Vecs];
+    for (int v = 0; v < Vecs; ++v) {
+      if constexpr (D == Dtype::none) ask_next_tile(c.err + i + v * kLanes, c.size);
+      acc[v] = load(c.err + i + v * kLanes);
+    }
     if constexpr (Stochastic) {
-      const Draw u = draw(keys, c.first + i);
-      const auto rounded = [&](Vec acc, Vec uniform) {
-        const Vec size = abs(mul(acc, inverse)), whole = floor_of(size);
-        const Vec code = least(add(whole, one_where_less(uniform, sub(size, whole))), qmax);
-        return add(with_sign(code, acc), zero);  // -0 would change the residual of -0
-      };
-      put(i, a, rounded(a, u.first));
-      put(i + kLanes, b, rounded(b, u.second));
+      for (int v = 0; v < Vecs; v += 2) {
+        const RandomWords words = random_words(keys, static_cast<uint64_t>(c.first + i + v * kLanes) / 4);
+        round_by(words, acc + v, inverse, set1(most), code + v);
+      }
     } else {
       // No quotient exceeds qmax by half, so that none rounds to more.
-      put(i, a, round_even(mul(a, inverse)));
-      put(i + kLanes, b, round_even(mul(b, inverse)));
+      for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
     }
+    store_codes<Bits>(c.codes + i * Bits / 8, code);
+    for (int v = 0; v < Vecs; ++v) store(c.err + i + v * kLanes, sub(acc[v], mul(code[v], step)));
   }
 }
 
-template <Dtype D>
-inline int64_t compress_scaled(const QuantizeChunks& job, const Keys& keys, const Chunk& c) {
-  alignas(64) int8_t codes[kMaxChunk];
+// A chunk with something not finite: codes of the largest magnitude, and no residual.
+template <int Bits>
+int64_t send_nonfinite(const Chunk& c) {
+  constexpr int qmax = (1 << (Bits - 1)) - 1;
+  int8_t codes[kMaxChunk];
+  for (int64_t i = 0; i < c.size; ++i)
+    codes[i] = static_cast<int8_t>(i >= c.valid ? 0 : c.err[i] >= 0 ? qmax : -qmax);
+  pack_bytes(codes, c.size, Bits, c.codes);
+  std::memset(c.err, 0, sizeof(float) * static_cast<size_t>(c.valid));
+  return c.valid;
+}
+
+template <Dtype D, int Bits, bool Stochastic>
+inline int64_t compress_scaled(Keys& keys, const Chunk& c) {
   const int32_t top = accumulate<D>(c);
-  const int qmax = (1 << (job.bits - 1)) - 1;
-  float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>(qmax);
+  float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (Bits - 1)) - 1);
   int64_t cleared = 0;
   if (top >= kInfKey) {
-    for (int64_t i = 0; i < c.size; ++i)
-      codes[i] = static_cast<int8_t>(i >= c.valid ? 0 : c.err[i] >= 0 ? qmax : -qmax);
-    std::memset(c.err, 0, sizeof(float) * static_cast<size_t>(c.valid));
-    cleared = c.valid;
+    cleared = send_nonfinite<Bits>(c);
   } else if (scale < float_of(0x00800000u)) {
     scale = 0.0f;
-    std::memset(codes, 0, static_cast<size_t>(c.size));
+    std::memset(c.codes, 0, static_cast<size_t>(c.size * Bits / 8));
   } else {
-    if (job.stochastic)
-      round_all<true>(c, scale, static_cast<float>(qmax), keys, codes);
+    if (c.size >= 4 * kLanes)
+      round_all<D, Bits, Stochastic, 4>(c, scale, keys);
     else
-      round_all<false>(c, scale, static_cast<float>(qmax), keys, codes);
+      round_all<D, Bits, Stochastic, 2>(c, scale, keys);
     if (top >= kWildKey) cleared = clear_nonfinite(c.err, c.valid);
   }
   *c.scales = canonical(scale);
-  pack_bytes(codes, c.size, job.bits, c.codes);
   return cleared;
+}
+
+template <Dtype D, int Bits>
+inline int64_t compress_scaled(const QuantizeChunks& job, Keys& keys, const Chunk& c) {
+  return job.stochastic ? compress_scaled<D, Bits, true>(keys, c) : compress_scaled<D, Bits, false>(keys, c);
+}
+
+template <Dtype D>
+inline int64_t compress_scaled(const QuantizeChunks& job, Keys& keys, const Chunk& c) {
+  if (job.bits == 8) return compress_scaled<D, 8>(job, keys, c);
+  return job.bits == 4 ? compress_scaled<D, 4>(job, keys, c) : compress_scaled<D, 2>(job, keys, c);
 }
 
 // Fetches what the next chunk has in the places of elements [i, i + 16) of this one: while levels are summed,
@@ -116,8 +126,8 @@ inline int64_t compress_scaled(const QuantizeChunks& job, const Keys& keys, cons
 template <Dtype D>
 inline void fetch_ahead(const Chunk& c, int64_t i) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  if constexpr (D != Dtype::none)
-    __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
+  if constexpr (D == Dtype::none) return ask_next_tile(c.err + i, c.size);
+  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
   __builtin_prefetch(c.err + c.size + i, 1, 2);
 }
 
@@ -174,7 +184,7 @@ inline int64_t compress_two_levels(const Chunk& c) {
 }
 
 template <Dtype D>
-inline int64_t compress_chunk(const QuantizeChunks& job, const Keys& keys, const Chunk& c) {
+inline int64_t compress_chunk(const QuantizeChunks& job, Keys& keys, const Chunk& c) {
   return job.two_levels ? compress_two_levels<D>(c) : compress_scaled<D>(job, keys, c);
 }
 
@@ -182,7 +192,7 @@ template <Dtype D>
 int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
   const int64_t size = job.chunk_size, row = size * job.bits / 8;
-  const Keys keys{job.seed};
+  Keys keys{job.seed};
   int64_t cleared = 0;
   for (int64_t i = begin; i < end; ++i) {
     char* body = job.bodies + i / job.chunks_per_row * job.row_stride;
@@ -222,25 +232,30 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
       ask_ahead(scales + r * stride + c * scales_size, scales_size, kSumTile / size * scales_size);
     }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      sum_block<Vecs>(run, i, [&](int64_t r, int v) {
-        return values[r].at(codes + r * stride + (i + v * kLanes) * Bits / 8);
-      });
+      sum_block<Vecs, Values::kWays>(
+          run, i, [&](int64_t r, int v) { return values[r].at(codes + r * stride + i * Bits / 8, v); });
     }
   }
 }
 
 template <int Bits, typename Values>
 void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.chunk_size >= 4 * kLanes) return decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
+  if constexpr (Values::kWays <= 2) decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+}
+
+template <bool Levels>
+void decode_of_four(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
   if (job.chunk_size < 4 * kLanes)
-    decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+    decode_chunks<2, FourValues<Levels>>(job, alpha, begin, end, run);
   else
-    decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
+    decode_chunks<2, Table<2, Levels>>(job, alpha, begin, end, run);
 }
 
 void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
-  if (job.two_levels) return decode_chunks<2, FourValues<true>>(job, alpha, begin, end, run);
-  if (job.bits == 2) return decode_chunks<2, FourValues<false>>(job, alpha, begin, end, run);
-  if (job.bits == 4) return decode_chunks<4, SixteenValues>(job, alpha, begin, end, run);
+  if (job.two_levels) return decode_of_four<true>(job, alpha, begin, end, run);
+  if (job.bits == 2) return decode_of_four<false>(job, alpha, begin, end, run);
+  if (job.bits == 4) return decode_chunks<4, Table<4>>(job, alpha, begin, end, run);
   if (alpha == 1.0f) return decode_chunks<8, Steps<8, true>>(job, alpha, begin, end, run);
   decode_chunks<8, Steps<8>>(job, alpha, begin, end, run);
 }

@@ -27,6 +27,22 @@ inline float halved(Vec a) {
 }
 #endif
 
+// The largest of the lanes, which are keys.
+inline int32_t largest_key(Vec keys) {
+#if defined(GCK_AVX512)
+  return _mm512_reduce_max_epi32(_mm512_castps_si512(keys.v));
+#else
+  alignas(64) float x[kLanes];
+  store(x, keys);
+  int32_t top = 0;
+  for (float key : x) {
+    const auto k = static_cast<int32_t>(bits_of(key));
+    top = k > top ? k : top;
+  }
+  return top;
+#endif
+}
+
 // Sum of t[0, width), width a power of two, in the same order; t is overwritten.
 inline float tree_sum(float* t, int64_t width) {
   int64_t half = width / 2;

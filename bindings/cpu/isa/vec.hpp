@@ -8,6 +8,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions that compilers find too large, and whose vectors would then go through memory.
+#define GCK_INLINE inline __attribute__((always_inline))
+
 namespace gck::GCK_ISA {
 
 constexpr int kLanes = 16;
@@ -354,6 +357,12 @@ inline Vec load_as(const void* base, int64_t i) {
   if constexpr (D == Dtype::bf16) return load_bf16(static_cast<const uint16_t*>(base) + i);
   if constexpr (D == Dtype::fp16) return load_fp16(static_cast<const uint16_t*>(base) + i);
   if constexpr (D == Dtype::none) return set1(-0.0f);  // x + (-0.0) is x for every x
+}
+
+// Asks for the residual of the tile after this one, where the gradient has been added already: as much as is
+// read and compressed meanwhile.
+inline void ask_next_tile(const float* err, int64_t chunk_size) {
+  __builtin_prefetch(err + (chunk_size > kReduceTile ? chunk_size : kReduceTile), 1);
 }
 
 // Copies `count` < 16 elements into a full vector's worth, zeros behind them.
