@@ -12,7 +12,7 @@ constexpr int kPhiloxRounds = 10;
 constexpr int64_t kDraw = 32;
 
 // RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
-// of 8. The number of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
+// of 8. N of them are those of N * 32 elements, of which the last is not past a multiple of 2^34. The number of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
 struct Draw {
   Vec first, second;
 };
@@ -77,20 +77,28 @@ struct Keys {
   uint32_t seed_1, seed_0;
 };
 
-// Of counters with the first words x: what the last round starts from.
-GCK_INLINE Words nine_rounds(Wide x, const Keys& keys) {
+// Of N vectors of counters with the first words x: what the last round starts from. Step by step together,
+// because each vector has to wait for its products.
+template <int N>
+GCK_INLINE void nine_rounds(const Wide (&x)[N], const Keys& keys, Words (&w)[N]) {
   const Wide factor_0 = wide(kPhiloxFactor[0]), factor_1 = wide(kPhiloxFactor[1]);
-  const Wide p_1 = product(x, factor_0);
-  const Wide q_2 = product(exclusive(upper(p_1), keys.round[0][1]), factor_1);
-  const Wide x_0 = exclusive(upper(q_2), keys.round[1][0]), x_2 = exclusive(p_1, keys.second_2);
-  const Wide p_3 = product(x_0, factor_0), q_3 = product(x_2, factor_1);
-  Words w{{exclusive(upper(q_3), q_2, keys.round[2][0]), q_3, exclusive(upper(p_3), keys.third_2), p_3}};
+  for (int i = 0; i < N; ++i) w[i].x[3] = product(x[i], factor_0);
+  for (int i = 0; i < N; ++i)
+    w[i].x[1] = product(exclusive(upper(w[i].x[3]), keys.round[0][1]), factor_1);
+  for (int i = 0; i < N; ++i) {
+    const Wide p = product(exclusive(upper(w[i].x[1]), keys.round[1][0]), factor_0);
+    const Wide q = product(exclusive(w[i].x[3], keys.second_2), factor_1);
+    w[i] = {{exclusive(upper(q), w[i].x[1], keys.round[2][0]), q, exclusive(upper(p), keys.third_2), p}};
+  }
 #pragma GCC unroll 10
   for (int r = 3; r + 1 < kPhiloxRounds; ++r) {
-    const Wide p = product(w.x[0], factor_0), q = product(w.x[2], factor_1);
-    w = {{exclusive(upper(q), w.x[1], keys.round[r][0]), q, exclusive(upper(p), w.x[3], keys.round[r][1]), p}};
+    Wide p[N], q[N];
+    for (int i = 0; i < N; ++i) p[i] = product(w[i].x[0], factor_0), q[i] = product(w[i].x[2], factor_1);
+    for (int i = 0; i < N; ++i) {
+      w[i] = {{exclusive(upper(q[i]), w[i].x[1], keys.round[r][0]), q[i],
+               exclusive(upper(p[i]), w[i].x[3], keys.round[r][1]), p[i]}};
+    }
   }
-  return w;
 }
 
 #endif
@@ -101,20 +109,26 @@ struct RandomWords {
   Wide first, second;
 };
 
-GCK_INLINE RandomWords random_words(Keys& keys, uint64_t counter) {
+template <int N>
+GCK_INLINE void random_words(Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
   if (counter >> 32 != keys.high) keys.begin(static_cast<uint32_t>(counter >> 32));
   // In the order that lets the words of counters 0 to 3 come out of one interleaving, and 4 to 7 of the
   // other.
   const Wide lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const Words w = nine_rounds(_mm512_add_epi64(lane, wide(static_cast<uint32_t>(counter))), keys);
+  Wide x[N];
+  for (int i = 0; i < N; ++i) x[i] = plus(lane, wide(static_cast<uint32_t>(counter) + 8 * static_cast<uint32_t>(i)));
+  Words w[N];
+  nine_rounds(x, keys, w);
   const Wide* last = keys.round[kPhiloxRounds - 1];
   // The last round, for two words at once: the upper half of a product, and behind it the lower half.
   const auto pair = [](Wide whole, Wide other, Wide key) {
     return _mm512_mask_ternarylogic_epi32(_mm512_ror_epi64(whole, 32), 0x5555, other, key, 0x96);
   };
-  const Wide front = pair(product(w.x[2], wide(kPhiloxFactor[1])), w.x[1], last[0]);
-  const Wide back = pair(product(w.x[0], wide(kPhiloxFactor[0])), w.x[3], last[1]);
-  return {_mm512_unpacklo_epi64(front, back), _mm512_unpackhi_epi64(front, back)};
+  for (int i = 0; i < N; ++i) {
+    const Wide front = pair(product(w[i].x[2], wide(kPhiloxFactor[1])), w[i].x[1], last[0]);
+    const Wide back = pair(product(w[i].x[0], wide(kPhiloxFactor[0])), w[i].x[3], last[1]);
+    out[i] = {_mm512_unpacklo_epi64(front, back), _mm512_unpackhi_epi64(front, back)};
+  }
 }
 
 inline Wide words_at(const RandomWords& words, int64_t i) { return i ? words.second : words.first; }
@@ -125,26 +139,29 @@ struct RandomWords {
   Wide quarter[4];
 };
 
-GCK_INLINE RandomWords random_words(Keys& keys, uint64_t counter) {
+template <int N>
+GCK_INLINE void random_words(Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
   if (counter >> 32 != keys.high) keys.begin(static_cast<uint32_t>(counter >> 32));
   // In the order that lets the words of counters 0 and 1 come out of one interleaving, 2 and 3 of the other.
-  const Wide first = _mm256_add_epi64(_mm256_setr_epi64x(0, 2, 1, 3), wide(static_cast<uint32_t>(counter)));
+  const Wide lane = _mm256_setr_epi64x(0, 2, 1, 3);
   const Wide* last = keys.round[kPhiloxRounds - 1];
   // The last round, for two words at once: the upper half of a product, and behind it the lower half.
   const auto pair = [](Wide whole, Wide other, Wide key) {
     const Wide low = _mm256_blend_epi32(_mm256_setzero_si256(), exclusive(other, key), 0x55);
     return exclusive(_mm256_shuffle_epi32(whole, 0xb1), low);
   };
-  const auto front = [&](const Words& w) {
-    return pair(product(w.x[2], wide(kPhiloxFactor[1])), w.x[1], last[0]);
-  };
-  const auto back = [&](const Words& w) {
-    return pair(product(w.x[0], wide(kPhiloxFactor[0])), w.x[3], last[1]);
-  };
-  const Words a = nine_rounds(first, keys), b = nine_rounds(_mm256_add_epi64(first, wide(4)), keys);
-  const Wide front_a = front(a), back_a = back(a), front_b = front(b), back_b = back(b);
-  return {{_mm256_unpacklo_epi64(front_a, back_a), _mm256_unpackhi_epi64(front_a, back_a),
-           _mm256_unpacklo_epi64(front_b, back_b), _mm256_unpackhi_epi64(front_b, back_b)}};
+  for (int i = 0; i < N; ++i) {
+    const auto at = static_cast<uint32_t>(counter) + 8 * static_cast<uint32_t>(i);
+    const Wide x[2] = {plus(lane, wide(at)), plus(lane, wide(at + 4))};
+    Words w[2];
+    nine_rounds(x, keys, w);
+    for (int half = 0; half < 2; ++half) {
+      const Wide front = pair(product(w[half].x[2], wide(kPhiloxFactor[1])), w[half].x[1], last[0]);
+      const Wide back = pair(product(w[half].x[0], wide(kPhiloxFactor[0])), w[half].x[3], last[1]);
+      out[i].quarter[2 * half] = _mm256_unpacklo_epi64(front, back);
+      out[i].quarter[2 * half + 1] = _mm256_unpackhi_epi64(front, back);
+    }
+  }
 }
 
 inline Wide words_at(const RandomWords& words, int64_t i) { return words.quarter[i]; }
@@ -168,9 +185,9 @@ struct RandomWords {
   uint32_t x[kDraw];
 };
 
-inline RandomWords random_words(const Keys& keys, uint64_t counter) {
-  RandomWords words;
-  for (uint32_t c = 0; c < kDraw / 4; ++c) {
+template <int N>
+inline void random_words(const Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
+  for (uint32_t c = 0; c < N * kDraw / 4; ++c) {
     auto key_0 = static_cast<uint32_t>(keys.seed), key_1 = static_cast<uint32_t>(keys.seed >> 32);
     uint32_t x[4] = {static_cast<uint32_t>(counter) + c, static_cast<uint32_t>(counter >> 32), 0, 0};
     for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -183,9 +200,8 @@ inline RandomWords random_words(const Keys& keys, uint64_t counter) {
       key_0 += kPhiloxKeyStep[0];
       key_1 += kPhiloxKeyStep[1];
     }
-    std::memcpy(words.x + 4 * c, x, sizeof x);
+    std::memcpy(out[c / 8].x + 4 * (c % 8), x, sizeof x);
   }
-  return words;
 }
 
 inline void store_words(uint64_t* p, const RandomWords& words) {
@@ -206,5 +222,11 @@ inline void store_words(uint64_t* p, const RandomWords& words) {
   for (int64_t i = 0; i < kDraw / 2; i += each) store_wide(p + i, words_at(words, i / each));
 }
 #endif
+
+inline RandomWords random_words(Keys& keys, uint64_t counter) {
+  RandomWords words[1];
+  random_words(keys, counter, words);
+  return words[0];
+}
 
 }  // namespace gck::GCK_ISA

@@ -52,73 +52,86 @@ int64_t clear_nonfinite(float* err, int64_t valid) {
   return cleared;
 }
 
-// acc / scale to whole numbers of at most qmax: to codes; what they do not say stays in err.
-template <Dtype D, int Bits, bool Stochastic, int Vecs>
-inline void round_all(const Chunk& c, float scale, Keys& keys) {
-  const auto most = static_cast<float>((1 << (Bits - 1)) - 1);
-  const Vec inverse = set1(1.0f / scale), step = set1(scale);
-  for (int64_t i = 0; i < c.size; i += Vecs * kLanes) {
-    Vec acc[Vecs], code[Vecs];
-    for (int v = 0; v < Vecs; ++v) {
-      if constexpr (D == Dtype::none) ask_next_tile(c.err + i + v * kLanes, c.size);
-      acc[v] = load(c.err + i + v * kLanes);
-    }
-    if constexpr (Stochastic) {
-      for (int v = 0; v < Vecs; v += 2) {
-        const RandomWords words = random_words(keys, static_cast<uint64_t>(c.first + i + v * kLanes) / 4);
-        round_by(words, acc + v, inverse, set1(most), code + v);
+// A chunk whose err is acc, with what its codes are multiples of.
+struct Scaled {
+  Chunk chunk;
+  int32_t top;  // the largest magnitude's key
+  float scale, inverse;
+  int64_t ahead;  // of an element's place: what to ask for meanwhile
+};
+
+template <Dtype D>
+inline Scaled scaled(const Chunk& c, int bits) {
+  const int32_t top = accumulate<D>(c);
+  const float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (bits - 1)) - 1);
+  return {c, top, scale, 1.0f / scale, D == Dtype::none ? next_tile(c.size) : 0};
+}
+
+// Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err. Groups
+// of Vecs vectors at a time.
+template <int Bits, bool Stochastic, int Groups, int Vecs>
+void round_all(const Scaled& s, Keys& keys) {
+  const Vec inverse = set1(s.inverse), step = set1(s.scale);
+  const Vec qmax = set1(static_cast<float>((1 << (Bits - 1)) - 1));
+  const Chunk c = s.chunk;
+  for (int64_t i = 0; i < c.size; i += Groups * Vecs * kLanes) {
+    RandomWords words[Groups * Vecs / 2];
+    if constexpr (Stochastic) random_words(keys, static_cast<uint64_t>(c.first + i) / 4, words);
+    for (int group = 0; group < Groups; ++group) {
+      const int64_t at = i + group * Vecs * kLanes;
+      Vec acc[Vecs], code[Vecs];
+      for (int v = 0; v < Vecs; ++v) {
+        acc[v] = load(c.err + at + v * kLanes);
+        __builtin_prefetch(c.err + at + v * kLanes + s.ahead, 1);
       }
-    } else {
-      // No quotient exceeds qmax by half, so that none rounds to more.
-      for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
+      if constexpr (Stochastic) {
+        for (int v = 0; v < Vecs; v += 2)
+          round_by(words[(group * Vecs + v) / 2], acc + v, inverse, qmax, code + v);
+      } else {
+        // No quotient exceeds qmax by half, so that none rounds to more.
+        for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
+      }
+      store_codes<Bits>(c.codes + at * Bits / 8, code);
+      for (int v = 0; v < Vecs; ++v) store(c.err + at + v * kLanes, sub(acc[v], mul(code[v], step)));
     }
-    store_codes<Bits>(c.codes + i * Bits / 8, code);
-    for (int v = 0; v < Vecs; ++v) store(c.err + i + v * kLanes, sub(acc[v], mul(code[v], step)));
   }
 }
 
+template <int Bits, bool Stochastic>
+inline void round_all(const Scaled& s, Keys& keys) {
+  if (s.chunk.size >= 8 * kLanes) return round_all<Bits, Stochastic, 2, 4>(s, keys);
+  if (s.chunk.size >= 4 * kLanes) return round_all<Bits, Stochastic, 1, 4>(s, keys);
+  round_all<Bits, Stochastic, 1, 2>(s, keys);
+}
+
 // A chunk with something not finite: codes of the largest magnitude, and no residual.
-template <int Bits>
-int64_t send_nonfinite(const Chunk& c) {
-  constexpr int qmax = (1 << (Bits - 1)) - 1;
+int64_t send_nonfinite(const Chunk& c, int bits) {
+  const int qmax = (1 << (bits - 1)) - 1;
   int8_t codes[kMaxChunk];
   for (int64_t i = 0; i < c.size; ++i)
     codes[i] = static_cast<int8_t>(i >= c.valid ? 0 : c.err[i] >= 0 ? qmax : -qmax);
-  pack_bytes(codes, c.size, Bits, c.codes);
+  pack_bytes(codes, c.size, bits, c.codes);
   std::memset(c.err, 0, sizeof(float) * static_cast<size_t>(c.valid));
   return c.valid;
 }
 
-template <Dtype D, int Bits, bool Stochastic>
-inline int64_t compress_scaled(Keys& keys, const Chunk& c) {
-  const int32_t top = accumulate<D>(c);
-  float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (Bits - 1)) - 1);
-  int64_t cleared = 0;
-  if (top >= kInfKey) {
-    cleared = send_nonfinite<Bits>(c);
-  } else if (scale < float_of(0x00800000u)) {
-    scale = 0.0f;
+template <int Bits>
+int64_t send_scaled(const Scaled& s, bool stochastic, Keys& keys) {
+  const Chunk& c = s.chunk;
+  *c.scales = canonical(s.scale);
+  if (s.top >= kInfKey) return send_nonfinite(c, Bits);
+  if (s.scale < float_of(0x00800000u)) {
+    *c.scales = 0.0f;
     std::memset(c.codes, 0, static_cast<size_t>(c.size * Bits / 8));
-  } else {
-    if (c.size >= 4 * kLanes)
-      round_all<D, Bits, Stochastic, 4>(c, scale, keys);
-    else
-      round_all<D, Bits, Stochastic, 2>(c, scale, keys);
-    if (top >= kWildKey) cleared = clear_nonfinite(c.err, c.valid);
+    return 0;
   }
-  *c.scales = canonical(scale);
-  return cleared;
+  stochastic ? round_all<Bits, true>(s, keys) : round_all<Bits, false>(s, keys);
+  return s.top >= kWildKey ? clear_nonfinite(c.err, c.valid) : 0;
 }
 
-template <Dtype D, int Bits>
-inline int64_t compress_scaled(const QuantizeChunks& job, Keys& keys, const Chunk& c) {
-  return job.stochastic ? compress_scaled<D, Bits, true>(keys, c) : compress_scaled<D, Bits, false>(keys, c);
-}
-
-template <Dtype D>
-inline int64_t compress_scaled(const QuantizeChunks& job, Keys& keys, const Chunk& c) {
-  if (job.bits == 8) return compress_scaled<D, 8>(job, keys, c);
-  return job.bits == 4 ? compress_scaled<D, 4>(job, keys, c) : compress_scaled<D, 2>(job, keys, c);
+int64_t send_scaled(const Scaled& s, int bits, bool stochastic, Keys& keys) {
+  if (bits == 8) return send_scaled<8>(s, stochastic, keys);
+  return bits == 4 ? send_scaled<4>(s, stochastic, keys) : send_scaled<2>(s, stochastic, keys);
 }
 
 // Fetches what the next chunk has in the places of elements [i, i + 16) of this one: while levels are summed,
@@ -126,7 +139,7 @@ inline int64_t compress_scaled(const QuantizeChunks& job, Keys& keys, const Chun
 template <Dtype D>
 inline void fetch_ahead(const Chunk& c, int64_t i) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  if constexpr (D == Dtype::none) return ask_next_tile(c.err + i, c.size);
+  if constexpr (D == Dtype::none) return __builtin_prefetch(c.err + next_tile(c.size) + i, 1);
   __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
   __builtin_prefetch(c.err + c.size + i, 1, 2);
 }
@@ -184,24 +197,30 @@ inline int64_t compress_two_levels(const Chunk& c) {
 }
 
 template <Dtype D>
-inline int64_t compress_chunk(const QuantizeChunks& job, Keys& keys, const Chunk& c) {
-  return job.two_levels ? compress_two_levels<D>(c) : compress_scaled<D>(job, keys, c);
-}
-
-template <Dtype D>
 int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
   const int64_t size = job.chunk_size, row = size * job.bits / 8;
   Keys keys{job.seed};
   int64_t cleared = 0;
+  // A chunk gets its codes when the next one's scale is being made, which takes long, and from little.
+  Scaled last{};
+  const auto send_last = [&] {
+    if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, keys);
+  };
   for (int64_t i = begin; i < end; ++i) {
     char* body = job.bodies + i / job.chunks_per_row * job.row_stride;
     const int64_t slot = i % job.chunks_per_row, at = i * size;
     auto* scales = reinterpret_cast<float*>(body + job.scales_offset) + slot * (job.two_levels ? 2 : 1);
     const int64_t valid = job.numel - at < size ? job.numel - at : size;
     if (valid == size) {
-      cleared += compress_chunk<D>(
-          job, keys, {job.grad, at, job.first + at, job.err + at, size, size, body + slot * row, scales});
+      const Chunk c{job.grad, at, job.first + at, job.err + at, size, size, body + slot * row, scales};
+      if (job.two_levels) {
+        cleared += compress_two_levels<D>(c);
+        continue;
+      }
+      const Scaled next = scaled<D>(c, job.bits);
+      send_last();
+      last = next;
       continue;
     }
     // The last chunk, cut short: on a copy padded with zeros.
@@ -212,10 +231,13 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
       std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
     }
-    cleared += compress_chunk<D>(job, keys, {grads, 0, job.first + at, part, size, valid, codes, scales});
+    const Chunk c{grads, 0, job.first + at, part, size, valid, codes, scales};
+    cleared += job.two_levels ? compress_two_levels<D>(c)
+                              : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, keys);
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));
   }
+  send_last();
   return cleared;
 }
 

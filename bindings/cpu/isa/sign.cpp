@@ -48,7 +48,7 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
     const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
     if constexpr (D != Dtype::none) store(err + i, acc);
     put_bits(words, i, ge_zero(acc));
-    if constexpr (D == Dtype::none) ask_next_tile(err + i, chunk);
+    if constexpr (D == Dtype::none) __builtin_prefetch(err + i + next_tile(chunk), 1);
     if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
     return abs(acc);
   };
