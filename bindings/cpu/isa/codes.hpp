@@ -185,23 +185,27 @@ struct FourValues {
 
 #if defined(GCK_AVX512)
 // The same of 4 or 2 bits, sixteen bytes at a time: each becomes a lane, where its codes, one after the other,
-// are shifted to be the index into the table. Those of neighbouring elements then lie in other vectors.
+// are shifted to be the index into the table. Those of neighbouring elements then lie in other vectors. An
+// index has four bits: of 2 bits there are four copies, and the higher two bits choose one.
 template <int Bits, bool Levels = false>
 struct Table {
   static constexpr int kWays = 8 / Bits;
   alignas(64) float values[16];
 
   void set(const char* scales, float alpha) {
-    if constexpr (Bits == 4) {
-      float step;
-      std::memcpy(&step, scales, sizeof step);
+    float scale[2];
+    std::memcpy(scale, scales, Levels ? sizeof scale : sizeof scale[0]);
+    Vec decoded;
+    if constexpr (Levels) {
+      decoded = select(0xcccc, set1(1.0f), set1(-1.0f));
+      decoded = mul(decoded, select(0xaaaa, set1(scale[1]), set1(scale[0])));
+    } else if constexpr (Bits == 2) {
+      decoded = mul({_mm512_broadcast_f32x4(_mm_setr_ps(0, 1, -2, -1))}, set1(scale[0]));
+    } else {
       const Vec codes = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
-      store(values, mul(mul(codes, set1(step)), set1(alpha)));
-    } else {  // an index has four bits: of four copies, the higher two choose one
-      FourValues<Levels> four;
-      four.set(scales, alpha);
-      store(values, {_mm512_broadcast_f32x4(_mm_loadu_ps(four.values))});
+      decoded = mul(codes, set1(scale[0]));
     }
+    store(values, mul(decoded, set1(alpha)));
   }
   Vec at(const char* packed, int v) const {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * (v / kWays)));

@@ -250,10 +250,10 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
   for (int64_t c = begin; c < end; ++c) {
     for (int64_t r = 0; r < run.ranks; ++r) {
       values[r].set(scales + r * stride + c * scales_size, alpha);
-      ask_ahead(codes + r * stride + c * size * Bits / 8, size * Bits / 8, kSumTile * Bits / 8);
-      ask_ahead(scales + r * stride + c * scales_size, scales_size, kSumTile / size * scales_size);
+      ask_ahead(scales + r * stride + c * scales_size, 64);
     }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+      ask_ahead<Bits>(codes, stride, run.ranks, i);
       sum_block<Vecs, Values::kWays>(
           run, i, [&](int64_t r, int v) { return values[r].at(codes + r * stride + i * Bits / 8, v); });
     }

@@ -43,12 +43,20 @@ template <Dtype D, bool First>
 inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk,
                         const Pending& last) {
   alignas(64) float tree[kMaxChunk / 2];
+  if constexpr (D == Dtype::none) {
+    // All is in the nearest cache: any order is good.
+    for (int64_t i = 0; i < chunk; i += kLanes) {
+      put_bits(words, i, ge_zero(load(err + i)));
+      __builtin_prefetch(err + i + next_tile(chunk), 1);
+      if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
+    }
+    return sum_of_magnitudes(err, chunk, tree);
+  }
   const int64_t half = chunk / 2;
   const auto take = [&](int64_t i) {
     const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
-    if constexpr (D != Dtype::none) store(err + i, acc);
+    store(err + i, acc);
     put_bits(words, i, ge_zero(acc));
-    if constexpr (D == Dtype::none) __builtin_prefetch(err + i + next_tile(chunk), 1);
     if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
     return abs(acc);
   };
@@ -152,8 +160,7 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
       // alpha * -scale == -(alpha * scale), so one product a chunk does.
       scale[r] *= alpha;
-      ask_ahead(words + r * stride + c * size / 8, size / 8, kSumTile / 8);
-      ask_ahead(scales + r * stride + 4 * c, 4, 4 * kSumTile / size);
+      ask_ahead(scales + r * stride + 4 * c, 64);
     }
     const auto value = [&](int64_t i, int64_t r, int v) {
       uint16_t bits;
@@ -163,6 +170,7 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
     if (kHasFourRanks && Vecs == 4 && !run.from && run.ranks >= 4) {
       const FourRanks four(scale);
       for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+        ask_ahead<1>(words, stride, run.ranks, i);
         const auto first_four = [&](Vec* sums) {
           four.put(words + i / 8, stride, sums);
           return int64_t{4};
@@ -171,8 +179,10 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       }
       continue;
     }
-    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes)
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+      ask_ahead<1>(words, stride, run.ranks, i);
       sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); });
+    }
   }
 }
 

@@ -12,12 +12,20 @@ constexpr int64_t kRanksTogether = 8;
 constexpr int64_t kSumTile = 4096;
 constexpr int64_t kMostOfTile = 8192;  // the largest chunk is a tile as well
 
-// Asks for a row of `bytes` bytes, so far ahead of where it lies: processors follow fewer streams by
-// themselves than there are ranks, and lose them where a tile is left for something else.
-inline void ask_ahead(const char* row, int64_t bytes, int64_t ahead) {
-  for (int64_t line = 0; line < bytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) +
-                                                     static_cast<uintptr_t>(ahead + line)));
+// Elements that ranks' payloads are asked for ahead of where sums are made: processors by themselves stop
+// where a tile is left for something else. More would only push what is used soon out of the nearest cache.
+constexpr int64_t kAskAhead = 512;
+
+// Asks for what lies `ahead` bytes behind a place.
+inline void ask_ahead(const char* at, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead)));
+}
+
+// The same of all ranks' codes of Bits bits from element i on, at each new line.
+template <int Bits>
+inline void ask_ahead(const char* codes, int64_t stride, int64_t ranks, int64_t i) {
+  if (i * Bits / 8 % 64) return;
+  for (int64_t r = 0; r < ranks; ++r) ask_ahead(codes + r * stride + i * Bits / 8, kAskAhead * Bits / 8);
 }
 
 // Of Ways vectors, of which the first has elements 0, Ways, ..., and so on, vectors of consecutive elements;

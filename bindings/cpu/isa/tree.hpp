@@ -56,6 +56,24 @@ inline float tree_sum(float* t, int64_t width) {
   return t[0];
 }
 
+// The same of the magnitudes of x[0, width), which stay as they are; `t` has room for half as many. Eight runs
+// side by side, of which what is left is an eighth.
+inline float sum_of_magnitudes(const float* x, int64_t width, float* t) {
+  const int64_t run = width / 8;
+  if (run < kLanes) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i += kLanes) store(t + i, add(abs(load(x + i)), abs(load(x + half + i))));
+    return tree_sum(t, half);
+  }
+  for (int64_t i = 0; i < run; i += kLanes) {
+    const auto at = [&](int j) { return abs(load(x + i + j * run)); };
+    const Vec evens = add(add(at(0), at(4)), add(at(2), at(6)));
+    const Vec odds = add(add(at(1), at(5)), add(at(3), at(7)));
+    store(t + i, add(evens, odds));
+  }
+  return tree_sum(t, run);
+}
+
 inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < static_cast<uint32_t>(kInfKey); }
 
 inline float canonical(float x) { return x == x ? x : float_of(static_cast<uint32_t>(kNanKey)); }
