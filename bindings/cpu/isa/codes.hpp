@@ -16,8 +16,8 @@ struct Halves {
 inline Vec with_sign(Vec magnitude, Vec sign) {
   const __m512i bit = _mm512_set1_epi32(INT32_MIN);
   constexpr int a_or_b_and_c = 0xf8;
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      _mm512_castps_si512(magnitude.v), _mm512_castps_si512(sign.v), bit, a_or_b_and_c))};
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude.v),
+                                                        _mm512_castps_si512(sign.v), bit, a_or_b_and_c))};
 }
 inline void store_bytes(int8_t* p, Vec whole) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole.v)));
@@ -184,9 +184,9 @@ struct FourValues {
 };
 
 #if defined(GCK_AVX512)
-// The same of 4 or 2 bits, sixteen bytes at a time: each becomes a lane, where its codes, one after the other,
-// are shifted to be the index into the table. Those of neighbouring elements then lie in other vectors. An
-// index has four bits: of 2 bits there are four copies, and the higher two bits choose one.
+// The same of 4 or 2 bits, sixteen bytes at a time: each becomes a lane, where its codes, one after the
+// other, are shifted to be the index into the table. Those of neighbouring elements then lie in other
+// vectors. An index has four bits: of 2 bits there are four copies, and the higher two bits choose one.
 template <int Bits, bool Levels = false>
 struct Table {
   static constexpr int kWays = 8 / Bits;
@@ -244,7 +244,8 @@ GCK_INLINE void round_by(const RandomWords& words, const Vec* acc, Vec inverse, 
     const __m512 drawn = _mm512_cvtepi32_ps(_mm512_srli_epi32(words_at(words, v), 8));
     // whole + u is below size if it is so when rounded down: that never passes a number.
     constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    const __mmask16 up = _mm512_cmp_ps_mask(_mm512_fmadd_round_ps(drawn, unit, whole, down), size, _CMP_LT_OQ);
+    const __mmask16 up =
+        _mm512_cmp_ps_mask(_mm512_fmadd_round_ps(drawn, unit, whole, down), size, _CMP_LT_OQ);
     code[v] = add(with_sign({_mm512_mask_add_ps(whole, up, whole, one)}, acc[v]), set1(0.0f));
   }
 #else
@@ -308,8 +309,7 @@ inline void store_codes(char* out, const Vec (&whole)[Vecs]) {
     };
     // Packing works within quarters: of each vector, a quarter has four codes.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i bytes =
-        _mm512_permutexvar_epi32(order, _mm512_packs_epi16(whole_words(0), whole_words(2)));
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(whole_words(0), whole_words(2)));
     if constexpr (Bits == 8) {
       _mm512_storeu_si512(out, bytes);
     } else if constexpr (Bits == 4) {

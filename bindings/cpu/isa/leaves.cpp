@@ -16,36 +16,13 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{GCK_NAME(GCK_ISA),
-                                topk_stream,
-                                topk_maxima,
-                                topk_collect,
-                                topk_split,
-                                topk_emit,
-                                add_to,
-                                sparse_ascends,
-                                sparse_move_out,
-                                sparse_settle,
-                                sign_compress,
-                                sign_decompress,
-                                sign_add_mean,
-                                chunk_topk_compress,
-                                quantize_compress,
-                                quantize_decompress,
-                                quantize_add_mean,
-                                divide,
-                                random_k_draw,
-                                random_k_picks,
-                                random_k_add,
-                                random_k_send,
-                                elias_fano_low,
-                                elias_fano_high,
-                                elias_fano_count,
-                                elias_fano_select,
-                                block16_split,
-                                block16_join,
-                                residual_read,
-                                residual_sums};
+  static constexpr Leaves table{
+      GCK_NAME(GCK_ISA),   topk_stream,     topk_maxima,    topk_collect,        topk_split,
+      topk_emit,           add_to,          sparse_ascends, sparse_move_out,     sparse_settle,
+      sign_compress,       sign_decompress, sign_reduce,    chunk_topk_compress, quantize_compress,
+      quantize_decompress, quantize_reduce, divide,         random_k_draw,       random_k_picks,
+      random_k_add,        random_k_send,   elias_fano_low, elias_fano_high,     elias_fano_count,
+      elias_fano_select,   block16_split,   block16_join,   residual_read,       residual_sums};
   return table;
 }
 

@@ -127,9 +127,9 @@ struct EliasFano {
 
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
 
-// Elements that are summed over ranks, and then compressed while the nearest cache has them: a tile of a
-// reduction. Memory works on the ranks' payloads while sums are made, and on the residual meanwhile.
-constexpr int64_t kReduceTile = 2048;
+// Elements that are summed over ranks, and then compressed while the nearest cache has them: so few that
+// memory goes on with what has been asked for.
+constexpr int64_t kReduceTile = 512;
 
 // Elements whose sums are one number of the statistics of a residual.
 constexpr int64_t kBlock = 512;
@@ -170,15 +170,18 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
   void (*sign_decompress)(const SignDecode& job, int64_t begin, int64_t end);
-  // job.into is of no account.
-  void (*sign_add_mean)(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end);
+  // Adds the mean to into.err, and compresses that; from.into, and the gradient and residual of `to`, are of
+  // no account.
+  int64_t (*sign_reduce)(const SignDecode& from, const MeanInto& into, const SignChunks& to, int64_t begin,
+                         int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
-  void (*quantize_add_mean)(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end);
+  int64_t (*quantize_reduce)(const QuantizeDecode& from, const MeanInto& into, const QuantizeChunks& to,
+                             int64_t begin, int64_t end);
   // x[i] /= divisor.
   void (*divide)(float* x, int64_t count, float divisor);
   // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has

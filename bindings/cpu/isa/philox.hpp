@@ -12,7 +12,8 @@ constexpr int kPhiloxRounds = 10;
 constexpr int64_t kDraw = 32;
 
 // RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
-// of 8. N of them are those of N * 32 elements, of which the last is not past a multiple of 2^34. The number of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
+// of 8. N of them are those of N * 32 elements, of which the last is not past a multiple of 2^34. The number
+// of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
 struct Draw {
   Vec first, second;
 };
@@ -55,7 +56,8 @@ struct Keys {
   Wide second_2, third_2;  // keys of x[2], with the part of a product that is common
   uint32_t high;           // the counters' second word
 
-  explicit Keys(uint64_t seed) : seed_1(static_cast<uint32_t>(seed >> 32)), seed_0(static_cast<uint32_t>(seed)) {
+  explicit Keys(uint64_t seed)
+      : seed_1(static_cast<uint32_t>(seed >> 32)), seed_0(static_cast<uint32_t>(seed)) {
     auto key_0 = seed_0, key_1 = seed_1;
     for (auto& keys : round) {
       keys[0] = wide(key_0);
@@ -83,8 +85,7 @@ template <int N>
 GCK_INLINE void nine_rounds(const Wide (&x)[N], const Keys& keys, Words (&w)[N]) {
   const Wide factor_0 = wide(kPhiloxFactor[0]), factor_1 = wide(kPhiloxFactor[1]);
   for (int i = 0; i < N; ++i) w[i].x[3] = product(x[i], factor_0);
-  for (int i = 0; i < N; ++i)
-    w[i].x[1] = product(exclusive(upper(w[i].x[3]), keys.round[0][1]), factor_1);
+  for (int i = 0; i < N; ++i) w[i].x[1] = product(exclusive(upper(w[i].x[3]), keys.round[0][1]), factor_1);
   for (int i = 0; i < N; ++i) {
     const Wide p = product(exclusive(upper(w[i].x[1]), keys.round[1][0]), factor_0);
     const Wide q = product(exclusive(w[i].x[3], keys.second_2), factor_1);
@@ -116,7 +117,8 @@ GCK_INLINE void random_words(Keys& keys, uint64_t counter, RandomWords (&out)[N]
   // other.
   const Wide lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   Wide x[N];
-  for (int i = 0; i < N; ++i) x[i] = plus(lane, wide(static_cast<uint32_t>(counter) + 8 * static_cast<uint32_t>(i)));
+  for (int i = 0; i < N; ++i)
+    x[i] = plus(lane, wide(static_cast<uint32_t>(counter) + 8 * static_cast<uint32_t>(i)));
   Words w[N];
   nine_rounds(x, keys, w);
   const Wide* last = keys.round[kPhiloxRounds - 1];

@@ -57,14 +57,13 @@ struct Scaled {
   Chunk chunk;
   int32_t top;  // the largest magnitude's key
   float scale, inverse;
-  int64_t ahead;  // of an element's place: what to ask for meanwhile
 };
 
 template <Dtype D>
 inline Scaled scaled(const Chunk& c, int bits) {
   const int32_t top = accumulate<D>(c);
   const float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (bits - 1)) - 1);
-  return {c, top, scale, 1.0f / scale, D == Dtype::none ? next_tile(c.size) : 0};
+  return {c, top, scale, 1.0f / scale};
 }
 
 // Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err. Groups
@@ -80,10 +79,7 @@ void round_all(const Scaled& s, Keys& keys) {
     for (int group = 0; group < Groups; ++group) {
       const int64_t at = i + group * Vecs * kLanes;
       Vec acc[Vecs], code[Vecs];
-      for (int v = 0; v < Vecs; ++v) {
-        acc[v] = load(c.err + at + v * kLanes);
-        __builtin_prefetch(c.err + at + v * kLanes + s.ahead, 1);
-      }
+      for (int v = 0; v < Vecs; ++v) acc[v] = load(c.err + at + v * kLanes);
       if constexpr (Stochastic) {
         for (int v = 0; v < Vecs; v += 2)
           round_by(words[(group * Vecs + v) / 2], acc + v, inverse, qmax, code + v);
@@ -139,7 +135,7 @@ int64_t send_scaled(const Scaled& s, int bits, bool stochastic, Keys& keys) {
 template <Dtype D>
 inline void fetch_ahead(const Chunk& c, int64_t i) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  if constexpr (D == Dtype::none) return __builtin_prefetch(c.err + next_tile(c.size) + i, 1);
+  if constexpr (D == Dtype::none) return;
   __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
   __builtin_prefetch(c.err + c.size + i, 1, 2);
 }
@@ -196,8 +192,9 @@ inline int64_t compress_two_levels(const Chunk& c) {
   return is_finite(low) && is_finite(high) ? 0 : clear_nonfinite(c.err, c.valid);
 }
 
-template <Dtype D>
-int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
+// Calls make(i) before it looks at chunk i.
+template <Dtype D, typename Make>
+int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, Make make) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
   const int64_t size = job.chunk_size, row = size * job.bits / 8;
   Keys keys{job.seed};
@@ -208,6 +205,7 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, keys);
   };
   for (int64_t i = begin; i < end; ++i) {
+    make(i);
     char* body = job.bodies + i / job.chunks_per_row * job.row_stride;
     const int64_t slot = i % job.chunks_per_row, at = i * size;
     auto* scales = reinterpret_cast<float*>(body + job.scales_offset) + slot * (job.two_levels ? 2 : 1);
@@ -299,8 +297,8 @@ void decode_part(const QuantizeDecode& job, int64_t rank, int64_t c, int64_t val
 }  // namespace
 
 int64_t quantize_compress(const QuantizeChunks& job, int64_t begin, int64_t end) {
-  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
-  return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
+  return with_dtype(job.grad_dtype,
+                    [&]<Dtype D>() { return compress_chunks<D>(job, begin, end, [](int64_t) {}); });
 }
 
 void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) {
@@ -310,9 +308,17 @@ void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) 
   decode_all(job, begin, end, some, decode_part);
 }
 
-void quantize_add_mean(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
-  const auto some = [&](int64_t from, int64_t to, const Run& run) { decode_some(job, 1.0f, from, to, run); };
-  add_mean_of_all(job, into, begin, end, some, decode_part);
+int64_t quantize_reduce(const QuantizeDecode& from, const MeanInto& into, const QuantizeChunks& to,
+                        int64_t begin, int64_t end) {
+  const auto some = [&](int64_t first, int64_t last, const Run& run) {
+    decode_some(from, 1.0f, first, last, run);
+  };
+  QuantizeChunks job = to;
+  job.err = into.err;
+  return compress_chunks<Dtype::none>(
+      job, begin, end, tile_by_tile(to.chunk_size, begin, end, [&](int64_t first, int64_t last) {
+        add_mean_of_all(from, into, first, last, some, decode_part);
+      }));
 }
 
 }  // namespace gck::GCK_ISA

@@ -47,7 +47,6 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
     // All is in the nearest cache: any order is good.
     for (int64_t i = 0; i < chunk; i += kLanes) {
       put_bits(words, i, ge_zero(load(err + i)));
-      __builtin_prefetch(err + i + next_tile(chunk), 1);
       if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
     }
     return sum_of_magnitudes(err, chunk, tree);
@@ -65,12 +64,14 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
   return tree_sum(tree, half);
 }
 
-template <Dtype D>
-int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
+// Calls make(c) before it looks at chunk c.
+template <Dtype D, typename Make>
+int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make make) {
   constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
   int64_t cleared = 0;
   Pending last = Pending::of(nullptr, 0, 0);
   for (int64_t c = begin; c < end; ++c) {
+    make(c);
     char* body = job.bodies + c / job.chunks_per_row * job.row_stride;
     const int64_t slot = c % job.chunks_per_row, at = c * job.chunk_size;
     auto* words = reinterpret_cast<uint32_t*>(body) + slot * (job.chunk_size / 32);
@@ -201,8 +202,8 @@ void decode_part(const SignDecode& job, int64_t rank, int64_t c, int64_t valid, 
 }  // namespace
 
 int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
-  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
-  return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
+  return with_dtype(job.grad_dtype,
+                    [&]<Dtype D>() { return compress_chunks<D>(job, begin, end, [](int64_t) {}); });
 }
 
 void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
@@ -214,12 +215,18 @@ void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
   decode_all(job, begin, end, some, decode_part);
 }
 
-void sign_add_mean(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
-  const auto some = [&](int64_t from, int64_t to, const Run& run) {
-    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, 1.0f, from, to, run)
-                                : decode_chunks<4>(job, 1.0f, from, to, run);
+int64_t sign_reduce(const SignDecode& from, const MeanInto& into, const SignChunks& to, int64_t begin,
+                    int64_t end) {
+  const auto some = [&](int64_t first, int64_t last, const Run& run) {
+    from.chunk_size < 4 * kLanes ? decode_chunks<2>(from, 1.0f, first, last, run)
+                                 : decode_chunks<4>(from, 1.0f, first, last, run);
   };
-  add_mean_of_all(job, into, begin, end, some, decode_part);
+  SignChunks job = to;
+  job.err = into.err;
+  return compress_chunks<Dtype::none>(
+      job, begin, end, tile_by_tile(to.chunk_size, begin, end, [&](int64_t first, int64_t last) {
+        add_mean_of_all(from, into, first, last, some, decode_part);
+      }));
 }
 
 }  // namespace gck::GCK_ISA

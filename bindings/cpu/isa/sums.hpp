@@ -18,7 +18,8 @@ constexpr int64_t kAskAhead = 512;
 
 // Asks for what lies `ahead` bytes behind a place.
 inline void ask_ahead(const char* at, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead)));
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead)));
 }
 
 // The same of all ranks' codes of Bits bits from element i on, at each new line.
@@ -110,6 +111,7 @@ inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
   for (int v = 0; v < Vecs; v += Ways) put_together<Ways>(sum + v);
   if (run.err) {
     for (int v = 0; v < Vecs; ++v) {
+      __builtin_prefetch(run.err + i + kAskAhead + v * kLanes, 1);
       const Vec mean = run.exact ? mul(sum[v], set1(run.inverse)) : div(sum[v], set1(run.divisor));
       sum[v] = add(mean, load(run.err + i + v * kLanes));
     }
@@ -172,6 +174,15 @@ inline void walk_mean(const MeanInto& into, int64_t ranks, int64_t chunk_size, i
       run.from = origin;
     }
   }
+}
+
+// Of chunks [begin, end): what calls make(first, last) for tiles of some, when it is called for each in turn.
+template <typename Make>
+inline auto tile_by_tile(int64_t chunk_size, int64_t begin, int64_t end, Make make) {
+  const int64_t step = chunk_size < kReduceTile ? kReduceTile / chunk_size : 1;
+  return [=](int64_t c) {
+    if ((c - begin) % step == 0) make(c, c + step < end ? c + step : end);
+  };
 }
 
 // A compressor's whole decode: `some` as for walk_ranks, and part(job, rank, chunk, valid, to) of one rank's

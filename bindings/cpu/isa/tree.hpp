@@ -56,8 +56,8 @@ inline float tree_sum(float* t, int64_t width) {
   return t[0];
 }
 
-// The same of the magnitudes of x[0, width), which stay as they are; `t` has room for half as many. Eight runs
-// side by side, of which what is left is an eighth.
+// The same of the magnitudes of x[0, width), which stay as they are; `t` has room for half as many. Eight
+// runs side by side, of which what is left is an eighth.
 inline float sum_of_magnitudes(const float* x, int64_t width, float* t) {
   const int64_t run = width / 8;
   if (run < kLanes) {

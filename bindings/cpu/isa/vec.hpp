@@ -359,12 +359,6 @@ inline Vec load_as(const void* base, int64_t i) {
   if constexpr (D == Dtype::none) return set1(-0.0f);  // x + (-0.0) is x for every x
 }
 
-// How far ahead the next tile's residual lies, where the gradient has been added already: as much is to be
-// asked for as is compressed meanwhile.
-inline int64_t next_tile(int64_t chunk_size) {
-  return chunk_size > kReduceTile ? chunk_size : kReduceTile;
-}
-
 // Copies `count` < 16 elements into a full vector's worth, zeros behind them.
 template <Dtype D>
 inline Vec load_part(const void* base, int64_t i, int count) {
