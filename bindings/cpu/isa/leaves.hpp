@@ -59,6 +59,24 @@ struct ChunkScratch {
 };
 constexpr int64_t kChunkSlack = 64;
 
+struct ChunkTopkDecode {
+  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
+  const char *values, *scales, *indices;
+  int64_t ranks, rank_stride, chunk_size, k;
+  int value_bits, index_bits;
+  float* out;
+  int64_t numel;
+  float alpha;
+  bool clear;  // out starts from zero
+  bool add;    // entries are added to what is there, else written over it
+};
+
+// One thread's working memory for the entries of a rank's chunk: room for k + 32 each.
+struct ChunkEntries {
+  uint16_t* positions;
+  float* values;
+};
+
 struct SignChunks {
   const void* grad;
   Dtype grad_dtype;
@@ -182,8 +200,14 @@ struct Leaves {
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
   int64_t (*quantize_reduce)(const QuantizeDecode& from, const MeanInto& into, const QuantizeChunks& to,
                              int64_t begin, int64_t end);
-  // x[i] /= divisor.
-  void (*divide)(float* x, int64_t count, float divisor);
+  // Of chunks [begin, end) of all ranks, the place of an index that is out of range or not above the one
+  // before it, as chunk_topk.hpp counts places, or -1.
+  int64_t (*chunk_topk_first_bad)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t begin,
+                                  int64_t end);
+  // All ranks' entries of a chunk to or onto `out`, the chunk's place, rank after rank.
+  void (*chunk_topk_put)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out);
+  // err[i] += sum[i] / divisor, and sum[i] = 0.
+  void (*add_mean)(float* sum, int64_t count, float divisor, float* err);
   // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has
   // room for a multiple, too.
   void (*random_k_draw)(uint64_t seed, uint64_t first, int64_t count, uint64_t* out);
