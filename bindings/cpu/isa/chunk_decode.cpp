@@ -115,9 +115,9 @@ inline void ask_for_next(const char* field, int64_t rank_stride, int64_t rank, i
 int64_t chunk_topk_first_bad(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t begin,
                              int64_t end) {
   const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  for (int64_t c = begin; c < end; ++c) {
-    const int64_t valid = valid_of(job, c), count = job.k < valid ? job.k : valid;
-    for (int64_t rank = 0; rank < job.ranks; ++rank) {
+  for (int64_t rank = 0; rank < job.ranks; ++rank) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t valid = valid_of(job, c), count = job.k < valid ? job.k : valid;
       read_positions(job, rank, c, scratch.positions);
       const int64_t entry = first_bad(scratch.positions, count, valid);
       if (entry >= 0) return (rank * chunks + c) * job.k + entry;

@@ -130,50 +130,48 @@ int64_t send_scaled(const Scaled& s, int bits, bool stochastic, Keys& keys) {
   return bits == 4 ? send_scaled<4>(s, stochastic, keys) : send_scaled<2>(s, stochastic, keys);
 }
 
-// Fetches what the next chunk has in the places of elements [i, i + 16) of this one: while levels are summed,
-// the hardware looks no further ahead.
+// A chunk whose err is acc, with the mean of its magnitudes.
+struct Mean {
+  Chunk chunk;
+  float mean;
+};
+
 template <Dtype D>
-inline void fetch_ahead(const Chunk& c, int64_t i) {
-  constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  if constexpr (D == Dtype::none) return;
-  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
-  __builtin_prefetch(c.err + c.size + i, 1, 2);
+inline Mean mean_of(const Chunk& c) {
+  alignas(64) float tree[kMaxChunk / 2];
+  if constexpr (D != Dtype::none) {
+    for (int64_t i = 0; i < c.size; i += kLanes)
+      store(c.err + i, add(load_as<D>(c.grad, c.at + i), load(c.err + i)));
+  }
+  return {c, canonical(sum_of_magnitudes(c.err, c.size, tree) / static_cast<float>(c.valid))};
 }
 
 // A sign and one of two levels: the means of the magnitudes below the mean, and of the others.
-template <Dtype D>
-inline int64_t compress_two_levels(const Chunk& c) {
+int64_t send_two_levels(const Mean& m) {
   alignas(64) float tree[kMaxChunk / 2], low_tree[kMaxChunk / 2];
-  const int64_t half = c.size / 2;
-  const auto take = [&](int64_t i) {
-    const Vec acc = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
-    if constexpr (D != Dtype::none) store(c.err + i, acc);
-    return abs(acc);
-  };
-  // Strictly upwards: halves read side by side are streams that the hardware does not foresee.
-  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
-  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
-  const float mean = canonical(tree_sum(tree, half) / static_cast<float>(c.valid));
+  const Chunk c = m.chunk;
+  const float mean = m.mean;
   // Nothing compares with NaN: then no key may reach this one, which that of a NaN of ones alone does.
   const auto key = static_cast<int32_t>(mean == mean ? bits_of(mean) : 0x7fffffffu);
   if (mean != mean) {
     for (int64_t i = 0; i < c.size; i += kLanes) store(c.err + i, canonical(load(c.err + i)));
   }
   int64_t highs = 0;
-  for (int64_t i = 0; i < half; i += kLanes) {
-    fetch_ahead<D>(c, i);
-    fetch_ahead<D>(c, half + i);
-    Mask in_a, in_b;
-    const Halves a = split_at(load(c.err + i), key, in_a), b = split_at(load(c.err + half + i), key, in_b);
-    store(tree + i, add(a.high, b.high));
-    store(low_tree + i, add(a.low, b.low));
-    highs += __builtin_popcount(in_a) + __builtin_popcount(in_b);
-  }
+  const auto split = [&](int64_t i) {
+    Mask in;
+    const Halves both = split_at(load(c.err + i), key, in);
+    highs += __builtin_popcount(in);
+    return both;
+  };
+  const int64_t width = first_sums(c.size, split, [&](int64_t i, const Halves& both) {
+    store(tree + i, both.high);
+    store(low_tree + i, both.low);
+  });
   // The zeros behind a short chunk reach a mean of 0, as then do all of its elements.
   if (highs > c.valid) highs = c.valid;
   const int64_t lows = c.valid - highs;
-  float high = highs ? canonical(tree_sum(tree, half) / static_cast<float>(highs)) : 0.0f;
-  float low = lows ? canonical(tree_sum(low_tree, half) / static_cast<float>(lows)) : 0.0f;
+  float high = highs ? canonical(tree_sum(tree, width) / static_cast<float>(highs)) : 0.0f;
+  float low = lows ? canonical(tree_sum(low_tree, width) / static_cast<float>(lows)) : 0.0f;
   if (!highs) high = low;
   if (!lows) low = high;
   c.scales[0] = low;
@@ -184,7 +182,7 @@ inline int64_t compress_two_levels(const Chunk& c) {
     const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
     // Of acc + 0, the sign is that of the code, also where acc is -0.
     store(c.err + i, sub(acc, with_sign(select(is_high, far, near), add(acc, zero))));
-    uint32_t word = interleave(is_high | positive << 16);
+    uint32_t word = interleave(is_high, positive);
     const int64_t left = c.valid - i;
     if (left < kLanes) word = left > 0 ? word & ((1u << 2 * left) - 1) : 0;
     std::memcpy(c.codes + i / 4, &word, sizeof word);
@@ -201,8 +199,10 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
   int64_t cleared = 0;
   // A chunk gets its codes when the next one's scale is being made, which takes long, and from little.
   Scaled last{};
+  Mean last_mean{};
   const auto send_last = [&] {
     if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, keys);
+    if (last_mean.chunk.size) cleared += send_two_levels(last_mean);
   };
   for (int64_t i = begin; i < end; ++i) {
     make(i);
@@ -213,7 +213,9 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
     if (valid == size) {
       const Chunk c{job.grad, at, job.first + at, job.err + at, size, size, body + slot * row, scales};
       if (job.two_levels) {
-        cleared += compress_two_levels<D>(c);
+        const Mean next = mean_of<D>(c);
+        send_last();
+        last_mean = next;
         continue;
       }
       const Scaled next = scaled<D>(c, job.bits);
@@ -230,7 +232,7 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
       std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
     }
     const Chunk c{grads, 0, job.first + at, part, size, valid, codes, scales};
-    cleared += job.two_levels ? compress_two_levels<D>(c)
+    cleared += job.two_levels ? send_two_levels(mean_of<D>(c))
                               : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, keys);
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));

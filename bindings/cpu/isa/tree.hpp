@@ -56,22 +56,28 @@ inline float tree_sum(float* t, int64_t width) {
   return t[0];
 }
 
-// The same of the magnitudes of x[0, width), which stay as they are; `t` has room for half as many. Eight
-// runs side by side, of which what is left is an eighth.
-inline float sum_of_magnitudes(const float* x, int64_t width, float* t) {
+// The first levels of the same tree, over value(i) of the vectors at i < width: hands what is left to put(i,
+// sum) and returns its width, at most the half. Runs are read side by side: for what a near cache has.
+template <typename Value, typename Put>
+inline int64_t first_sums(int64_t width, Value value, Put put) {
   const int64_t run = width / 8;
   if (run < kLanes) {
     const int64_t half = width / 2;
-    for (int64_t i = 0; i < half; i += kLanes) store(t + i, add(abs(load(x + i)), abs(load(x + half + i))));
-    return tree_sum(t, half);
+    for (int64_t i = 0; i < half; i += kLanes) put(i, add(value(i), value(half + i)));
+    return half;
   }
   for (int64_t i = 0; i < run; i += kLanes) {
-    const auto at = [&](int j) { return abs(load(x + i + j * run)); };
-    const Vec evens = add(add(at(0), at(4)), add(at(2), at(6)));
-    const Vec odds = add(add(at(1), at(5)), add(at(3), at(7)));
-    store(t + i, add(evens, odds));
+    const auto two = [&](int j) { return add(value(i + j * run), value(i + (j + 4) * run)); };
+    const auto evens = add(two(0), two(2));
+    put(i, add(evens, add(two(1), two(3))));
   }
-  return tree_sum(t, run);
+  return run;
+}
+
+// Sum of |x[0, width)| in the same order; `t` has room for half as many.
+inline float sum_of_magnitudes(const float* x, int64_t width, float* t) {
+  const auto magnitude = [&](int64_t i) { return abs(load(x + i)); };
+  return tree_sum(t, first_sums(width, magnitude, [&](int64_t i, Vec sum) { store(t + i, sum); }));
 }
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < static_cast<uint32_t>(kInfKey); }
