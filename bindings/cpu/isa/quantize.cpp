@@ -16,6 +16,7 @@ constexpr int32_t kWildKey = (96 + 127) << 23;
 // One chunk that is whole in memory, and where its packed codes and scales go.
 struct Chunk {
   const void* grad;
+  int64_t width;  // of an element of grad; 0: there is none
   int64_t at;     // of its first element, in grad
   int64_t first;  // the same, in the vector
   float* err;
@@ -23,6 +24,14 @@ struct Chunk {
   char* codes;
   float* scales;
 };
+
+// Asks for what the chunk after the next one has in the place of elements [i, i + 16): while codes are made
+// of what the nearest cache has, the hardware looks no further ahead.
+inline void ask_for_later(const Chunk& c, int64_t i) {
+  if (!c.width) return;
+  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + 2 * c.size + i) * c.width, 0, 2);
+  __builtin_prefetch(c.err + 2 * c.size + i, 1, 2);
+}
 
 // acc to err; the largest magnitude's key.
 template <Dtype D>
@@ -79,7 +88,10 @@ void round_all(const Scaled& s, Keys& keys) {
     for (int group = 0; group < Groups; ++group) {
       const int64_t at = i + group * Vecs * kLanes;
       Vec acc[Vecs], code[Vecs];
-      for (int v = 0; v < Vecs; ++v) acc[v] = load(c.err + at + v * kLanes);
+      for (int v = 0; v < Vecs; ++v) {
+        ask_for_later(c, at + v * kLanes);
+        acc[v] = load(c.err + at + v * kLanes);
+      }
       if constexpr (Stochastic) {
         for (int v = 0; v < Vecs; v += 2)
           round_by(words[(group * Vecs + v) / 2], acc + v, inverse, qmax, code + v);
@@ -158,6 +170,7 @@ int64_t send_two_levels(const Mean& m) {
   }
   int64_t highs = 0;
   const auto split = [&](int64_t i) {
+    ask_for_later(c, i);
     Mask in;
     const Halves both = split_at(load(c.err + i), key, in);
     highs += __builtin_popcount(in);
@@ -211,7 +224,11 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
     auto* scales = reinterpret_cast<float*>(body + job.scales_offset) + slot * (job.two_levels ? 2 : 1);
     const int64_t valid = job.numel - at < size ? job.numel - at : size;
     if (valid == size) {
-      const Chunk c{job.grad, at, job.first + at, job.err + at, size, size, body + slot * row, scales};
+      const Chunk c{job.grad,     D == Dtype::none ? 0 : width,
+                    at,           job.first + at,
+                    job.err + at, size,
+                    size,         body + slot * row,
+                    scales};
       if (job.two_levels) {
         const Mean next = mean_of<D>(c);
         send_last();
@@ -231,7 +248,7 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
     if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
       std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
     }
-    const Chunk c{grads, 0, job.first + at, part, size, valid, codes, scales};
+    const Chunk c{grads, 0, 0, job.first + at, part, size, valid, codes, scales};
     cleared += job.two_levels ? send_two_levels(mean_of<D>(c))
                               : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, keys);
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
