@@ -36,29 +36,29 @@ struct Pending {
   }
 };
 
+// From this size on, the first level of a chunk's sum would take too much of the nearest cache.
+constexpr int64_t kLongChunk = 1024;
+
 // err becomes acc; returns the sum of its magnitudes. Strictly upwards, since halves read side by side are
-// streams that processors do not foresee; and `last`, the chunk before, is finished meanwhile unless this is
-// the `First`, so that memory never waits for a pass over what the caches hold.
+// streams that processors do not foresee, unless a near cache has them; and `last`, the chunk before, is
+// finished meanwhile unless this is the `First`, so that memory never waits for a pass over what the caches
+// hold.
 template <Dtype D, bool First>
 inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk,
                         const Pending& last) {
   alignas(64) float tree[kMaxChunk / 2];
-  if constexpr (D == Dtype::none) {
-    // All is in the nearest cache: any order is good.
-    for (int64_t i = 0; i < chunk; i += kLanes) {
-      put_bits(words, i, ge_zero(load(err + i)));
-      if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
-    }
-    return sum_of_magnitudes(err, chunk, tree);
-  }
   const int64_t half = chunk / 2;
   const auto take = [&](int64_t i) {
     const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
-    store(err + i, acc);
+    if constexpr (D != Dtype::none) store(err + i, acc);
     put_bits(words, i, ge_zero(acc));
     if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
     return abs(acc);
   };
+  if (D == Dtype::none || chunk >= kLongChunk) {
+    for (int64_t i = 0; i < chunk; i += kLanes) take(i);
+    return sum_of_magnitudes(err, chunk, tree);
+  }
   for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
   for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
   return tree_sum(tree, half);
