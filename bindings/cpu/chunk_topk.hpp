@@ -11,18 +11,6 @@ namespace gck {
 // as it was.
 int64_t chunk_topk_compress(const ChunkTopk& job, const ResidualOptions& options, int threads);
 
-struct ChunkTopkDecode {
-  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
-  const char *values, *scales, *indices;
-  int64_t ranks, rank_stride, chunk_size, k;
-  int value_bits, index_bits;
-  float* out;
-  int64_t numel;
-  float alpha;
-  bool clear;  // out starts from zero
-  bool add;    // entries are added to what is there, else written over it
-};
-
 // Adds or writes alpha * decoded, rank after rank. Returns -1, or the place (rank * chunks + chunk) * k +
 // entry of an index that is out of range or not above the one before it; then nothing was written.
 int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads);

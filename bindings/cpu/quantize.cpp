@@ -32,11 +32,7 @@ void quantize_decompress(QuantizeDecode job, int threads) {
 int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, int threads) {
   const Leaves& isa = leaves();
   const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
-    isa.quantize_add_mean(from, {err, to.numel, divisor}, begin, end);
-    QuantizeChunks job = to;
-    job.grad = job.err = err;
-    job.grad_dtype = Dtype::none;
-    return isa.quantize_compress(job, begin, end);
+    return isa.quantize_reduce(from, {err, to.numel, divisor}, to, begin, end);
   };
   return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }

@@ -168,7 +168,7 @@ void decompress(const RandomKDecode& job, const Strata& strata, Range part) {
           x = job.add ? x + value : value;
         }
       }
-      if (job.clear) isa.sparse_move_out(tile, job.out + at, stop - at, past_caches);
+      if (job.clear) isa.sparse_move_out(tile, job.out + at, stop - at, 1.0f, past_caches);
     }
   });
   if (job.clear) isa.sparse_settle();

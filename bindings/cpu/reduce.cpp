@@ -8,7 +8,7 @@
 namespace gck {
 namespace {
 
-// Elements that stay in the nearest cache from their sum until they are compressed.
+// Elements of a residual that is made up: they stay in the nearest cache.
 constexpr int64_t kTile = 2048;
 
 }  // namespace
@@ -16,7 +16,7 @@ constexpr int64_t kTile = 2048;
 int64_t reduce_tiles(const Reduce& job, const ReduceChunks& reduce) {
   const int parts = parts_for(job.numel, job.threads);
   const int64_t chunks = (job.numel + job.chunk_size - 1) / job.chunk_size;
-  const int64_t step = std::max<int64_t>(kTile / job.chunk_size, 1);
+  const int64_t step = job.err ? chunks : std::max<int64_t>(kTile / job.chunk_size, 1);
   std::vector<std::vector<float>> nothing(static_cast<size_t>(parts));
   for (auto& tile : nothing) tile.resize(static_cast<size_t>(job.err ? 0 : step * job.chunk_size));
   std::vector<int64_t> cleared(static_cast<size_t>(parts));

@@ -22,11 +22,7 @@ void sign_decompress(SignDecode job, int threads) {
 int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, int threads) {
   const Leaves& isa = leaves();
   const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
-    isa.sign_add_mean(from, {err, to.numel, divisor}, begin, end);
-    SignChunks job = to;
-    job.grad = job.err = err;
-    job.grad_dtype = Dtype::none;
-    return isa.sign_compress(job, begin, end);
+    return isa.sign_reduce(from, {err, to.numel, divisor}, to, begin, end);
   };
   return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }

@@ -101,7 +101,7 @@ void write(const SparseJob& job, Range part, int64_t* next) {
   Range waiting{part.begin, part.begin};  // entries that are in `made`, and not yet in out
   const auto move_out = [&](int64_t most) {
     const int64_t count = std::min(most, waiting.end - waiting.begin);
-    isa.sparse_move_out(made, job.out + waiting.begin, count, past_caches);
+    isa.sparse_move_out(made, job.out + waiting.begin, count, job.divisor, past_caches);
     made += count;
     waiting.begin += count;
   };
@@ -111,7 +111,6 @@ void write(const SparseJob& job, Range part, int64_t* next) {
       move_out(share);
       next[row] = put<Index, D, Add>(job, job.rows[static_cast<size_t>(row)], next[row], tile, at, stop);
     }
-    if (job.divisor != 1.0f) isa.divide(tile, stop - at, job.divisor);
     made = tile;
     waiting = {at, stop};
     tile = tile == tiles ? tiles + kTileMade : tiles;

@@ -27,14 +27,17 @@ template <Dtype D>
 inline void accumulate(const void* grad, int64_t at, float* err, int64_t chunk, int64_t depth,
                        int32_t* maxima) {
   constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
-  const char* next = static_cast<const char*>(grad) + (at + chunk) * size;
+  [[maybe_unused]] const auto next =
+      reinterpret_cast<uintptr_t>(grad) + static_cast<uintptr_t>((at + chunk) * size);
   for (int64_t i = 0; i < chunk; maxima += kLanes) {
     Vec best = set1(0.0f);
     for (int64_t stop = i + depth * kLanes; i < stop; i += kLanes) {
       const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
-      store(err + i, acc);
       best = max_key(best, acc);
-      if (i < kAhead) __builtin_prefetch(next + i * size, 0, 2);
+      if constexpr (D == Dtype::none) continue;
+      store(err + i, acc);
+      if (i < kAhead)
+        __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i * size)), 0, 2);
     }
     store(reinterpret_cast<float*>(maxima), best);
   }
@@ -187,7 +190,9 @@ int64_t compress_chunks(const ChunkTopk& job, const ChunkScratch& s, int64_t beg
     std::memset(s.err, 0, static_cast<size_t>(job.chunk_size) * sizeof(float));
     std::memset(s.grad, 0, static_cast<size_t>(job.chunk_size) * sizeof(float));
     std::memcpy(s.err, job.err + at, sizeof(float) * static_cast<size_t>(valid));
-    std::memcpy(s.grad, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+    if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
+      std::memcpy(s.grad, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+    }
     cleared += compress_chunk<D>(job, s, s.grad, 0, s.err, valid < job.k ? valid : job.k, row);
     std::memcpy(job.err + at, s.err, sizeof(float) * static_cast<size_t>(valid));
   }
@@ -197,6 +202,7 @@ int64_t compress_chunks(const ChunkTopk& job, const ChunkScratch& s, int64_t beg
 }  // namespace
 
 int64_t chunk_topk_compress(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin, int64_t end) {
+  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, scratch, begin, end);
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, scratch, begin, end); });
 }
 

@@ -2,6 +2,7 @@
 // and codes of one byte each packed closer, eight of them at a time.
 #pragma once
 
+#include "cpu/isa/philox.hpp"
 #include "cpu/isa/vec.hpp"
 
 namespace gck::GCK_ISA {
@@ -10,16 +11,15 @@ struct Halves {
   Vec high, low;
 };
 
+inline Halves add(const Halves& a, const Halves& b) { return {add(a.high, b.high), add(a.low, b.low)}; }
+
 #if defined(GCK_AVX512)
 
-inline Vec least(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline Vec floor_of(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-inline Vec one_where_less(Vec a, Vec b) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), _mm512_set1_ps(1.0f))};
-}
 inline Vec with_sign(Vec magnitude, Vec sign) {
-  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(sign.v), _mm512_set1_epi32(INT32_MIN));
-  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude.v), bits))};
+  const __m512i bit = _mm512_set1_epi32(INT32_MIN);
+  constexpr int a_or_b_and_c = 0xf8;
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(magnitude.v),
+                                                        _mm512_castps_si512(sign.v), bit, a_or_b_and_c))};
 }
 inline void store_bytes(int8_t* p, Vec whole) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole.v)));
@@ -30,13 +30,6 @@ inline Vec one_of_four(const float* values, uint32_t word) {
   const __m512i which = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), place);
   // The higher bits of `which` choose among copies.
   return {_mm512_permutexvar_ps(which, _mm512_broadcast_f32x4(_mm_loadu_ps(values)))};
-}
-inline Vec one_of_sixteen(const float* values, const char* packed) {
-  const __m512i place = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  __m512i words = _mm512_broadcastd_epi32(_mm_loadu_si32(packed));
-  words = _mm512_mask_broadcastd_epi32(words, 0xff00, _mm_loadu_si32(packed + 4));
-  // Of each word, the permutation looks at the lowest four bits.
-  return {_mm512_permutexvar_ps(_mm512_srlv_epi32(words, place), _mm512_load_ps(values))};
 }
 // |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
 inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
@@ -151,18 +144,20 @@ inline Vec load_codes(const char* packed) {
 #endif
 }
 
-// What the codes of a chunk stand for: alpha * (code * scale), each product rounded. From its scales, and
-// sixteen at a time. Unit: alpha is 1, which no product needs.
+// What the codes of a chunk stand for: alpha * (code * scale), each product rounded. `set` by its scales;
+// `at` is the v-th vector of the elements from `packed` on, in the order that sum_block has for kWays.
+// Unit: alpha is 1, which no product needs.
 template <int Bits, bool Unit = false>
 struct Steps {
+  static constexpr int kWays = 1;
   float step, factor;
 
   void set(const char* scales, float alpha) {
     std::memcpy(&step, scales, sizeof step);
     factor = alpha;
   }
-  Vec at(const char* packed) const {
-    const Vec decoded = mul(load_codes<Bits>(packed), set1(step));
+  Vec at(const char* packed, int v) const {
+    const Vec decoded = mul(load_codes<Bits>(packed + v * kLanes * Bits / 8), set1(step));
     return Unit ? decoded : mul(decoded, set1(factor));
   }
 };
@@ -170,6 +165,7 @@ struct Steps {
 // The same of codes of 2 bits, from a table of their four values. Levels: a sign, and one of two levels.
 template <bool Levels>
 struct FourValues {
+  static constexpr int kWays = 1;
   float values[4];
 
   void set(const char* scales, float alpha) {
@@ -182,34 +178,86 @@ struct FourValues {
     }
     for (float& value : values) value *= alpha;
   }
-  Vec at(const char* packed) const {
+  Vec at(const char* packed, int v) const {
     uint32_t word;
-    std::memcpy(&word, packed, sizeof word);
+    std::memcpy(&word, packed + 4 * v, sizeof word);
     return one_of_four(values, word);
   }
 };
 
 #if defined(GCK_AVX512)
-// The same of codes of 4 bits.
-struct SixteenValues {
+// The same of 4 or 2 bits, sixteen bytes at a time: each becomes a lane, where its codes, one after the
+// other, are shifted to be the index into the table. Those of neighbouring elements then lie in other
+// vectors. An index has four bits: of 2 bits there are four copies, and the higher two bits choose one.
+template <int Bits, bool Levels = false>
+struct Table {
+  static constexpr int kWays = 8 / Bits;
   alignas(64) float values[16];
 
   void set(const char* scales, float alpha) {
-    float step;
-    std::memcpy(&step, scales, sizeof step);
-    const Vec codes = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
-    store(values, mul(mul(codes, set1(step)), set1(alpha)));
+    float scale[2];
+    std::memcpy(scale, scales, Levels ? sizeof scale : sizeof scale[0]);
+    Vec decoded;
+    if constexpr (Levels) {
+      decoded = select(0xcccc, set1(1.0f), set1(-1.0f));
+      decoded = mul(decoded, select(0xaaaa, set1(scale[1]), set1(scale[0])));
+    } else if constexpr (Bits == 2) {
+      decoded = mul({_mm512_broadcast_f32x4(_mm_setr_ps(0, 1, -2, -1))}, set1(scale[0]));
+    } else {
+      const Vec codes = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)};
+      decoded = mul(codes, set1(scale[0]));
+    }
+    store(values, mul(decoded, set1(alpha)));
   }
-  Vec at(const char* packed) const { return one_of_sixteen(values, packed); }
+  Vec at(const char* packed, int v) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + 16 * (v / kWays)));
+    __m512i index = _mm512_cvtepu8_epi32(bytes);
+    // As a product, since shifts share the units of the permutation.
+    const int shift = v % kWays * Bits;
+    if (shift) index = _mm512_mulhi_epu16(index, _mm512_set1_epi32(1 << (16 - shift)));
+    return {_mm512_permutexvar_ps(index, _mm512_load_ps(values))};
+  }
 };
 #else
-using SixteenValues = Steps<4>;
+template <int Bits, bool Levels = false>
+struct Table : Steps<Bits> {};
+template <bool Levels>
+struct Table<2, Levels> : FourValues<Levels> {};
 #endif
 
 // Nearest, ties to even, of magnitudes far below 2^22; never -0.
 inline Vec round_even(Vec a) {
+#if defined(GCK_AVX512)
+  return {_mm512_cvtepi32_ps(_mm512_cvtps_epi32(a.v))};
+#else
   const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: what is added to it keeps no fraction
   return sub(add(a, magic), magic);
+#endif
+}
+
+// acc * inverse, up or down by the random words of these 32 elements, at most qmax; never -0.
+GCK_INLINE void round_by(const RandomWords& words, const Vec* acc, Vec inverse, Vec qmax, Vec* code) {
+#if defined(GCK_AVX512)
+  const __m512 one = _mm512_set1_ps(1.0f), unit = _mm512_set1_ps(0x1p-24f);
+  for (int v = 0; v < 2; ++v) {
+    constexpr int least_magnitude = 2 | 2 << 2;  // without a sign
+    const __m512 size = _mm512_range_ps(_mm512_mul_ps(acc[v].v, inverse.v), qmax.v, least_magnitude);
+    const __m512 whole = _mm512_roundscale_ps(size, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const __m512 drawn = _mm512_cvtepi32_ps(_mm512_srli_epi32(words_at(words, v), 8));
+    // whole + u is below size if it is so when rounded down: that never passes a number.
+    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const __mmask16 up =
+        _mm512_cmp_ps_mask(_mm512_fmadd_round_ps(drawn, unit, whole, down), size, _CMP_LT_OQ);
+    code[v] = add(with_sign({_mm512_mask_add_ps(whole, up, whole, one)}, acc[v]), set1(0.0f));
+  }
+#else
+  const Draw u = to_uniform(words);
+  for (int v = 0; v < 2; ++v) {
+    const Vec size = abs(mul(acc[v], inverse)), whole = floor_of(size);
+    const Vec up = one_where_less(v ? u.second : u.first, sub(size, whole));
+    code[v] = add(with_sign(least(add(whole, up), qmax), acc[v]), set1(0.0f));
+  }
+#endif
 }
 
 // Eight codes of one byte each, of which the lower Bits count, without gaps.
@@ -253,14 +301,49 @@ inline void pack_bytes(const int8_t* codes, int64_t count, int bits, char* out) 
     pack_bytes<2>(codes, count, out);
 }
 
-// Bit i of the lower half of x to bit 2 * i, and of the upper half to bit 2 * i + 1.
-inline uint32_t interleave(uint32_t x) {
-  uint64_t y = (x & 0xffffu) | static_cast<uint64_t>(x >> 16) << 32;
+// The lower Bits of 16 * Vecs whole numbers, packed.
+template <int Bits, int Vecs>
+inline void store_codes(char* out, const Vec (&whole)[Vecs]) {
+#if defined(GCK_AVX512)
+  if constexpr (Vecs == 4) {
+    const auto whole_words = [&](int v) {
+      return _mm512_packs_epi32(_mm512_cvtps_epi32(whole[v].v), _mm512_cvtps_epi32(whole[v + 1].v));
+    };
+    // Packing works within quarters: of each vector, a quarter has four codes.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(whole_words(0), whole_words(2)));
+    if constexpr (Bits == 8) {
+      _mm512_storeu_si512(out, bytes);
+    } else if constexpr (Bits == 4) {
+      const __m512i codes = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+      const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(16 << 8 | 1));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
+    } else {
+      const __m512i codes = _mm512_and_si512(bytes, _mm512_set1_epi8(3));
+      const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(4 << 8 | 1));
+      const __m512i fours = _mm512_madd_epi16(pairs, _mm512_set1_epi32(16 << 16 | 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(fours));
+    }
+    return;
+  }
+#endif
+  int8_t bytes[kLanes * Vecs];
+  for (int v = 0; v < Vecs; ++v) store_bytes(bytes + v * kLanes, whole[v]);
+  pack_bytes(bytes, kLanes * Vecs, Bits, out);
+}
+
+// Bit i of `even` to bit 2 * i, and of `odd` to bit 2 * i + 1; 16 of each.
+inline uint32_t interleave(uint32_t even, uint32_t odd) {
+#if defined(GCK_AVX512)
+  return _pdep_u32(even, 0x55555555u) | _pdep_u32(odd, 0xaaaaaaaau);  // fast where _pext_u64 is
+#else
+  uint64_t y = (even & 0xffffu) | static_cast<uint64_t>(odd) << 32;
   y = (y | y << 8) & 0x00ff00ff00ff00ffu;
   y = (y | y << 4) & 0x0f0f0f0f0f0f0f0fu;
   y = (y | y << 2) & 0x3333333333333333u;
   y = (y | y << 1) & 0x5555555555555555u;
   return static_cast<uint32_t>(y) | static_cast<uint32_t>(y >> 31);
+#endif
 }
 
 }  // namespace gck::GCK_ISA

@@ -59,6 +59,24 @@ struct ChunkScratch {
 };
 constexpr int64_t kChunkSlack = 64;
 
+struct ChunkTopkDecode {
+  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
+  const char *values, *scales, *indices;
+  int64_t ranks, rank_stride, chunk_size, k;
+  int value_bits, index_bits;
+  float* out;
+  int64_t numel;
+  float alpha;
+  bool clear;  // out starts from zero
+  bool add;    // entries are added to what is there, else written over it
+};
+
+// One thread's working memory for the entries of a rank's chunk: room for k + 32 each.
+struct ChunkEntries {
+  uint16_t* positions;
+  float* values;
+};
+
 struct SignChunks {
   const void* grad;
   Dtype grad_dtype;
@@ -127,6 +145,10 @@ struct EliasFano {
 
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
 
+// Elements that are summed over ranks, and then compressed while the nearest cache has them: so few that
+// memory goes on with what has been asked for.
+constexpr int64_t kReduceTile = 512;
+
 // Elements whose sums are one number of the statistics of a residual.
 constexpr int64_t kBlock = 512;
 
@@ -159,24 +181,33 @@ struct Leaves {
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
   // Whether each of the int64 (`wide`) or int32 indices [begin, end) is above the one before it; begin > 0.
   bool (*sparse_ascends)(const void* indices, bool wide, int64_t begin, int64_t end);
-  // out[0, count) = x, and x = 0. With `past_caches` for results too large to stay in them; then
+  // out[0, count) = x / divisor, and x = 0. With `past_caches` for results too large to stay in them; then
   // sparse_settle comes last, before other threads may look at out.
-  void (*sparse_move_out)(float* x, float* out, int64_t count, bool past_caches);
+  void (*sparse_move_out)(float* x, float* out, int64_t count, float divisor, bool past_caches);
   void (*sparse_settle)();
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*sign_compress)(const SignChunks& job, int64_t begin, int64_t end);
   void (*sign_decompress)(const SignDecode& job, int64_t begin, int64_t end);
-  // job.into is of no account.
-  void (*sign_add_mean)(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end);
+  // Adds the mean to into.err, and compresses that; from.into, and the gradient and residual of `to`, are of
+  // no account.
+  int64_t (*sign_reduce)(const SignDecode& from, const MeanInto& into, const SignChunks& to, int64_t begin,
+                         int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
-  void (*quantize_add_mean)(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end);
-  // x[i] /= divisor.
-  void (*divide)(float* x, int64_t count, float divisor);
+  int64_t (*quantize_reduce)(const QuantizeDecode& from, const MeanInto& into, const QuantizeChunks& to,
+                             int64_t begin, int64_t end);
+  // Of chunks [begin, end) of all ranks, the place of an index that is out of range or not above the one
+  // before it, as chunk_topk.hpp counts places, or -1.
+  int64_t (*chunk_topk_first_bad)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t begin,
+                                  int64_t end);
+  // All ranks' entries of a chunk to or onto `out`, the chunk's place, rank after rank.
+  void (*chunk_topk_put)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out);
+  // err[i] += sum[i] / divisor, and sum[i] = 0.
+  void (*add_mean)(float* sum, int64_t count, float divisor, float* err);
   // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has
   // room for a multiple, too.
   void (*random_k_draw)(uint64_t seed, uint64_t first, int64_t count, uint64_t* out);

@@ -11,14 +11,12 @@ constexpr uint32_t kPhiloxKeyStep[2] = {0x9E3779B9u, 0xBB67AE85u};
 constexpr int kPhiloxRounds = 10;
 constexpr int64_t kDraw = 32;
 
-// Numbers of the elements [at, at + 32), at a multiple of 32: multiples of 2^-24 in [0, 1), the upper 24
-// bits of each word.
+// RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
+// of 8. N of them are those of N * 32 elements, of which the last is not past a multiple of 2^34. The number
+// of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
 struct Draw {
   Vec first, second;
 };
-
-// RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
-// of 8.
 
 #if defined(GCK_AVX512) || defined(GCK_AVX2)
 
@@ -28,6 +26,7 @@ using Wide = __m512i;
 inline Wide wide(uint32_t x) { return _mm512_set1_epi64(x); }
 inline Wide product(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
 inline Wide exclusive(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
+inline Wide exclusive(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 inline Wide upper(Wide a) { return _mm512_srli_epi64(a, 32); }
 inline Wide plus(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
 inline Wide wide64(int64_t x) { return _mm512_set1_epi64(x); }
@@ -38,6 +37,7 @@ using Wide = __m256i;
 inline Wide wide(uint32_t x) { return _mm256_set1_epi64x(x); }
 inline Wide product(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
 inline Wide exclusive(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
+inline Wide exclusive(Wide a, Wide b, Wide c) { return exclusive(exclusive(a, b), c); }
 inline Wide upper(Wide a) { return _mm256_srli_epi64(a, 32); }
 inline Wide plus(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
 inline Wide wide64(int64_t x) { return _mm256_set1_epi64x(x); }
@@ -49,28 +49,56 @@ struct Words {
   Wide x[4];
 };
 
-// The keys of all rounds: of one seed, made once.
+// The keys of all rounds: of one seed, made once. And what is the same in all lanes after two rounds, because
+// counters have no words but two, and the second one is common to them.
 struct Keys {
   Wide round[kPhiloxRounds][2];
+  Wide second_2, third_2;  // keys of x[2], with the part of a product that is common
+  uint32_t high;           // the counters' second word
 
-  explicit Keys(uint64_t seed) {
-    auto key_0 = static_cast<uint32_t>(seed), key_1 = static_cast<uint32_t>(seed >> 32);
+  explicit Keys(uint64_t seed)
+      : seed_1(static_cast<uint32_t>(seed >> 32)), seed_0(static_cast<uint32_t>(seed)) {
+    auto key_0 = seed_0, key_1 = seed_1;
     for (auto& keys : round) {
       keys[0] = wide(key_0);
       keys[1] = wide(key_1);
       key_0 += kPhiloxKeyStep[0];
       key_1 += kPhiloxKeyStep[1];
     }
+    begin(0);
   }
+
+  void begin(uint32_t second_word) {
+    high = second_word;
+    const uint64_t common = static_cast<uint64_t>(high ^ seed_0) * kPhiloxFactor[0];
+    second_2 = wide((seed_1 + kPhiloxKeyStep[1]) ^ static_cast<uint32_t>(common >> 32));
+    third_2 = wide((seed_1 + 2 * kPhiloxKeyStep[1]) ^ static_cast<uint32_t>(common));
+  }
+
+ private:
+  uint32_t seed_1, seed_0;
 };
 
-inline void philox(Words& w, const Keys& keys) {
+// Of N vectors of counters with the first words x: what the last round starts from. Step by step together,
+// because each vector has to wait for its products.
+template <int N>
+GCK_INLINE void nine_rounds(const Wide (&x)[N], const Keys& keys, Words (&w)[N]) {
   const Wide factor_0 = wide(kPhiloxFactor[0]), factor_1 = wide(kPhiloxFactor[1]);
+  for (int i = 0; i < N; ++i) w[i].x[3] = product(x[i], factor_0);
+  for (int i = 0; i < N; ++i) w[i].x[1] = product(exclusive(upper(w[i].x[3]), keys.round[0][1]), factor_1);
+  for (int i = 0; i < N; ++i) {
+    const Wide p = product(exclusive(upper(w[i].x[1]), keys.round[1][0]), factor_0);
+    const Wide q = product(exclusive(w[i].x[3], keys.second_2), factor_1);
+    w[i] = {{exclusive(upper(q), w[i].x[1], keys.round[2][0]), q, exclusive(upper(p), keys.third_2), p}};
+  }
 #pragma GCC unroll 10
-  for (int r = 0; r < kPhiloxRounds; ++r) {
-    const Wide p = product(w.x[0], factor_0), q = product(w.x[2], factor_1);
-    w = {{exclusive(exclusive(upper(q), w.x[1]), keys.round[r][0]), q,
-          exclusive(exclusive(upper(p), w.x[3]), keys.round[r][1]), p}};
+  for (int r = 3; r + 1 < kPhiloxRounds; ++r) {
+    Wide p[N], q[N];
+    for (int i = 0; i < N; ++i) p[i] = product(w[i].x[0], factor_0), q[i] = product(w[i].x[2], factor_1);
+    for (int i = 0; i < N; ++i) {
+      w[i] = {{exclusive(upper(q[i]), w[i].x[1], keys.round[r][0]), q[i],
+               exclusive(upper(p[i]), w[i].x[3], keys.round[r][1]), p[i]}};
+    }
   }
 }
 
@@ -82,29 +110,30 @@ struct RandomWords {
   Wide first, second;
 };
 
-inline RandomWords random_words(const Keys& keys, uint64_t counter) {
+template <int N>
+GCK_INLINE void random_words(Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
+  if (counter >> 32 != keys.high) keys.begin(static_cast<uint32_t>(counter >> 32));
   // In the order that lets the words of counters 0 to 3 come out of one interleaving, and 4 to 7 of the
   // other.
   const Wide lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  Words w{{_mm512_add_epi64(lane, wide(static_cast<uint32_t>(counter))),
-           wide(static_cast<uint32_t>(counter >> 32)), _mm512_setzero_si512(), _mm512_setzero_si512()}};
-  philox(w, keys);
-  const auto pair = [](Wide even, Wide odd) {
-    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  Wide x[N];
+  for (int i = 0; i < N; ++i)
+    x[i] = plus(lane, wide(static_cast<uint32_t>(counter) + 8 * static_cast<uint32_t>(i)));
+  Words w[N];
+  nine_rounds(x, keys, w);
+  const Wide* last = keys.round[kPhiloxRounds - 1];
+  // The last round, for two words at once: the upper half of a product, and behind it the lower half.
+  const auto pair = [](Wide whole, Wide other, Wide key) {
+    return _mm512_mask_ternarylogic_epi32(_mm512_ror_epi64(whole, 32), 0x5555, other, key, 0x96);
   };
-  const Wide front = pair(w.x[0], w.x[1]), back = pair(w.x[2], w.x[3]);
-  return {_mm512_unpacklo_epi64(front, back), _mm512_unpackhi_epi64(front, back)};
+  for (int i = 0; i < N; ++i) {
+    const Wide front = pair(product(w[i].x[2], wide(kPhiloxFactor[1])), w[i].x[1], last[0]);
+    const Wide back = pair(product(w[i].x[0], wide(kPhiloxFactor[0])), w[i].x[3], last[1]);
+    out[i] = {_mm512_unpacklo_epi64(front, back), _mm512_unpackhi_epi64(front, back)};
+  }
 }
 
 inline Wide words_at(const RandomWords& words, int64_t i) { return i ? words.second : words.first; }
-
-inline Vec to_uniform(Wide words) {
-  return {_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8)), _mm512_set1_ps(0x1p-24f))};
-}
-
-inline Draw to_uniform(const RandomWords& words) {
-  return {to_uniform(words.first), to_uniform(words.second)};
-}
 
 #elif defined(GCK_AVX2)
 
@@ -112,21 +141,29 @@ struct RandomWords {
   Wide quarter[4];
 };
 
-inline RandomWords random_words(const Keys& keys, uint64_t counter) {
+template <int N>
+GCK_INLINE void random_words(Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
+  if (counter >> 32 != keys.high) keys.begin(static_cast<uint32_t>(counter >> 32));
   // In the order that lets the words of counters 0 and 1 come out of one interleaving, 2 and 3 of the other.
-  const Wide lane = _mm256_setr_epi64x(0, 2, 1, 3), high = wide(static_cast<uint32_t>(counter >> 32));
-  const Wide low = _mm256_add_epi64(lane, wide(static_cast<uint32_t>(counter)));
-  Words a{{low, high, _mm256_setzero_si256(), _mm256_setzero_si256()}};
-  Words b{{_mm256_add_epi64(low, wide(4)), high, _mm256_setzero_si256(), _mm256_setzero_si256()}};
-  philox(a, keys);
-  philox(b, keys);
-  const auto pair = [](Wide even, Wide odd) {
-    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  const Wide lane = _mm256_setr_epi64x(0, 2, 1, 3);
+  const Wide* last = keys.round[kPhiloxRounds - 1];
+  // The last round, for two words at once: the upper half of a product, and behind it the lower half.
+  const auto pair = [](Wide whole, Wide other, Wide key) {
+    const Wide low = _mm256_blend_epi32(_mm256_setzero_si256(), exclusive(other, key), 0x55);
+    return exclusive(_mm256_shuffle_epi32(whole, 0xb1), low);
   };
-  const Wide front_a = pair(a.x[0], a.x[1]), back_a = pair(a.x[2], a.x[3]);
-  const Wide front_b = pair(b.x[0], b.x[1]), back_b = pair(b.x[2], b.x[3]);
-  return {{_mm256_unpacklo_epi64(front_a, back_a), _mm256_unpackhi_epi64(front_a, back_a),
-           _mm256_unpacklo_epi64(front_b, back_b), _mm256_unpackhi_epi64(front_b, back_b)}};
+  for (int i = 0; i < N; ++i) {
+    const auto at = static_cast<uint32_t>(counter) + 8 * static_cast<uint32_t>(i);
+    const Wide x[2] = {plus(lane, wide(at)), plus(lane, wide(at + 4))};
+    Words w[2];
+    nine_rounds(x, keys, w);
+    for (int half = 0; half < 2; ++half) {
+      const Wide front = pair(product(w[half].x[2], wide(kPhiloxFactor[1])), w[half].x[1], last[0]);
+      const Wide back = pair(product(w[half].x[0], wide(kPhiloxFactor[0])), w[half].x[3], last[1]);
+      out[i].quarter[2 * half] = _mm256_unpacklo_epi64(front, back);
+      out[i].quarter[2 * half + 1] = _mm256_unpackhi_epi64(front, back);
+    }
+  }
 }
 
 inline Wide words_at(const RandomWords& words, int64_t i) { return words.quarter[i]; }
@@ -150,9 +187,9 @@ struct RandomWords {
   uint32_t x[kDraw];
 };
 
-inline RandomWords random_words(const Keys& keys, uint64_t counter) {
-  RandomWords words;
-  for (uint32_t c = 0; c < kDraw / 4; ++c) {
+template <int N>
+inline void random_words(const Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
+  for (uint32_t c = 0; c < N * kDraw / 4; ++c) {
     auto key_0 = static_cast<uint32_t>(keys.seed), key_1 = static_cast<uint32_t>(keys.seed >> 32);
     uint32_t x[4] = {static_cast<uint32_t>(counter) + c, static_cast<uint32_t>(counter >> 32), 0, 0};
     for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -165,9 +202,8 @@ inline RandomWords random_words(const Keys& keys, uint64_t counter) {
       key_0 += kPhiloxKeyStep[0];
       key_1 += kPhiloxKeyStep[1];
     }
-    std::memcpy(words.x + 4 * c, x, sizeof x);
+    std::memcpy(out[c / 8].x + 4 * (c % 8), x, sizeof x);
   }
-  return words;
 }
 
 inline void store_words(uint64_t* p, const RandomWords& words) {
@@ -189,8 +225,10 @@ inline void store_words(uint64_t* p, const RandomWords& words) {
 }
 #endif
 
-inline Draw draw(const Keys& keys, int64_t at) {
-  return to_uniform(random_words(keys, static_cast<uint64_t>(at) / 4));
+inline RandomWords random_words(Keys& keys, uint64_t counter) {
+  RandomWords words[1];
+  random_words(keys, counter, words);
+  return words[0];
 }
 
 }  // namespace gck::GCK_ISA

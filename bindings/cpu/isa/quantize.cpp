@@ -16,6 +16,7 @@ constexpr int32_t kWildKey = (96 + 127) << 23;
 // One chunk that is whole in memory, and where its packed codes and scales go.
 struct Chunk {
   const void* grad;
+  int64_t width;  // of an element of grad; 0: there is none
   int64_t at;     // of its first element, in grad
   int64_t first;  // the same, in the vector
   float* err;
@@ -24,6 +25,14 @@ struct Chunk {
   float* scales;
 };
 
+// Asks for what the chunk after the next one has in the place of elements [i, i + 16): while codes are made
+// of what the nearest cache has, the hardware looks no further ahead.
+inline void ask_for_later(const Chunk& c, int64_t i) {
+  if (!c.width) return;
+  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + 2 * c.size + i) * c.width, 0, 2);
+  __builtin_prefetch(c.err + 2 * c.size + i, 1, 2);
+}
+
 // acc to err; the largest magnitude's key.
 template <Dtype D>
 inline int32_t accumulate(const Chunk& c) {
@@ -31,19 +40,14 @@ inline int32_t accumulate(const Chunk& c) {
   for (int64_t i = 0; i < c.size; i += 2 * kLanes) {
     const Vec a = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
     const Vec b = add(load_as<D>(c.grad, c.at + i + kLanes), load(c.err + i + kLanes));
-    store(c.err + i, a);
-    store(c.err + i + kLanes, b);
+    if constexpr (D != Dtype::none) {
+      store(c.err + i, a);
+      store(c.err + i + kLanes, b);
+    }
     best = max_key(best, a);
     other = max_key(other, b);
   }
-  alignas(64) float keys[kLanes];
-  store(keys, max_key(best, other));
-  int32_t top = 0;
-  for (float key : keys) {
-    const auto k = static_cast<int32_t>(bits_of(key));
-    top = k > top ? k : top;
-  }
-  return top;
+  return largest_key(max_key(best, other));
 }
 
 // What is not finite becomes 0; returns how many that are.
@@ -57,104 +61,130 @@ int64_t clear_nonfinite(float* err, int64_t valid) {
   return cleared;
 }
 
-// acc / scale to whole numbers of at most qmax: to codes; what they do not say stays in err.
-template <bool Stochastic>
-inline void round_all(const Chunk& c, float scale, float most, const Keys& keys, int8_t* codes) {
-  const Vec inverse = set1(1.0f / scale), step = set1(scale), qmax = set1(most), zero = set1(0.0f);
-  const auto put = [&](int64_t i, Vec acc, Vec code) {
-    store_bytes(codes + i, code);
-    store(c.err + i, sub(acc, mul(code, step)));
-  };
-  for (int64_t i = 0; i < c.size; i += kDraw) {
-    const Vec a = load(c.err + i), b = load(c.err + i + kLanes);
-    if constexpr (Stochastic) {
-      const Draw u = draw(keys, c.first + i);
-      const auto rounded = [&](Vec acc, Vec uniform) {
-        const Vec size = abs(mul(acc, inverse)), whole = floor_of(size);
-        const Vec code = least(add(whole, one_where_less(uniform, sub(size, whole))), qmax);
-        return add(with_sign(code, acc), zero);  // -0 would change the residual of -0
-      };
-      put(i, a, rounded(a, u.first));
-      put(i + kLanes, b, rounded(b, u.second));
-    } else {
-      // No quotient exceeds qmax by half, so that none rounds to more.
-      put(i, a, round_even(mul(a, inverse)));
-      put(i + kLanes, b, round_even(mul(b, inverse)));
+// A chunk whose err is acc, with what its codes are multiples of.
+struct Scaled {
+  Chunk chunk;
+  int32_t top;  // the largest magnitude's key
+  float scale, inverse;
+};
+
+template <Dtype D>
+inline Scaled scaled(const Chunk& c, int bits) {
+  const int32_t top = accumulate<D>(c);
+  const float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (bits - 1)) - 1);
+  return {c, top, scale, 1.0f / scale};
+}
+
+// Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err. Groups
+// of Vecs vectors at a time.
+template <int Bits, bool Stochastic, int Groups, int Vecs>
+void round_all(const Scaled& s, Keys& keys) {
+  const Vec inverse = set1(s.inverse), step = set1(s.scale);
+  const Vec qmax = set1(static_cast<float>((1 << (Bits - 1)) - 1));
+  const Chunk c = s.chunk;
+  for (int64_t i = 0; i < c.size; i += Groups * Vecs * kLanes) {
+    RandomWords words[Groups * Vecs / 2];
+    if constexpr (Stochastic) random_words(keys, static_cast<uint64_t>(c.first + i) / 4, words);
+    for (int group = 0; group < Groups; ++group) {
+      const int64_t at = i + group * Vecs * kLanes;
+      Vec acc[Vecs], code[Vecs];
+      for (int v = 0; v < Vecs; ++v) {
+        ask_for_later(c, at + v * kLanes);
+        acc[v] = load(c.err + at + v * kLanes);
+      }
+      if constexpr (Stochastic) {
+        for (int v = 0; v < Vecs; v += 2)
+          round_by(words[(group * Vecs + v) / 2], acc + v, inverse, qmax, code + v);
+      } else {
+        // No quotient exceeds qmax by half, so that none rounds to more.
+        for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
+      }
+      store_codes<Bits>(c.codes + at * Bits / 8, code);
+      for (int v = 0; v < Vecs; ++v) store(c.err + at + v * kLanes, sub(acc[v], mul(code[v], step)));
     }
   }
 }
 
-template <Dtype D>
-inline int64_t compress_scaled(const QuantizeChunks& job, const Keys& keys, const Chunk& c) {
-  alignas(64) int8_t codes[kMaxChunk];
-  const int32_t top = accumulate<D>(c);
-  const int qmax = (1 << (job.bits - 1)) - 1;
-  float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>(qmax);
-  int64_t cleared = 0;
-  if (top >= kInfKey) {
-    for (int64_t i = 0; i < c.size; ++i)
-      codes[i] = static_cast<int8_t>(i >= c.valid ? 0 : c.err[i] >= 0 ? qmax : -qmax);
-    std::memset(c.err, 0, sizeof(float) * static_cast<size_t>(c.valid));
-    cleared = c.valid;
-  } else if (scale < float_of(0x00800000u)) {
-    scale = 0.0f;
-    std::memset(codes, 0, static_cast<size_t>(c.size));
-  } else {
-    if (job.stochastic)
-      round_all<true>(c, scale, static_cast<float>(qmax), keys, codes);
-    else
-      round_all<false>(c, scale, static_cast<float>(qmax), keys, codes);
-    if (top >= kWildKey) cleared = clear_nonfinite(c.err, c.valid);
-  }
-  *c.scales = canonical(scale);
-  pack_bytes(codes, c.size, job.bits, c.codes);
-  return cleared;
+template <int Bits, bool Stochastic>
+inline void round_all(const Scaled& s, Keys& keys) {
+  if (s.chunk.size >= 8 * kLanes) return round_all<Bits, Stochastic, 2, 4>(s, keys);
+  if (s.chunk.size >= 4 * kLanes) return round_all<Bits, Stochastic, 1, 4>(s, keys);
+  round_all<Bits, Stochastic, 1, 2>(s, keys);
 }
 
-// Fetches what the next chunk has in the places of elements [i, i + 16) of this one: while levels are summed,
-// the hardware looks no further ahead.
+// A chunk with something not finite: codes of the largest magnitude, and no residual.
+int64_t send_nonfinite(const Chunk& c, int bits) {
+  const int qmax = (1 << (bits - 1)) - 1;
+  int8_t codes[kMaxChunk];
+  for (int64_t i = 0; i < c.size; ++i)
+    codes[i] = static_cast<int8_t>(i >= c.valid ? 0 : c.err[i] >= 0 ? qmax : -qmax);
+  pack_bytes(codes, c.size, bits, c.codes);
+  std::memset(c.err, 0, sizeof(float) * static_cast<size_t>(c.valid));
+  return c.valid;
+}
+
+template <int Bits>
+int64_t send_scaled(const Scaled& s, bool stochastic, Keys& keys) {
+  const Chunk& c = s.chunk;
+  *c.scales = canonical(s.scale);
+  if (s.top >= kInfKey) return send_nonfinite(c, Bits);
+  if (s.scale < float_of(0x00800000u)) {
+    *c.scales = 0.0f;
+    std::memset(c.codes, 0, static_cast<size_t>(c.size * Bits / 8));
+    return 0;
+  }
+  stochastic ? round_all<Bits, true>(s, keys) : round_all<Bits, false>(s, keys);
+  return s.top >= kWildKey ? clear_nonfinite(c.err, c.valid) : 0;
+}
+
+int64_t send_scaled(const Scaled& s, int bits, bool stochastic, Keys& keys) {
+  if (bits == 8) return send_scaled<8>(s, stochastic, keys);
+  return bits == 4 ? send_scaled<4>(s, stochastic, keys) : send_scaled<2>(s, stochastic, keys);
+}
+
+// A chunk whose err is acc, with the mean of its magnitudes.
+struct Mean {
+  Chunk chunk;
+  float mean;
+};
+
 template <Dtype D>
-inline void fetch_ahead(const Chunk& c, int64_t i) {
-  constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
-  if constexpr (D != Dtype::none)
-    __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + c.size + i) * width, 0, 2);
-  __builtin_prefetch(c.err + c.size + i, 1, 2);
+inline Mean mean_of(const Chunk& c) {
+  alignas(64) float tree[kMaxChunk / 2];
+  if constexpr (D != Dtype::none) {
+    for (int64_t i = 0; i < c.size; i += kLanes)
+      store(c.err + i, add(load_as<D>(c.grad, c.at + i), load(c.err + i)));
+  }
+  return {c, canonical(sum_of_magnitudes(c.err, c.size, tree) / static_cast<float>(c.valid))};
 }
 
 // A sign and one of two levels: the means of the magnitudes below the mean, and of the others.
-template <Dtype D>
-inline int64_t compress_two_levels(const Chunk& c) {
+int64_t send_two_levels(const Mean& m) {
   alignas(64) float tree[kMaxChunk / 2], low_tree[kMaxChunk / 2];
-  const int64_t half = c.size / 2;
-  const auto take = [&](int64_t i) {
-    const Vec acc = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
-    if constexpr (D != Dtype::none) store(c.err + i, acc);
-    return abs(acc);
-  };
-  // Strictly upwards: halves read side by side are streams that the hardware does not foresee.
-  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
-  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
-  const float mean = canonical(tree_sum(tree, half) / static_cast<float>(c.valid));
+  const Chunk c = m.chunk;
+  const float mean = m.mean;
   // Nothing compares with NaN: then no key may reach this one, which that of a NaN of ones alone does.
   const auto key = static_cast<int32_t>(mean == mean ? bits_of(mean) : 0x7fffffffu);
   if (mean != mean) {
     for (int64_t i = 0; i < c.size; i += kLanes) store(c.err + i, canonical(load(c.err + i)));
   }
   int64_t highs = 0;
-  for (int64_t i = 0; i < half; i += kLanes) {
-    fetch_ahead<D>(c, i);
-    fetch_ahead<D>(c, half + i);
-    Mask in_a, in_b;
-    const Halves a = split_at(load(c.err + i), key, in_a), b = split_at(load(c.err + half + i), key, in_b);
-    store(tree + i, add(a.high, b.high));
-    store(low_tree + i, add(a.low, b.low));
-    highs += __builtin_popcount(in_a) + __builtin_popcount(in_b);
-  }
+  const auto split = [&](int64_t i) {
+    ask_for_later(c, i);
+    Mask in;
+    const Halves both = split_at(load(c.err + i), key, in);
+    highs += __builtin_popcount(in);
+    return both;
+  };
+  const int64_t width = first_sums(c.size, split, [&](int64_t i, const Halves& both) {
+    store(tree + i, both.high);
+    store(low_tree + i, both.low);
+  });
   // The zeros behind a short chunk reach a mean of 0, as then do all of its elements.
   if (highs > c.valid) highs = c.valid;
   const int64_t lows = c.valid - highs;
-  float high = highs ? canonical(tree_sum(tree, half) / static_cast<float>(highs)) : 0.0f;
-  float low = lows ? canonical(tree_sum(low_tree, half) / static_cast<float>(lows)) : 0.0f;
+  float high = highs ? canonical(tree_sum(tree, width) / static_cast<float>(highs)) : 0.0f;
+  float low = lows ? canonical(tree_sum(low_tree, width) / static_cast<float>(lows)) : 0.0f;
   if (!highs) high = low;
   if (!lows) low = high;
   c.scales[0] = low;
@@ -165,7 +195,7 @@ inline int64_t compress_two_levels(const Chunk& c) {
     const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
     // Of acc + 0, the sign is that of the code, also where acc is -0.
     store(c.err + i, sub(acc, with_sign(select(is_high, far, near), add(acc, zero))));
-    uint32_t word = interleave(is_high | positive << 16);
+    uint32_t word = interleave(is_high, positive);
     const int64_t left = c.valid - i;
     if (left < kLanes) word = left > 0 ? word & ((1u << 2 * left) - 1) : 0;
     std::memcpy(c.codes + i / 4, &word, sizeof word);
@@ -173,25 +203,41 @@ inline int64_t compress_two_levels(const Chunk& c) {
   return is_finite(low) && is_finite(high) ? 0 : clear_nonfinite(c.err, c.valid);
 }
 
-template <Dtype D>
-inline int64_t compress_chunk(const QuantizeChunks& job, const Keys& keys, const Chunk& c) {
-  return job.two_levels ? compress_two_levels<D>(c) : compress_scaled<D>(job, keys, c);
-}
-
-template <Dtype D>
-int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
+// Calls make(i) before it looks at chunk i.
+template <Dtype D, typename Make>
+int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, Make make) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
   const int64_t size = job.chunk_size, row = size * job.bits / 8;
-  const Keys keys{job.seed};
+  Keys keys{job.seed};
   int64_t cleared = 0;
+  // A chunk gets its codes when the next one's scale is being made, which takes long, and from little.
+  Scaled last{};
+  Mean last_mean{};
+  const auto send_last = [&] {
+    if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, keys);
+    if (last_mean.chunk.size) cleared += send_two_levels(last_mean);
+  };
   for (int64_t i = begin; i < end; ++i) {
+    make(i);
     char* body = job.bodies + i / job.chunks_per_row * job.row_stride;
     const int64_t slot = i % job.chunks_per_row, at = i * size;
     auto* scales = reinterpret_cast<float*>(body + job.scales_offset) + slot * (job.two_levels ? 2 : 1);
     const int64_t valid = job.numel - at < size ? job.numel - at : size;
     if (valid == size) {
-      cleared += compress_chunk<D>(
-          job, keys, {job.grad, at, job.first + at, job.err + at, size, size, body + slot * row, scales});
+      const Chunk c{job.grad,     D == Dtype::none ? 0 : width,
+                    at,           job.first + at,
+                    job.err + at, size,
+                    size,         body + slot * row,
+                    scales};
+      if (job.two_levels) {
+        const Mean next = mean_of<D>(c);
+        send_last();
+        last_mean = next;
+        continue;
+      }
+      const Scaled next = scaled<D>(c, job.bits);
+      send_last();
+      last = next;
       continue;
     }
     // The last chunk, cut short: on a copy padded with zeros.
@@ -202,10 +248,13 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end) {
     if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
       std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
     }
-    cleared += compress_chunk<D>(job, keys, {grads, 0, job.first + at, part, size, valid, codes, scales});
+    const Chunk c{grads, 0, 0, job.first + at, part, size, valid, codes, scales};
+    cleared += job.two_levels ? send_two_levels(mean_of<D>(c))
+                              : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, keys);
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));
   }
+  send_last();
   return cleared;
 }
 
@@ -218,29 +267,34 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
   for (int64_t c = begin; c < end; ++c) {
     for (int64_t r = 0; r < run.ranks; ++r) {
       values[r].set(scales + r * stride + c * scales_size, alpha);
-      ask_ahead(codes + r * stride + c * size * Bits / 8, size * Bits / 8, kSumTile * Bits / 8);
-      ask_ahead(scales + r * stride + c * scales_size, scales_size, kSumTile / size * scales_size);
+      ask_ahead(scales + r * stride + c * scales_size, 64);
     }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      sum_block<Vecs>(run, i, [&](int64_t r, int v) {
-        return values[r].at(codes + r * stride + (i + v * kLanes) * Bits / 8);
-      });
+      ask_ahead<Bits>(codes, stride, run.ranks, i);
+      sum_block<Vecs, Values::kWays>(
+          run, i, [&](int64_t r, int v) { return values[r].at(codes + r * stride + i * Bits / 8, v); });
     }
   }
 }
 
 template <int Bits, typename Values>
 void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.chunk_size >= 4 * kLanes) return decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
+  if constexpr (Values::kWays <= 2) decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+}
+
+template <bool Levels>
+void decode_of_four(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
   if (job.chunk_size < 4 * kLanes)
-    decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+    decode_chunks<2, FourValues<Levels>>(job, alpha, begin, end, run);
   else
-    decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
+    decode_chunks<2, Table<2, Levels>>(job, alpha, begin, end, run);
 }
 
 void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
-  if (job.two_levels) return decode_chunks<2, FourValues<true>>(job, alpha, begin, end, run);
-  if (job.bits == 2) return decode_chunks<2, FourValues<false>>(job, alpha, begin, end, run);
-  if (job.bits == 4) return decode_chunks<4, SixteenValues>(job, alpha, begin, end, run);
+  if (job.two_levels) return decode_of_four<true>(job, alpha, begin, end, run);
+  if (job.bits == 2) return decode_of_four<false>(job, alpha, begin, end, run);
+  if (job.bits == 4) return decode_chunks<4, Table<4>>(job, alpha, begin, end, run);
   if (alpha == 1.0f) return decode_chunks<8, Steps<8, true>>(job, alpha, begin, end, run);
   decode_chunks<8, Steps<8>>(job, alpha, begin, end, run);
 }
@@ -262,8 +316,8 @@ void decode_part(const QuantizeDecode& job, int64_t rank, int64_t c, int64_t val
 }  // namespace
 
 int64_t quantize_compress(const QuantizeChunks& job, int64_t begin, int64_t end) {
-  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
-  return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
+  return with_dtype(job.grad_dtype,
+                    [&]<Dtype D>() { return compress_chunks<D>(job, begin, end, [](int64_t) {}); });
 }
 
 void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) {
@@ -273,9 +327,17 @@ void quantize_decompress(const QuantizeDecode& job, int64_t begin, int64_t end) 
   decode_all(job, begin, end, some, decode_part);
 }
 
-void quantize_add_mean(const QuantizeDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
-  const auto some = [&](int64_t from, int64_t to, const Run& run) { decode_some(job, 1.0f, from, to, run); };
-  add_mean_of_all(job, into, begin, end, some, decode_part);
+int64_t quantize_reduce(const QuantizeDecode& from, const MeanInto& into, const QuantizeChunks& to,
+                        int64_t begin, int64_t end) {
+  const auto some = [&](int64_t first, int64_t last, const Run& run) {
+    decode_some(from, 1.0f, first, last, run);
+  };
+  QuantizeChunks job = to;
+  job.err = into.err;
+  return compress_chunks<Dtype::none>(
+      job, begin, end, tile_by_tile(to.chunk_size, begin, end, [&](int64_t first, int64_t last) {
+        add_mean_of_all(from, into, first, last, some, decode_part);
+      }));
 }
 
 }  // namespace gck::GCK_ISA

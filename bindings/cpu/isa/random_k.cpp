@@ -64,7 +64,7 @@ inline void scale_words(int64_t* picks, const RandomWords& words, int64_t begin,
 }  // namespace
 
 void random_k_draw(uint64_t seed, uint64_t first, int64_t count, uint64_t* out) {
-  const Keys keys{seed};
+  Keys keys{seed};
   // A number is two words: those of elements 2 i and 2 i + 1 in the numbering of philox.hpp.
   for (int64_t i = 0; i < count; i += kDrawn) {
     store_words(out + i, random_words(keys, (first + static_cast<uint64_t>(i)) / 2));
@@ -73,7 +73,7 @@ void random_k_draw(uint64_t seed, uint64_t first, int64_t count, uint64_t* out) 
 
 void random_k_picks(uint64_t seed, int64_t first, int64_t count, int64_t size, int64_t longer, int64_t begin,
                     int64_t* picks) {
-  const Keys keys{seed};
+  Keys keys{seed};
   for (int64_t i = first; i < first + count; i += kDrawn, picks += kDrawn) {
     const RandomWords words = random_words(keys, static_cast<uint64_t>(i) / 2);
     const int64_t length = size + (i < longer);

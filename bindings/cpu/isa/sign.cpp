@@ -36,9 +36,13 @@ struct Pending {
   }
 };
 
+// From this size on, the first level of a chunk's sum would take too much of the nearest cache.
+constexpr int64_t kLongChunk = 1024;
+
 // err becomes acc; returns the sum of its magnitudes. Strictly upwards, since halves read side by side are
-// streams that processors do not foresee; and `last`, the chunk before, is finished meanwhile unless this is
-// the `First`, so that memory never waits for a pass over what the caches hold.
+// streams that processors do not foresee, unless a near cache has them; and `last`, the chunk before, is
+// finished meanwhile unless this is the `First`, so that memory never waits for a pass over what the caches
+// hold.
 template <Dtype D, bool First>
 inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk,
                         const Pending& last) {
@@ -51,17 +55,23 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
     if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
     return abs(acc);
   };
+  if (D == Dtype::none || chunk >= kLongChunk) {
+    for (int64_t i = 0; i < chunk; i += kLanes) take(i);
+    return sum_of_magnitudes(err, chunk, tree);
+  }
   for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
   for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
   return tree_sum(tree, half);
 }
 
-template <Dtype D>
-int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end) {
+// Calls make(c) before it looks at chunk c.
+template <Dtype D, typename Make>
+int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make make) {
   constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
   int64_t cleared = 0;
   Pending last = Pending::of(nullptr, 0, 0);
   for (int64_t c = begin; c < end; ++c) {
+    make(c);
     char* body = job.bodies + c / job.chunks_per_row * job.row_stride;
     const int64_t slot = c % job.chunks_per_row, at = c * job.chunk_size;
     auto* words = reinterpret_cast<uint32_t*>(body) + slot * (job.chunk_size / 32);
@@ -151,8 +161,7 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
       // alpha * -scale == -(alpha * scale), so one product a chunk does.
       scale[r] *= alpha;
-      ask_ahead(words + r * stride + c * size / 8, size / 8, kSumTile / 8);
-      ask_ahead(scales + r * stride + 4 * c, 4, 4 * kSumTile / size);
+      ask_ahead(scales + r * stride + 4 * c, 64);
     }
     const auto value = [&](int64_t i, int64_t r, int v) {
       uint16_t bits;
@@ -162,6 +171,7 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
     if (kHasFourRanks && Vecs == 4 && !run.from && run.ranks >= 4) {
       const FourRanks four(scale);
       for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+        ask_ahead<1>(words, stride, run.ranks, i);
         const auto first_four = [&](Vec* sums) {
           four.put(words + i / 8, stride, sums);
           return int64_t{4};
@@ -170,8 +180,10 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       }
       continue;
     }
-    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes)
+    for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
+      ask_ahead<1>(words, stride, run.ranks, i);
       sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); });
+    }
   }
 }
 
@@ -190,8 +202,8 @@ void decode_part(const SignDecode& job, int64_t rank, int64_t c, int64_t valid, 
 }  // namespace
 
 int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
-  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, begin, end);
-  return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, begin, end); });
+  return with_dtype(job.grad_dtype,
+                    [&]<Dtype D>() { return compress_chunks<D>(job, begin, end, [](int64_t) {}); });
 }
 
 void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
@@ -203,12 +215,18 @@ void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
   decode_all(job, begin, end, some, decode_part);
 }
 
-void sign_add_mean(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end) {
-  const auto some = [&](int64_t from, int64_t to, const Run& run) {
-    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, 1.0f, from, to, run)
-                                : decode_chunks<4>(job, 1.0f, from, to, run);
+int64_t sign_reduce(const SignDecode& from, const MeanInto& into, const SignChunks& to, int64_t begin,
+                    int64_t end) {
+  const auto some = [&](int64_t first, int64_t last, const Run& run) {
+    from.chunk_size < 4 * kLanes ? decode_chunks<2>(from, 1.0f, first, last, run)
+                                 : decode_chunks<4>(from, 1.0f, first, last, run);
   };
-  add_mean_of_all(job, into, begin, end, some, decode_part);
+  SignChunks job = to;
+  job.err = into.err;
+  return compress_chunks<Dtype::none>(
+      job, begin, end, tile_by_tile(to.chunk_size, begin, end, [&](int64_t first, int64_t last) {
+        add_mean_of_all(from, into, first, last, some, decode_part);
+      }));
 }
 
 }  // namespace gck::GCK_ISA

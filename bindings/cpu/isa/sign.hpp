@@ -6,6 +6,7 @@ namespace gck::GCK_ISA {
 
 int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end);
 void sign_decompress(const SignDecode& job, int64_t begin, int64_t end);
-void sign_add_mean(const SignDecode& job, const MeanInto& into, int64_t begin, int64_t end);
+int64_t sign_reduce(const SignDecode& from, const MeanInto& into, const SignChunks& to, int64_t begin,
+                    int64_t end);
 
 }  // namespace gck::GCK_ISA

@@ -12,13 +12,13 @@ bool ascends(const Index* indices, int64_t begin, int64_t end) {
   return bad == 0;
 }
 
-template <typename Store>
-void move(float* x, float* out, int64_t count, Store store_vec) {
-  const Vec zero = set1(0.0f);
+template <bool kDivide, typename Store>
+void move(float* x, float* out, int64_t count, float divisor, Store store_vec) {
+  const Vec zero = set1(0.0f), whole = set1(divisor);
   int64_t i = 0;
   const auto one_by_one = [&](int64_t end) {
     for (; i < end; ++i) {
-      out[i] = x[i];
+      out[i] = kDivide ? x[i] / divisor : x[i];
       x[i] = 0.0f;
     }
   };
@@ -26,7 +26,7 @@ void move(float* x, float* out, int64_t count, Store store_vec) {
   const int64_t head = past ? kLanes - past : 0;
   one_by_one(head < count ? head : count);
   for (; i + kLanes <= count; i += kLanes) {
-    store_vec(out + i, load(x + i));
+    store_vec(out + i, kDivide ? div(load(x + i), whole) : load(x + i));
     store(x + i, zero);
   }
   one_by_one(count);
@@ -39,12 +39,12 @@ bool sparse_ascends(const void* indices, bool wide, int64_t begin, int64_t end) 
               : ascends(static_cast<const int32_t*>(indices), begin, end);
 }
 
-void sparse_move_out(float* x, float* out, int64_t count, bool past_caches) {
-  if (past_caches) {
-    move(x, out, count, store_past_caches);
-  } else {
-    move(x, out, count, store);
-  }
+void sparse_move_out(float* x, float* out, int64_t count, float divisor, bool past_caches) {
+  const auto run = [&](auto store_vec) {
+    divisor == 1.0f ? move<false>(x, out, count, divisor, store_vec)
+                    : move<true>(x, out, count, divisor, store_vec);
+  };
+  past_caches ? run(store_past_caches) : run(store);
 }
 
 void sparse_settle() { order_stores(); }

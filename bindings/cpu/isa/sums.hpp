@@ -12,13 +12,70 @@ constexpr int64_t kRanksTogether = 8;
 constexpr int64_t kSumTile = 4096;
 constexpr int64_t kMostOfTile = 8192;  // the largest chunk is a tile as well
 
-// Asks for a row of `bytes` bytes, so far ahead of where it lies: processors follow fewer streams by
-// themselves than there are ranks, and lose them where a tile is left for something else.
-inline void ask_ahead(const char* row, int64_t bytes, int64_t ahead) {
-  for (int64_t line = 0; line < bytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) +
-                                                     static_cast<uintptr_t>(ahead + line)));
+// Elements that ranks' payloads are asked for ahead of where sums are made: processors by themselves stop
+// where a tile is left for something else. More would only push what is used soon out of the nearest cache.
+constexpr int64_t kAskAhead = 512;
+
+// Asks for what lies `ahead` bytes behind a place.
+inline void ask_ahead(const char* at, int64_t ahead) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead)));
 }
+
+// The same of all ranks' codes of Bits bits from element i on, at each new line.
+template <int Bits>
+inline void ask_ahead(const char* codes, int64_t stride, int64_t ranks, int64_t i) {
+  if (i * Bits / 8 % 64) return;
+  for (int64_t r = 0; r < ranks; ++r) ask_ahead(codes + r * stride + i * Bits / 8, kAskAhead * Bits / 8);
+}
+
+// Of Ways vectors, of which the first has elements 0, Ways, ..., and so on, vectors of consecutive elements;
+// and back.
+#if defined(GCK_AVX512)
+template <int Ways>
+inline void put_together(Vec* x) {
+  const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i upper = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const auto two = [&](Vec even, Vec odd, Vec& front, Vec& back) {
+    front = {_mm512_permutex2var_ps(even.v, lower, odd.v)};
+    back = {_mm512_permutex2var_ps(even.v, upper, odd.v)};
+  };
+  if constexpr (Ways == 2) two(x[0], x[1], x[0], x[1]);
+  if constexpr (Ways == 4) {
+    Vec a, b, c, d;
+    two(x[0], x[2], a, b);
+    two(x[1], x[3], c, d);
+    two(a, c, x[0], x[1]);
+    two(b, d, x[2], x[3]);
+  }
+}
+template <int Ways>
+inline void take_apart(Vec* x) {
+  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  const auto two = [&](Vec front, Vec back, Vec& even, Vec& odd) {
+    even = {_mm512_permutex2var_ps(front.v, evens, back.v)};
+    odd = {_mm512_permutex2var_ps(front.v, odds, back.v)};
+  };
+  if constexpr (Ways == 2) two(x[0], x[1], x[0], x[1]);
+  if constexpr (Ways == 4) {
+    Vec a, b, c, d;
+    two(x[0], x[1], a, c);
+    two(x[2], x[3], b, d);
+    two(a, b, x[0], x[2]);
+    two(c, d, x[1], x[3]);
+  }
+}
+#else
+template <int Ways>
+inline void put_together(Vec*) {
+  static_assert(Ways == 1);
+}
+template <int Ways>
+inline void take_apart(Vec*) {
+  static_assert(Ways == 1);
+}
+#endif
 
 // Of a run of ranks: what their sum starts from, and what becomes of it. All are indexed as the vector is.
 struct Run {
@@ -32,8 +89,10 @@ struct Run {
 };
 
 // Vecs vectors of 16 at element i; value(rank, vector) of each rank in turn. begin(sums), where it is given,
-// makes the sum of the first ranks, and returns how many these are; 0: none.
-template <int Vecs, typename Value, typename Begin>
+// makes the sum of the first ranks, and returns how many these are; 0: none. Of every Ways vectors of values,
+// the first has elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on: sums stay in this
+// order while ranks are walked.
+template <int Vecs, int Ways = 1, typename Value, typename Begin>
 inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
   Vec sum[Vecs];
   int64_t rank = begin(sum);
@@ -42,13 +101,17 @@ inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
     rank = 1;
   } else if (rank == 0) {
     for (int v = 0; v < Vecs; ++v) sum[v] = run.from ? load(run.from + i + v * kLanes) : set1(0.0f);
+    if (run.from) {
+      for (int v = 0; v < Vecs; v += Ways) take_apart<Ways>(sum + v);
+    }
   }
   for (; rank < run.ranks; ++rank) {
     for (int v = 0; v < Vecs; ++v) sum[v] = add(sum[v], value(rank, v));
   }
+  for (int v = 0; v < Vecs; v += Ways) put_together<Ways>(sum + v);
   if (run.err) {
     for (int v = 0; v < Vecs; ++v) {
-      __builtin_prefetch(run.err + i + kSumTile / 2 + v * kLanes, 1);
+      __builtin_prefetch(run.err + i + kAskAhead + v * kLanes, 1);
       const Vec mean = run.exact ? mul(sum[v], set1(run.inverse)) : div(sum[v], set1(run.divisor));
       sum[v] = add(mean, load(run.err + i + v * kLanes));
     }
@@ -59,9 +122,9 @@ inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
   }
 }
 
-template <int Vecs, typename Value>
+template <int Vecs, int Ways = 1, typename Value>
 inline void sum_block(const Run& run, int64_t i, Value value) {
-  sum_block<Vecs>(run, i, value, [](Vec*) { return int64_t{0}; });
+  sum_block<Vecs, Ways>(run, i, value, [](Vec*) { return int64_t{0}; });
 }
 
 // Calls some(chunk_begin, chunk_end, run) for all of chunks [begin, end), which are whole, and all ranks, in
@@ -111,6 +174,15 @@ inline void walk_mean(const MeanInto& into, int64_t ranks, int64_t chunk_size, i
       run.from = origin;
     }
   }
+}
+
+// Of chunks [begin, end): what calls make(first, last) for tiles of some, when it is called for each in turn.
+template <typename Make>
+inline auto tile_by_tile(int64_t chunk_size, int64_t begin, int64_t end, Make make) {
+  const int64_t step = chunk_size < kReduceTile ? kReduceTile / chunk_size : 1;
+  return [=](int64_t c) {
+    if ((c - begin) % step == 0) make(c, c + step < end ? c + step : end);
+  };
 }
 
 // A compressor's whole decode: `some` as for walk_ranks, and part(job, rank, chunk, valid, to) of one rank's

@@ -27,6 +27,22 @@ inline float halved(Vec a) {
 }
 #endif
 
+// The largest of the lanes, which are keys.
+inline int32_t largest_key(Vec keys) {
+#if defined(GCK_AVX512)
+  return _mm512_reduce_max_epi32(_mm512_castps_si512(keys.v));
+#else
+  alignas(64) float x[kLanes];
+  store(x, keys);
+  int32_t top = 0;
+  for (float key : x) {
+    const auto k = static_cast<int32_t>(bits_of(key));
+    top = k > top ? k : top;
+  }
+  return top;
+#endif
+}
+
 // Sum of t[0, width), width a power of two, in the same order; t is overwritten.
 inline float tree_sum(float* t, int64_t width) {
   int64_t half = width / 2;
@@ -38,6 +54,30 @@ inline float tree_sum(float* t, int64_t width) {
     for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
   }
   return t[0];
+}
+
+// The first levels of the same tree, over value(i) of the vectors at i < width: hands what is left to put(i,
+// sum) and returns its width, at most the half. Runs are read side by side: for what a near cache has.
+template <typename Value, typename Put>
+inline int64_t first_sums(int64_t width, Value value, Put put) {
+  const int64_t run = width / 8;
+  if (run < kLanes) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i += kLanes) put(i, add(value(i), value(half + i)));
+    return half;
+  }
+  for (int64_t i = 0; i < run; i += kLanes) {
+    const auto two = [&](int j) { return add(value(i + j * run), value(i + (j + 4) * run)); };
+    const auto evens = add(two(0), two(2));
+    put(i, add(evens, add(two(1), two(3))));
+  }
+  return run;
+}
+
+// Sum of |x[0, width)| in the same order; `t` has room for half as many.
+inline float sum_of_magnitudes(const float* x, int64_t width, float* t) {
+  const auto magnitude = [&](int64_t i) { return abs(load(x + i)); };
+  return tree_sum(t, first_sums(width, magnitude, [&](int64_t i, Vec sum) { store(t + i, sum); }));
 }
 
 inline bool is_finite(float x) { return (bits_of(x) & 0x7fffffffu) < static_cast<uint32_t>(kInfKey); }

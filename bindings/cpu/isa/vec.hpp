@@ -8,6 +8,9 @@
 #include <immintrin.h>
 #endif
 
+// For functions that compilers find too large, and whose vectors would then go through memory.
+#define GCK_INLINE inline __attribute__((always_inline))
+
 namespace gck::GCK_ISA {
 
 constexpr int kLanes = 16;
