@@ -138,15 +138,15 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
   // Too few of the sample lie above for a bound: none.
   const int32_t high = expected > margin + 1 ? highest + 1 : INT32_MAX;
   const int64_t equal = std::count(keys.begin(), keys.end(), low);
-  if (equal > rank / 4 + kLine) return {{low + 1, true, false}, std::max(high, low + 2)};
-  return {{std::min(low, kInfKey), false, k > numel / kDense},
-          high};  // whatever is not finite always reaches the list
+  if (equal > rank / 4 + kLine) return {{low + 1, true, false, low + 1}, std::max(high, low + 2)};
+  // Whatever is not finite always reaches the list.
+  return {{std::min(low, kInfKey), false, k > numel / kDense, std::min(middle, kInfKey)}, high};
 }
 
 Sampled guess_by_hint(int32_t key, int64_t numel, int64_t k) {
   const int32_t last = std::min(key, kInfKey);
   const int32_t low = key_of(float_of(static_cast<uint32_t>(last)) * kHintMargin);
-  return {{low, false, k > numel / kDense}, last + (last - low)};
+  return {{low, false, k > numel / kDense, last}, last + (last - low)};
 }
 
 }  // namespace gck

@@ -10,12 +10,15 @@ namespace gck {
 
 // What the stream lists: entries with key >= threshold. With `ties`, it counts those just below, too: where
 // very many entries are equal, listing them all would be in vain. `dense`: most vectors hold some to list.
+// What reaches `expected`, a key in [threshold, kInfKey] or the threshold, is likely to win.
 struct Guess {
   int32_t threshold;
   bool ties, dense;
+  int32_t expected;
 };
 
-// Entries taken out of a run of err: acc and position relative to the run.
+// Entries of a run: acc and position. In err those that were expected to win left what a winner leaves, and
+// the others acc.
 struct Candidates {
   float* values;
   uint32_t* indices;
@@ -28,6 +31,7 @@ struct Candidates {
 // Where winners among candidates go; moves along as they are put there.
 struct Winners {
   int32_t threshold;  // keys above it win, and the first `quota` of those equal to it
+  int32_t expected;   // of the guess that the candidates were listed with
   int64_t quota;
   void* values;  // room for `left`
   Dtype value_dtype;
@@ -138,9 +142,10 @@ struct BlockSums {
 struct Leaves {
   const char* name;
 
-  // err[i] += grad[i] for `count` entries (no grad: err as it is). Those with key >= threshold move to the
-  // candidates, and what a winner leaves stays in err: the rounding error of value_dtype, 0 where that is not
-  // finite. When the list is full the rest stay as they are, and overflow is set.
+  // err[i] += grad[i] for `count` entries (no grad: err as it is). Those with key >= threshold go to the
+  // candidates, and of those expected to win only what a winner leaves stays in err: the rounding error of
+  // value_dtype, 0 where that is not finite. When the list is full the rest stay as they are, and overflow is
+  // set.
   void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess,
                       Dtype value_dtype, Candidates* out);
   // err[i] += grad[i]; maxima[16 * b + lane] becomes the largest magnitude of that lane in the
@@ -152,8 +157,9 @@ struct Leaves {
   // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more.
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
                         int64_t* inside);
-  // Puts winners out in order, and losers that are finite back to err, a run that the candidates come from
-  // and whose first entry has index `base`. Returns the number of entries that left what is not finite.
+  // Puts winners out in order, and mends err where it was not to be expected who wins: a run that the
+  // candidates come from and whose first entry has index `base`. Returns the number of entries that left what
+  // is not finite.
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
