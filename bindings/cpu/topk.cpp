@@ -150,14 +150,15 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
   const int64_t size = std::max<int64_t>(1, job.numel / (4 * job.k));  // entries a group
   int64_t groups = 0;
   for (const Piece& piece : parts[0].pieces) groups += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
-  const Lists lists(parts, job.numel, groups);
-  float* next = lists.more();
+  const Lists lists(parts, job.numel, static_cast<size_t>(groups) * sizeof(float));
+  auto* const maxima = static_cast<float*>(lists.more());
+  float* next = maxima;
   for (const Piece& piece : parts[0].pieces) {
     if (job.residual) job.residual->before(piece.grad, piece.dtype, piece.err, piece.begin, piece.count);
     leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
     next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
   }
-  const int32_t low = std::min(kth_largest({{{lists.more(), groups}}}, job.k, 1).key, kInfKey);
+  const int32_t low = std::min(kth_largest({{{maxima, groups}}}, job.k, 1).key, kInfKey);
   const auto threshold = select_with(job, parts, lists, {{low, false, false, low}, INT32_MAX}, false);
   return *threshold;
 }
@@ -172,14 +173,15 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   if (job.numel < kMinSampled) return select_small(job, parts);
   if (job.k <= job.numel / 2) {
     // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
-    const Lists lists(parts, 4 * job.k + kMinSampled);
+    const Lists lists(parts, 4 * job.k + kMinSampled, bytes_for_sample(job.numel, job.k, job.threads));
     const bool hinted = job.hint != nullptr && *job.hint > 0;
-    const Sampled first = hinted ? guess_by_hint(*job.hint, job.numel, job.k)
-                                 : guess_by_sample(job.runs, job.numel, job.k, 0, job.residual);
+    const Sampled first =
+        hinted ? guess_by_hint(*job.hint, job.numel, job.k)
+               : guess_by_sample(job.runs, job.numel, job.k, 0, job.threads, lists.more(), job.residual);
     if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
     std::vector<TopkRun> runs = job.runs;
     for (TopkRun& run : runs) run.grad = nullptr;
-    const Sampled second = guess_by_sample(runs, job.numel, job.k, 1);
+    const Sampled second = guess_by_sample(runs, job.numel, job.k, 1, job.threads, lists.more());
     if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
   } else {
     stream(job, parts, Lists(parts, 0), kNothing, true);

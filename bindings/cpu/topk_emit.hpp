@@ -33,12 +33,9 @@ class Emitter {
   void emit(const Candidates& list, float* err, int64_t base, int32_t expected) {
     if (!job_.wide_indices) {
       const int64_t size = job_.value_dtype == Dtype::fp32 ? 4 : 2;
-      Winners winners{threshold_,
-                      expected,
-                      quota_,
-                      static_cast<char*>(job_.values) + offset_ * size,
-                      job_.value_dtype,
-                      static_cast<int32_t*>(job_.indices) + offset_,
+      Winners winners{threshold_,       expected,
+                      quota_,           static_cast<char*>(job_.values) + offset_ * size,
+                      job_.value_dtype, static_cast<int32_t*>(job_.indices) + offset_,
                       end_ - offset_};
       cleared_ += leaves().topk_emit(list, err, static_cast<int32_t>(base), &winners);
       offset_ = end_ - winners.left;

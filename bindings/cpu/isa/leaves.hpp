@@ -154,7 +154,8 @@ struct Leaves {
                       float* maxima);
   // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
   void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
-  // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more.
+  // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more, and
+  // may be x.
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
                         int64_t* inside);
   // Puts winners out in order, and mends err where it was not to be expected who wins: a run that the

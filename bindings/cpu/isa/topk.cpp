@@ -5,8 +5,8 @@
 namespace gck::GCK_ISA {
 namespace {
 
-constexpr int64_t kAhead = 8 * kLanes;  // candidates between asking for a place and writing to it
-constexpr int kBlock = 2 * kLanes;      // entries between two looks whether any of them is wanted
+constexpr int64_t kAhead = 32 * kLanes;  // candidates between asking for a place and writing to it
+constexpr int kBlock = 2 * kLanes;       // entries between two looks whether any of them is wanted
 
 // Appends the lanes in `m`; there is room for a vector.
 inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_t at) {
