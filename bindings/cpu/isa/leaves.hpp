@@ -49,17 +49,23 @@ struct ChunkTopk {
   int64_t row_stride, chunks_per_row, scales_offset, indices_offset;
 };
 
+// What the chunks before suggest: the k-th key of the next one (0: nothing yet), and how far below it
+// candidates begin. It never changes a result.
+struct ChunkGuess {
+  int32_t kth, below;
+};
+
 // One thread's working memory: each array has room for chunk_size + kChunkSlack elements.
 struct ChunkScratch {
   int32_t* maxima;      // largest key of each group of elements
   uint32_t* positions;  // of the candidates, then of the selected
-  int32_t* keys;        // of the candidates
-  float* values;        // of the selected
+  float* values;        // acc of these
   float* decoded;       // what a receiver reads of them
   uint32_t* codes;      // of the selected
   float* tree;          // sums on their way
   float* err;           // a last chunk that is cut short, padded
   float* grad;
+  ChunkGuess* guess;
 };
 constexpr int64_t kChunkSlack = 64;
 

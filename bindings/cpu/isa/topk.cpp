@@ -63,7 +63,7 @@ void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype valu
   const int32_t threshold = guess.threshold, expected = guess.expected;
   int64_t listed = out.count, ties = 0, i = 0;
   for (; i + kBlock <= count; i += kBlock) {
-    if (i % kPageEntries == 0) ask_for_pages<D>(grad, err, i);
+    if (i % kPageEntries == 0) ask_for_pages<D>(grad, i, err + i);
     Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
     if constexpr (kTies) a = canonical(a), b = canonical(b);
     if constexpr (kTies) {
