@@ -129,7 +129,7 @@ inline void bisect(Bounds& b, const float* x, int64_t count, int64_t k, int64_t 
   while (b.at_low > k + slack && b.high - b.low > 1) split(b, b.low + (b.high - b.low) / 2, x, count, k);
 }
 
-// Positions of the elements with key >= threshold, ascending; `out` has room for 3 more.
+// Positions of the elements with key >= threshold, ascending; `out` has room for a vector more.
 inline int64_t collect(const float* x, int64_t chunk, int32_t threshold, uint32_t* out) {
   uint32_t* const begin = out;
   for (int64_t i = 0; i < chunk; i += 4 * kLanes) {
@@ -139,7 +139,15 @@ inline int64_t collect(const float* x, int64_t chunk, int32_t threshold, uint32_
           key_ge(load(x + i + 2 * kLanes), threshold) | key_ge(load(x + i + 3 * kLanes), threshold) << kLanes;
       bits |= upper << 32;
     }
-    out = put_positions(bits, i, out);
+    if (__builtin_popcountll(bits) <= kLanes) {
+      out = put_positions(bits, i, out);
+      continue;
+    }
+    for (int64_t lane = 0; lane < kQuad; lane += kLanes) {
+      const Mask some = static_cast<Mask>(bits >> lane) & 0xffffu;
+      compress_index(out, some, static_cast<uint32_t>(i + lane));
+      out += __builtin_popcount(some);
+    }
   }
   return out - begin;
 }
@@ -218,7 +226,9 @@ inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const
   for (int64_t j = 0; j < candidates; ++j) s.values[j] = err[s.positions[j]];
   store(s.values + candidates, set1(0.0f));
   Bounds exact{low, top + 1, candidates, 0};
-  if (const int32_t middle = s.guess->kth; low < middle && middle < top)
+  // So many that most are equal, to what all reach.
+  if (candidates > most) split(exact, low + 1, s.values, candidates, k);
+  if (const int32_t middle = s.guess->kth; exact.low < middle && middle < exact.high)
     split(exact, middle, s.values, candidates, k);
   bisect(exact, s.values, candidates, k, 0);
   if (!wild) learn(*s.guess, exact.low, guessed, k, most);
