@@ -223,7 +223,11 @@ inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const
     low = rough.low;
     candidates = collect(err, chunk, low, s.positions);
   }
-  for (int64_t j = 0; j < candidates; ++j) s.values[j] = err[s.positions[j]];
+  if (candidates == chunk) {
+    std::memcpy(s.values, err, static_cast<size_t>(chunk) * sizeof(float));
+  } else {
+    for (int64_t j = 0; j < candidates; ++j) s.values[j] = err[s.positions[j]];
+  }
   store(s.values + candidates, set1(0.0f));
   Bounds exact{low, top + 1, candidates, 0};
   // So many that most are equal, to what all reach.
