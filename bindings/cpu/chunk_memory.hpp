@@ -9,8 +9,9 @@ namespace gck {
 
 // Memory of one thread. Pages that a chunk does not need are never touched.
 struct ThreadMemory {
-  static constexpr size_t kArrays = 9;
+  static constexpr size_t kArrays = 8;
   std::unique_ptr<float[]> memory;
+  std::unique_ptr<ChunkGuess> guess = std::make_unique<ChunkGuess>();
   ChunkScratch arrays;
 
   explicit ThreadMemory(int64_t chunk_size) {
@@ -20,13 +21,13 @@ struct ThreadMemory {
     for (size_t i = 0; i < kArrays; ++i) at[i] = memory.get() + i * room;
     arrays = {reinterpret_cast<int32_t*>(at[0]),
               reinterpret_cast<uint32_t*>(at[1]),
-              reinterpret_cast<int32_t*>(at[2]),
+              at[2],
               at[3],
-              at[4],
-              reinterpret_cast<uint32_t*>(at[5]),
+              reinterpret_cast<uint32_t*>(at[4]),
+              at[5],
               at[6],
               at[7],
-              at[8]};
+              guess.get()};
   }
 };
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
-#include <iterator>
+#include <numeric>
 
 #include "cpu/isa/leaves.hpp"
 #include "cpu/threads.hpp"
@@ -153,19 +153,29 @@ Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low,
     return select_largest(groups, k, threads);
   }
 
-  // The histogram of these, and what lies in the bin of the k-th.
-  const int bits = std::bit_width(static_cast<uint32_t>(high - low - 1));
-  const int shift = std::max(bits - kBinBits, 0);
-  std::vector<std::vector<int64_t>> counts(1, std::vector<int64_t>(size_t{1} << kBinBits));
-  for (size_t p = 0; p < parts; ++p) {
-    for (int64_t i = 0; i < inside[p]; ++i) ++counts[0][static_cast<size_t>((keys[p][i] - low) >> shift)];
+  // Bins of these, and what lies in the bin of the k-th, until that is little or a single key.
+  while (within > kFew && high - low > 1) {
+    const int bits = std::bit_width(static_cast<uint32_t>(high - low - 1));
+    const int shift = std::max(bits - kBinBits, 0);
+    const bool shared = within >= kWorthWaiting;  // else one thread does all, in one histogram
+    std::vector<std::vector<int64_t>> counts(shared ? parts : 1, std::vector<int64_t>(size_t{1} << kBinBits));
+    share_parts(static_cast<int>(parts), threads, within, [&](int t) {
+      const auto p = static_cast<size_t>(t);
+      int64_t* count = counts[shared ? p : 0].data();
+      for (int64_t i = 0; i < inside[p]; ++i) ++count[(keys[p][i] - low) >> shift];
+    });
+    const int bin = bin_of_rank(counts, 1 << kBinBits, rank);
+    low += bin << shift;
+    high = static_cast<int32_t>(std::min<int64_t>(high, int64_t{low} + (int64_t{1} << shift)));
+    share_parts(static_cast<int>(parts), threads, within, [&](int t) {
+      const auto p = static_cast<size_t>(t);
+      const auto* x = reinterpret_cast<const float*>(keys[p]);
+      shares[p].above += leaves().topk_split(x, inside[p], low, high, keys[p], &inside[p]);
+    });
+    within = std::accumulate(inside.begin(), inside.end(), int64_t{0});
   }
-  const int bin = bin_of_rank(counts, 1 << kBinBits, rank);
   std::vector<int32_t> last;
-  for (size_t p = 0; p < parts; ++p) {
-    std::copy_if(keys[p], keys[p] + inside[p], std::back_inserter(last),
-                 [&](int32_t key) { return (key - low) >> shift == bin; });
-  }
+  for (size_t p = 0; p < parts; ++p) last.insert(last.end(), keys[p], keys[p] + inside[p]);
   std::nth_element(last.begin(), last.begin() + (rank - 1), last.end(), std::greater<>());
   const int32_t kth = last[static_cast<size_t>(rank - 1)];
   int64_t quota = k;

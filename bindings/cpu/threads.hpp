@@ -43,12 +43,13 @@ void for_each_part(int parts, F f) {
   }
 }
 
+constexpr int64_t kWorthWaiting = 1 << 18;  // entries to look at, for share_parts to wake other threads
+
 // Calls f(t) for t in [0, parts) on `threads` threads, which take the next part when they are done with one:
 // a thread that shares its processor with others then takes fewer. On this thread alone where the entries to
 // look at are few: waiting for the others costs little on an idle machine, and milliseconds on a busy one.
 template <typename F>
 void share_parts(int parts, int threads, int64_t entries, F f) {
-  constexpr int64_t kWorthWaiting = 1 << 18;
   if (parts == 1 || threads == 1 || entries < kWorthWaiting) {
     const KeepDenormals guard;
     for (int t = 0; t < parts; ++t) f(t);

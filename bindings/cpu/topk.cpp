@@ -28,7 +28,7 @@ constexpr int64_t kMany = INT64_MAX;      // for share_parts: worth all threads
 constexpr int64_t kPlaceCost = 8;         // of an entry that is emitted, against one that is looked at
 
 // Lists nothing: with ties counted every NaN is the one that gck lets out, whose key is below.
-constexpr Guess kNothing{kNanKey + 1, true, false};
+constexpr Guess kNothing{kNanKey + 1, true, false, kNanKey + 1};
 
 // Streams a piece whose residual is read with options, a tile at a time.
 void stream_tiles(const TopkJob& job, Piece& piece, Guess guess) {
@@ -42,7 +42,7 @@ void stream_tiles(const TopkJob& job, Piece& piece, Guess guess) {
   }
 }
 
-// What is listed has left err but for what a winner leaves; all else is acc in err.
+// What is listed and expected to win has left err but for what a winner leaves; all else is acc in err.
 void stream(const TopkJob& job, std::vector<Part>& parts, const Lists& lists, Guess guess, bool first) {
   const Leaves& isa = leaves();
   share_parts(static_cast<int>(parts.size()), job.threads, kMany, [&](int t) {
@@ -75,8 +75,9 @@ void restore(const TopkJob& job, std::vector<Part>& parts) {
 }
 
 // All that is listed wins, and ties fill up from err, where they were left.
-void emit_with_ties(const TopkJob& job, std::vector<Part>& parts, const Selection& selection) {
-  emit_parts(job, parts, selection, kMany, [](Piece& piece, Emitter& emitter) {
+void emit_with_ties(const TopkJob& job, std::vector<Part>& parts, const Selection& selection,
+                    int32_t expected) {
+  emit_parts(job, parts, selection, kMany, [expected](Piece& piece, Emitter& emitter) {
     const Candidates& list = piece.list;
     int64_t taken = 0, at = 0;
     for (; at < piece.count && emitter.ties_left(); at += kTile) {
@@ -87,7 +88,7 @@ void emit_with_ties(const TopkJob& job, std::vector<Part>& parts, const Selectio
       emitter.scan(piece.err, at, end, piece.begin);
     }
     const Candidates rest{list.values + taken, list.indices + taken, 0, list.count - taken, 0, false};
-    emitter.emit(rest, piece.err, piece.begin);
+    emitter.emit(rest, piece.err, piece.begin, expected);
   });
 }
 
@@ -125,15 +126,16 @@ std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts,
     for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
     const Selection selection =
         select_near(segments, job.k, guess.threshold, sampled.high, lists.keys(), job.threads);
-    emit_parts(job, parts, selection, kPlaceCost * listed,
-               [](Piece& piece, Emitter& emitter) { emitter.emit(piece.list, piece.err, piece.begin); });
+    emit_parts(job, parts, selection, kPlaceCost * listed, [&](Piece& piece, Emitter& emitter) {
+      emitter.emit(piece.list, piece.err, piece.begin, guess.expected);
+    });
     return selection.threshold.key;
   }
   const bool known = !overflow && listed < job.k && job.k <= listed + ties;
   Selection selection{{guess.threshold - 1, job.k - listed}, {}};
   for (const Part& part : parts) selection.shares.push_back({part.listed, part.ties});
   if (known && all_wild_listed) {
-    emit_with_ties(job, parts, selection);
+    emit_with_ties(job, parts, selection, guess.expected);
     return selection.threshold.key;
   }
   restore(job, parts);
@@ -148,17 +150,17 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
   const int64_t size = std::max<int64_t>(1, job.numel / (4 * job.k));  // entries a group
   int64_t groups = 0;
   for (const Piece& piece : parts[0].pieces) groups += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
-  const Lists lists(parts, job.numel, 2 * groups);  // maxima, and their keys
-  float* next = lists.more();
+  const Lists lists(parts, job.numel, 2 * static_cast<size_t>(groups) * sizeof(float));  // and their keys
+  auto* const maxima = static_cast<float*>(lists.more());
+  float* next = maxima;
   for (const Piece& piece : parts[0].pieces) {
     if (job.residual) job.residual->before(piece.grad, piece.dtype, piece.err, piece.begin, piece.count);
     leaves().topk_maxima(piece.grad, piece.dtype, piece.err, piece.count, size, next);
     next += ((piece.count - 1) / (kLanes * size) + 1) * kLanes;
   }
-  auto* keys = reinterpret_cast<int32_t*>(lists.more() + groups);
-  const int32_t low = kth_largest(Segment{lists.more(), groups}, job.k, keys);
-  const auto threshold =
-      select_with(job, parts, lists, {{std::min(low, kInfKey), false, false}, INT32_MAX}, false);
+  auto* keys = reinterpret_cast<int32_t*>(maxima + groups);
+  const int32_t low = std::min(kth_largest(Segment{maxima, groups}, job.k, keys), kInfKey);
+  const auto threshold = select_with(job, parts, lists, {{low, false, false, low}, INT32_MAX}, false);
   return *threshold;
 }
 
@@ -172,14 +174,15 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   if (job.numel < kMinSampled) return select_small(job, parts);
   if (job.k <= job.numel / 2) {
     // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
-    const Lists lists(parts, 4 * job.k + kMinSampled);
+    const Lists lists(parts, 4 * job.k + kMinSampled, bytes_for_sample(job.numel, job.k, job.threads));
     const bool hinted = job.hint != nullptr && *job.hint > 0;
-    const Sampled first = hinted ? guess_by_hint(*job.hint, job.numel, job.k)
-                                 : guess_by_sample(job.runs, job.numel, job.k, 0, job.residual);
+    const Sampled first =
+        hinted ? guess_by_hint(*job.hint, job.numel, job.k)
+               : guess_by_sample(job.runs, job.numel, job.k, 0, job.threads, lists.more(), job.residual);
     if (const auto threshold = select_with(job, parts, lists, first, true)) return *threshold;
     std::vector<TopkRun> runs = job.runs;
     for (TopkRun& run : runs) run.grad = nullptr;
-    const Sampled second = guess_by_sample(runs, job.numel, job.k, 1);
+    const Sampled second = guess_by_sample(runs, job.numel, job.k, 1, job.threads, lists.more());
     if (const auto threshold = select_with(job, parts, lists, second, false)) return *threshold;
   } else {
     stream(job, parts, Lists(parts, 0), kNothing, true);

@@ -28,16 +28,14 @@ class Emitter {
         end_(slot.offset + slot.winners),
         quota_(slot.quota) {}
 
-  // Candidates that were taken out of err, a run that begins at index `base`. What a winner leaves is there
-  // already: to write it now would touch another cache line for each.
-  void emit(const Candidates& list, float* err, int64_t base) {
+  // Candidates of err, a run that begins at index `base`, that were listed with the guess that `expected` is
+  // of. What most of them leave is there already: to write it now would touch another cache line for each.
+  void emit(const Candidates& list, float* err, int64_t base, int32_t expected) {
     if (!job_.wide_indices) {
       const int64_t size = job_.value_dtype == Dtype::fp32 ? 4 : 2;
-      Winners winners{threshold_,
-                      quota_,
-                      static_cast<char*>(job_.values) + offset_ * size,
-                      job_.value_dtype,
-                      static_cast<int32_t*>(job_.indices) + offset_,
+      Winners winners{threshold_,       expected,
+                      quota_,           static_cast<char*>(job_.values) + offset_ * size,
+                      job_.value_dtype, static_cast<int32_t*>(job_.indices) + offset_,
                       end_ - offset_};
       cleared_ += leaves().topk_emit(list, err, static_cast<int32_t>(base), &winners);
       offset_ = end_ - winners.left;
@@ -46,14 +44,11 @@ class Emitter {
     }
     for (int64_t j = 0; j < list.count; ++j) {
       const float acc = list.values[j];
-      float& place = err[list.indices[j]];
       const int32_t key = key_of(acc);
-      if (key > threshold_ || (key == threshold_ && quota_ > 0)) {
-        quota_ -= key == threshold_;
-        put(acc, base + list.indices[j]);
-      } else {
-        place = residual(acc);
-      }
+      const bool wins = key > threshold_ || (key == threshold_ && quota_ > 0);
+      quota_ -= wins && key == threshold_;
+      const float left = wins ? put(acc, base + list.indices[j]) : residual(acc);
+      if (wins != (key >= expected)) err[list.indices[j]] = left;
     }
   }
 
@@ -65,9 +60,10 @@ class Emitter {
     for (int64_t at = begin; at < end; at += kTile) {
       Candidates tile{values, indices, kTile + kSpare, 0, 0, false};
       const int32_t wanted = quota_ > 0 ? threshold_ : threshold_ + 1;
-      leaves().topk_stream(nullptr, Dtype::fp32, err + at, std::min(kTile, end - at),
-                           {std::min(wanted, kInfKey), false, true}, job_.value_dtype, &tile);
-      emit(tile, err + at, base + at);
+      const int32_t key = std::min(wanted, kInfKey);
+      leaves().topk_stream(nullptr, Dtype::fp32, err + at, std::min(kTile, end - at), {key, false, true, key},
+                           job_.value_dtype, &tile);
+      emit(tile, err + at, base + at, key);
     }
   }
 

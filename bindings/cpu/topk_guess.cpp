@@ -12,8 +12,10 @@ constexpr int64_t kMaxLines = 4096;      // lines in the sample
 constexpr int64_t kSampleFraction = 64;  // at most one element in this many is sampled
 constexpr int kCoarseShift = 17;         // sampled keys are first counted in 2^14 bins
 constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
-constexpr int64_t kDense = 25;  // one entry in this many to list is many
-constexpr size_t kAhead = 24;   // lines asked for before one is looked at
+constexpr int64_t kDense = 25;               // one entry in this many to list is many
+constexpr int64_t kAhead = 24;               // lines asked for before one is looked at
+constexpr int64_t kLinesWorthWaiting = 256;  // for another thread
+constexpr int64_t kBehind = 32;              // that lists need room for behind their last entry
 constexpr float kHintMargin = 0.96f;
 
 // As many lines as pay: a line costs about a dozen times what it takes to list an entry and to put it back.
@@ -40,24 +42,41 @@ struct Line {
   int64_t length;
 };
 
+// Memory of a sample, in that of the caller: fresh pages would take longer than the sampling.
 struct Sample {
-  int64_t lines;
-  std::vector<float> acc;              // kLine a line; zeros where a line lies past its run's end
-  std::vector<uint32_t> coarse_count;  // by key >> kCoarseShift
+  int64_t lines, size;
+  int parts;                // threads at work
+  Line* places;             // of each line
+  float* acc;               // kLine a line; zeros where a line lies past its run's end
+  uint32_t* coarse_counts;  // kCoarseBins a part, by key >> kCoarseShift
+  float* values;            // of those that may be asked for, with their positions and keys
+  uint32_t* positions;
+  int32_t* keys;
+
+  Sample(int64_t numel, int64_t k, int threads, void* memory)
+      : lines(lines_for(numel, k)), size(lines * kLine), parts(lines < kLinesWorthWaiting ? 1 : threads) {
+    const auto start = reinterpret_cast<uintptr_t>(memory);
+    const auto take = [&](int64_t count, size_t each) {
+      bytes += static_cast<size_t>(count) * each;
+      return reinterpret_cast<void*>(start + bytes - static_cast<size_t>(count) * each);
+    };
+    places = static_cast<Line*>(take(lines, sizeof(Line)));
+    acc = static_cast<float*>(take(size, sizeof(float)));
+    coarse_counts = static_cast<uint32_t*>(take(int64_t{parts} * kCoarseBins, sizeof(uint32_t)));
+    values = static_cast<float*>(take(size + kBehind, sizeof(float)));
+    positions = static_cast<uint32_t*>(take(size + kBehind, sizeof(uint32_t)));
+    keys = static_cast<int32_t*>(take(size, sizeof(int32_t)));
+  }
+
+  size_t bytes = 0;
 };
 
-Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t lines, int draw,
-                   const ResidualPass* residual) {
-  const Leaves& isa = leaves();
-  Sample sample{lines, {}, {}};
-  const int64_t stride = std::max<int64_t>(1, numel / kLine / lines);
-  sample.acc.resize(static_cast<size_t>(lines * kLine));
-  sample.coarse_count.resize(kCoarseBins);
-  // Where each line lies, first of all: memory answers while others are being asked for.
-  std::vector<Line> places;
+// Where the lines [first, last) lie.
+void find_lines(const std::vector<TopkRun>& runs, int64_t stride, int draw, int64_t first, int64_t last,
+                Line* places) {
   auto run = runs.begin();
   int64_t begin = 0;  // of the run
-  for (int64_t line = 0; line < lines; ++line) {
+  for (int64_t line = first; line < last; ++line) {
     const uint64_t seed = static_cast<uint64_t>(line) | static_cast<uint64_t>(draw) << 32;
     const auto jitter = static_cast<int64_t>(hash(seed) % static_cast<uint64_t>(stride));
     const int64_t at = (line * stride + jitter) * kLine;
@@ -65,29 +84,43 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
     const int64_t inside = std::max<int64_t>(0, std::min(at - begin, run->numel - kLine));
     const int64_t size = run->grad_dtype == Dtype::fp32 ? 4 : 2;
     const auto* grad = static_cast<const char*>(run->grad);
-    places.push_back({grad == nullptr ? nullptr : grad + inside * size, run->grad_dtype, run->err + inside,
-                      std::min(kLine, run->numel)});
+    places[line] = {grad == nullptr ? nullptr : grad + inside * size, run->grad_dtype, run->err + inside,
+                    std::min(kLine, run->numel)};
   }
-  float* acc = sample.acc.data();
-  for (size_t i = 0; i < places.size(); ++i, acc += kLine) {
-    if (i + kAhead < places.size()) {
-      __builtin_prefetch(places[i + kAhead].grad);
-      __builtin_prefetch(places[i + kAhead].err);
+}
+
+void ask_for(const Line& line) {
+  __builtin_prefetch(line.grad);
+  __builtin_prefetch(line.err);
+}
+
+void take_sample(Sample& sample, const std::vector<TopkRun>& runs, int64_t numel, int draw,
+                 const ResidualPass* residual) {
+  const Leaves& isa = leaves();
+  const int64_t stride = std::max<int64_t>(1, numel / kLine / sample.lines);
+  for_each_part(sample.parts, [&](int t) {
+    const auto [first, last] = part_of(sample.lines, sample.parts, t, 1);
+    uint32_t* counts = sample.coarse_counts + t * kCoarseBins;
+    std::fill_n(counts, kCoarseBins, 0);
+    // All places first of all: memory answers while others are being asked for.
+    find_lines(runs, stride, draw, first, last, sample.places);
+    for (int64_t i = first; i < std::min(first + kAhead, last); ++i) ask_for(sample.places[i]);
+    for (int64_t i = first; i < last; ++i) {
+      if (i + kAhead < last) ask_for(sample.places[i + kAhead]);
+      const Line& line = sample.places[i];
+      float* acc = sample.acc + i * kLine;
+      if (line.length < kLine) std::fill_n(acc, kLine, 0.0f);
+      if (line.grad == nullptr) {
+        std::copy_n(line.err, line.length, acc);
+      } else {
+        float err[kLine];
+        std::copy_n(line.err, line.length, err);
+        if (residual != nullptr) residual->read(err, line.length);
+        isa.add(line.grad, line.dtype, err, line.length, acc);
+      }
+      for (int64_t j = 0; j < kLine; ++j) ++counts[key_of(acc[j]) >> kCoarseShift];
     }
-    const Line& line = places[i];
-    if (line.grad == nullptr) {
-      std::copy_n(line.err, line.length, acc);
-    } else {
-      float err[kLine];
-      std::copy_n(line.err, line.length, err);
-      if (residual != nullptr) residual->read(err, line.length);
-      isa.add(line.grad, line.dtype, err, line.length, acc);
-    }
-    for (int64_t j = 0; j < kLine; ++j) {
-      ++sample.coarse_count[static_cast<size_t>(key_of(acc[j]) >> kCoarseShift)];
-    }
-  }
-  return sample;
+  });
 }
 
 }  // namespace
@@ -95,10 +128,11 @@ Sample take_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t line
 // The sample's entry of rank f + 5 sqrt(sum of c^2) + 8, where f is the expected rank of the k-th entry and
 // c the number of entries that a line has above rank f: entries of a line are not independent, and c^2
 // measures how clustered they are. Lines are hashed, so that no period of the gradient aligns with them.
-Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int draw,
-                        const ResidualPass* residual) {
-  const Sample sample = take_sample(runs, numel, lines_for(numel, k), draw, residual);
-  const int64_t size = sample.lines * kLine;
+Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t k, int draw, int threads,
+                        void* memory, const ResidualPass* residual) {
+  Sample sample(numel, k, threads, memory);
+  take_sample(sample, runs, numel, draw, residual);
+  const int64_t size = sample.size;
   const double expected = static_cast<double>(k) / static_cast<double>(numel) * static_cast<double>(size);
   const auto clamped = [&](double rank) {
     return static_cast<int64_t>(std::clamp(std::ceil(rank), 1.0, static_cast<double>(size)));
@@ -107,29 +141,25 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
   const int64_t farthest = clamped(expected + 5 * std::sqrt((expected + 1) * kLine) + 8);
   int bin = kCoarseBins - 1;
   for (int64_t above = 0; bin > 0; --bin) {
-    above += sample.coarse_count[static_cast<size_t>(bin)];
+    for (int t = 0; t < sample.parts; ++t) above += sample.coarse_counts[t * kCoarseBins + bin];
     if (above >= farthest) break;
   }
-  std::vector<float> values(sample.acc.size() + 32);
-  std::vector<uint32_t> positions(sample.acc.size() + 32);
-  Candidates top{values.data(), positions.data(), size, 0, 0, false};
-  leaves().topk_collect(sample.acc.data(), size, static_cast<int32_t>(bin) << kCoarseShift, &top);
+  Candidates top{sample.values, sample.positions, size, 0, 0, false};
+  leaves().topk_collect(sample.acc, size, static_cast<int32_t>(bin) << kCoarseShift, &top);
 
-  std::vector<int32_t> keys(static_cast<size_t>(top.count));
-  std::transform(values.begin(), values.begin() + top.count, keys.begin(), key_of);
+  int32_t *const keys = sample.keys, *const keys_end = keys + top.count;
+  std::transform(top.values, top.values + top.count, keys, key_of);
   const auto key_of_rank = [&](int64_t rank) {
-    const auto place = keys.begin() + (std::clamp<int64_t>(rank, 1, top.count) - 1);
-    std::nth_element(keys.begin(), place, keys.end(), std::greater<>());
+    int32_t* place = keys + (std::clamp<int64_t>(rank, 1, top.count) - 1);
+    std::nth_element(keys, place, keys_end, std::greater<>());
     return *place;
   };
   const int32_t middle = key_of_rank(clamped(expected));
   double squares = 0;
   for (int64_t j = 0; j < top.count;) {
-    const uint32_t line = positions[static_cast<size_t>(j)] / kLine;
+    const uint32_t line = top.indices[j] / kLine;
     double hits = 0;
-    for (; j < top.count && positions[static_cast<size_t>(j)] / kLine == line; ++j) {
-      hits += key_of(values[static_cast<size_t>(j)]) >= middle;
-    }
+    for (; j < top.count && top.indices[j] / kLine == line; ++j) hits += key_of(top.values[j]) >= middle;
     squares += hits * hits;
   }
   const double margin = 5 * std::sqrt(squares) + 8;
@@ -137,16 +167,20 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
   const int32_t low = key_of_rank(rank), highest = key_of_rank(clamped(expected - margin));
   // Too few of the sample lie above for a bound: none.
   const int32_t high = expected > margin + 1 ? highest + 1 : INT32_MAX;
-  const int64_t equal = std::count(keys.begin(), keys.end(), low);
-  if (equal > rank / 4 + kLine) return {{low + 1, true, false}, std::max(high, low + 2)};
-  return {{std::min(low, kInfKey), false, k > numel / kDense},
-          high};  // whatever is not finite always reaches the list
+  const int64_t equal = std::count(keys, keys_end, low);
+  if (equal > rank / 4 + kLine) return {{low + 1, true, false, low + 1}, std::max(high, low + 2)};
+  // Whatever is not finite always reaches the list.
+  return {{std::min(low, kInfKey), false, k > numel / kDense, std::min(middle, kInfKey)}, high};
+}
+
+size_t bytes_for_sample(int64_t numel, int64_t k, int threads) {
+  return Sample(numel, k, threads, nullptr).bytes;
 }
 
 Sampled guess_by_hint(int32_t key, int64_t numel, int64_t k) {
   const int32_t last = std::min(key, kInfKey);
   const int32_t low = key_of(float_of(static_cast<uint32_t>(last)) * kHintMargin);
-  return {{low, false, k > numel / kDense}, last + (last - low)};
+  return {{low, false, k > numel / kDense, last}, last + (last - low)};
 }
 
 }  // namespace gck

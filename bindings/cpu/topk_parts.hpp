@@ -65,9 +65,9 @@ inline std::vector<Part> parts_of(const TopkJob& job) {
 // Memory of the lists: one a part, shared by its pieces, and keys for refining.
 class Lists {
  public:
-  // `more`: floats of memory for whoever needs some.
-  Lists(const std::vector<Part>& parts, int64_t capacity, int64_t more = 0)
-      : scratch_(bytes(parts, capacity) + Scratch::padded(static_cast<size_t>(more) * sizeof(float))) {
+  // `more`: bytes of memory for whoever needs some.
+  Lists(const std::vector<Part>& parts, int64_t capacity, size_t more = 0)
+      : scratch_(bytes(parts, capacity) + Scratch::padded(more)) {
     size_t total = 0;
     for (const Part& part : parts) {
       const int64_t room = std::min(part.count, capacity) + kSpare;
@@ -78,12 +78,12 @@ class Lists {
       total += slots;
     }
     keys_ = static_cast<int32_t*>(scratch_.region(total * sizeof(int32_t)));
-    more_ = static_cast<float*>(scratch_.region(static_cast<size_t>(more) * sizeof(float)));
+    more_ = scratch_.region(more);
   }
 
   const Candidates& room(size_t part) const { return rooms_[part]; }
   int32_t* keys() const { return keys_; }
-  float* more() const { return more_; }
+  void* more() const { return more_; }
 
  private:
   static size_t bytes(const std::vector<Part>& parts, int64_t capacity) {
@@ -99,7 +99,7 @@ class Lists {
   Scratch scratch_;
   std::vector<Candidates> rooms_;
   int32_t* keys_;
-  float* more_;
+  void* more_;
 };
 
 }  // namespace gck

@@ -1,6 +1,8 @@
 // A chunk stays in the nearest caches from the moment that acc is made until its residual is done:
-// acc to err with the largest key of each group of elements; a threshold that k groups reach, so at least
-// k elements do; the positions of those; the exact k-th key among them; the selected entries to the row.
+// acc to err, with the positions of what reaches a key that the chunks before suggest; the exact k-th key
+// among these; the selected entries to the row. Where too few or too many reach it, a threshold comes from
+// the largest key of each group of elements: k groups reach it, so at least k elements do. No result depends
+// on the guess.
 #include "cpu/isa/chunk_topk.hpp"
 
 #include "cpu/isa/chunk_values.hpp"
@@ -12,8 +14,7 @@ namespace {
 // From this magnitude on (2^96), NaN, infinities and sums or roundings that overflow are possible.
 constexpr int32_t kWildKey = (96 + 127) << 23;
 constexpr int64_t kMaxDepth = 16;
-// What is fetched ahead of the next chunk; the hardware does well where it reads on and on.
-constexpr int64_t kAhead = 4096;
+constexpr int64_t kQuad = 4 * kLanes;  // elements that are looked at together
 
 // Vectors whose lanes share a group: sixteen groups of `depth` elements each. About four groups an entry
 // make the threshold tight; at least one is needed.
@@ -23,12 +24,48 @@ inline int64_t group_depth(int64_t chunk, int64_t k) {
   return depth;
 }
 
+// How far below what is expected candidates begin. Differences of keys are ratios of magnitudes, more or
+// less.
+constexpr int32_t kLeastBelow = 1 << 14, kFirstBelow = 3 << 18, kMostBelow = 1 << 23;  // up to half of it
+
+inline int32_t threshold_of(const ChunkGuess& guess) {
+  if (guess.kth == 0) return INT32_MAX;
+  return guess.kth - guess.below > 1 ? guess.kth - guess.below : 1;
+}
+
+// From a chunk with this k-th key, of which so many reached the threshold; useful are k to `most`.
+inline void learn(ChunkGuess& guess, int32_t kth, int64_t candidates, int64_t k, int64_t most) {
+  if (guess.kth == 0) {
+    guess = {kth, kFirstBelow};
+    return;
+  }
+  const bool useful = candidates >= k && candidates <= most;
+  guess.kth = useful ? guess.kth + (kth - guess.kth) / 4 : kth;
+  int32_t below = guess.below;
+  below += candidates < k           ? below / 2
+           : candidates < k + k / 4 ? below / 4
+           : candidates > 2 * k     ? -below / 8
+                                    : 0;
+  guess.below = below < kLeastBelow ? kLeastBelow : below > kMostBelow ? kMostBelow : below;
+}
+
+// Appends base + the position of each bit; there is room for 3 more. Four at a time without a branch: fewer
+// than two are usual.
+inline uint32_t* put_positions(uint64_t bits, int64_t base, uint32_t* out) {
+  uint32_t* const end = out + __builtin_popcountll(bits);
+  do {
+    for (int j = 0; j < 4; ++j) {
+      *out++ = static_cast<uint32_t>(base) + lowest_bit(bits);
+      bits &= bits - 1;
+    }
+  } while (bits);
+  return end;
+}
+
+// acc to err, with the largest key of each group.
 template <Dtype D>
 inline void accumulate(const void* grad, int64_t at, float* err, int64_t chunk, int64_t depth,
                        int32_t* maxima) {
-  constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
-  [[maybe_unused]] const auto next =
-      reinterpret_cast<uintptr_t>(grad) + static_cast<uintptr_t>((at + chunk) * size);
   for (int64_t i = 0; i < chunk; maxima += kLanes) {
     Vec best = set1(0.0f);
     for (int64_t stop = i + depth * kLanes; i < stop; i += kLanes) {
@@ -36,16 +73,42 @@ inline void accumulate(const void* grad, int64_t at, float* err, int64_t chunk, 
       best = max_key(best, acc);
       if constexpr (D == Dtype::none) continue;
       store(err + i, acc);
-      if (i < kAhead)
-        __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i * size)), 0, 2);
+      if ((at + i) % kPageEntries == 0) ask_for_pages<D>(grad, at + i, err + i);
     }
     store(reinterpret_cast<float*>(maxima), best);
   }
 }
 
-inline int64_t count_reaching(const int32_t* keys, int64_t count, int32_t threshold) {
-  int32_t reaching = 0;
-  for (int64_t i = 0; i < count; ++i) reaching += keys[i] >= threshold;
+// The same where groups are whole quadruples of vectors, with the positions of what reaches the threshold.
+// Returns how many there are; where they are more than `most`, some number above it.
+template <Dtype D>
+inline int64_t accumulate_and_collect(const void* grad, int64_t at, float* err, int64_t chunk, int64_t depth,
+                                      int32_t* maxima, int32_t threshold, uint32_t* positions, int64_t most) {
+  uint32_t *out = positions, *const last = positions + most;
+  for (int64_t i = 0; i < chunk; maxima += kLanes) {
+    Vec best = set1(0.0f);
+    for (int64_t stop = i + depth * kLanes; i < stop; i += kQuad) {
+      if constexpr (D != Dtype::none) {
+        if ((at + i) % kPageEntries == 0) ask_for_pages<D>(grad, at + i, err + i);
+      }
+      uint64_t bits = 0;
+      for (int64_t lane = 0; lane < kQuad; lane += kLanes) {
+        const Vec acc = add(load_as<D>(grad, at + i + lane), load(err + i + lane));
+        if constexpr (D != Dtype::none) store(err + i + lane, acc);
+        best = max_key(best, acc);
+        bits |= static_cast<uint64_t>(key_ge(acc, threshold)) << lane;
+      }
+      if (out <= last) out = put_positions(bits, i, out);
+    }
+    store(reinterpret_cast<float*>(maxima), best);
+  }
+  return out - positions;
+}
+
+// Of `count` numbers, and zeros behind them up to a whole vector; threshold > 0.
+inline int64_t count_reaching(const float* x, int64_t count, int32_t threshold) {
+  int64_t reaching = 0;
+  for (int64_t i = 0; i < count; i += kLanes) reaching += __builtin_popcount(key_ge(load(x + i), threshold));
   return reaching;
 }
 
@@ -55,22 +118,21 @@ struct Bounds {
   int64_t at_low, above;
 };
 
-// Halves the interval until at most k + slack keys reach its low end, or it has no inside.
-inline void bisect(Bounds& b, const int32_t* keys, int64_t count, int64_t k, int64_t slack) {
-  while (b.at_low > k + slack && b.high - b.low > 1) {
-    const int32_t middle = b.low + (b.high - b.low) / 2;
-    const int64_t reaching = count_reaching(keys, count, middle);
-    if (reaching >= k) {
-      b.low = middle;
-      b.at_low = reaching;
-    } else {
-      b.high = middle;
-      b.above = reaching;
-    }
-  }
+inline void split(Bounds& b, int32_t key, const float* x, int64_t count, int64_t k) {
+  const int64_t reaching = count_reaching(x, count, key);
+  const bool enough = reaching >= k;
+  b.low = enough ? key : b.low;
+  b.at_low = enough ? reaching : b.at_low;
+  b.high = enough ? b.high : key;
+  b.above = enough ? b.above : reaching;
 }
 
-// Positions of the elements with key >= threshold, ascending; `out` has room for 3 more.
+// Halves the interval until at most k + slack keys of x reach its low end, or it has no inside.
+inline void bisect(Bounds& b, const float* x, int64_t count, int64_t k, int64_t slack) {
+  while (b.at_low > k + slack && b.high - b.low > 1) split(b, b.low + (b.high - b.low) / 2, x, count, k);
+}
+
+// Positions of the elements with key >= threshold, ascending; `out` has room for a vector more.
 inline int64_t collect(const float* x, int64_t chunk, int32_t threshold, uint32_t* out) {
   uint32_t* const begin = out;
   for (int64_t i = 0; i < chunk; i += 4 * kLanes) {
@@ -80,41 +142,34 @@ inline int64_t collect(const float* x, int64_t chunk, int32_t threshold, uint32_
           key_ge(load(x + i + 2 * kLanes), threshold) | key_ge(load(x + i + 3 * kLanes), threshold) << kLanes;
       bits |= upper << 32;
     }
-    if (i < kAhead) {
-      for (int64_t line = 0; line < 4 * kLanes; line += kLanes)
-        __builtin_prefetch(x + chunk + i + line, 1, 2);
+    if (__builtin_popcountll(bits) <= kLanes) {
+      out = put_positions(bits, i, out);
+      continue;
     }
-    // Four at a time without a branch: fewer than two are usual.
-    const int found = __builtin_popcountll(bits);
-    uint32_t* at = out;
-    do {
-      for (int j = 0; j < 4; ++j) {
-        *at++ = static_cast<uint32_t>(i) + lowest_bit(bits);
-        bits &= bits - 1;
-      }
-    } while (bits);
-    out += found;
+    for (int64_t lane = 0; lane < kQuad; lane += kLanes) {
+      const Mask some = static_cast<Mask>(bits >> lane) & 0xffffu;
+      compress_index(out, some, static_cast<uint32_t>(i + lane));
+      out += __builtin_popcount(some);
+    }
   }
   return out - begin;
 }
 
-// Keeps the positions of the k largest of `count` candidates, in order; ties go to the lower index.
-inline void keep_largest(uint32_t* positions, const int32_t* keys, int64_t count, const Bounds& exact,
-                         int64_t k) {
-  int64_t kept = 0;
-  if (exact.at_low == k) {
-    for (int64_t j = 0; j < count; ++j) {
-      positions[kept] = positions[j];
-      kept += keys[j] >= exact.low;
+// Keeps the k largest of `count` candidates, in order; ties go to the lower index.
+inline void keep_largest(uint32_t* positions, float* acc, int64_t count, const Bounds& exact, int64_t k) {
+  int64_t kept = 0, quota = k - exact.above;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec x = load(acc + j);
+    const Mask live = count - j >= kLanes ? 0xffffu : (1u << (count - j)) - 1;
+    const Mask reach = key_ge(x, exact.low) & live;
+    Mask wins = reach;
+    if (exact.at_low != k) {
+      wins = key_ge(x, exact.low + 1) & live;
+      for (Mask ties = reach & ~wins; ties && quota; ties &= ties - 1, --quota) wins |= ties & -ties;
     }
-    return;
-  }
-  int64_t quota = k - exact.above;
-  for (int64_t j = 0; j < count; ++j) {
-    const bool tie = keys[j] == exact.low && quota > 0;
-    positions[kept] = positions[j];
-    kept += keys[j] > exact.low || tie;
-    quota -= tie;
+    compress(acc + kept, wins, x);
+    compress_words(positions + kept, wins, positions + j, 0);
+    kept += __builtin_popcount(wins);
   }
 }
 
@@ -145,7 +200,14 @@ template <Dtype D>
 inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const void* grad, int64_t at,
                               float* err, int64_t k, const ChunkRow& row) {
   const int64_t chunk = job.chunk_size, depth = group_depth(chunk, job.k), groups = chunk / depth;
-  accumulate<D>(grad, at, err, chunk, depth, s.maxima);
+  const int64_t most = 3 * job.k + kLanes;
+  int32_t low = threshold_of(*s.guess);
+  int64_t candidates = 0;
+  if (depth * kLanes >= kQuad) {
+    candidates = accumulate_and_collect<D>(grad, at, err, chunk, depth, s.maxima, low, s.positions, most);
+  } else {
+    accumulate<D>(grad, at, err, chunk, depth, s.maxima);
+  }
   int32_t least = INT32_MAX, top = 0;
   for (int64_t i = 0; i < groups; ++i) {
     least = s.maxima[i] < least ? s.maxima[i] : least;
@@ -157,16 +219,28 @@ inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const
     top = top < kNanKey ? top : kNanKey;
     least = least < kNanKey ? least : kNanKey;
   }
-  Bounds rough{least, top + 1, groups, 0};
-  bisect(rough, s.maxima, groups, k, k / 4);
+  const int64_t guessed = candidates;
+  if (wild || candidates < k || candidates > most) {
+    Bounds rough{least, top + 1, groups, 0};
+    bisect(rough, reinterpret_cast<const float*>(s.maxima), groups, k, k / 4);
+    low = rough.low;
+    candidates = collect(err, chunk, low, s.positions);
+  }
+  if (candidates == chunk) {
+    std::memcpy(s.values, err, static_cast<size_t>(chunk) * sizeof(float));
+  } else {
+    for (int64_t j = 0; j < candidates; ++j) s.values[j] = err[s.positions[j]];
+  }
+  store(s.values + candidates, set1(0.0f));
+  Bounds exact{low, top + 1, candidates, 0};
+  // So many that most are equal, to what all reach.
+  if (candidates > most) split(exact, low + 1, s.values, candidates, k);
+  if (const int32_t middle = s.guess->kth; exact.low < middle && middle < exact.high)
+    split(exact, middle, s.values, candidates, k);
+  bisect(exact, s.values, candidates, k, 0);
+  if (!wild) learn(*s.guess, exact.low, guessed, k, most);
+  keep_largest(s.positions, s.values, candidates, exact, k);
 
-  const int64_t candidates = collect(err, chunk, rough.low, s.positions);
-  for (int64_t j = 0; j < candidates; ++j) s.keys[j] = key_of(err[s.positions[j]]);
-  Bounds exact{rough.low, top + 1, candidates, 0};
-  bisect(exact, s.keys, candidates, k, 0);
-  keep_largest(s.positions, s.keys, candidates, exact, k);
-
-  for (int64_t j = 0; j < k; ++j) s.values[j] = err[s.positions[j]];
   for (int64_t j = k; j < job.k; ++j) s.values[j] = 0.0f, s.positions[j] = 0;
   put_values(job, s, k, top, row);
   put_indices(job, s.positions, row);

@@ -10,12 +10,15 @@ namespace gck {
 
 // What the stream lists: entries with key >= threshold. With `ties`, it counts those just below, too: where
 // very many entries are equal, listing them all would be in vain. `dense`: most vectors hold some to list.
+// What reaches `expected`, a key in [threshold, kInfKey] or the threshold, is likely to win.
 struct Guess {
   int32_t threshold;
   bool ties, dense;
+  int32_t expected;
 };
 
-// Entries taken out of a run of err: acc and position relative to the run.
+// Entries of a run: acc and position. In err those that were expected to win left what a winner leaves, and
+// the others acc.
 struct Candidates {
   float* values;
   uint32_t* indices;
@@ -28,6 +31,7 @@ struct Candidates {
 // Where winners among candidates go; moves along as they are put there.
 struct Winners {
   int32_t threshold;  // keys above it win, and the first `quota` of those equal to it
+  int32_t expected;   // of the guess that the candidates were listed with
   int64_t quota;
   void* values;  // room for `left`
   Dtype value_dtype;
@@ -45,17 +49,23 @@ struct ChunkTopk {
   int64_t row_stride, chunks_per_row, scales_offset, indices_offset;
 };
 
+// What the chunks before suggest: the k-th key of the next one (0: nothing yet), and how far below it
+// candidates begin. It never changes a result.
+struct ChunkGuess {
+  int32_t kth, below;
+};
+
 // One thread's working memory: each array has room for chunk_size + kChunkSlack elements.
 struct ChunkScratch {
   int32_t* maxima;      // largest key of each group of elements
   uint32_t* positions;  // of the candidates, then of the selected
-  int32_t* keys;        // of the candidates
-  float* values;        // of the selected
+  float* values;        // acc of these
   float* decoded;       // what a receiver reads of them
   uint32_t* codes;      // of the selected
   float* tree;          // sums on their way
   float* err;           // a last chunk that is cut short, padded
   float* grad;
+  ChunkGuess* guess;
 };
 constexpr int64_t kChunkSlack = 64;
 
@@ -160,9 +170,10 @@ struct BlockSums {
 struct Leaves {
   const char* name;
 
-  // err[i] += grad[i] for `count` entries (no grad: err as it is). Those with key >= threshold move to the
-  // candidates, and what a winner leaves stays in err: the rounding error of value_dtype, 0 where that is not
-  // finite. When the list is full the rest stay as they are, and overflow is set.
+  // err[i] += grad[i] for `count` entries (no grad: err as it is). Those with key >= threshold go to the
+  // candidates, and of those expected to win only what a winner leaves stays in err: the rounding error of
+  // value_dtype, 0 where that is not finite. When the list is full the rest stay as they are, and overflow is
+  // set.
   void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess,
                       Dtype value_dtype, Candidates* out);
   // err[i] += grad[i]; maxima[16 * b + lane] becomes the largest magnitude of that lane in the
@@ -171,11 +182,13 @@ struct Leaves {
                       float* maxima);
   // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
   void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
-  // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more.
+  // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more, and
+  // may be x.
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
                         int64_t* inside);
-  // Puts winners out in order, and losers that are finite back to err, a run that the candidates come from
-  // and whose first entry has index `base`. Returns the number of entries that left what is not finite.
+  // Puts winners out in order, and mends err where it was not to be expected who wins: a run that the
+  // candidates come from and whose first entry has index `base`. Returns the number of entries that left what
+  // is not finite.
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);

@@ -5,8 +5,9 @@
 namespace gck::GCK_ISA {
 namespace {
 
-constexpr int64_t kAhead = 8 * kLanes;  // candidates between asking for a place and writing to it
-constexpr int kBlock = 2 * kLanes;      // entries between two looks whether any of them is wanted
+constexpr int64_t kAhead = 32 * kLanes;  // candidates between asking for a place and writing to it
+constexpr int kBlock = 2 * kLanes;       // entries between two looks whether any of them is wanted
+
 // Appends the lanes in `m`; there is room for a vector.
 inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_t at) {
   compress(out.values + count, m, canonical(acc));
@@ -30,25 +31,24 @@ inline float left_by(float acc, Dtype value_dtype) {
 
 // `put` for entries of a block that lies in err already, one by one: the fastest where there is hardly ever
 // more than one.
-inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err, int64_t at,
+inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err, int64_t at, int32_t expected,
                        Dtype value_dtype) {
   for (; m; m &= m - 1, ++count) {
     const int lane = __builtin_ctz(m);
     const float acc = err[lane];
     out.values[count] = acc == acc ? acc : float_of(kNanKey);
     out.indices[count] = static_cast<uint32_t>(at + lane);
-    err[lane] = left_by(acc, value_dtype);
+    err[lane] = key_of(acc) >= expected ? left_by(acc, value_dtype) : acc;
   }
   return count;
 }
 
-// Losers go back to places that lie far apart: memory is asked for several at a time.
-inline void ask_for_losers(const Candidates& list, const float* err, int64_t j, int32_t threshold) {
+// What is to be mended lies far apart: memory is asked for several at a time.
+inline void ask_for_mended(const Candidates& list, const float* err, int64_t j, const Winners& to) {
   if (j + kLanes > list.count) return;
   const Vec acc = load(list.values + j);
-  // What is not finite goes nowhere.
-  for (Mask lose = ~(key_ge(acc, threshold) | key_ge(acc, kInfKey)) & 0xffffu; lose; lose &= lose - 1) {
-    __builtin_prefetch(err + list.indices[j + __builtin_ctz(lose)], 1);
+  for (Mask mend = key_ge(acc, to.threshold) ^ key_ge(acc, to.expected); mend; mend &= mend - 1) {
+    __builtin_prefetch(err + list.indices[j + __builtin_ctz(mend)], 1);
   }
 }
 
@@ -59,10 +59,11 @@ inline Vec accumulated(const void* grad, const float* err, int64_t i) {
 }
 
 template <Dtype D, bool kGrad, bool kTies, bool kDense>
-void stream(const void* grad, float* err, int64_t count, int32_t threshold, Dtype value_dtype,
-            Candidates& out) {
+void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype value_dtype, Candidates& out) {
+  const int32_t threshold = guess.threshold, expected = guess.expected;
   int64_t listed = out.count, ties = 0, i = 0;
   for (; i + kBlock <= count; i += kBlock) {
+    if (i % kPageEntries == 0) ask_for_pages<D>(grad, i, err + i);
     Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
     if constexpr (kTies) a = canonical(a), b = canonical(b);
     if constexpr (kTies) {
@@ -76,12 +77,12 @@ void stream(const void* grad, float* err, int64_t count, int32_t threshold, Dtyp
         const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
         if constexpr (kDense) {
           listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
-          a = select(in_a, left_by(canonical(a), value_dtype), a);
-          b = select(in_b, left_by(canonical(b), value_dtype), b);
+          a = select(key_ge(a, expected), left_by(canonical(a), value_dtype), a);
+          b = select(key_ge(b, expected), left_by(canonical(b), value_dtype), b);
         } else {
           store(err + i, a);
           store(err + i + kLanes, b);
-          listed = put_few(out, listed, in_a | in_b << kLanes, err + i, i, value_dtype);
+          listed = put_few(out, listed, in_a | in_b << kLanes, err + i, i, expected, value_dtype);
           continue;
         }
       }
@@ -101,7 +102,7 @@ void stream(const void* grad, float* err, int64_t count, int32_t threshold, Dtyp
       out.overflow = true;
     } else if (in) {
       listed = put(out, listed, in, acc, i);
-      acc = select(in, left_by(canonical(acc), value_dtype), acc);
+      acc = select(key_ge(acc, expected), left_by(canonical(acc), value_dtype), acc);
     }
     store_part(err + i, acc, rest);
   }
@@ -145,9 +146,9 @@ void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, Guess
   with_dtype(dtype, [&]<Dtype D>() {
     const auto run = [&]<bool kGrad>() {
       // Where ties are counted few entries are listed, or a vector's worth at a time.
-      guess.ties    ? stream<D, kGrad, true, false>(grad, err, count, guess.threshold, value_dtype, *out)
-      : guess.dense ? stream<D, kGrad, false, true>(grad, err, count, guess.threshold, value_dtype, *out)
-                    : stream<D, kGrad, false, false>(grad, err, count, guess.threshold, value_dtype, *out);
+      guess.ties    ? stream<D, kGrad, true, false>(grad, err, count, guess, value_dtype, *out)
+      : guess.dense ? stream<D, kGrad, false, true>(grad, err, count, guess, value_dtype, *out)
+                    : stream<D, kGrad, false, false>(grad, err, count, guess, value_dtype, *out);
     };
     grad == nullptr ? run.template operator()<false>() : run.template operator()<true>();
   });
@@ -194,7 +195,7 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
   auto* indices = reinterpret_cast<uint32_t*>(to.indices);
   int64_t nonfinite = 0;
   for (int64_t j = 0; j < list.count; j += kLanes) {
-    ask_for_losers(list, err, j + kAhead, to.threshold);
+    ask_for_mended(list, err, j + kAhead, to);
     const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
     const Vec acc = load(list.values + j);
     const Mask reach = key_ge(acc, to.threshold) & live;
@@ -204,9 +205,15 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
     // Rounding makes some finite winners infinite.
     const Mask grown = dtype == Dtype::fp32 ? wild : (key_ge(rounded(acc, dtype), kInfKey) & wins) | wild;
     nonfinite += __builtin_popcount(grown);
-    for (Mask lose = live & ~wins & ~wild; lose; lose &= lose - 1) {
+    // Whatever is not finite was expected to win.
+    const Mask expected = key_ge(acc, to.expected) & live;
+    for (Mask lose = expected & ~wins & ~wild; lose; lose &= lose - 1) {
       const int lane = __builtin_ctz(lose);
       err[list.indices[j + lane]] = list.values[j + lane];
+    }
+    for (Mask win = wins & ~expected; win; win &= win - 1) {
+      const int lane = __builtin_ctz(win);
+      err[list.indices[j + lane]] = left_by(list.values[j + lane], dtype);
     }
     const auto taken = static_cast<size_t>(__builtin_popcount(wins));
     const bool room = to.left >= kLanes;

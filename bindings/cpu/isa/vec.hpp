@@ -359,6 +359,16 @@ inline Vec load_as(const void* base, int64_t i) {
   if constexpr (D == Dtype::none) return set1(-0.0f);  // x + (-0.0) is x for every x
 }
 
+// The hardware reads ahead within a page, and at the next one waits for its address to be translated. A loop
+// over grad[at] and err that calls this every kPageEntries has that done while there are two pages before it.
+constexpr int64_t kPageEntries = 1024;
+template <Dtype D>
+inline void ask_for_pages(const void* grad, int64_t at, const float* err) {
+  constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
+  __builtin_prefetch(static_cast<const char*>(grad) + (at + 2 * kPageEntries) * size, 0, 2);
+  __builtin_prefetch(err + 2 * kPageEntries, 1, 2);
+}
+
 // Copies `count` < 16 elements into a full vector's worth, zeros behind them.
 template <Dtype D>
 inline Vec load_part(const void* base, int64_t i, int count) {
