@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,13 +33,13 @@ def end() -> None:
 
 def end_at(place: str) -> None:
     """Makes this process end at a place; others of its operations are as they were."""
-    to_all = ProcessGroupTransport.start_all_to_all_bytes
+    to_all = ProcessGroupTransport.start_all_to_all_as_made
     gather = ProcessGroupTransport.start_all_gather_bytes
 
-    def all_to_all(self: ProcessGroupTransport, send: Tensor) -> Started:
+    def all_to_all(self: ProcessGroupTransport, send: Tensor, make: Callable[[int], None]) -> Started:
         if place == "before the all-to-all":
             end()
-        received = to_all(self, send).wait()
+        received = to_all(self, send, make).wait()
         if place == "between the phases":
             end()
         return Done(received)
@@ -59,7 +60,7 @@ def end_at(place: str) -> None:
     rotate = rotation.rotation
     if place == "during the all-to-all":
         rotation.rotation = rounds
-    ProcessGroupTransport.start_all_to_all_bytes = all_to_all  # type: ignore[method-assign]
+    ProcessGroupTransport.start_all_to_all_as_made = all_to_all  # type: ignore[method-assign]
     ProcessGroupTransport.start_all_gather_bytes = all_gather  # type: ignore[method-assign]
 
 
