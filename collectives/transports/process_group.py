@@ -228,11 +228,14 @@ class ProcessGroupTransport:
         recv = torch.empty(send.shape, dtype=send.dtype)
         operation = _Operation(self, "all_to_all", (send, recv), lambda: recv).receiving(recv)
         operation.start(partial(self._rotation, group, send, recv, lambda row: made[row].wait()))
+        rounds = operation.work
+        if rounds is None:  # another thread has given the group up
+            return operation
         try:
             for j, row in enumerate(rotation.order_of_rows(self._rank, self._world_size)):
                 # No earlier than while the one before it is on the wire: other ranks of this machine, whose
                 # first row everybody waits for, may want the processor.
-                operation.work.begun(j - 1)
+                rounds.begun(j - 1)
                 make(row)
                 made[row].set()
         except BaseException as error:
