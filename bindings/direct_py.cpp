@@ -14,6 +14,7 @@ void bind_direct(py::module_& m) {
   using namespace gck;
 
   m.def("find_tensors", &find_tensors);
+  m.def("drop_results", &drop_results);
 
   py::class_<BodyLayout>(m, "BodyLayout")
       .def(py::init([](const std::vector<std::tuple<int, int, int64_t, int64_t>>& fields, int64_t nbytes) {

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -44,11 +45,11 @@ bool fits(const ResultMemory& block, size_t bytes) {
 }  // namespace
 
 ResultMemory take_result(size_t bytes) {
-  if (bytes < kLargeResult) {
-    const size_t capacity = (bytes + kLine - 1) / kLine * kLine;
-    void* data = std::aligned_alloc(kLine, capacity ? capacity : kLine);
+  const size_t rounded = (std::max<size_t>(bytes, 1) + kLine - 1) / kLine * kLine;
+  if (rounded < kLargeResult) {  // as give_result will see it
+    void* data = std::aligned_alloc(kLine, rounded);
     if (data == nullptr) throw std::bad_alloc();
-    return {data, capacity};
+    return {data, rounded};
   }
   for (size_t slot = 0; slot < kept.size(); ++slot) {
     auto block = out_of(slot);
@@ -77,6 +78,10 @@ void give_result(const ResultMemory& memory) noexcept {
   // The oldest first, and never what has just come.
   for (size_t i = 1; i < kept.size() && kept_bytes > kKeptResults; ++i)
     unmap(out_of((mine + i) % kept.size()));
+}
+
+void drop_results() noexcept {
+  for (size_t slot = 0; slot < kept.size(); ++slot) unmap(out_of(slot));
 }
 
 }  // namespace gck

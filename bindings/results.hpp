@@ -17,6 +17,9 @@ ResultMemory take_result(size_t bytes);
 // Keeps large memory for `take_result`: the newest of what was given back, kKeptResults bytes at most.
 void give_result(const ResultMemory& memory) noexcept;
 
+// Gives all that is kept back to the system.
+void drop_results() noexcept;
+
 constexpr size_t kLargeResult = size_t{1} << 20;    // below, the allocator keeps memory itself
 constexpr size_t kKeptResults = size_t{256} << 20;  // two of 10 % of 100M entries: one is made as one is held
 

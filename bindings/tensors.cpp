@@ -101,33 +101,34 @@ NewBody::~NewBody() {
 }
 
 py::tuple NewBody::tensors() {
-  const size_t count = layout_.fields.size();
-  auto shared = std::make_unique<Shared>();
-  shared->views = std::make_unique<Shared::View[]>(count);
-  shared->memory = memory_;
-  py::tuple tensors(count);
+  const auto& fields = layout_.fields;
+  auto made = std::make_unique<Shared>();
+  made->views = std::make_unique<Shared::View[]>(fields.size());
+  made->memory = memory_;
+  py::tuple tensors(fields.size());
   // One more until all are made: a tensor that cannot be made must not take the memory of the others along.
-  shared->users = 1;
+  made->users = 1;
   struct Leave {
     Shared* shared;
     ~Leave() { shared->leave(); }
-  } leave{shared.release()};
+  } leave{made.release()};
   given_ = true;
-  for (size_t i = 0; i < count; ++i) {
-    const BodyField& field = layout_.fields[i];
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const BodyField& field = fields[i];
     auto& view = leave.shared->views[i];
     view.shape = i == 0 ? layout_.nbytes / (field.dtype.bits / 8) : field.count;
     view.stride = 1;
+    char* start = static_cast<char*>(memory_.data) + field.offset;
     view.managed = {{dlpack::kMajor, 0},
                     leave.shared,
                     Shared::drop,
                     0,
-                    {this->field<char>(i), {dlpack::kCpu, 0}, 1, field.dtype, &view.shape, &view.stride, 0}};
-    void* made = nullptr;
+                    {start, {dlpack::kCpu, 0}, 1, field.dtype, &view.shape, &view.stride, 0}};
+    void* tensor = nullptr;
     ++leave.shared->users;
     // Who fails may have dropped it or not: better the memory is lost than freed twice.
-    if (api->managed_tensor_to_py_object_no_sync(&view.managed, &made) != 0) throw py::error_already_set();
-    tensors[i] = py::reinterpret_steal<py::object>(static_cast<PyObject*>(made));
+    if (api->managed_tensor_to_py_object_no_sync(&view.managed, &tensor) != 0) throw py::error_already_set();
+    tensors[i] = py::reinterpret_steal<py::object>(static_cast<PyObject*>(tensor));
   }
   return tensors;
 }

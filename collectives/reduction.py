@@ -133,14 +133,19 @@ class Reduction:
         flat = [grad.detach().view(-1) for grad in self.grads]
         with scratch() as memory:
             undo = [Undo(state, memory) for state in self.states]
+            finish = None
             try:
                 finish = self._reduce(tier, local, flat, places, undo, memory)
                 self.transport.synchronize()
                 self.written = True  # from here on Ctrl-C finds everything there
-                _to_the_end(finish)
+                finish()
             except BaseException as error:
-                if self.written and not isinstance(error, Exception):
+                if self.written and finish is not None and not isinstance(error, Exception):
+                    _to_the_end(finish)  # what may be half written is written once more
                     raise
+                if self.written and self._straight() == "two_phase":
+                    # Decoding cannot fail but for want of memory. Peers then have what this rank has not.
+                    self.transport.abort(f"{type(error).__name__} as results were written")
                 self.written = False
                 for each in undo:
                     each.restore()
@@ -169,8 +174,9 @@ class Reduction:
 
     def _straight(self) -> str | None:
         """The algorithm, where what was gathered is decoded to the gradients themselves: in the end, when
-        nothing can fail any more, or only as a whole. That spares writing a dense result and copying it."""
-        if len(self.plan) != 1 or any(grad.dtype is not torch.float32 for grad in self.grads):
+        nothing can fail any more, or only as a whole. On the host that spares a dense result and its copy."""
+        fit = all(grad.dtype is torch.float32 and grad.device.type == "cpu" for grad in self.grads)
+        if len(self.plan) != 1 or not fit:
             return None
         (algorithm,) = self.plan
         server = server_of(self.compressor, self.transport.world_size)
@@ -266,18 +272,14 @@ def _residuals(some: list[Member]) -> tuple[list[Tensor | None], list[Tensor | N
 
 
 def _to_the_end(finish: Callable[[], None]) -> None:
-    """Calls it, again where Ctrl-C came in between: what may be half written is written once more."""
-    interrupt: BaseException | None = None
+    """Calls it until nobody has interrupted it."""
     while True:
         try:
             finish()
-            break
+            return
         except BaseException as error:
             if isinstance(error, Exception):
                 raise
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 def _write(grads: list[Tensor], results: list[Tensor]) -> None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gck.memory import drop_results
+
 __all__ = ["Scratch", "empty_cache", "scratch"]
 
 SMALL = 1 << 20  # bytes; below it the C library keeps blocks itself
@@ -68,11 +70,13 @@ def scratch() -> Iterator[Scratch]:
 def empty_cache() -> None:
     """Gives the host memory that collectives keep back to the system, as torch.cuda.empty_cache does.
 
-    It is at most what the largest collective has used for copies and results: about 12 bytes an element.
+    It is at most what the largest collective has used for copies and results: about 12 bytes an element; and
+    what compressing and decoding keep of results that were freed: at most 256 MiB.
     """
     with _lock:
         _free.clear()
         _most[0] = 0
+    drop_results()
 
 
 def _take(nbytes: int) -> Tensor:

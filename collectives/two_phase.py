@@ -107,8 +107,9 @@ def two_phase(
     shards = [Shards.of(grad.numel(), unit, world_size) for grad in grads]
     # Decoding writes all of the results: every element has one owner.
     pieces = cut([shard.numel for shard in shards], unit, world_size, piece_numel)
-    by_rows = _by_rows(compressor, pieces[0], world_size, grads)
-    job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, by_rows, memory)
+    # Of the configuration alone: bodies of a shard that the vector's end cuts short are as short.
+    cuts_short = compressor_at(compressor, 0) is not None
+    job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, cuts_short, memory)
     gathered: list[tuple[Piece, Tensor]] = []
 
     def finish() -> None:
@@ -117,16 +118,10 @@ def two_phase(
         torch.autograd.graph.increment_version(results)
 
     decode = job.decode if not at_end else lambda *each: gathered.append(each)
-    pipelined(transport, pieces, partial(job.start, transport), job.reduce, decode)
+    # Making rows one by one ends when the last one is sent: with pieces nothing would be reduced meanwhile.
+    by_rows = len(pieces) == 1 and job.rows_pay(pieces[0])
+    pipelined(transport, pieces, partial(job.start, transport, by_rows), job.reduce, decode)
     return finish
-
-
-def _by_rows(compressor: Compressor, first: Piece, world_size: int, grads: Sequence[Tensor]) -> bool:
-    """Whether owners' bodies are compressed one by one, so that one is on the wire while the next is made. Of
-    the configuration alone: bodies of a shard that the vector's end cuts short are then laid out as short."""
-    if world_size == 1 or grads[0].device.type != "cpu" or compressor_at(compressor, 0) is None:
-        return False
-    return sum(compressor.layout(part.numel).nbytes for part in first) >= rotation.ROTATE_FROM
 
 
 class Residuals(NamedTuple):
@@ -156,28 +151,44 @@ class _Job(NamedTuple):
     residuals: Residuals
     results: Sequence[Tensor]
     divisor: int
-    by_rows: bool
+    cuts_short: bool
     memory: Scratch
 
-    def start(self, transport: Transport, piece: Piece) -> Started:
+    def rows_pay(self, piece: Piece) -> bool:
+        """Whether the bodies of owners are compressed one by one, so that one is on the wire while the next
+        is made: where they are large, and on the host, where a call costs little."""
+        if self.world_size == 1 or self.grads[0].device.type != "cpu" or not self.cuts_short:
+            return False
+        nbytes = sum(self.compressor.layout(part.numel).nbytes for part in piece)
+        return nbytes >= rotation.ROTATE_FROM
+
+    def start(self, transport: Transport, by_rows: bool, piece: Piece) -> Started:
         """Steps 1 and 2 of a piece, whose message has a row for each owner."""
         sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
         send = self._zeros(self.world_size, sum(sizes))
         bodies = list(zip(piece, send.split(sizes, 1), strict=True))
-        if self.by_rows:
+        if by_rows:
             return start_all_to_all_as_made(transport, send, partial(self._compress_row, bodies))
         self._compress(bodies)
         return start_all_to_all(transport, send)
 
     def _compress(self, message: Message) -> None:
         for part, bodies in message:
-            if not self._whole(part):
-                for owner, body in enumerate(bodies):
-                    self._compress_for(owner, part, body)
-                continue
-            grad, err, counter, before = self._of(part)
-            before(0, grad.numel())
-            self.compressor.compress_(grad, err, bodies, nonfinite=counter)
+            shard, total = self.shards[part.tensor].numel, self.grads[part.tensor].numel()
+            # Whole shards in one pass; one that is cut short by itself, since its body is shorter.
+            together = 0 if not self._whole(part) else total // shard if self.cuts_short else self.world_size
+            if together:
+                grad, err, counter, before = self._of(part)
+                end = min(together * shard, total)
+                before(0, end)
+                self.compressor.compress_(
+                    grad[:end],
+                    None if err is None else err[:end],
+                    bodies[:together],
+                    nonfinite=counter,
+                )
+            for owner in range(together, self.world_size):
+                self._compress_for(owner, part, bodies[owner])
 
     def _compress_row(self, message: Message, owner: int) -> None:
         for part, bodies in message:
@@ -214,8 +225,7 @@ class _Job(NamedTuple):
             valid = self._valid(part, self.rank)
             if not valid:
                 continue
-            # In one pass the bodies of a shard cut short were laid out as those of the others.
-            capacity = part.numel if self._whole(part) else valid
+            capacity = valid if self.cuts_short else part.numel
             err = self.residuals.servers[part.tensor]
             reduce_(
                 self.compressor if self._whole(part) else self._at(part.start),
@@ -250,7 +260,7 @@ class _Job(NamedTuple):
 
     def _whole(self, part: Slice) -> bool:
         """Whether it is all of a tensor, which is compressed in one pass."""
-        return not self.by_rows and part.numel == self.shards[part.tensor].numel
+        return part.numel == self.shards[part.tensor].numel
 
     def _valid(self, part: Slice, owner: int) -> int:
         """Elements of the tensor that lie in the slice of `owner`."""

@@ -2,7 +2,8 @@
 
 A large tensor that is fresh from the system costs a page fault, and zeroing, for each page as it is first
 written to; of a dense result that takes longer than decoding into it. Training makes results of the same
-sizes step after step, so the process keeps up to 256 MiB of what they have freed (bindings/results.hpp).
+sizes step after step, so the process keeps up to 256 MiB of what they have freed (bindings/results.hpp),
+which `gck.collectives.empty_cache` gives back. Such tensors cannot be resized.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from gck._native import load, num_threads, sees_tensors
 
-__all__ = ["LARGE", "copy_", "dlpack_type", "empty", "unwatched"]
+__all__ = ["LARGE", "copy_", "dlpack_type", "drop_results", "empty", "unwatched"]
 
 LARGE = 1 << 20  # bytes, as in bindings/results.hpp
 
@@ -71,3 +72,9 @@ def copy_(to: Tensor, source: Tensor) -> None:
         return
     load().copy_large(to.data_ptr(), source.data_ptr(), source.nbytes, num_threads())
     torch.autograd.graph.increment_version(to)
+
+
+def drop_results() -> None:
+    """Gives the memory that freed results have left back to the system."""
+    if sees_tensors():
+        load().drop_results()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import shutil
 import subprocess
 import threading
@@ -16,6 +17,7 @@ import torch
 import gck
 from gck import memory
 from gck._native import load, sees_tensors
+from gck.collectives import empty_cache
 from gck.wire import Layout, body_in_place
 
 topk_ops: Any = import_module("gck.ops.topk")  # `gck.ops.topk` is the function
@@ -133,10 +135,49 @@ def test_freed_memory_is_taken_again() -> None:
 
 
 @needs_table
-def test_no_more_is_kept_than_is_said() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+@pytest.mark.parametrize("nbytes", [(1 << 20) - 64, (1 << 20) - 63, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_sizes_where_small_ends(nbytes: int) -> None:
+    """What the allocator gave goes back to it, and what the system gave is kept."""
+    native = load()
+    native.drop_results()
+    for _ in range(3):
+        tensors = [native.new_tensor(1, 8, nbytes).fill_(7) for _ in range(20)]
+        assert all(bool((tensor == 7).all()) for tensor in tensors)
+        del tensors
+    before = resident()
+    for _ in range(200):
+        native.new_tensor(1, 8, nbytes).fill_(7)
+    assert resident() - before < 50 << 20
+    native.drop_results()
 
+
+@needs_table
+def test_kept_memory_can_be_given_back() -> None:
+    tensor = memory.empty(32 << 20, torch.float32, torch.device("cpu")).fill_(1)
+    del tensor
+    held = resident()
+    empty_cache()
+    assert held - resident() > 100 << 20
+
+
+@needs_table
+def test_payloads_can_be_saved_and_sent_to_processes(tmp_path: Path) -> None:
+    payload = gck.topk_ef_(*inputs(400_000), 0.5)
+    torch.save(tuple(payload), tmp_path / "payload")
+    values, indices, numel = torch.load(tmp_path / "payload")
+    assert torch.equal(values, payload.values)
+    assert torch.equal(indices, payload.indices)
+    assert numel == payload.numel
+    again = pickle.loads(pickle.dumps(payload))
+    assert torch.equal(gck.decompress(again), gck.decompress(payload))
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@needs_table
+def test_no_more_is_kept_than_is_said() -> None:
     cpu = torch.device("cpu")
     tensors = [memory.empty(16 << 20, torch.float32, cpu).fill_(1) for _ in range(12)]  # 64 MiB each
     held = resident()

@@ -224,27 +224,23 @@ class ProcessGroupTransport:
             for row in range(len(send)):
                 make(row)
             return self.start_all_to_all_bytes(send)
-        group, made = self._group("all_to_all"), [threading.Event() for _ in send]
-        recv = torch.empty(send.shape, dtype=send.dtype)
+        group, recv = self._group("all_to_all"), torch.empty(send.shape, dtype=send.dtype)
         operation = _Operation(self, "all_to_all", (send, recv), lambda: recv).receiving(recv)
-        operation.start(partial(self._rotation, group, send, recv, lambda row: made[row].wait()))
-        rounds = operation.work
-        if rounds is None:  # another thread has given the group up
-            return operation
         try:
+            operation.start(partial(self._rotation, group, send, recv, as_made=True))
+            rounds: Any = operation.work
+            if rounds is None:  # another thread has given the group up
+                self._check_usable()
             for j, row in enumerate(rotation.order_of_rows(self._rank, self._world_size)):
                 # No earlier than while the one before it is on the wire: other ranks of this machine, whose
                 # first row everybody waits for, may want the processor.
                 rounds.begun(j - 1)
                 make(row)
-                made[row].set()
+                rounds.made(row)
         except BaseException as error:
             # Peers have some of the rows, and wait for the others.
             self.abort(f"{type(error).__name__} in all_to_all")
             raise
-        finally:
-            for event in made:
-                event.set()
         return operation
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -309,11 +305,13 @@ class ProcessGroupTransport:
         group: dist.ProcessGroup,
         send: Tensor,
         recv: Tensor,
-        ready: Callable[[int], object] = bool,
+        as_made: bool = False,
     ) -> rotation.Rotation:
         ends = group, send, recv, self._rank, self._timeout, self._state.rotation
-        self._state.rotation = started = rotation.Rotation(*ends, ready)
-        return started
+        # `abort` finds it before it starts, so that nothing can leave it waiting for rows.
+        self._state.rotation = rounds = rotation.Rotation(*ends, as_made)
+        rounds.start()
+        return rounds
 
     def _group(self, operation: str) -> dist.ProcessGroup:
         """The group, unless it is gone or an earlier failure spoilt it."""

@@ -12,7 +12,7 @@ section 4.3, the pairwise-exchange algorithm for long messages.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -54,25 +54,29 @@ class Rotation:
         rank: int,
         timeout: float,
         after: Rotation | None,
-        ready: Callable[[int], object] = bool,
+        as_made: bool = False,
     ) -> None:
         """
         Args:
             timeout: seconds that every round may take.
             after: the rotation before this one, which must end first: between two ranks messages are told
                 apart by their order.
-            ready: called with a row before it is sent; returns once it is made.
+            as_made: each row is sent once `made` has been called with it.
+
+        `start` starts it.
         """
         self._group: Any = group
         self._send: Any = send
         self._recv: Any = recv
         self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
         self._rank, self._after = rank, after
-        self._ready: Any = ready
+        self._made = [threading.Event() for _ in send] if as_made else []
         self._stopped = False
         self._begun = [threading.Event() for _ in send[1:]]
         self._done = threading.Event()
         self._error: BaseException | None = None
+
+    def start(self) -> None:
         # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down.
         threading.Thread(target=self._run, name="gck rotation", daemon=False).start()
 
@@ -90,9 +94,15 @@ class Rotation:
         if j >= 0:
             self._begun[j].wait()
 
+    def made(self, row: int) -> None:
+        """This row may be sent."""
+        self._made[row].set()
+
     def stop(self) -> None:
         """Of this one and those before it no further round begins; the one under way may last its timeout."""
         self._stopped, after = True, self._after
+        for made in self._made:
+            made.set()  # of those that are not nothing will be sent
         if after is not None:
             after.stop()
 
@@ -103,21 +113,19 @@ class Rotation:
             for j, (to, source) in enumerate(self._rounds):
                 self._go_on()
                 receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
-                self._ready(to)
-                self._go_on()
+                self._await_row(to)
                 sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
                 self._begun[j].set()
                 for work in (receiving, sending):
                     if work is not None:
                         work.wait(self._timeout)
-            self._ready(self._rank)
-            self._go_on()
+            self._await_row(self._rank)
             self._recv[self._rank] = self._send[self._rank]
         except BaseException as error:
             self._error = error
         finally:
             # Whoever keeps this for its end must not keep the group, nor the memory.
-            self._after = self._group = self._send = self._recv = self._ready = None
+            self._after = self._group = self._send = self._recv = None
             for begun in self._begun:
                 begun.set()
             self._done.set()
@@ -125,3 +133,8 @@ class Rotation:
     def _go_on(self) -> None:
         if self._stopped:
             raise GroupUnusableError("all_to_all: the group was given up meanwhile")
+
+    def _await_row(self, row: int) -> None:
+        if self._made:
+            self._made[row].wait()
+            self._go_on()

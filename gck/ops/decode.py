@@ -34,7 +34,7 @@ def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
-        out, or a new (numel,) fp32 tensor.
+        out, or a new (numel,) fp32 tensor; on the CPU its storage cannot be resized where it is large.
 
     Single payloads trace under torch.compile; lists, whose place in memory is looked at, do not.
 

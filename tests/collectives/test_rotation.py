@@ -32,6 +32,7 @@ class Network:
 
     def __init__(self) -> None:
         self.rounds: list[Any] = []
+        self.sent: list[int] = []
         self.begun, self.arrives = threading.Semaphore(0), threading.Semaphore(0)
 
     def irecv(self, tensor: Any, group: Any, tag: int, group_src: int) -> Round:
@@ -39,7 +40,7 @@ class Network:
         return Round(self.begun, self.arrives)
 
     def isend(self, tensor: Any, group: Any, tag: int, group_dst: int) -> None:
-        return None
+        self.sent.append(group_dst)
 
 
 class Group:
@@ -53,9 +54,11 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return made
 
 
-def start(group: Any, after: rotation.Rotation | None = None) -> rotation.Rotation:
+def start(group: Any, after: rotation.Rotation | None = None, as_made: bool = False) -> rotation.Rotation:
     rows = torch.zeros(WORLD_SIZE, 8, dtype=torch.uint8)
-    return rotation.Rotation(group, rows, rows.clone(), 1, 20.0, after)
+    made = rotation.Rotation(group, rows, rows.clone(), 1, 20.0, after, as_made)
+    made.start()
+    return made
 
 
 def test_it_stops_between_rounds(network: Network) -> None:
@@ -85,3 +88,30 @@ def test_it_keeps_its_group_until_its_end(network: Network) -> None:
     network.rounds.clear()
     gc.collect()
     assert alive() is None
+
+
+def test_rows_that_are_never_made_keep_nobody_waiting(network: Network) -> None:
+    started = start(Group(), as_made=True)
+    started.made(2)
+    assert network.begun.acquire(timeout=20)  # the first round
+    network.arrives.release()
+    started.begun(0)
+    started.stop()
+    with pytest.raises(GroupUnusableError, match="given up"):
+        started.wait()
+    started.begun(2)  # whoever makes rows hears of the end when he waits for it
+    assert network.sent == [2]
+
+
+def test_rows_are_sent_as_they_are_made(network: Network) -> None:
+    started = start(Group(), as_made=True)
+    for _ in range(WORLD_SIZE - 1):
+        network.arrives.release()
+    order = list(rotation.order_of_rows(1, WORLD_SIZE))
+    assert order == [2, 3, 0, 1]
+    for j, row in enumerate(order):
+        started.begun(j - 1)
+        assert network.sent == order[:j]
+        started.made(row)
+    started.wait()
+    assert network.sent == order[:-1]

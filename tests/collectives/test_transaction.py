@@ -16,6 +16,7 @@ from gck.collectives import (
     all_reduce_,
     all_reduce_many_,
     packed_all_reduce_,
+    reduction,
 )
 from gck.error_feedback import ErrorFeedback
 from gck.errors import (
@@ -156,6 +157,54 @@ def test_interrupt_at_every_write(algorithm: str) -> None:
     assert at > 2
     assert finished == 2  # after the write to either gradient: the other one is written all the same
     assert not any(same_bytes(g, c) for g, c in zip(grads, copies, strict=True))
+
+
+class Exhausted(Sign):
+    """Decoding runs out of memory in the second tensor."""
+
+    calls: ClassVar[list[int]] = []
+
+    def decompress(self, *args: Any) -> None:
+        Exhausted.calls.append(1)
+        if len(Exhausted.calls) == 2:
+            raise MemoryError
+        super().decompress(*args)
+
+
+def test_results_that_cannot_be_written_give_the_group_up() -> None:
+    """Nothing else can fail once gradients are written to. Residuals are as they were, and nobody goes on."""
+    member, states = SimulatedGroup(1).members[0], [used_state(0, 70), used_state(0, 90)]
+    before = [contents(state) for state in states]
+    Exhausted.calls.clear()
+    grads = [torch.arange(70.0), torch.arange(90.0)]
+    with pytest.raises(MemoryError):
+        all_reduce_many_(grads, states, Exhausted(32), member, algorithm="two_phase")
+    assert all(unchanged(b, contents(s)) for b, s in zip(before, states, strict=True))
+    with pytest.raises(GroupUnusableError, match="MemoryError as results were written"):
+        member.barrier()
+
+
+def test_interrupt_as_the_decoding_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, state, member = torch.arange(70.0), used_state(0, 70), SimulatedGroup(1).members[0]
+    copy, before, interrupts = grad.clone(), contents(state), iter([KeyboardInterrupt])
+    two_phase = reduction.two_phase
+
+    def begin(*args: Any, **options: Any) -> Any:
+        finish = two_phase(*args, **options)
+
+        def interrupted() -> None:
+            for error in interrupts:
+                raise error
+            finish()
+
+        return interrupted
+
+    monkeypatch.setattr(reduction, "two_phase", begin)
+    with pytest.raises(KeyboardInterrupt):
+        all_reduce_many_([grad], [state], Sign(32), member, algorithm="two_phase")
+    assert not same_bytes(grad, copy)
+    assert not unchanged(before, contents(state))
+    member.barrier()  # it is done, and the group in order
 
 
 def call(grad: Any = None, state: Any = None, compressor: Any = None, **options: Any) -> Any:

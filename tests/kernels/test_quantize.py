@@ -286,3 +286,14 @@ def test_sizes() -> None:
     assert Quantize(8, 256).layout(1000) == Layout.of((torch.uint8, 1000), (torch.float32, 4))
     assert Quantize(4, 256).layout(1001) == Layout.of((torch.uint8, 501), (torch.float32, 4))
     assert Quantize(2, 256, scale="mean").layout(1) == Layout.of((torch.uint8, 1), (torch.float32, 2))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_nan_levels_change_their_sign_with_the_code(world: int) -> None:
+    """On every processor alike: ranks compare bits."""
+    codes, nans = torch.full((64,), 0b11100100, dtype=torch.uint8), torch.full((1, 2), math.nan)
+    payload = gck.Quantized(codes, nans, 256, 256, 2, "mean")
+    out = gck.decompress(payload if world == 1 else [payload] * world)
+    assert bool(out.isnan().all())
+    if world == 1:
+        assert torch.signbit(out).view(-1, 4).tolist() == [[True, True, False, False]] * 64

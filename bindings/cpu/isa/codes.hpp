@@ -199,8 +199,10 @@ struct Table {
     std::memcpy(scale, scales, Levels ? sizeof scale : sizeof scale[0]);
     Vec decoded;
     if constexpr (Levels) {
-      decoded = select(0xcccc, set1(1.0f), set1(-1.0f));
-      decoded = mul(decoded, select(0xaaaa, set1(scale[1]), set1(scale[0])));
+      // Negated rather than multiplied, so that a NaN changes its sign as everywhere.
+      const __m512i level = _mm512_castps_si512(select(0xaaaa, set1(scale[1]), set1(scale[0])).v);
+      decoded = {
+          _mm512_castsi512_ps(_mm512_mask_xor_epi32(level, 0x3333, level, _mm512_set1_epi32(INT32_MIN)))};
     } else if constexpr (Bits == 2) {
       decoded = mul({_mm512_broadcast_f32x4(_mm_setr_ps(0, 1, -2, -1))}, set1(scale[0]));
     } else {
