@@ -20,7 +20,7 @@ void give_result(const ResultMemory& memory) noexcept;
 // Gives all that is kept back to the system.
 void drop_results() noexcept;
 
-constexpr size_t kLargeResult = size_t{1} << 20;    // below, the allocator keeps memory itself
+constexpr size_t kLargeResult = size_t{1} << 17;    // from here on the C library asks the system each time
 constexpr size_t kKeptResults = size_t{256} << 20;  // two of 10 % of 100M entries: one is made as one is held
 
 }  // namespace gck

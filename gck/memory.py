@@ -15,7 +15,7 @@ from gck._native import load, num_threads, sees_tensors
 
 __all__ = ["LARGE", "copy_", "dlpack_type", "drop_results", "empty", "unwatched"]
 
-LARGE = 1 << 20  # bytes, as in bindings/results.hpp
+LARGE = 1 << 17  # bytes, as in bindings/results.hpp
 
 _DLPACK = {
     torch.float32: (2, 32),

@@ -14,6 +14,7 @@ from gck.kernels.common import checks
 from gck.kernels.common.base import backend
 from gck.kernels.topk import TopK, check_options, resolve_k
 from gck.kernels.topk.lists import bodies_of
+from gck.memory import empty
 from gck.ops.registration import Array, plain, register
 from gck.payload import SparseGrad
 
@@ -130,7 +131,7 @@ def _topk_ef_list(
     total = sum(numels)
     bodies = bodies_of([total] if flat else numels, ks, value_dtype)
     # Zeroed as a whole: to zero the padding of each payload would take a launch each.
-    memory = torch.zeros(bodies.nbytes, dtype=torch.uint8, device=grads[0].device)
+    memory = empty(bodies.nbytes, torch.uint8, grads[0].device).zero_()
     kernels = backend(FUNCTION, TopK.package, grads[0].device)
     if total and flat:
         compressor = TopK(k=ks[0], value_dtype=value_dtype)

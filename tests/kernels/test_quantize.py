@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gck
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.quantize import Quantize, reference
 from gck.wire import Layout
