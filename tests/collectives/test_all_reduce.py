@@ -18,6 +18,7 @@ from gck.collectives import (
     all_reduce_many_,
     choose_algorithm,
     packed_all_reduce_,
+    two_phase,
 )
 from gck.collectives.transports import rotation
 from gck.compressor import shard_numel
@@ -105,6 +106,14 @@ def test_equals_oracle(
     for world_size in (1, 2, 3, 4, 7):
         for n in (0, 1, 2, 31, 257, 1001):
             check_against_oracle(compressor, algorithm, world_size, n, torch.float32, "avg")
+
+
+@pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if runs_on(c, "two_phase")], ids=str)
+def test_ranks_may_make_their_rows_as_they_like(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one or all at once: a message is the same, so that ranks on other devices understand it."""
+    monkeypatch.setattr(two_phase._Job, "rows_pay", lambda job, _: job.rank == 0 and job.cuts_short)
+    for n in (31, 257, 1001):
+        check_against_oracle(compressor, "two_phase", 3, n, torch.float32, "avg")
 
 
 @settings(max_examples=40, deadline=None)
