@@ -21,7 +21,7 @@ import torch
 
 from gck._native import load
 from gck.collectives.transports import Transport
-from gck.collectives.transports.process_group import typed_error
+from gck.collectives.transports.failures import typed_error
 from gck.errors import (
     BackendUnavailableError,
     CollectiveError,

@@ -1,13 +1,5 @@
 """A torch.distributed ProcessGroup as a transport: gloo on the CPU, nccl and others on devices.
 
-torch reports failures as RuntimeError with a text; gloo's texts, seen with torch 2.13, are:
-
-    a peer's process ended    "... Connection closed by peer [address]", "Connection reset by peer",
-                              "Broken pipe", "Connection refused"; at once, on every operation
-    our wait expired          "Operation timed out!"
-    the group's own timeout   "Timed out waiting 3000ms for recv operation to complete" (or send)
-    any call after a timeout  "Application timeout caused pair closure"
-
 After a timeout gloo's threads may still write into the tensors of the operation, so the caller must
 never pass memory whose content matters after a failure. They also hold up the end of the process until
 the group's own timeout has passed: give `init_process_group` a short one rather than each call.
@@ -16,7 +8,6 @@ the group's own timeout has passed: give `init_process_group` a short one rather
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -31,23 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gck.collectives.transports import CallLog, Done, Started, check_timeout, rotation
-from gck.errors import (
-    CollectiveError,
-    CollectiveMismatchError,
-    CollectiveTimeoutError,
-    GroupUnusableError,
-    PeerLostError,
-)
+from gck.collectives.transports.failures import typed_error
+from gck.errors import CollectiveMismatchError, GroupUnusableError
 
-__all__ = ["ProcessGroupTransport", "typed_error"]
+__all__ = ["ProcessGroupTransport"]
 
-TIMEOUT_TEXT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
-PEER_TEXT = re.compile(
-    r"closed by peer|reset by peer|closed by remote|broken pipe"
-    r"|connection (was )?(refused|closed|reset|aborted)|remote process exited|socket closed"
-    r"|peer .*(closed|lost)|ncclRemoteError|unexpectedly exited",
-    re.IGNORECASE,
-)
 INTERRUPTIBLE = 0.25  # seconds that Ctrl-C may have to wait for
 # gloo takes a message that is shorter than what is waited for, without a word. Where these bytes are still at
 # the end of a row, nothing has come there. They differ between processes: no peer can happen to send them.
@@ -376,18 +355,6 @@ class ProcessGroupTransport:
     def _check_usable(self) -> None:
         if self._state.unusable is not None:
             raise GroupUnusableError(f"the group was given up meanwhile ({self._state.unusable})")
-
-
-def typed_error(where: str, error: BaseException, elapsed: float) -> CollectiveError | None:
-    """The gck error for what torch raised, or None where it is no failure of the group."""
-    if not isinstance(error, RuntimeError | OSError):
-        return None
-    text = str(error).partition(". This is typically caused")[0].strip()
-    if PEER_TEXT.search(text) or isinstance(error, ConnectionError):
-        return PeerLostError(f"{where}: a peer was lost after {elapsed:.1f} s ({text})")
-    if TIMEOUT_TEXT.search(text):
-        return CollectiveTimeoutError(f"{where}: no answer within {elapsed:.1f} s ({text})")
-    return CollectiveError(f"{where}: failed after {elapsed:.1f} s ({text})")
 
 
 def _destroyed(group: dist.ProcessGroup) -> bool:

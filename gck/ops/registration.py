@@ -46,9 +46,11 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def direct(grad: Tensor, err: Tensor) -> bool:
-    """Whether the compiled module may look at these itself: `plain`, of torch's own class, not recorded."""
+    """Whether the compiled module may look at these itself: on the CPU, `plain`, of torch's own class, not
+    recorded."""
     return (
         type(grad) is Tensor is type(err)
+        and grad.is_cpu
         and unwatched()
         and not (grad.is_neg() or err.is_neg())
         and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gck.collectives.transports.process_group import typed_error
+from gck.collectives.transports.failures import typed_error
 from gck.errors import CollectiveError, CollectiveTimeoutError, PeerLostError
 from tests.collectives.launcher import run_ranks
 
