@@ -6,17 +6,19 @@ cut into shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from gck.collectives.handshake import Signature, agree, check_validate
+from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, gathered
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport, resolve
+from gck.collectives.undo import Undo
 from gck.collectives.work import Work, check_async_op, perform
-from gck.compressor import Compressor, decompress_mean_
+from gck.compressor import Compressor, compressor_at, decodes_anything, decompress_mean_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.wire import body_of, payloads_of
@@ -115,30 +117,60 @@ def one_phase(
     grads: Sequence[Tensor],
     errs: Sequence[Tensor | None],
     counters: Sequence[Tensor | None],
+    undo: Sequence[Undo],
     results: Sequence[Tensor],
     divisor: int,
+    piece_numel: int = 0,
+    *,
     memory: Scratch,
+    keep: Keep | None = None,
 ) -> Callable[[], None]:
-    """Reduces by gathering payloads. All tensors travel in one message.
+    """Reduces by gathering payloads. All tensors travel in one message, or in one a piece.
 
     Steps:
         1. Compress every gradient with its worker residual, which becomes what was left out.
         2. All-gather the bodies.
         3. Decode and add in rank order, this rank's own message too; divide once by `divisor`, which is the
-           number of ranks, of all tiers, for a mean. This is done by what is returned, which may be called
-           more than once, and writes to `results`, (numel,) fp32 each.
+           number of ranks, of all tiers, for a mean.
+
+    Args:
+        undo: whose `worker` is told before any of its elements change.
+        results: (numel,) fp32 each, overwritten. The gradients themselves where there is a `keep`.
+        piece_numel: elements a piece of a compressor that works on chunks; 0: one piece.
+        memory: where what is sent is made.
+        keep: see `gck.collectives.pieces.Decoding`.
+
+    Returns:
+        what is left of step 3, when nothing can fail any more; it may be called more than once.
     """
-    sizes = [compressor.layout(grad.numel()).nbytes for grad in grads]
-    send = memory.zeros((1, sum(sizes)), torch.uint8, grads[0].device)
-    for grad, err, counter, body in zip(grads, errs, counters, send.split(sizes, 1), strict=True):
-        if grad.numel():
-            compressor.compress_(grad, err, body, nonfinite=counter)
-    rows = transport.all_gather_bytes(send[0])
+    numels, unit = [grad.numel() for grad in grads], compressor.shard_unit
+    whole = [[Slice(i, 0, numel) for i, numel in enumerate(numels)]]
+    pieces = cut(numels, unit, 1, piece_numel) if piece_numel and unit is not None else whole
 
-    def finish() -> None:
-        for result, bodies in zip(results, rows.split(sizes, 1), strict=True):
-            if result.numel():
-                decompress_mean_(compressor, result, bodies, divisor)
-        torch.autograd.graph.increment_version(results)
+    def sizes(piece: Piece) -> list[int]:
+        return [compressor.layout(part.numel).nbytes for part in piece]
 
-    return finish
+    def compress(piece: Piece) -> Tensor:
+        send = memory.zeros((1, sum(sizes(piece))), torch.uint8, grads[0].device)
+        for (i, start, numel), body in zip(piece, send.split(sizes(piece), 1), strict=True):
+            if not numel:
+                continue
+            err, end = errs[i], start + numel
+            undo[i].worker.keep(start, end)
+            (compressor_at(compressor, start) or compressor).compress_(
+                grads[i][start:end], None if err is None else err[start:end], body, nonfinite=counters[i]
+            )
+        return send[0]
+
+    def decode(piece: Piece, rows: Tensor) -> None:
+        for (i, start, numel), bodies in zip(piece, rows.split(sizes(piece), 1), strict=True):
+            if numel:
+                decompress_mean_(compressor, results[i][start : start + numel], bodies, divisor)
+
+    def places(piece: Piece) -> Iterator[tuple[int, int, int]]:
+        return ((i, start, start + numel) for i, start, numel in piece)
+
+    # Where a payload may turn out to be corrupt, one piece is left to the end: it is all or nothing by itself.
+    decoding = Decoding(decode, places, results, keep, one_left=not decodes_anything(compressor))
+    gathered(transport, pieces, compress, decoding)
+    return decoding.finish

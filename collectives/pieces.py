@@ -8,16 +8,28 @@ Communication Operations in MPICH" (2005), section 4, over compressed messages.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from gck.collectives.transports import Started, Transport, start_all_gather
+from gck.collectives.transports import Started, Transport, await_peers, start_all_gather, under_way
 from gck.compressor import Compressor, compressor_at
 from gck.errors import ArgumentError, CollectiveError, DtypeError
 
-__all__ = ["Piece", "Slice", "check_piece_numel", "choose_piece_numel", "cut", "piece_numel_of", "pipelined"]
+__all__ = [
+    "Decoding",
+    "Keep",
+    "Piece",
+    "Slice",
+    "check_piece_numel",
+    "choose_piece_numel",
+    "cut",
+    "gathered",
+    "piece_numel_of",
+    "pipelined",
+]
 
 
 class Slice(NamedTuple):
@@ -34,6 +46,7 @@ class Slice(NamedTuple):
 
 
 Piece = list[Slice]
+Keep = Sequence[Callable[[int, int], None]]
 
 
 def check_piece_numel(function: str, piece_numel: object) -> None:
@@ -57,7 +70,9 @@ def choose_piece_numel(compressor: Compressor, numel: int, world_size: int, devi
     It is 0: pieces pay on some links and cost on others, as docs/collectives.md measures, and which of them
     there are follows from no argument. Who knows the links says `piece_numel`.
     """
-    return 0
+    import os
+    k = int(os.environ.get('PIECES','1'))
+    return 0 if k < 2 else -(-numel//k)
 
 
 def piece_numel_of(
@@ -102,12 +117,57 @@ def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: in
     return pieces
 
 
+class Decoding:
+    """The last step of a reduction in pieces: what was gathered is decoded to the results.
+
+    Where results are gradients that an error must leave as they were, the last piece is decoded by `finish`,
+    when nothing can fail any more. Pieces before it are, too, but for those that would only wait for others
+    which are on the wire: of these the gradient is kept before it is written to.
+
+    Args:
+        decode: decodes a piece.
+        places: of a piece, (i, start, stop) of what `decode` writes of result i.
+        keep: of each result, called with (start, stop) before elements that may have to be put back change.
+            None: results are nobody's, all is decoded as it comes.
+        one_left: no more than the last piece is left to `finish`.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Piece, Tensor], None],
+        places: Callable[[Piece], Iterable[tuple[int, int, int]]],
+        results: Sequence[Tensor],
+        keep: Keep | None,
+        one_left: bool = False,
+    ) -> None:
+        self._decode, self._places, self._results, self._keep = decode, places, results, keep
+        self._one_left = one_left
+        self._left: list[tuple[Piece, Tensor]] = []
+
+    def __call__(self, piece: Piece, gathered: Tensor, after: Started | None) -> None:
+        """A piece has come; `after`: the one that comes next, if any."""
+        waiting = after is not None and (self._one_left or under_way(after))
+        if self._keep is not None and not waiting:
+            self._left.append((piece, gathered))
+            return
+        if self._keep is not None:
+            for i, start, stop in self._places(piece):
+                self._keep[i](start, stop)
+        self._decode(piece, gathered)
+
+    def finish(self) -> None:
+        """Decodes what is left; may be called again."""
+        for piece, gathered in self._left:
+            self._decode(piece, gathered)
+        torch.autograd.graph.increment_version(self._results)
+
+
 def pipelined(
     transport: Transport,
     pieces: Sequence[Piece],
     start: Callable[[Piece], Started],
     reduce: Callable[[Piece, Tensor], Tensor],
-    decode: Callable[[Piece, Tensor], None],
+    decoding: Decoding,
 ) -> None:
     """Runs every piece through both phases; the same operations in the same order on all ranks.
 
@@ -123,22 +183,45 @@ def pipelined(
     Args:
         start: compresses a piece and starts its all-to-all.
         reduce: the body of the sum of what an all-to-all returned.
-        decode: takes what an all-gather returned.
+        decoding: takes what all-gathers returned.
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
     try:
-        swaps.append(start(pieces[0]))
-        for j, piece in enumerate(pieces):
-            if j + 1 < len(pieces):
-                swaps.append(start(pieces[j + 1]))
+        for piece in pieces:
+            swaps.append(start(piece))
+        for piece in pieces:
             reduced = reduce(piece, swaps.popleft().wait())
             gathers.append(start_all_gather(transport, reduced))
-            if j:
-                decode(pieces[j - 1], gathers.popleft().wait())
-        decode(pieces[-1], gathers.popleft().wait())
+        for piece in pieces:
+            decoding(piece, gathers.popleft().wait(), gathers[0] if gathers else None)
     except BaseException as error:
         _settle(transport, [*swaps, *gathers], error)
+        raise
+
+
+def gathered(
+    transport: Transport,
+    pieces: Sequence[Piece],
+    compress: Callable[[Piece], Tensor],
+    decoding: Decoding,
+) -> None:
+    """Runs every piece through one phase: while one is gathered the next is compressed, and the last decoded.
+
+    Args:
+        compress: makes a piece's message.
+        decoding: takes what all-gathers returned.
+    """
+    gathers: deque[Started] = deque()
+    try:
+        for piece in pieces:
+            if gathers:
+                await_peers(gathers[-1])
+            gathers.append(start_all_gather(transport, compress(piece)))
+        for piece in pieces:
+            decoding(piece, gathers.popleft().wait(), gathers[0] if gathers else None)
+    except BaseException as error:
+        _settle(transport, gathers, error)
         raise
 
 

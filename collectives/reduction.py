@@ -69,7 +69,7 @@ def prepare(
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
     device_type = grads[0].device.type if grads else "cpu"
-    together = [cuts[i].numel for i in plan.get("two_phase", ())]
+    together = [cuts[i].numel for chosen in ("one_phase", "two_phase") for i in plan.get(chosen, ())]
     pieces = piece_numel_of(compressor, together, tier.world_size, device_type, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
@@ -132,7 +132,7 @@ class Reduction:
             tier, local = Checked(tier, sequence), None if local is None else Checked(local, sequence)
         flat = [grad.detach().view(-1) for grad in self.grads]
         with scratch() as memory:
-            undo = [Undo(state, memory) for state in self.states]
+            undo = [Undo(grad, state, memory) for grad, state in zip(flat, self.states, strict=True)]
             finish = None
             try:
                 finish = self._reduce(tier, local, flat, places, undo, memory)
@@ -169,7 +169,7 @@ class Reduction:
         algorithm = self._straight()
         if algorithm is not None:
             some = list(zip(grads, self.states, places, undo, strict=True))
-            return self._begin(algorithm, tier, some, grads, memory, at_end=True)
+            return self._begin(algorithm, tier, some, grads, memory, straight=True)
         return partial(_write, grads, self._reduced(tier, self.plan, grads, places, undo, memory))
 
     def _straight(self) -> str | None:
@@ -182,7 +182,8 @@ class Reduction:
         server = server_of(self.compressor, self.transport.world_size)
         whole = {
             "two_phase": decodes_anything(server),
-            "one_phase": len(self.grads) == 1 and sums_or_raises(self.compressor),
+            "one_phase": decodes_anything(self.compressor)
+            or (len(self.grads) == 1 and sums_or_raises(self.compressor)),
         }
         return algorithm if whole.get(algorithm) else None
 
@@ -227,7 +228,8 @@ class Reduction:
             self._begin(algorithm, transport, some, results, memory)()
             return results
         for *_, undo in some:
-            undo.keep()
+            undo.worker.keep()
+            undo.server.keep()
         if algorithm == "dense":
             states = [state for _, state, *_ in some]
             return dense(transport, self.compressor, grads, states, self._divisor, memory)
@@ -240,23 +242,21 @@ class Reduction:
         some: list[Member],
         results: list[Tensor],
         memory: Scratch,
-        at_end: bool = False,
+        straight: bool = False,
     ) -> Callable[[], None]:
-        """Everything of one or two phases but for the last step, which decodes to `results`, by what this
-        returns. Of pieces that step is done as they come, but where `at_end`."""
+        """One or two phases; what this returns decodes what is left to `results`, which may be the gradients
+        themselves: `straight`."""
         grads, (errs, counters) = [grad for grad, *_ in some], _residuals(some)
-        given = transport, self.compressor, grads
+        given, undo = (transport, self.compressor, grads), [undo for *_, undo in some]
+        ends = results, self._divisor, self.piece_numel
+        keep = [each.grad.keep for each in undo] if straight else None
         if algorithm == "one_phase":
-            for *_, undo in some:
-                undo.keep()
-            return one_phase(*given, errs, counters, results, self._divisor, memory)
+            return one_phase(*given, errs, counters, undo, *ends, memory=memory, keep=keep)
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
             for grad, state, (_, bound), _ in some
         ]
-        residuals = Residuals(errs, servers, counters, [undo.keep for *_, undo in some])
-        pieces = self.piece_numel
-        return two_phase(*given, residuals, results, self._divisor, pieces, memory=memory, at_end=at_end)
+        return two_phase(*given, Residuals(errs, servers, counters, undo), *ends, memory=memory, keep=keep)
 
     @property
     def _divisor(self) -> int:

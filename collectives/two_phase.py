@@ -9,14 +9,14 @@ Speed" (ICML 2021), section 5; Tang et al., "DoubleSqueeze" (ICML 2019), Algorit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gck.collectives.pieces import Piece, Slice, cut, pipelined
+from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, pipelined
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import (
     Started,
@@ -25,6 +25,7 @@ from gck.collectives.transports import (
     start_all_to_all,
     start_all_to_all_as_made,
 )
+from gck.collectives.undo import Undo
 from gck.compressor import Compressor, compressor_at, decompress_shards_, reduce_, server_of, shard_numel
 from gck.errors import ArgumentError
 
@@ -70,7 +71,7 @@ def two_phase(
     piece_numel: int = 0,
     *,
     memory: Scratch,
-    at_end: bool = False,
+    keep: Keep | None = None,
 ) -> Callable[[], None]:
     """Reduces `grads` to `results`, the same bits on every rank.
 
@@ -93,12 +94,14 @@ def two_phase(
 
     Args:
         compressor: one with a `shard_unit`.
-        results: (numel,) fp32 each, overwritten. The gradients themselves where `at_end`.
+        results: (numel,) fp32 each, overwritten. The gradients themselves where there is a `keep`.
         divisor: of the sums; the number of ranks, of all tiers, for a mean.
         piece_numel: elements a piece, of all shards together; 0: one piece.
         memory: where what is sent is made.
-        at_end: step 7 is done by what is returned, of all pieces; it may be called more than once. Else it is
-            done of each piece as it comes.
+        keep: see `gck.collectives.pieces.Decoding`.
+
+    Returns:
+        what is left of step 7, when nothing can fail any more; it may be called more than once.
     """
     rank, world_size = transport.rank, transport.world_size
     unit = compressor.shard_unit
@@ -110,18 +113,9 @@ def two_phase(
     # Of the configuration alone: bodies of a shard that the vector's end cuts short are as short.
     cuts_short = compressor_at(compressor, 0) is not None
     job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, cuts_short, memory)
-    gathered: list[tuple[Piece, Tensor]] = []
-
-    def finish() -> None:
-        for each in gathered:
-            job.decode(*each)
-        torch.autograd.graph.increment_version(results)
-
-    decode = job.decode if not at_end else lambda *each: gathered.append(each)
-    # Making rows one by one ends when the last one is sent: with pieces nothing would be reduced meanwhile.
-    by_rows = len(pieces) == 1 and job.rows_pay(pieces[0])
-    pipelined(transport, pieces, partial(job.start, transport, by_rows), job.reduce, decode)
-    return finish
+    decoding = Decoding(job.decode, job.places, results, keep)
+    pipelined(transport, pieces, partial(job.start, transport), job.reduce, decoding)
+    return decoding.finish
 
 
 class Residuals(NamedTuple):
@@ -131,13 +125,13 @@ class Residuals(NamedTuple):
         workers: (numel,) fp32, overwritten, or None for no error feedback.
         servers: (shard numel,) fp32, overwritten in its valid part, or None.
         counters: (1,) int64, increased by residual entries cleared in either phase, or None.
-        before: called with (start, stop) before these elements of the worker residual change, once for each.
+        undo: whose `worker` and `server` are told before any of their elements change, once of each.
     """
 
     workers: Sequence[Tensor | None]
     servers: Sequence[Tensor | None]
     counters: Sequence[Tensor | None]
-    before: Sequence[Callable[[int, int], None]]
+    undo: Sequence[Undo]
 
 
 class _Job(NamedTuple):
@@ -154,7 +148,7 @@ class _Job(NamedTuple):
     cuts_short: bool
     memory: Scratch
 
-    def rows_pay(self, piece: Piece) -> bool:
+    def _rows_pay(self, piece: Piece) -> bool:
         """Whether the bodies of owners are compressed one by one, so that one is on the wire while the next
         is made: where they are large, and on the host, where a call costs little."""
         if self.world_size == 1 or self.grads[0].device.type != "cpu" or not self.cuts_short:
@@ -162,12 +156,12 @@ class _Job(NamedTuple):
         nbytes = sum(self.compressor.layout(part.numel).nbytes for part in piece)
         return nbytes >= rotation.ROTATE_FROM
 
-    def start(self, transport: Transport, by_rows: bool, piece: Piece) -> Started:
+    def start(self, transport: Transport, piece: Piece) -> Started:
         """Steps 1 and 2 of a piece, whose message has a row for each owner."""
         sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
         send = self._zeros(self.world_size, sum(sizes))
         bodies = list(zip(piece, send.split(sizes, 1), strict=True))
-        if by_rows:
+        if self._rows_pay(piece):
             return start_all_to_all_as_made(transport, send, partial(self._compress_row, bodies))
         self._compress(bodies)
         return start_all_to_all(transport, send)
@@ -178,9 +172,9 @@ class _Job(NamedTuple):
             # Whole shards in one pass; one that is cut short by itself, since its body is shorter.
             together = 0 if not self._whole(part) else total // shard if self.cuts_short else self.world_size
             if together:
-                grad, err, counter, before = self._of(part)
+                grad, err, counter, keep = self._of(part)
                 end = min(together * shard, total)
-                before(0, end)
+                keep(0, end)
                 self.compressor.compress_(
                     grad[:end],
                     None if err is None else err[:end],
@@ -198,10 +192,10 @@ class _Job(NamedTuple):
         valid = self._valid(part, owner)
         if not valid:
             return
-        grad, err, counter, before = self._of(part)
+        grad, err, counter, keep = self._of(part)
         first = owner * self.shards[part.tensor].numel + part.start
         compressor = self._at(first)
-        before(first, first + valid)
+        keep(first, first + valid)
         compressor.compress_(
             grad[first : first + valid],
             None if err is None else err[first : first + valid],
@@ -210,9 +204,9 @@ class _Job(NamedTuple):
         )
 
     def _of(self, part: Slice) -> tuple[Tensor, Tensor | None, Tensor | None, Callable[[int, int], None]]:
-        workers, _, counters, before = self.residuals
+        workers, _, counters, undo = self.residuals
         i = part.tensor
-        return self.grads[i], workers[i], counters[i], before[i]
+        return self.grads[i], workers[i], counters[i], undo[i].worker.keep
 
     def reduce(self, piece: Piece, received: Tensor) -> Tensor:
         """Steps 3 to 5: the body of what this rank owns of a piece, from what came for it."""
@@ -227,6 +221,7 @@ class _Job(NamedTuple):
                 continue
             capacity = valid if self.cuts_short else part.numel
             err = self.residuals.servers[part.tensor]
+            self.residuals.undo[part.tensor].server.keep(part.start, part.start + valid)
             reduce_(
                 self.compressor if self._whole(part) else self._at(part.start),
                 bodies[:, : self.compressor.layout(capacity).nbytes],
@@ -254,6 +249,13 @@ class _Job(NamedTuple):
                     first = owner * self.shards[part.tensor].numel + part.start
                     out = self.results[part.tensor][first : first + valid]
                     server.decompress_(out, slot[: server.layout(valid).nbytes])
+
+    def places(self, piece: Piece) -> Iterator[tuple[int, int, int]]:
+        """What `decode` writes of a piece: of tensor i elements [start, stop)."""
+        for part in piece:
+            for owner in range(self.world_size):
+                first = owner * self.shards[part.tensor].numel + part.start
+                yield part.tensor, first, first + self._valid(part, owner)
 
     def _zeros(self, *shape: int) -> Tensor:
         return self.memory.zeros(shape, torch.uint8, self.results[0].device)

@@ -1,57 +1,73 @@
 """What puts a state back as it was before a collective that failed.
 
-The worker residual is as large as the gradient, so that copying it takes as long as compressing. It is copied
-part by part, each as it is about to change: of a reduction in pieces, while others are on the wire.
+The worker residual is as large as the gradient, so that copying it takes as long as compressing. Everything is
+copied part by part, each as it is about to change: mostly while messages are on the wire.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gck.collectives.scratch import Scratch
 from gck.error_feedback import ErrorFeedback
 from gck.memory import copy_
 
-__all__ = ["Undo"]
+__all__ = ["Kept", "Undo"]
 
 
-class Undo:
-    """The state of one tensor, before a collective.
+class Kept:
+    """A flat tensor whose parts can be put back as they were; None: nothing to keep.
 
     Args:
-        state: None: nothing is kept.
         memory: where copies are made.
     """
 
-    def __init__(self, state: ErrorFeedback | None, memory: Scratch) -> None:
-        self._state, self._memory = state, memory
-        self._worker = None if state is None else state.worker
-        self._kept: list[tuple[int, int]] = []
-        self._saved = None if state is None else state.snapshot(self._copy)
+    def __init__(self, tensor: Tensor | None, memory: Scratch) -> None:
+        self._tensor, self._memory = tensor, memory
+        self._copy: Tensor | None = None
+        self._parts: list[slice] = []
 
     def keep(self, start: int = 0, stop: int | None = None) -> None:
-        """Call before elements [start, stop) of the worker residual change; once for each. Default: all."""
-        if self._saved is None or self._saved.worker is None:
-            return  # zeros, which are made on first use, and dropped again
-        worker, copy = self._saved.worker
-        stop = worker.numel() if stop is None else stop
-        copy_(copy[start:stop], worker[start:stop])
-        self._kept.append((start, stop))
+        """Call before elements [start, stop) change; once for each. Default: all."""
+        if self._tensor is None:
+            return
+        if self._copy is None:
+            shape = tuple(self._tensor.shape)
+            self._copy = self._memory.empty(shape, self._tensor.dtype, self._tensor.device)
+        part = slice(start, stop)
+        copy_(self._copy[part], self._tensor[part])
+        self._parts.append(part)
+
+    def restore(self) -> None:
+        """Puts the parts that were kept back."""
+        for part in self._parts:
+            assert self._tensor is not None and self._copy is not None
+            self._tensor[part].copy_(self._copy[part])
+
+
+class Undo:
+    """One tensor and its state, before a collective.
+
+    Args:
+        grad: (numel,), of any dtype.
+        state: None: nothing is kept of it.
+        memory: where copies are made.
+
+    Attributes:
+        grad, worker, server: whoever changes one of them calls its `keep` before. Residuals that the state has
+            not yet need none: they are made on first use, and dropped again.
+    """
+
+    def __init__(self, grad: Tensor, state: ErrorFeedback | None, memory: Scratch) -> None:
+        self._state = state
+        worker, server = (None, None) if state is None else (state.worker, state.server)
+        self.grad, self.worker, self.server = (Kept(each, memory) for each in (grad, worker, server))
+        by_parts = {id(worker), id(server)}
+        self._saved = None if state is None else state.snapshot(lambda t: t if id(t) in by_parts else t.clone())
 
     def restore(self) -> None:
         """Puts everything back, in the same buffers."""
-        if self._state is None or self._saved is None:
-            return
-        if self._saved.worker is not None:
-            worker, copy = self._saved.worker
-            at = 0
-            for start, stop in [*sorted(self._kept), (worker.numel(), worker.numel())]:
-                copy[at:start].copy_(worker[at:start])  # has not changed
-                at = stop
-        self._state.restore(self._saved)
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        if tensor is not self._worker:
-            return self._memory.clone(tensor)
-        return self._memory.empty(tuple(tensor.shape), torch.float32, tensor.device)
+        for kept in (self.grad, self.worker, self.server):
+            kept.restore()
+        if self._state is not None and self._saved is not None:
+            self._state.restore(self._saved)

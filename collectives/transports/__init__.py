@@ -19,10 +19,13 @@ __all__ = [
     "Done",
     "Started",
     "Transport",
+    "await_peers",
     "check_timeout",
     "resolve",
     "start_all_gather",
     "start_all_to_all",
+    "start_all_to_all_as_made",
+    "under_way",
 ]
 
 
@@ -149,6 +152,22 @@ def start_all_to_all_as_made(transport: Transport, send: Tensor, make: Callable[
     for row in range(len(send)):
         make(row)
     return start_all_to_all(transport, send)
+
+
+def under_way(started: Started) -> bool:
+    """Whether its end is still to come, as far as the transport can tell."""
+    ended = getattr(started, "is_completed", None)
+    return ended is not None and not ended()
+
+
+def await_peers(started: Started) -> None:
+    """Returns when peers have begun to send, or it has ended; at once where the transport cannot tell.
+
+    Ranks may share processors: what is computed for later should not keep others from their first message.
+    """
+    coming = getattr(started, "await_peers", None)
+    if coming is not None:
+        coming()
 
 
 def check_timeout(seconds: object) -> float:

@@ -62,15 +62,15 @@ class _Operation:
     name: str
     tensors: tuple[Tensor, ...]
     result: Callable[[], Tensor]
-    last_words: Tensor | None = None  # of each row that is received
+    last_words: list[Tensor] = field(default_factory=list)  # of each part, those of each row that is received
     work: Any = None  # keeps the group's sockets open
     ended: bool = False
 
     def receiving(self, rows: Tensor) -> _Operation:
         """(W, n) bytes that ranks send, each of which must be whole; on devices nobody looks."""
         if self.transport._gloo and rows.device.type == "cpu" and rows.shape[1] % 8 == 0:
-            self.last_words = rows.view(torch.int64)[:, -1]
-            self.last_words.fill_(_UNTOUCHED)
+            ends = rotation.part_ends(rows.shape[1])
+            self.last_words = [rows.view(torch.int64)[:, end // 8 - 1].fill_(_UNTOUCHED) for end in ends]
         return self
 
     def start(self, begin: Callable[[], Any]) -> _Operation:
@@ -100,13 +100,22 @@ class _Operation:
         return self.result()
 
     def _check_whole(self) -> None:
-        words = [] if self.last_words is None else self.last_words.tolist()
-        if _UNTOUCHED in words:
+        for words in [part.tolist() for part in self.last_words]:
+            if _UNTOUCHED not in words:
+                continue
             place, peer = self.transport._place(), words.index(_UNTOUCHED)
             raise CollectiveMismatchError(
                 f"{self.name} on {place}: rank {peer} sent less than was waited for: it calls something "
                 "else, or the same on another size. The group cannot be used any more"
             )
+
+    def is_completed(self) -> bool:
+        return self.work is None or bool(self.work.is_completed())
+
+    def await_peers(self) -> None:
+        """See `gck.collectives.transports.await_peers`; of rounds alone is it known."""
+        if isinstance(self.work, rotation.Rotation):
+            self.work.coming(0)
 
     def end(self) -> None:
         self.ended, self.work = True, None
@@ -179,9 +188,9 @@ class ProcessGroupTransport:
         operation = _Operation(
             self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
         ).receiving(recv.view(self._world_size, -1))
-        if self._world_size == 2 and self._rotates(local):
-            # gloo's ring of two has each link busy in one direction at a time.
-            return operation.start(partial(self._rotation, group, local.expand(2, -1), recv.view(2, -1)))
+        if self._rotates(local) and (self._world_size == 2 or os.environ.get('AG')):
+            rows = recv.view(self._world_size, -1)
+            return operation.start(partial(self._rotation, group, local.expand(self._world_size, -1), rows))
         return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))
 
     def start_all_to_all_bytes(self, send: Tensor) -> Started:
@@ -213,7 +222,7 @@ class ProcessGroupTransport:
             for j, row in enumerate(rotation.order_of_rows(self._rank, self._world_size)):
                 # No earlier than while the one before it is on the wire: other ranks of this machine, whose
                 # first row everybody waits for, may want the processor.
-                rounds.begun(j - 1)
+                rounds.coming(j - 1)
                 make(row)
                 rounds.made(row)
         except BaseException as error:

@@ -24,7 +24,26 @@ from gck.errors import GroupUnusableError
 __all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
 
 ROTATE_FROM = 32 << 10  # bytes of a message; at 100 Mbit/s they take 2.6 ms
+DIVIDE_FROM = 64 << 10  # bytes of a message from which it goes in three parts
 TAG = 0x67636B  # apart from what the group's user may send
+
+
+def part_ends(nbytes: int) -> list[int]:
+    """Where the parts of a message end: an eighth, all but an eighth, and all of it; multiples of 16 but the
+    last. A message that is not divided is one part.
+
+    The next round begins when the last eighth is on its way, so that links are not idle while threads wake
+    up; and when the first has come, peers have begun.
+    """
+    import os
+    eighth = min(nbytes // 8 // 16 * 16, int(os.environ.get('TAILB','32768')))
+    return [nbytes] if nbytes < DIVIDE_FROM else [eighth, nbytes - eighth, nbytes]
+
+
+def parts(message: Tensor) -> list[Tensor]:
+    """The parts of a flat uint8 message, as views."""
+    ends = part_ends(message.numel())
+    return [message[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def order_of_rows(rank: int, world_size: int) -> Iterator[int]:
@@ -72,7 +91,8 @@ class Rotation:
         self._rank, self._after = rank, after
         self._made = [threading.Event() for _ in send] if as_made else []
         self._stopped = False
-        self._begun = [threading.Event() for _ in send[1:]]
+        self._coming = [threading.Event() for _ in send[1:]]
+        self._nearly = threading.Event()
         self._done = threading.Event()
         self._error: BaseException | None = None
 
@@ -89,10 +109,19 @@ class Rotation:
         if self._error is not None:
             raise self._error
 
-    def begun(self, j: int) -> None:
-        """Waits until the j-th message is on the wire, or nothing more will be; not at all where j < 0."""
+    def coming(self, j: int) -> None:
+        """Waits until the message of round j has begun to come, or nothing more will; not at all where j < 0.
+
+        Of a message that is not divided nobody sees its beginning: until this rank's own is on its way.
+        """
         if j >= 0:
-            self._begun[j].wait()
+            self._coming[j].wait()
+
+    def nearly(self) -> None:
+        """Waits until all that another rotation would wait for has been received but for the last part."""
+        self._nearly.wait()
+        if self._error is not None:
+            raise self._error
 
     def made(self, row: int) -> None:
         """This row may be sent."""
@@ -109,26 +138,38 @@ class Rotation:
     def _run(self) -> None:
         try:
             if self._after is not None:
-                self._after.wait()
+                self._after.nearly()
+            late: list[Any] = []  # what the round before this one has not waited for
             for j, (to, source) in enumerate(self._rounds):
                 self._go_on()
-                receiving = dist.irecv(self._recv[source], group=self._group, tag=TAG, group_src=source)
+                ends = {"group": self._group, "tag": TAG}
+                receiving = [dist.irecv(part, group_src=source, **ends) for part in parts(self._recv[source])]
                 self._await_row(to)
-                sending = dist.isend(self._send[to], group=self._group, tag=TAG, group_dst=to)
-                self._begun[j].set()
-                for work in (receiving, sending):
-                    if work is not None:
-                        work.wait(self._timeout)
+                sending = [dist.isend(part, group_dst=to, **ends) for part in parts(self._send[to])]
+                first, *others = receiving
+                if not others:
+                    self._coming[j].set()
+                self._await(late)
+                self._await([first])
+                self._coming[j].set()
+                self._await(others[:-1])
+                late = [*others[-1:], *sending]
+            self._nearly.set()
             self._await_row(self._rank)
             self._recv[self._rank] = self._send[self._rank]
+            self._await(late)
         except BaseException as error:
             self._error = error
         finally:
             # Whoever keeps this for its end must not keep the group, nor the memory.
             self._after = self._group = self._send = self._recv = None
-            for begun in self._begun:
-                begun.set()
-            self._done.set()
+            for event in (*self._coming, self._nearly, self._done):
+                event.set()
+
+    def _await(self, works: list[Any]) -> None:
+        for work in works:
+            if work is not None:
+                work.wait(self._timeout)
 
     def _go_on(self) -> None:
         if self._stopped:
