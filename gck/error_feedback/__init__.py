@@ -5,16 +5,10 @@ Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019); the 
 of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
 """
 
-from gck.error_feedback.state import (
-    STATE_VERSION,
-    ErrorFeedback,
-    ErrorFeedbackMap,
-    ServerBinding,
-    ShardBinding,
-    Snapshot,
-    check_factor,
-    check_version,
-)
+from gck.error_feedback.bindings import ServerBinding, ShardBinding
+from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
+from gck.error_feedback.map import ErrorFeedbackMap
+from gck.error_feedback.state import ErrorFeedback, Snapshot
 
 __all__ = [
     "STATE_VERSION",
