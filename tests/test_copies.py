@@ -16,7 +16,7 @@ from torch import Tensor
 import gck
 from gck.wire import Layout
 from tests.cases import make, same_bytes
-from tests.test_contract import COMPRESSORS
+from tests.contract import COMPRESSORS
 
 NUMEL = 5000
 
