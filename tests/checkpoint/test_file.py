@@ -16,12 +16,7 @@ import torch
 
 import gck
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
-from gck.errors import (
-    ArgumentError,
-    BackendUnavailableError,
-    DtypeError,
-    StateMismatchError,
-)
+from gck.errors import ArgumentError, BackendUnavailableError, DtypeError, StateMismatchError
 from tests.cases import same_bytes
 from tests.checkpoint.saved import NUMELS, RANK, SIGN, STEP, WORLD, equal, load, save, used
 
