@@ -3,6 +3,9 @@
 A payload is a NamedTuple of tensors. The tensors are views of one contiguous buffer laid out as the
 wire body (see `gck.wire`), so sending it copies nothing. Payloads made by hand from separate tensors
 are accepted everywhere as well.
+
+To keep a payload, write `gck.to_bytes(payload)`: torch.save and pickle write the memory that its tensors
+share once for each of them, or refuse to.
 """
 
 from __future__ import annotations

@@ -99,6 +99,10 @@ class Layout:
         fields = [(*dlpack_type(f.dtype), f.count, f.offset) for f in self.fields]
         return load().BodyLayout(fields, self.nbytes)
 
+    def __reduce__(self) -> tuple[type[Layout], tuple[Any, ...]]:
+        """Pickles and copies hold what was laid out; they make `native`, a handle in this process, anew."""
+        return Layout, (self.fields, self.nbytes)
+
     def views(self, body: Tensor) -> tuple[Tensor, ...]:
         """Typed views of a (nbytes,) uint8 body, one a field; nothing is copied.
 

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+pytest.register_assert_rewrite("tests.contract", "tests.kernels.reductions")
+
 # A shell that starts a job in the background makes it ignore SIGINT, and every process of ours would
 # inherit that: the tests of Ctrl-C need it to arrive.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,26 +7,13 @@ import os
 import statistics
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from bench import (
-    bench_decode,
-    bench_index_codecs,
-    bench_reduce,
-    bench_topk_lists,
-    codec_speed,
-    gpu_check,
-    inputs,
-    peers,
-    peers_decode,
-)
-from bench.measure import Buffers, Pool
+from bench import bench_topk_lists, codec_speed, gpu_check, inputs
 from tests.cases import same_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,54 +173,6 @@ def test_unknown_names_are_refused(wrong: tuple[str, ...], tmp_path: Path) -> No
     assert "'nothing'" in done.stderr
 
 
-def test_verification_notices_wrong_sums(small_pool: Pool) -> None:
-    bench_decode._verify(bench_decode._decompress, bench_decode._index_add_to_zeros, 3, 0.1, small_pool)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_decode._verify(bench_decode._decompress, bench_decode._index_add_, 3, 0.1, small_pool)
-
-
-@pytest.mark.parametrize("name", bench_decode.DENSE)
-def test_verification_notices_wrong_decoding(
-    name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = bench_decode._decompress_one, bench_decode._unpack
-    bench_decode._verify_one(*runs, name, small_pool)
-    bench_decode._verify_one(
-        bench_decode._decompress_add_one_, bench_decode._unpack_and_add_, name, small_pool
-    )
-    right = peers_decode.torch_decoded
-    monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload).roll(1))
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_decode._verify_one(*runs, name, small_pool)
-
-
-@pytest.mark.parametrize("name", bench_reduce.COMPRESSORS)
-def test_verification_notices_wrong_reductions(
-    name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench_reduce._verify_steps(name, small_pool)
-    bench_reduce._verify_composed(name, small_pool)
-    bench_reduce._verify_sum(name, small_pool)
-    right = peers_decode.torch_decoded
-    monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload) * 2)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_reduce._verify_composed(name, small_pool)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_reduce._verify_sum(name, small_pool)
-    steps = bench_reduce._by_steps
-    monkeypatch.setattr(bench_reduce, "_by_steps", lambda *given: steps(*given) ^ 1)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_reduce._verify_steps(name, small_pool)
-
-
-@pytest.mark.parametrize("codec", bench_index_codecs.CODECS)
-def test_verification_notices_wrong_indices(codec: str, small_pool: Pool) -> None:
-    peer = partial(bench_index_codecs._torch_decode, codec)
-    bench_index_codecs._verify(partial(bench_index_codecs._decode, codec), peer, codec, 50, small_pool)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_index_codecs._verify(lambda given: (peer(given)[0] + 1,), peer, codec, 50, small_pool)
-
-
 def test_speed_of_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(speed > 0 for speed in codec_speed.speeds("elias_fano", 10_000, 100, turns=2))
     monkeypatch.setattr(
@@ -253,129 +192,6 @@ def test_a_report_can_be_shown_again(report: dict[str, Any], run: Any, tmp_path:
     assert refused.returncode == 2
     assert "schema 1 is not 2" in refused.stderr
     assert not (tmp_path / "none").exists()
-
-
-@pytest.fixture
-def small_pool() -> Pool:
-    return Pool(5_003, torch.float32, torch.device("cpu"), beyond_cache=False)
-
-
-def _forgets_residual(buffers: Buffers, k: int) -> Any:
-    values, indices = peers.torch_topk_ef_(buffers, k)
-    buffers.err[indices] = values
-    return values, indices
-
-
-def _wrong_entries(buffers: Buffers, k: int) -> Any:
-    acc = peers.accumulate_(buffers.grad, buffers.err)
-    values = acc[:k].clone()
-    acc[:k] = 0
-    return values, torch.arange(k)
-
-
-@pytest.mark.parametrize("peer", [_forgets_residual, _wrong_entries])
-def test_verification_notices_a_wrong_topk(peer: Any, small_pool: Pool) -> None:
-    peers.verify_topk(peers.torch_topk_ef_, small_pool, 50)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers.verify_topk(peer, small_pool, 50)
-
-
-@pytest.mark.parametrize("chunk_size", [64, 4096])
-@pytest.mark.parametrize("part", [0, 1])
-def test_verification_notices_wrong_signs(
-    chunk_size: int, part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peers.verify_sign(small_pool, chunk_size)
-    right = peers.sign_ef_peer_
-
-    def wrong(buffers: Buffers, size: int) -> Any:
-        result = right(buffers, size)
-        result[part][-1] += 1
-        return result
-
-    monkeypatch.setattr(peers, "sign_ef_peer_", wrong)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers.verify_sign(small_pool, chunk_size)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_verification_notices_a_wrong_chunk_topk(
-    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"chunk_size": 256, "k": 9}
-    for bits in (32, 16):
-        peers.verify_chunk_topk(small_pool, **options, value_bits=bits)
-    peers.verify_torch_chunk_topk(small_pool, **options)
-    right = peers.torch_chunk_topk_ef_
-
-    def wrong(buffers: Buffers, *rest: Any) -> Any:
-        result = right(buffers, *rest)
-        result[part][-1] -= 1
-        return result
-
-    monkeypatch.setattr(peers, "torch_chunk_topk_ef_", wrong)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers.verify_chunk_topk(small_pool, **options, value_bits=32)
-    monkeypatch.setattr(peers, "torch_chunk_topk", lambda magnitude, size, k: magnitude[: 4 * k].view(4, k))
-    with pytest.raises(peers.PeerMismatchError, match=r"torch\.topk and gck disagree"):
-        peers.verify_torch_chunk_topk(small_pool, **options)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_verification_notices_wrong_codes(
-    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for bits in (8, 4, 2):
-        peers.verify_quantize(small_pool, bits, 64)
-    right = peers.torch_quantize_ef_
-
-    def wrong(buffers: Buffers, *rest: Any) -> Any:
-        result = right(buffers, *rest)
-        result[part][-1] += 1
-        return result
-
-    monkeypatch.setattr(peers, "torch_quantize_ef_", wrong)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers.verify_quantize(small_pool, 4, 64)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_verification_notices_wrong_places(
-    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for draw in (peers.random_places, peers.places_of_strata):
-        peers.verify_random_k(draw, small_pool, 50)
-    right = peers.torch_random_k_ef_
-
-    def wrong(buffers: Buffers, *rest: Any) -> Any:
-        result = right(buffers, *rest)
-        result[part][-1] -= 1
-        return result
-
-    monkeypatch.setattr(peers, "torch_random_k_ef_", wrong)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers.verify_random_k(peers.random_places, small_pool, 50)
-
-
-@pytest.mark.parametrize("taken_before", range(5))
-def test_pool_hands_out_fresh_residuals(taken_before: int, small_pool: Pool) -> None:
-    for _ in range(taken_before):
-        small_pool.take().err.zero_()
-    peers.verify_topk(peers.torch_topk_ef_, small_pool, 50)  # writes two residuals at once
-    seen = set()
-    for _ in range(12):
-        buffers = small_pool.take()
-        assert torch.equal(buffers.err, small_pool.saved)
-        buffers.err.zero_()
-        seen.add(buffers.err.data_ptr())
-    assert len(seen) == 5
-
-
-@pytest.mark.parametrize("n", [0, 1, 8, 4097])
-def test_packing_on_the_device_is_that_of_numpy(n: int) -> None:
-    positive = torch.arange(n) % 3 == 1
-    packed = np.packbits(positive.numpy(), bitorder="little")
-    assert peers.pack_with_torch(positive).tolist() == packed.tolist()
 
 
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:

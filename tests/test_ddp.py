@@ -19,15 +19,10 @@ from gck.integrations import ddp
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
+from tests.collectives.ddp_worker import CHECKS
 from tests.collectives.fragile import Fragile
 from tests.collectives.launcher import run_ranks
 from tests.collectives.test_transaction import Interrupted, Interruptible
-
-CHECKS = [
-    line[len("def ") : line.index("(")]
-    for line in (Path(__file__).parent / "collectives" / "ddp_worker.py").read_text().splitlines()
-    if line.startswith("def check_")
-]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from gck.compressor import shard_numel
 from gck.errors import CorruptPayloadError
 from gck.kernels.chunk_topk import VALUE_BITS, ChunkTopK, cpu, reference
 from tests.cases import GRAD_DTYPES, Guarded, make, one_nan, same_bytes
-from tests.test_contract import check_case
+from tests.contract import check_case
 
 interpreted = pytest.param(
     "interpreter",

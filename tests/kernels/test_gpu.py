@@ -15,7 +15,7 @@ from torch import Tensor
 import gck
 from gck.compressor import shard_numel
 from tests.cases import GRAD_DTYPES, make, same_bytes
-from tests.test_contract import check_case
+from tests.contract import check_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -26,8 +26,8 @@ from gck.errors import (
 )
 from gck.kernels.reference import read_residual, statistics, tree
 from tests.cases import CASES, GRAD_DTYPES, Guarded, make, raw, same_bytes
+from tests.contract import check_case, kernels_of
 from tests.ops_calls import pair
-from tests.test_contract import _backend, check_case
 
 COMPRESSORS = [
     gck.TopK(ratio=0.01),
@@ -84,7 +84,7 @@ def check(
     hint: int | None = None,
 ) -> None:
     """Compresses between canaries with all options, and compares every byte with the oracle."""
-    kernels, device = _backend(backend, compressor)
+    kernels, device = kernels_of(backend, compressor)
     limit = None if clip is None else torch.tensor([clip])
     wanted = oracle(compressor, grad, err, limit)
     g, e = Guarded.of(grad.to(device)), Guarded.of(err.to(device))

@@ -18,9 +18,9 @@ from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.quantize import Quantize, reference
 from gck.wire import Layout
 from tests.cases import CASES, make, one_nan, same_bytes
+from tests.contract import check_case
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
-from tests.test_contract import check_case
 
 STOCHASTIC = Quantize(4, 64, "stochastic", seed=-5)
 

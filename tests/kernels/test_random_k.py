@@ -18,7 +18,7 @@ import gck
 from gck.errors import ArgumentError, DtypeError
 from gck.kernels.random_k import RandomK, Unbiased, cpu, reference
 from tests.cases import CASES, GRAD_DTYPES, make, one_nan, same_bytes
-from tests.test_contract import check_case
+from tests.contract import check_case
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 RISK = 1e-9  # that a statistical test fails although all is well, had its seeds been drawn at random

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,133 +12,23 @@ from torch import Tensor
 
 import gck
 from gck.compressor import reduce_, reduce_by_steps_, server_of
-from gck.errors import (
-    ArgumentError,
-    CorruptPayloadError,
-    DeviceMismatchError,
-    DtypeError,
-    GckError,
-    LayoutError,
-    ShapeMismatchError,
-)
 from gck.kernels.common.reduction import Reduction
 from tests.cases import CASES, Guarded, make, one_nan, same_bytes
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
-from tests.kernels.test_gpu import synchronisation_is_an_error
-
-TOPK = gck.ChunkTopK(k=5, chunk_size=32, value_bits=4)
-PACKED = [
-    gck.Sign(32),
-    gck.Sign(),
-    gck.Sign(8192),
-    gck.Quantize(8),
-    gck.Quantize(4, 32),
-    gck.Quantize(4, 64, "stochastic", seed=-3),
-    gck.Quantize(2, 128, "stochastic", seed=2**40, first=7 << 33),
-    gck.Quantize(2),
-    gck.Quantize(2, 8192, scale="mean"),
-    gck.Quantize(2, 32, scale="mean"),
-]
-TOPKS = [
+from tests.kernels.reductions import (
+    COMPRESSORS,
+    MANY,
+    PACKED,
     TOPK,
-    gck.ChunkTopK(),
-    gck.ChunkTopK(k=7, chunk_size=128, value_bits=2),
-    gck.ChunkTopK(k=16, chunk_size=32, value_bits=8, index_bits=16),
-    gck.ChunkTopK(k=4, chunk_size=64, value_bits=32, server_k=16),
-    gck.ChunkTopK(k=100, chunk_size=8192, value_bits=2, server_k=400),
-]
-COMPRESSORS = [*PACKED, *TOPKS]
-# More entries than a program's threads take together.
-MANY = gck.ChunkTopK(k=600, chunk_size=2048, value_bits=8, server_k=8)
-
-
-def reference(compressor: Any) -> Any:
-    return import_module(f"{compressor.package}.reference")
-
-
-def payloads(compressor: Any, ranks: int, n: int, capacity: int, case: str = "gaussian") -> Tensor:
-    """(ranks, nbytes) bodies of vectors of n elements, laid out for `capacity`, of the oracle."""
-    layout = compressor.layout(capacity)
-    memory = torch.zeros(ranks, layout.nbytes + 32, dtype=torch.uint8)
-    for rank, row in enumerate(memory):
-        grad, err = make(case, n + rank % 3, torch.float32)
-        grad, err = grad[:n] * (1 + rank % 7) - rank % 2, err[:n]
-        fields, _, _ = reference(compressor).compress(compressor, grad, err)
-        for view, field in zip(layout.views(row[: layout.nbytes]), fields, strict=True):
-            view[: field.numel()] = field
-    return memory[:, : layout.nbytes]
-
-
-def oracle(
-    compressor: Any, bodies: Tensor, capacity: int, err: Tensor, divisor: int
-) -> tuple[tuple[Tensor, ...], Tensor, int]:
-    """(fields, new residual, cleared): decode and add one after the other, divide, compress."""
-    n, layout = err.numel(), compressor.layout(capacity)
-    total = torch.zeros(n)
-    for body in bodies:
-        fields = layout.views(body)
-        if compressor.name == "chunk_topk":  # its oracle decodes exactly what it is given
-            rows = compressor.chunks(n), compressor.row
-            fields = tuple(f[: rows[0] * count] for f, count in zip(fields, rows[1], strict=True))
-        elif compressor.name == "sign":
-            fields = tuple(
-                f[: -(-n // size)] for f, size in zip(fields, (32, compressor.chunk_size), strict=True)
-            )
-        total = total + reference(compressor).decompress(compressor, fields, n)
-    total = total / divisor
-    server = server_of(compressor, bodies.shape[0])
-    return reference(server).compress(server, total, err)
-
-
-def kernels_of(compressor: Any, backend: str) -> Any:
-    if backend == "interpreter" and torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU here")
-    return import_module(f"{compressor.package}.{'cpu' if backend == 'cpu' else 'gpu'}")
-
-
-def check(
-    compressor: Any,
-    backend: str,
-    bodies: Tensor,
-    n: int,
-    capacity: int,
-    err: Tensor | None,
-    divisor: int,
-) -> None:
-    """Every byte of the body, the residual and the counter, between canaries."""
-    device = "cuda" if backend == "cuda" else "cpu"
-    wanted, new_err, cleared = oracle(
-        compressor, bodies, capacity, torch.full((n,), -0.0) if err is None else err, divisor
-    )
-    server = server_of(compressor, bodies.shape[0])
-    out_layout = server.layout(n)
-    memory = torch.full((out_layout.nbytes + 48,), 0xA5, dtype=torch.uint8, device=device)
-    body = memory[16 : 16 + out_layout.nbytes]
-    body.zero_()
-    held = None if err is None else Guarded.of(err.to(device))
-    nonfinite = torch.full((1,), 5, dtype=torch.int64, device=device)
-    rows = torch.empty_strided(bodies.shape, bodies.stride(), dtype=torch.uint8, device=device)
-    rows.copy_(bodies)
-    inner = None if held is None else held.inner
-    if backend == "interpreter":  # its tensors are on the CPU, of which reduce_ would take the kernels
-        job = Reduction(rows, compressor.layout(capacity), n, divisor, server, inner, body, nonfinite)
-        kernels_of(compressor, backend).reduce_(compressor, job)
-    else:
-        compressor.reduce_(rows, inner, body, n, capacity=capacity, divisor=divisor, nonfinite=nonfinite)
-    for got, field in zip(out_layout.views(body), wanted, strict=True):
-        assert same_bytes(got, field)
-    assert int(nonfinite) == 5 + cleared
-    if held is not None:
-        assert same_bytes(held.inner, new_err)
-        assert held.intact()
-    assert (memory[:16] == 0xA5).all()
-    assert (memory[16 + out_layout.nbytes :] == 0xA5).all()
-    assert torch.equal(rows.cpu(), bodies)
-
-
-def residual(n: int, case: str = "gaussian") -> Tensor:
-    return make(case, n, torch.float32)[1]
+    TOPKS,
+    check,
+    kernels_of,
+    payloads,
+    reference,
+    residual,
+)
+from tests.kernels.test_gpu import synchronisation_is_an_error
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 9, 17])
@@ -390,65 +279,3 @@ def test_nothing_to_reduce() -> None:
         bodies = torch.zeros(3, compressor.layout(100).nbytes, dtype=torch.uint8)
         err, body = torch.empty(0), torch.empty(0, dtype=torch.uint8)
         compressor.reduce_(bodies, err, body, 0, capacity=100, divisor=3)
-
-
-GOOD_N = 300
-BAD: dict[str, tuple[type[GckError], str, dict[str, Any]]] = {
-    "numel": (ArgumentError, r"numel must be in \[0, capacity\], got 301 and 300", {"numel": 301}),
-    "float numel": (DtypeError, "numel must be an int, got float", {"numel": 300.0}),
-    "divisor": (ArgumentError, r"divisor must be in \[1, 16777216\], got 0", {"divisor": 0}),
-    "bodies": (CorruptPayloadError, "bodies must be", {"bodies": torch.zeros(2, 16, dtype=torch.uint8)}),
-    "err": (ShapeMismatchError, "err must have 300 elements, got 299", {"err": torch.zeros(299)}),
-    "err half": (DtypeError, "err must be float32", {"err": torch.zeros(300).half()}),
-    "err strided": (LayoutError, "err must be contiguous", {"err": torch.zeros(600)[::2]}),
-    "body": (ShapeMismatchError, "body must be", {"body": torch.zeros(16, dtype=torch.uint8)}),
-    "body int8": (ShapeMismatchError, "of torch.int8", {"body": torch.zeros(64, dtype=torch.int8)}),
-    "nonfinite": (DtypeError, "nonfinite must be int64", {"nonfinite": torch.zeros(1)}),
-    "device": (DeviceMismatchError, "device of bodies", {"err": torch.zeros(300, device="meta")}),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize(
-    "compressor", [gck.Sign(32), gck.Quantize(4, 32), gck.ChunkTopK(5, 32, server_k=5)], ids=str
-)
-def test_bad_input_changes_nothing(compressor: Any, bad: str) -> None:
-    error, text, change = BAD[bad]
-    body = torch.zeros(compressor.layout(GOOD_N).nbytes, dtype=torch.uint8)
-    given = {
-        "bodies": payloads(compressor, 2, GOOD_N, GOOD_N),
-        "err": torch.ones(GOOD_N),
-        "body": body,
-        "numel": GOOD_N,
-        "capacity": GOOD_N,
-    } | change
-    err = given["err"]
-    before = err.clone()
-    with pytest.raises(error, match=rf"^{type(compressor).__name__}\.reduce_: .*{text}"):
-        compressor.reduce_(**given)
-    assert err.is_meta or torch.equal(err, before)
-    assert not body.any()
-
-
-def test_tensors_that_overlap() -> None:
-    compressor = gck.Sign(32)
-    nbytes = compressor.layout(GOOD_N).nbytes
-    memory = torch.zeros(3, nbytes, dtype=torch.uint8)
-    with pytest.raises(LayoutError, match=r"Sign\.reduce_: .*overlap in memory"):
-        compressor.reduce_(memory, torch.zeros(GOOD_N), memory[1], GOOD_N)
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_corrupt_payload_changes_nothing(rank: int) -> None:
-    compressor = gck.ChunkTopK(k=4, chunk_size=64, index_bits=16, server_k=4)
-    n = 70_000
-    bodies = payloads(compressor, 3, n, n)
-    compressor.layout(n).views(bodies[rank])[2].view(torch.int16)[4 * 500 + 2] = 64
-    err, body = torch.ones(n), torch.zeros(compressor.layout(n).nbytes, dtype=torch.uint8)
-    nonfinite = torch.zeros(1, dtype=torch.int64)
-    text = rf"^ChunkTopK\.reduce_: indices .* entry 2 of chunk 500 does not in body {rank}$"
-    with pytest.raises(CorruptPayloadError, match=text):
-        compressor.reduce_(bodies, err, body, n, nonfinite=nonfinite)
-    assert torch.equal(err, torch.ones(n))
-    assert not body.any()
-    assert not nonfinite.any()

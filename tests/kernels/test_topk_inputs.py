@@ -28,7 +28,7 @@ from gck.errors import (
 )
 from gck.kernels.topk import reference
 from tests.cases import GRAD_DTYPES, Guarded, same_bytes
-from tests.test_contract import check_case
+from tests.contract import check_case
 
 SIZES = (70_001, 300_007)
 INFINITY, LARGEST = 0x7F800000, 2**31 - 1

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import gck
 from tests.cases import Guarded, make, one_nan, same_bytes
+from tests.contract import check_case
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
-from tests.test_contract import check_case
 
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)

@@ -11,8 +11,8 @@ import torch
 
 from gck.kernels.random_k import RandomK, Unbiased, reference
 from tests.cases import GRAD_DTYPES, make
+from tests.contract import check_case
 from tests.kernels.launches import recorded
-from tests.test_contract import check_case
 
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)

@@ -19,10 +19,10 @@ if torch.cuda.is_available():
 
 from gck.kernels.topk import gpu, gpu_guess, gpu_stream
 from gck.kernels.topk.gpu_refine import COUNT, RESTORE
+from tests.contract import check_case
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
 from tests.kernels.topk_paths import KNOWN, LIST, NEAR, SCAN, check, key_of, shrink
-from tests.test_contract import check_case
 
 N = 6 * gpu_stream.TILE + 5  # of the tiles that are compiled
 SMALL = 4000 + 5  # of the tiles of `shrink`: two runs of 8 tiles, the last of which is cut short

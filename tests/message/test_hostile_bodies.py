@@ -18,8 +18,8 @@ from gck.compressor import decompress_sum_, reduce_, server_of
 from gck.errors import CorruptPayloadError
 from gck.kernels.chunk_topk import ChunkTopK
 from tests.cases import Guarded, one_nan, same_bytes
+from tests.contract import VARIANTS
 from tests.message.hostile import attempt
-from tests.test_contract import VARIANTS
 
 SMALL = [c for variants in VARIANTS.values() for c in variants if getattr(c, "chunk_size", 0) < 8192]
 LARGE = [c for variants in VARIANTS.values() for c in variants if c not in SMALL]

@@ -9,7 +9,7 @@ import gck
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
 from tests.collectives import launcher, scenarios
-from tests.collectives.ddp_worker import EVERYTHING, TINY_BUCKETS, equal, network, train
+from tests.collectives.ddp_model import EVERYTHING, TINY_BUCKETS, equal, network, train
 
 if __name__ == "__main__":
     directory, rank, world_size = launcher.init()

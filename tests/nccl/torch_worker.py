@@ -30,7 +30,7 @@ from gck.errors import CorruptPayloadError
 from gck.integrations import ddp
 from tests.cases import same_bytes
 from tests.collectives import launcher, scenarios
-from tests.collectives.ddp_worker import EVERYTHING, TINY_BUCKETS, batch, equal, network
+from tests.collectives.ddp_model import EVERYTHING, TINY_BUCKETS, batch, equal, network
 from tests.nccl.gpu_worker import on_device
 
 STEPS = 4

@@ -1,43 +1,25 @@
-"""Residual state: what compression left out, kept until it is sent.
-
-Source: Seide et al., "1-Bit Stochastic Gradient Descent" (Interspeech 2014); Karimireddy et al., "Error
-Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019); the server residual is that
-of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
-"""
+"""The residuals of one tensor."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gck.errors import ArgumentError, StateMismatchError
+from gck.error_feedback.bindings import ServerBinding, ShardBinding
+from gck.error_feedback.checks import (
+    STATE_VERSION,
+    check_factor,
+    check_version,
+    saved_binding,
+    saved_count,
+    saved_residual,
+)
+from gck.errors import StateMismatchError
 
-__all__ = ["ErrorFeedback", "ErrorFeedbackMap", "ServerBinding", "ShardBinding", "Snapshot"]
-
-STATE_VERSION = 1
-B = TypeVar("B", "ServerBinding", "ShardBinding")
-
-
-class ServerBinding(NamedTuple):
-    """What a server residual belongs to: the shard of this rank in a world cut into units."""
-
-    rank: int
-    world_size: int
-    unit: int
-
-
-class ShardBinding(NamedTuple):
-    """What all residuals of a rank belong to where the ranks of a node share a tensor: the shard of local
-    rank `rank`, of `numel` elements cut into `world_size` shards of whole units."""
-
-    numel: int
-    rank: int
-    world_size: int
-    unit: int
+__all__ = ["ErrorFeedback", "Snapshot"]
 
 
 class Snapshot(NamedTuple):
@@ -244,8 +226,8 @@ class ErrorFeedback:
         """The residuals in `state`, checked; shares its tensors."""
         check_version("ErrorFeedback.load_state_dict", state)
         loaded = ErrorFeedback()
-        loaded.worker = _residual(state, "worker")
-        loaded.shard = _binding(ShardBinding, state["shard"], "shard") if "shard" in state else None
+        loaded.worker = saved_residual(state, "worker")
+        loaded.shard = saved_binding(ShardBinding, state["shard"], "shard") if "shard" in state else None
         numel = self.numel if numel is None else numel
         if numel is not None and loaded.numel not in (None, numel):
             raise StateMismatchError(
@@ -253,8 +235,8 @@ class ErrorFeedback:
                 f"the gradient {numel}"
             )
         if "server" in state and not reset_server:
-            loaded.server = _residual(state, "server")
-            loaded.binding = _binding(ServerBinding, state, "server residual")
+            loaded.server = saved_residual(state, "server")
+            loaded.binding = saved_binding(ServerBinding, state, "server residual")
             own_rank, own_world_size = self._place()
             saved_rank, saved_world_size = loaded._place()
             for name, saved, present in (
@@ -267,9 +249,7 @@ class ErrorFeedback:
                         f"{name} {present}; pass reset_server=True to start it from zero"
                     )
         if "nonfinite" in state:
-            count = state["nonfinite"]
-            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**63:
-                raise StateMismatchError(f"load_state_dict: nonfinite must be an int >= 0, got {count!r}")
+            count = saved_count(state, "nonfinite")
             device = None if loaded.worker is None else loaded.worker.device
             loaded.nonfinite = torch.tensor([count], dtype=torch.int64, device=device)
         return loaded
@@ -282,123 +262,3 @@ class ErrorFeedback:
             return self.binding.rank, self.binding.world_size
         local = self.shard.world_size
         return self.binding.rank * local + self.shard.rank, self.binding.world_size * local
-
-
-class ErrorFeedbackMap:
-    """One `ErrorFeedback` a name, made on first use: ``residuals["layer.weight"]``."""
-
-    def __init__(self) -> None:
-        self._states: dict[str, ErrorFeedback] = {}
-
-    def __getitem__(self, name: str) -> ErrorFeedback:
-        return self._states.setdefault(name, ErrorFeedback())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._states
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def items(self) -> Iterator[tuple[str, ErrorFeedback]]:
-        return iter(self._states.items())
-
-    def rename(self, old: str, new: str) -> None:
-        """Moves a state to another name."""
-        self._states[new] = self._states.pop(old)
-
-    def reset(self) -> None:
-        """Forgets every residual."""
-        self._states.clear()
-
-    def rescale_(self, factor: float) -> None:
-        """`ErrorFeedback.rescale_` of all."""
-        check_factor("ErrorFeedbackMap.rescale_", factor)
-        for state in self._states.values():
-            state.rescale_(factor)
-
-    def state_dict(self) -> dict[str, Any]:
-        """A plain dict: the states by name, and a version."""
-        return {
-            "version": STATE_VERSION,
-            "tensors": {name: state.state_dict() for name, state in self._states.items()},
-        }
-
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        *,
-        numels: Mapping[str, int] | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        reset_server: bool = False,
-    ) -> None:
-        """Replaces all residuals; see `ErrorFeedback.load_state_dict`.
-
-        Args:
-            numels: elements of each gradient; with it, unknown names are errors as well.
-
-        Raises:
-            StateMismatchError: one of the states does not fit; nothing was changed.
-        """
-        check_version("ErrorFeedbackMap.load_state_dict", state)
-        tensors = state.get("tensors")
-        if not isinstance(tensors, Mapping):
-            raise StateMismatchError(f"load_state_dict: tensors must be a dict, got {type(tensors).__name__}")
-        fresh: dict[str, ErrorFeedback] = {}
-        for name, saved in tensors.items():
-            if numels is not None and name not in numels:
-                raise StateMismatchError(f"load_state_dict: no parameter is named {name!r}")
-            numel = None if numels is None else numels[name]
-            present = self._states.get(name)
-            if numel is None and present is not None:
-                numel = present.numel
-            fresh[name] = ErrorFeedback()
-            try:
-                fresh[name].load_state_dict(
-                    saved, numel=numel, rank=rank, world_size=world_size, reset_server=reset_server
-                )
-            except StateMismatchError as error:
-                raise StateMismatchError(f"{name}: {error}") from error
-        self._states = fresh
-
-
-def check_factor(function: str, factor: object, name: str = "factor") -> None:
-    """Raises ArgumentError unless `factor` is a positive, finite number."""
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise ArgumentError(f"{function}: {name} must be positive and finite, got {factor!r}")
-
-
-def check_version(function: str, state: Any) -> None:
-    """Raises StateMismatchError unless `state` is a dict of the version that this code writes."""
-    if not isinstance(state, Mapping):
-        raise StateMismatchError(f"{function}: state must be a dict, got {type(state).__name__}")
-    if state.get("version") != STATE_VERSION:
-        raise StateMismatchError(
-            f"{function}: state must have version {STATE_VERSION}, got {state.get('version')!r}"
-        )
-
-
-def _copied(buffer: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if buffer is None else (buffer, buffer.clone())
-
-
-def _binding(kind: type[B], state: Any, name: str) -> B:
-    try:
-        return kind(*(int(state[key]) for key in kind._fields))
-    except (KeyError, TypeError, ValueError) as error:
-        raise StateMismatchError(f"load_state_dict: {error!r} in the saved {name}") from error
-
-
-def _residual(state: Mapping[str, Any], name: str) -> Tensor | None:
-    value = state.get(name)
-    if value is not None and (
-        not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1
-    ):
-        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise StateMismatchError(
-            f"load_state_dict: the saved {name} residual must be flat float32, got {what}"
-        )
-    return value

@@ -1,0 +1,82 @@
+"""Checks of saved states, and of what states are changed by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gck.error_feedback.bindings import ServerBinding, ShardBinding
+from gck.errors import ArgumentError, StateMismatchError
+
+__all__ = [
+    "STATE_VERSION",
+    "check_factor",
+    "check_version",
+    "saved_binding",
+    "saved_count",
+    "saved_residual",
+]
+
+STATE_VERSION = 1
+B = TypeVar("B", ServerBinding, ShardBinding)
+
+
+def check_factor(function: str, factor: object, name: str = "factor") -> None:
+    """Raises ArgumentError unless `factor` is a positive, finite number."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ArgumentError(f"{function}: {name} must be positive and finite, got {factor!r}")
+
+
+def check_version(function: str, state: Any) -> None:
+    """Raises StateMismatchError unless `state` is a dict of the version that this code writes."""
+    if not isinstance(state, Mapping):
+        raise StateMismatchError(f"{function}: state must be a dict, got {type(state).__name__}")
+    if state.get("version") != STATE_VERSION:
+        raise StateMismatchError(
+            f"{function}: state must have version {STATE_VERSION}, got {state.get('version')!r}"
+        )
+
+
+def saved_binding(kind: type[B], state: Any, name: str) -> B:
+    """The binding that the entries of `state` say; `name` is what it belongs to, for texts.
+
+    Raises:
+        StateMismatchError: an entry is missing, or no int.
+    """
+    try:
+        return kind(*(int(state[key]) for key in kind._fields))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateMismatchError(f"load_state_dict: {error!r} in the saved {name}") from error
+
+
+def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
+    """The residual `name` of a saved state; None where it has none.
+
+    Raises:
+        StateMismatchError: it is no flat float32 tensor.
+    """
+    value = state.get(name)
+    if value is not None and (
+        not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1
+    ):
+        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise StateMismatchError(
+            f"load_state_dict: the saved {name} residual must be flat float32, got {what}"
+        )
+    return value
+
+
+def saved_count(state: Mapping[str, Any], name: str) -> int:
+    """The counter `name` of a saved state.
+
+    Raises:
+        StateMismatchError: it is no int, negative, or too large.
+    """
+    count = state[name]
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 2**63:
+        raise StateMismatchError(f"load_state_dict: {name} must be an int >= 0, got {count!r}")
+    return count

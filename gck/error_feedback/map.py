@@ -1,0 +1,93 @@
+"""The states of many tensors, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
+from gck.error_feedback.state import ErrorFeedback
+from gck.errors import StateMismatchError
+
+__all__ = ["ErrorFeedbackMap"]
+
+
+class ErrorFeedbackMap:
+    """One `ErrorFeedback` a name, made on first use: ``residuals["layer.weight"]``."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, ErrorFeedback] = {}
+
+    def __getitem__(self, name: str) -> ErrorFeedback:
+        return self._states.setdefault(name, ErrorFeedback())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def items(self) -> Iterator[tuple[str, ErrorFeedback]]:
+        return iter(self._states.items())
+
+    def rename(self, old: str, new: str) -> None:
+        """Moves a state to another name."""
+        self._states[new] = self._states.pop(old)
+
+    def reset(self) -> None:
+        """Forgets every residual."""
+        self._states.clear()
+
+    def rescale_(self, factor: float) -> None:
+        """`ErrorFeedback.rescale_` of all."""
+        check_factor("ErrorFeedbackMap.rescale_", factor)
+        for state in self._states.values():
+            state.rescale_(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain dict: the states by name, and a version."""
+        return {
+            "version": STATE_VERSION,
+            "tensors": {name: state.state_dict() for name, state in self._states.items()},
+        }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        *,
+        numels: Mapping[str, int] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        reset_server: bool = False,
+    ) -> None:
+        """Replaces all residuals; see `ErrorFeedback.load_state_dict`.
+
+        Args:
+            numels: elements of each gradient; with it, unknown names are errors as well.
+
+        Raises:
+            StateMismatchError: one of the states does not fit; nothing was changed.
+        """
+        check_version("ErrorFeedbackMap.load_state_dict", state)
+        tensors = state.get("tensors")
+        if not isinstance(tensors, Mapping):
+            raise StateMismatchError(f"load_state_dict: tensors must be a dict, got {type(tensors).__name__}")
+        fresh: dict[str, ErrorFeedback] = {}
+        for name, saved in tensors.items():
+            if numels is not None and name not in numels:
+                raise StateMismatchError(f"load_state_dict: no parameter is named {name!r}")
+            numel = None if numels is None else numels[name]
+            present = self._states.get(name)
+            if numel is None and present is not None:
+                numel = present.numel
+            fresh[name] = ErrorFeedback()
+            try:
+                fresh[name].load_state_dict(
+                    saved, numel=numel, rank=rank, world_size=world_size, reset_server=reset_server
+                )
+            except StateMismatchError as error:
+                raise StateMismatchError(f"{name}: {error}") from error
+        self._states = fresh
