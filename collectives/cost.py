@@ -8,7 +8,7 @@ three terms, of which a caller knows what its links and processors are:
     compute                 compressing, reducing and decoding: `gck.collectives.measure_compute`
 
 They add up, because the steps of an all-reduce in one piece wait for one another: a rank can't send what it
-has not compressed. Left out: what a group agrees on once (the handshake of a new configuration, connections),
+has not compressed. In pieces, compute and bytes overlap. Left out: what a group agrees on once (the handshake of a new configuration, connections),
 what TCP does until it knows the link, packets that are lost, and ranks that start late.
 
 Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH"
@@ -101,14 +101,21 @@ class Cost:
     messages: int
     rounds: int
 
-    def seconds(self, link: Link, compute: float = 0.0) -> float:
-        """rounds * latency + nbytes / bandwidth + compute.
+    def seconds(self, link: Link, compute: float = 0.0, pieces: int = 1) -> float:
+        """rounds * latency + nbytes / bandwidth + compute, of which pieces overlap.
 
         Args:
             compute: seconds that a rank takes to compress, reduce and decode; 0: nothing but the link is in
                 the way.
+            pieces: that the vector goes in; of the shorter of bytes and compute one in so many is seen.
+
+        Raises:
+            ArgumentError: pieces below 1.
         """
-        return self.rounds * link.latency + self.nbytes / link.bandwidth + compute
+        if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1:
+            raise ArgumentError(f"Cost.seconds: pieces must be a positive int, got {pieces!r}")
+        sent = self.nbytes / link.bandwidth
+        return self.rounds * link.latency + max(sent, compute) + min(sent, compute) / pieces
 
 
 @dataclass(frozen=True)

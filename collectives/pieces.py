@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gck.collectives.cost import Link, all_reduce_cost
 from gck.collectives.transports import Started, Transport, await_peers, start_all_gather, under_way
-from gck.compressor import Compressor, compressor_at
+from gck.collectives.transports.rotation import ROTATE_FROM
+from gck.compressor import Compressor, compressor_at, shard_numel
 from gck.errors import ArgumentError, CollectiveError, DtypeError
 
 __all__ = [
@@ -30,6 +32,10 @@ __all__ = [
     "piece_numel_of",
     "pipelined",
 ]
+
+
+SLOW = 7e-9  # seconds that a link takes for the bytes of an element; computing takes 1 to 2.5, or twice that
+MOST = 8  # pieces
 
 
 class Slice(NamedTuple):
@@ -64,29 +70,46 @@ def check_piece_numel(function: str, piece_numel: object) -> None:
         raise ArgumentError(f"{function}: piece_numel must be at least 0, got {piece_numel}")
 
 
-def choose_piece_numel(compressor: Compressor, numel: int, world_size: int, device_type: str = "cpu") -> int:
-    """Elements a piece when `numel` elements go by two phases; 0: all at once. Of the arguments alone.
-
-    It is 0: pieces pay on some links and cost on others, as docs/collectives.md measures, and which of them
-    there are follows from no argument. Who knows the links says `piece_numel`.
-    """
-    import os
-    k = int(os.environ.get('PIECES','1'))
-    return 0 if k < 2 else -(-numel//k)
-
-
-def piece_numel_of(
-    compressor: Compressor, numels: Sequence[int], world_size: int, device_type: str, piece_numel: int | None
+def choose_piece_numel(
+    compressor: Compressor,
+    numel: int,
+    world_size: int,
+    device_type: str = "cpu",
+    *,
+    link: Link | None = None,
+    algorithm: str = "auto",
 ) -> int:
-    """What `cut` gets for tensors of `numels` elements that go by two phases together; 0: one piece.
+    """Elements a piece when `numel` elements are reduced; 0: all at once. Of the arguments alone.
+
+    Pieces hide the time to compute behind that of a slow link, and cost more of it: each is a few calls and
+    rounds. They pay where bytes take longer than computing does, by docs/collectives.md's measurements from
+    `SLOW` on, as long as their messages stay as long as those that go in rounds. On devices and in worlds of one
+    they never do, nor for compressors whose vectors cannot be cut.
 
     Args:
-        piece_numel: the caller's choice; None: `choose_piece_numel`. Neither counts for a compressor that
-            cannot be told where a piece starts.
+        link: what ranks are connected by, the same on all of them. None: nobody knows, and it is 0.
+        algorithm: that of the all-reduce.
     """
-    if piece_numel is None:
-        return choose_piece_numel(compressor, sum(numels), world_size, device_type)
-    return piece_numel if numels and compressor_at(compressor, 0) is not None else 0
+    if link is None or world_size == 1 or device_type != "cpu" or not numel:
+        return 0
+    unit, cost = compressor.shard_unit, all_reduce_cost(compressor, [numel], world_size, algorithm)
+    if unit is None or cost.algorithm not in ("one_phase", "two_phase") or compressor_at(compressor, 0) is None:
+        return 0
+    shards = world_size if cost.algorithm == "two_phase" else 1
+    message = compressor.layout(shard_numel(numel, unit, shards)).nbytes
+    pieces = min(message // ROTATE_FROM, MOST)
+    return -(-numel // pieces) if pieces > 1 and cost.nbytes / link.bandwidth >= SLOW * numel else 0
+
+
+def piece_numel_of(compressor: Compressor, numels: Sequence[int], piece_numel: int | None) -> int:
+    """What `cut` gets for tensors of `numels` elements that are compressed together; 0: one piece.
+
+    Args:
+        piece_numel: the caller's choice, which does not count for a compressor that cannot be told where a
+            piece starts; None: one piece.
+    """
+    divides = bool(numels) and compressor.shard_unit is not None and compressor_at(compressor, 0) is not None
+    return piece_numel if piece_numel is not None and divides else 0
 
 
 def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: int) -> list[Piece]:

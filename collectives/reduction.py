@@ -68,9 +68,8 @@ def prepare(
     plan = _plan(compressor, cuts, local_world_size, tier.world_size, algorithm)
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
-    device_type = grads[0].device.type if grads else "cpu"
     together = [cuts[i].numel for chosen in ("one_phase", "two_phase") for i in plan.get(chosen, ())]
-    pieces = piece_numel_of(compressor, together, tier.world_size, device_type, piece_numel)
+    pieces = piece_numel_of(compressor, together, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
     text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")

@@ -102,6 +102,7 @@ def _measure(
                 rendezvous=scratch,
                 interface=network.interface,
                 shared_interface=not network.nodes,
+                bits_per_second=network.nodes[0].bits_per_second if network.nodes else None,
                 timeout=limit,
                 repeats=cases,
             )

@@ -18,10 +18,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import gck
-from gck.collectives import all_reduce_cost
+from gck.collectives import Link, all_reduce_cost, choose_piece_numel
 
-__all__ = ["BASELINE", "METHODS", "Method", "Run"]
+__all__ = ["BASELINE", "METHODS", "Make", "Method", "Run"]
 
+Make = Callable[[int, Link | None], "Run"]  # for gradients of so many elements; the link, where there is one
 Run = Callable[[Tensor], float]  # overwrites the gradient by the average over ranks; seconds it took
 BASELINE = "dense fp32"
 POWERSGD_RANK = 4
@@ -32,14 +33,14 @@ class Method:
     """One row of the tables.
 
     Attributes:
-        make: the method for gradients of `numel` elements, on every rank.
+        make: the method, on every rank.
         nbytes: bytes that a rank sends, of (numel, world size).
         untimed: calls before the first that counts: a step does not allocate and agree as the first one does.
         compressor: gck's, or any with algorithm "dense": what the cost model predicts the time of.
     """
 
     title: str
-    make: Callable[[int], Run]
+    make: Make
     nbytes: Callable[[int, int], int]
     untimed: int = 1
     compressor: gck.Compressor | None = None
@@ -50,7 +51,7 @@ def _ring(nbytes: int, world_size: int) -> int:
     return 2 * nbytes * (world_size - 1) // world_size
 
 
-def _dense(numel: int) -> Run:
+def _dense(numel: int, link: Link | None) -> Run:
     def run(grad: Tensor) -> float:
         began = time.perf_counter()
         dist.all_reduce(grad)
@@ -79,10 +80,10 @@ def matrix_shape(numel: int) -> tuple[int, int]:
     return rows, numel // rows
 
 
-def _hooked(hook: Any, state: Callable[[], Any]) -> Callable[[int], Run]:
+def _hooked(hook: Any, state: Callable[[], Any]) -> Make:
     """A hook of PyTorch's, which only DDP can call; timed from its call until its future is done."""
 
-    def make(numel: int) -> Run:
+    def make(numel: int, link: Link | None) -> Run:
         shape, took = matrix_shape(numel), [0.0]
         # Weights are the same already; at 100 Mbit/s it would take long to send them.
         model = DistributedDataParallel(_Weight(shape), init_sync=False)
@@ -110,7 +111,7 @@ def _hooked(hook: Any, state: Callable[[], Any]) -> Callable[[int], Run]:
     return make
 
 
-def _quantised(numel: int) -> Run:
+def _quantised(numel: int, link: Link | None) -> Run:
     """The steps of PyTorch's quantization_pertensor_hook, with its own functions.
 
     The hook itself fails on gloo, whose futures hold the gathered tensors where NCCL's hold a list of them.
@@ -145,12 +146,13 @@ def _powersgd() -> Any:
 
 
 def _gck(title: str, compressor: gck.Compressor) -> Method:
-    def make(numel: int) -> Run:
+    def make(numel: int, link: Link | None) -> Run:
         state = gck.ErrorFeedback()
+        piece_numel = choose_piece_numel(compressor, numel, dist.get_world_size(), link=link)
 
         def run(grad: Tensor) -> float:
             began = time.perf_counter()
-            gck.all_reduce_(grad, state, compressor)
+            gck.all_reduce_(grad, state, compressor, piece_numel=piece_numel)
             return time.perf_counter() - began
 
         return run

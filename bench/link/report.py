@@ -13,7 +13,7 @@ from rich.table import Table
 from bench.link.methods import BASELINE, METHODS
 from gck.cli.links import format_rate, parse_rate
 from gck.cli.network import Network
-from gck.collectives import Link, all_reduce_cost
+from gck.collectives import Link, all_reduce_cost, choose_piece_numel
 
 __all__ = ["draw", "goodput", "record_of", "show"]
 
@@ -66,12 +66,17 @@ def predicted(event: Record, workers: int, network: Network, latency: float) -> 
     if not network.nodes or method.compressor is None:
         return None
     link = Link.ethernet(network.nodes[0].bits_per_second or 0, latency)
-    cost = all_reduce_cost(method.compressor, [event["numel"]], workers, method.algorithm)
+    numel = event["numel"]
+    cost = all_reduce_cost(method.compressor, [numel], workers, method.algorithm)
+    pieces = 1
+    if piece := choose_piece_numel(method.compressor, numel, workers, link=link, algorithm=cost.algorithm):
+        pieces = -(-numel // piece)
     return {
         "latency": cost.rounds * latency,
         "bytes": cost.nbytes / link.bandwidth,
         "compute": event["compute"],
-        "seconds": cost.seconds(link, event["compute"]),
+        "pieces": pieces,
+        "seconds": cost.seconds(link, event["compute"], pieces),
     }
 
 

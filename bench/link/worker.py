@@ -18,7 +18,7 @@ import torch.distributed as dist
 from bench.link.methods import METHODS, Method
 from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
-from gck.collectives import measure_compute, resolve
+from gck.collectives import Link, measure_compute, resolve
 
 __all__ = ["Assignment", "main"]
 
@@ -28,6 +28,7 @@ class Assignment:
     """What a worker is told on its command line.
 
     Attributes:
+        bits_per_second: of the link; None: loopback.
         repeats: of each (method, numel), how many all-reduces are timed.
     """
 
@@ -37,6 +38,7 @@ class Assignment:
     rendezvous: str
     interface: str
     shared_interface: bool  # all workers read the same counters
+    bits_per_second: int | None
     timeout: float
     repeats: list[tuple[str, int, int]]
 
@@ -45,7 +47,13 @@ def main(argv: list[str]) -> None:
     assignment = Assignment(**json.loads(argv[1]))
     end_with(assignment.parent)
     events = event_stream()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.world_size))
+    processors = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, len(processors) // assignment.world_size))
+    # Each rank on processors of its own, or sharing them evenly: a scheduler that lets two ranks of four wait
+    # for one processor is not what is measured.
+    own = max(1, len(processors) // assignment.world_size)
+    first = assignment.rank * own % len(processors)
+    os.sched_setaffinity(0, processors[first : first + own])
     dist.init_process_group(
         "gloo",
         init_method=(Path(assignment.rendezvous) / "rendezvous").as_uri(),
@@ -89,7 +97,8 @@ def compute_of(method: Method, numel: int) -> float | None:
 
 
 def measure(assignment: Assignment, method: Method, numel: int, repeats: int, events: TextIO) -> None:
-    run = method.make(numel)
+    bits = assignment.bits_per_second
+    run = method.make(numel, None if bits is None else Link.ethernet(bits))
     source = torch.randn(numel, generator=torch.Generator().manual_seed(assignment.rank))
     grad = source.clone()
     for _ in range(method.untimed):

@@ -24,20 +24,20 @@ from gck.errors import GroupUnusableError
 __all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
 
 ROTATE_FROM = 32 << 10  # bytes of a message; at 100 Mbit/s they take 2.6 ms
-DIVIDE_FROM = 64 << 10  # bytes of a message from which it goes in three parts
+DIVIDE_FROM = 64 << 10  # bytes of a message that goes in parts
+END = 16 << 10  # bytes of the first of them, and about those of the last
 TAG = 0x67636B  # apart from what the group's user may send
 
 
 def part_ends(nbytes: int) -> list[int]:
-    """Where the parts of a message end: an eighth, all but an eighth, and all of it; multiples of 16 but the
-    last. A message that is not divided is one part.
+    """Where the parts of a message end; multiples of 16 but the last. A short message is one part.
 
-    The next round begins when the last eighth is on its way, so that links are not idle while threads wake
-    up; and when the first has come, peers have begun.
+    A long one has a first and a last part of at most `END` bytes. When the first has come, peers have begun;
+    and the next round begins before the last has, so that links are not idle while threads wake up.
     """
-    import os
-    eighth = min(nbytes // 8 // 16 * 16, int(os.environ.get('TAILB','32768')))
-    return [nbytes] if nbytes < DIVIDE_FROM else [eighth, nbytes - eighth, nbytes]
+    if nbytes < DIVIDE_FROM:
+        return [nbytes]
+    return [END, (nbytes - END) // 16 * 16, nbytes]
 
 
 def parts(message: Tensor) -> list[Tensor]:
