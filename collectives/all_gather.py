@@ -170,7 +170,7 @@ def one_phase(
     def places(piece: Piece) -> Iterator[tuple[int, int, int]]:
         return ((i, start, start + numel) for i, start, numel in piece)
 
-    # Where a payload may turn out to be corrupt, one piece is left to the end: it is all or nothing by itself.
+    # Where a payload may turn out to be corrupt, one piece is left to the end, which is all or nothing.
     decoding = Decoding(decode, places, results, keep, one_left=not decodes_anything(compressor))
     gathered(transport, pieces, compress, decoding)
     return decoding.finish

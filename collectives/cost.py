@@ -8,8 +8,9 @@ three terms, of which a caller knows what its links and processors are:
     compute                 compressing, reducing and decoding: `gck.collectives.measure_compute`
 
 They add up, because the steps of an all-reduce in one piece wait for one another: a rank can't send what it
-has not compressed. In pieces, compute and bytes overlap. Left out: what a group agrees on once (the handshake of a new configuration, connections),
-what TCP does until it knows the link, packets that are lost, and ranks that start late.
+has not compressed. In pieces, compute and bytes overlap. Left out: what a group agrees on once (the handshake
+of a new configuration, connections), what TCP does until it knows the link, packets that are lost, and ranks
+that start late.
 
 Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH"
 (2005), section 3, for the model of latency and bandwidth; Chan, Heimlich, Purkayastha and van de Geijn,
@@ -93,7 +94,7 @@ class Cost:
         nbytes: bytes sent, with the padding of payloads; headers of messages are left out.
         messages: how many messages these are.
         rounds: how many of them wait for one another: a ring passes on what it has received; an all-to-all
-            sends one message a round, or all at once where they are shorter than `ROTATE_FROM`, 32 KiB.
+            sends one message a round, or all at once where they are shorter than `ROTATE_FROM`, 16 KiB.
     """
 
     algorithm: str

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from gck.collectives.cost import Link, all_reduce_cost
 from gck.collectives.transports import Started, Transport, await_peers, start_all_gather, under_way
-from gck.collectives.transports.rotation import ROTATE_FROM
 from gck.compressor import Compressor, compressor_at, shard_numel
 from gck.errors import ArgumentError, CollectiveError, DtypeError
 
@@ -36,6 +35,7 @@ __all__ = [
 
 SLOW = 7e-9  # seconds that a link takes for the bytes of an element; computing takes 1 to 2.5, or twice that
 MOST = 8  # pieces
+LEAST = 32 << 10  # bytes of a piece's message
 
 
 class Slice(NamedTuple):
@@ -83,7 +83,7 @@ def choose_piece_numel(
 
     Pieces hide the time to compute behind that of a slow link, and cost more of it: each is a few calls and
     rounds. They pay where bytes take longer than computing does, by docs/collectives.md's measurements from
-    `SLOW` on, as long as their messages stay as long as those that go in rounds. On devices and in worlds of one
+    `SLOW` on, as long as a message keeps `LEAST` bytes. On devices and in worlds of one
     they never do, nor for compressors whose vectors cannot be cut.
 
     Args:
@@ -93,11 +93,15 @@ def choose_piece_numel(
     if link is None or world_size == 1 or device_type != "cpu" or not numel:
         return 0
     unit, cost = compressor.shard_unit, all_reduce_cost(compressor, [numel], world_size, algorithm)
-    if unit is None or cost.algorithm not in ("one_phase", "two_phase") or compressor_at(compressor, 0) is None:
+    if (
+        unit is None
+        or cost.algorithm not in ("one_phase", "two_phase")
+        or compressor_at(compressor, 0) is None
+    ):
         return 0
     shards = world_size if cost.algorithm == "two_phase" else 1
     message = compressor.layout(shard_numel(numel, unit, shards)).nbytes
-    pieces = min(message // ROTATE_FROM, MOST)
+    pieces = min(message // LEAST, MOST)
     return -(-numel // pieces) if pieces > 1 and cost.nbytes / link.bandwidth >= SLOW * numel else 0
 
 

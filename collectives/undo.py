@@ -1,7 +1,7 @@
 """What puts a state back as it was before a collective that failed.
 
-The worker residual is as large as the gradient, so that copying it takes as long as compressing. Everything is
-copied part by part, each as it is about to change: mostly while messages are on the wire.
+The worker residual is as large as the gradient, so that copying it takes as long as compressing. All is copied
+part by part, each as it is about to change: mostly while messages are on the wire.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Kept:
     def __init__(self, tensor: Tensor | None, memory: Scratch) -> None:
         self._tensor, self._memory = tensor, memory
         self._copy: Tensor | None = None
-        self._parts: list[slice] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
 
     def keep(self, start: int = 0, stop: int | None = None) -> None:
         """Call before elements [start, stop) change; once for each. Default: all."""
@@ -34,15 +34,14 @@ class Kept:
         if self._copy is None:
             shape = tuple(self._tensor.shape)
             self._copy = self._memory.empty(shape, self._tensor.dtype, self._tensor.device)
-        part = slice(start, stop)
-        copy_(self._copy[part], self._tensor[part])
-        self._parts.append(part)
+        part, copy = self._tensor[start:stop], self._copy[start:stop]
+        copy_(copy, part)
+        self._parts.append((part, copy))
 
     def restore(self) -> None:
         """Puts the parts that were kept back."""
-        for part in self._parts:
-            assert self._tensor is not None and self._copy is not None
-            self._tensor[part].copy_(self._copy[part])
+        for part, copy in self._parts:
+            part.copy_(copy)
 
 
 class Undo:
@@ -54,8 +53,8 @@ class Undo:
         memory: where copies are made.
 
     Attributes:
-        grad, worker, server: whoever changes one of them calls its `keep` before. Residuals that the state has
-            not yet need none: they are made on first use, and dropped again.
+        grad, worker, server: whoever changes one of them calls its `keep` before. Of residuals that the state
+            has not yet nothing is kept: they are made on first use, and dropped again.
     """
 
     def __init__(self, grad: Tensor, state: ErrorFeedback | None, memory: Scratch) -> None:
@@ -63,7 +62,9 @@ class Undo:
         worker, server = (None, None) if state is None else (state.worker, state.server)
         self.grad, self.worker, self.server = (Kept(each, memory) for each in (grad, worker, server))
         by_parts = {id(worker), id(server)}
-        self._saved = None if state is None else state.snapshot(lambda t: t if id(t) in by_parts else t.clone())
+        self._saved = (
+            None if state is None else state.snapshot(lambda t: t if id(t) in by_parts else t.clone())
+        )
 
     def restore(self) -> None:
         """Puts everything back, in the same buffers."""

@@ -23,7 +23,7 @@ from gck.errors import GroupUnusableError
 
 __all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
 
-ROTATE_FROM = 32 << 10  # bytes of a message; at 100 Mbit/s they take 2.6 ms
+ROTATE_FROM = 16 << 10  # bytes of a message; at 100 Mbit/s they take 1.3 ms
 DIVIDE_FROM = 64 << 10  # bytes of a message that goes in parts
 END = 16 << 10  # bytes of the first of them, and about those of the last
 TAG = 0x67636B  # apart from what the group's user may send

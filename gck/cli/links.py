@@ -5,8 +5,10 @@
         nodes[0].counters().tx_bytes
 
 Every node is a namespace with one interface, `eth0`, whose peer is a port of a bridge that has a
-namespace of its own. A token bucket on either end limits both directions of every link. Nothing is
-visible from outside: addresses, routes and listening ports exist in these namespaces only.
+namespace of its own. A token bucket on either end limits both directions of every link; its queue holds what
+the link carries in 50 ms, and no less than a switch has room for. TCP is CUBIC, Linux's own, also where the
+machine is set to another one. Nothing is visible from outside: addresses, routes and listening ports exist in
+these namespaces only.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ INTERFACE = "eth0"
 SUBNET = "10.77.0"
 MAX_NODES = 254
 NETNS_DIRECTORY = Path("/run/netns")
+QUEUE = 256 << 10  # bytes, at least, for what meets in a link
 COMMAND_TIMEOUT = 20.0  # seconds; `ip` and `tc` answer in milliseconds
 
 # gck-<pid>-<start time of that process>-<node>: the pair names one process for as long as the
@@ -141,12 +144,12 @@ def format_rate(bits_per_second: int) -> str:
 
 
 def default_burst(bits_per_second: int) -> int:
-    """Bytes of burst that let tbf reach a rate: what the link carries in 4 ms, at least 16 KiB.
+    """Bytes of burst that let tbf reach a rate: what the link carries in 4 ms, at least 8 KiB.
 
     The bucket is refilled when a timer fires, so a smaller one runs empty between two ticks of a slow
     timer and the link stays below its rate.
     """
-    return max(16384, bits_per_second // 8 // 250)
+    return max(8 << 10, bits_per_second // 8 // 250)
 
 
 def unavailable_reason() -> str | None:
@@ -259,6 +262,10 @@ def _build(switch: str, nodes: list[Node], burst: int | None) -> None:
     for node in nodes:
         port = f"port{node.index}"
         _run("ip", "netns", "add", node.namespace)
+        # What machines have by default differs, and with it how TCP fills a link and what it does about loss.
+        with suppress(LinksUnavailableError):
+            setting = "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control"
+            _run("ip", "netns", "exec", node.namespace, "sh", "-c", setting)
         ends = ("netns", node.namespace, "type", "veth", "peer", "name", port, "netns", switch)
         _run("ip", "link", "add", node.interface, *ends)
         for namespace, interface in ((node.namespace, node.interface), (switch, port)):
@@ -267,7 +274,8 @@ def _build(switch: str, nodes: list[Node], burst: int | None) -> None:
                 _run("ip", "-n", namespace, "link", "set", interface, "addrgenmode", "none")
             if node.bits_per_second is not None:
                 size = default_burst(node.bits_per_second) if burst is None else burst
-                bucket = ("rate", f"{node.bits_per_second}bit", "burst", f"{size}b", "latency", "50ms")
+                limit = size + max(QUEUE, node.bits_per_second // 8 // 20)
+                bucket = ("rate", f"{node.bits_per_second}bit", "burst", f"{size}b", "limit", f"{limit}b")
                 _run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *bucket)
         _run("ip", "-n", switch, "link", "set", port, "master", "switch", "up")
         _run("ip", "-n", node.namespace, "addr", "add", f"{node.address}/24", "dev", node.interface)

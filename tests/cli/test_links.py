@@ -49,7 +49,7 @@ def test_format_rate() -> None:
 
 def test_default_burst_is_four_milliseconds() -> None:
     assert default_burst(10**9) == 500_000
-    assert default_burst(10**6) == 16384
+    assert default_burst(10**6) == 8192
 
 
 @pytest.mark.parametrize(("count", "rate"), [(0, "1gbit"), (255, "1gbit"), (3, ["1gbit", "1gbit"])])

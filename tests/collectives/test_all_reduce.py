@@ -113,7 +113,7 @@ def test_equals_oracle(
 @pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if runs_on(c, "two_phase")], ids=str)
 def test_ranks_may_make_their_rows_as_they_like(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One by one or all at once: a message is the same, so that ranks on other devices understand it."""
-    monkeypatch.setattr(two_phase._Job, "rows_pay", lambda job, _: job.rank == 0 and job.cuts_short)
+    monkeypatch.setattr(two_phase._Job, "_rows_pay", lambda job, _: job.rank == 0 and job.cuts_short)
     for n in (31, 257, 1001):
         check_against_oracle(compressor, "two_phase", 3, n, torch.float32, "avg")
 

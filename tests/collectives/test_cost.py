@@ -19,6 +19,7 @@ from gck.collectives import (
     hierarchical_cost,
     measure_compute,
 )
+from gck.collectives.cost import Cost
 from gck.collectives.transports.simulated import SimulatedMember
 from gck.errors import ArgumentError
 
@@ -72,9 +73,20 @@ def test_break_even(world_size: int) -> None:
 def test_seconds() -> None:
     cost = all_reduce_cost(gck.Sign(), [1 << 20], 4, "two_phase")
     assert (cost.messages, cost.rounds) == (6, 6)  # messages of 36 KiB go one after the other
-    assert all_reduce_cost(gck.Sign(), [1 << 19], 4, "two_phase").rounds == 1 + 3
+    assert all_reduce_cost(gck.Sign(), [1 << 18], 4, "two_phase").rounds == 1 + 3
     link = Link(latency=0.001, bandwidth=125e6)
     assert cost.seconds(link) == pytest.approx(0.006 + cost.nbytes / 125e6)
+
+
+def test_pieces_hide_the_shorter_of_bytes_and_compute() -> None:
+    cost = Cost("one_phase", nbytes=4_000_000, messages=3, rounds=3)
+    link = Link(latency=0.001, bandwidth=1e6)  # 4 s
+    assert cost.seconds(link, 1.0) == pytest.approx(5.003)
+    assert cost.seconds(link, 1.0, pieces=4) == pytest.approx(4.253)
+    assert cost.seconds(link, 8.0, pieces=4) == pytest.approx(9.003)
+    for pieces in (0, True, 1.5):
+        with pytest.raises(ArgumentError, match=f"pieces must be a positive int, got {pieces}"):
+            cost.seconds(link, 1.0, pieces=pieces)  # type: ignore[arg-type]
 
 
 def test_terms_of_the_time() -> None:

@@ -305,7 +305,7 @@ def test_cost() -> None:
     fast, slow = gck.collectives.Link(1e-5, 1e10), gck.collectives.Link(1e-3, 1e7)
     assert cost.seconds(fast, slow) == cost.local.seconds(fast) + cost.cross.seconds(slow)
     assert hierarchical_cost(gck.Sign(), [1 << 16], 4, 8).local.rounds == 7 + 7  # messages of 32 KiB
-    assert hierarchical_cost(gck.Sign(), [1 << 15], 4, 8).local.rounds == 1 + 7
+    assert hierarchical_cost(gck.Sign(), [1 << 14], 4, 8).local.rounds == 1 + 7
     assert hierarchical_cost(gck.Sign(), [1000], 1, 8).cross.nbytes == 0
     assert hierarchical_cost(gck.Sign(), [1000], 8, 1).local == gck.collectives.Cost("dense", 0, 0, 0)
     for nodes, local in ((0, 2), (2, 0), (2, True)):

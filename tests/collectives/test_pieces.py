@@ -1,4 +1,4 @@
-"""Two phases in pieces: every bit is that of one piece, and no failure between pieces shows."""
+"""Reductions in pieces: every bit is that of one piece, and no failure between pieces shows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gck.collectives import (
+    Link,
     SimulatedGroup,
     SimulatedMember,
     all_reduce_,
     all_reduce_many_,
     choose_piece_numel,
 )
-from gck.collectives import pieces as module
-from gck.collectives.pieces import Slice, cut, pipelined
+from gck.collectives.pieces import Decoding, Slice, cut, pipelined
 from gck.collectives.transports import Started, start_all_to_all
 from gck.compressor import Compressor, compressor_at
 from gck.error_feedback import ErrorFeedback
@@ -28,6 +28,7 @@ from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
 from tests.collectives import oracle
 from tests.collectives.fragile import Fragile
 from tests.collectives.scenarios import digest, gradient
@@ -69,6 +70,7 @@ def three_steps(
     world_size: int,
     piece_numels: Sequence[int],
     blocking: bool = False,
+    algorithm: str = "two_phase",
 ) -> list[list[str]]:
     """Digests by rank: of the results of every step, and of all that is kept after it.
 
@@ -85,23 +87,24 @@ def three_steps(
             op = "sum" if step == 1 else "avg"
             group = Blocking(member) if blocking else member
             all_reduce_many_(
-                grads, states, compressor, group, op, algorithm="two_phase", piece_numel=piece_numel
+                grads, states, compressor, group, op, algorithm=algorithm, piece_numel=piece_numel
             )
             kept = [t for s in states for t in (s.worker, s.server, s.nonfinite)]
             found.append(digest(*grads) + digest(*kept))
-        assert all(state.binding is not None for state in states)
+        assert all((state.binding is not None) == (algorithm == "two_phase") for state in states)
         return found
 
     return SimulatedGroup(world_size, timeout=30).run(rank_main)
 
 
+@pytest.mark.parametrize("algorithm", ["one_phase", "two_phase"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
-def test_same_bits_in_any_pieces(compressor: Any, world_size: int) -> None:
+def test_same_bits_in_any_pieces(compressor: Any, world_size: int, algorithm: str) -> None:
     for numels in ((1001,), (9,), (333, 0, 320, 1)):
-        whole = three_steps(compressor, numels, world_size, (0, 0, 0))
+        whole = three_steps(compressor, numels, world_size, (0, 0, 0), algorithm=algorithm)
         for piece_numel in (1, 100 * world_size, 500):
-            pieces = three_steps(compressor, numels, world_size, (piece_numel,) * 3)
+            pieces = three_steps(compressor, numels, world_size, (piece_numel,) * 3, algorithm=algorithm)
             assert pieces == whole, (numels, piece_numel)
 
 
@@ -154,12 +157,20 @@ def test_against_the_oracle() -> None:
     SimulatedGroup(world_size, timeout=30).run(rank_main)
 
 
-def test_it_sends_in_pieces_what_it_sends_at_once() -> None:
+@pytest.mark.parametrize("algorithm", ["one_phase", "two_phase"])
+def test_it_sends_in_pieces_what_it_sends_at_once(algorithm: str) -> None:
     def sent(piece_numel: int) -> int:
         group = SimulatedGroup(4, timeout=30)
         group.run(
             lambda member: all_reduce_(
-                torch.ones(1 << 14), None, Sign(32), member, piece_numel=piece_numel, validate="off"
+                torch.ones(1 << 14),
+                None,
+                Sign(32),
+                member,
+                "avg",
+                algorithm,
+                piece_numel=piece_numel,
+                validate="off",
             )
         )
         return group.bytes_sent[0]
@@ -245,19 +256,17 @@ def run_on(wire: Any, fails: str = "", error: BaseException | None = None) -> li
         [[Slice(0, j, 1)] for j in range(3)],
         lambda piece: start_all_to_all(wire, step("compress", piece)),
         lambda piece, received: step("reduce", piece),
-        lambda piece, gathered: [step("decode", piece), None][1],
+        Decoding(lambda piece, gathered: [step("decode", piece), None][1], lambda piece: [], [], None),
     )
     return list(wire.log)
 
 
-def test_the_next_piece_is_under_way_while_one_is_waited_for() -> None:
+def test_pieces_are_under_way_while_one_is_waited_for() -> None:
     assert run_on(Wire()) == [
-        *("compress 0", "start swap 0"),
-        *("compress 1", "start swap 1", "wait swap 0", "reduce 0", "start gather 0"),
-        *("compress 2", "start swap 2", "wait swap 1", "reduce 1", "start gather 1"),
-        *("wait gather 0", "decode 0"),
-        *("wait swap 2", "reduce 2", "start gather 2", "wait gather 1", "decode 1"),
-        *("wait gather 2", "decode 2"),
+        *("compress 0", "start swap 0", "compress 1", "start swap 1", "compress 2", "start swap 2"),
+        *("wait swap 0", "reduce 0", "start gather 0", "wait swap 1", "reduce 1", "start gather 1"),
+        *("wait swap 2", "reduce 2", "start gather 2"),
+        *("wait gather 0", "decode 0", "wait gather 1", "decode 1", "wait gather 2", "decode 2"),
     ]  # fmt: skip
 
 
@@ -266,7 +275,7 @@ def test_the_next_piece_is_under_way_while_one_is_waited_for() -> None:
     [
         ("compress 1", MemoryError(), ["wait swap 0"]),
         ("reduce 1", MemoryError(), ["wait swap 2", "wait gather 0"]),
-        ("decode 0", MemoryError(), ["wait swap 2", "wait gather 1"]),
+        ("decode 0", MemoryError(), ["wait gather 1", "wait gather 2"]),
         ("decode 2", MemoryError(), []),
         ("reduce 1", KeyboardInterrupt(), ["abort: KeyboardInterrupt between pieces"]),
         ("reduce 1", PeerLostError(), ["abort: PeerLostError between pieces"]),
@@ -324,22 +333,34 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
         all_reduce_(grad, None, Sign(32), SimulatedGroup(1).members[0], piece_numel=piece_numel)
 
 
-def test_by_default_all_goes_at_once() -> None:
-    assert choose_piece_numel(Sign(256), 25_000_000, 4) == 0
+@pytest.mark.parametrize(
+    ("compressor", "numel", "world_size", "rate", "pieces"),
+    [
+        (Sign(256), 4 << 20, 4, 1e8, 4),  # messages of 148 KB
+        (Sign(256), 25_000_000, 4, 1e8, 8),
+        (Sign(256), 25_000_000, 2, 1e8, 8),  # one phase
+        (Sign(256), 25_000_000, 4, 1e9, 1),  # the link is as fast as the processors
+        (Sign(256), 100_000, 4, 1e6, 1),  # messages are small
+        (ChunkTopK(k=64, chunk_size=4096, value_bits=2), 4 << 20, 4, 1e8, 3),
+        (TopK(ratio=0.01), 25_000_000, 4, 1e8, 1),
+        (Sign(256), 25_000_000, 1, 1e8, 1),
+        (Sign(256), 0, 4, 1e8, 1),
+    ],
+)
+def test_pieces_for_a_link(compressor: Any, numel: int, world_size: int, rate: float, pieces: int) -> None:
+    assert choose_piece_numel(compressor, numel, world_size) == 0  # nobody knows the link
+    link = Link.ethernet(rate)
+    assert choose_piece_numel(compressor, numel, world_size, "cuda", link=link) == 0
+    chosen = choose_piece_numel(compressor, numel, world_size, link=link)
+    assert (-(-numel // chosen) if chosen else 1) == pieces
 
 
-def test_the_default_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks notice one that does otherwise."""
-    chosen = 320
-    monkeypatch.setattr(module, "choose_piece_numel", lambda *given: chosen)
-
+def test_ranks_notice_other_pieces() -> None:
     def rank_main(member: SimulatedMember) -> None:
-        options: dict[str, Any] = {"piece_numel": chosen} if member.rank else {}
-        all_reduce_(torch.ones(640), None, Sign(32), member, algorithm="two_phase", **options)
-        options = {"piece_numel": 0} if member.rank else {}
-        options["validate"] = "always"
-        with pytest.raises(CollectiveMismatchError, match=r"differs from .* in compressor"):
-            all_reduce_(torch.ones(640), None, Sign(32), member, algorithm="two_phase", **options)
+        options: dict[str, Any] = {"piece_numel": 320 if member.rank else 0, "validate": "always"}
+        for algorithm in ("one_phase", "two_phase"):
+            with pytest.raises(CollectiveMismatchError, match=r"differs from .* in compressor"):
+                all_reduce_(torch.ones(640), None, Sign(32), member, algorithm=algorithm, **options)
 
     SimulatedGroup(2, timeout=20).run(rank_main)
 

@@ -95,11 +95,11 @@ def test_rows_that_are_never_made_keep_nobody_waiting(network: Network) -> None:
     started.made(2)
     assert network.begun.acquire(timeout=20)  # the first round
     network.arrives.release()
-    started.begun(0)
+    started.coming(0)
     started.stop()
     with pytest.raises(GroupUnusableError, match="given up"):
         started.wait()
-    started.begun(2)  # whoever makes rows hears of the end when he waits for it
+    started.coming(2)  # whoever makes rows hears of the end when he waits for it
     assert network.sent == [2]
 
 
@@ -110,7 +110,7 @@ def test_rows_are_sent_as_they_are_made(network: Network) -> None:
     order = list(rotation.order_of_rows(1, WORLD_SIZE))
     assert order == [2, 3, 0, 1]
     for j, row in enumerate(order):
-        started.begun(j - 1)
+        started.coming(j - 1)
         assert network.sent == order[:j]
         started.made(row)
     started.wait()

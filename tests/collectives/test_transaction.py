@@ -125,10 +125,17 @@ class Interrupted(TorchFunctionMode):
 
 
 class Interruptible(Sign):
-    """Decodes, of two phases to the gradients themselves, are writes that may be followed by Ctrl-C."""
+    """Decodes, to the gradients themselves, are writes that may be followed by Ctrl-C."""
 
     def decompress(self, *args: Any) -> None:
         super().decompress(*args)
+        self._written()
+
+    def decompress_mean_(self, *args: Any) -> None:
+        super().decompress_mean_(*args)
+        self._written()
+
+    def _written(self) -> None:
         if Interrupted.active is not None:
             Interrupted.active.written()
 
