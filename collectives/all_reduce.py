@@ -78,10 +78,11 @@ def all_reduce_(
             "seeded" adds up values whose places all ranks share (random-k only), "dense" sends fp32
             uncompressed, residual included, and leaves none; "auto" takes the one that sends least, see
             `gck.collectives.choose_algorithm`. On a `HierarchicalGroup`, what happens across nodes.
-        piece_numel: elements of a piece of the two-phase algorithm: while one piece is on the wire, the next
-            is compressed and the last decoded, with the same bits as without. 0: all at once. The same on
-            all ranks; may change from call to call. Default: `gck.collectives.choose_piece_numel`. A
-            compressor without a method `at` (see `gck.compressor.compressor_at`) goes all at once.
+        piece_numel: elements of a piece of one or two phases: while one piece is on the wire, others are
+            compressed and decoded, with the same bits as without. None or 0: all at once. The same on all
+            ranks; may change from call to call. `gck.collectives.choose_piece_numel` says what suits a
+            link. A compressor without chunks, or without a method `at` (see
+            `gck.compressor.compressor_at`), goes all at once.
         validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
             "off". The same on all ranks. With "first", ranks that later mix up configurations which they
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
@@ -178,7 +179,7 @@ def all_reduce_many_(
     Args:
         grads: tensors as for `all_reduce_`; must not overlap.
         states: one `ErrorFeedback` (or None) a tensor; None: no error feedback at all.
-        piece_numel: elements of a piece, of all tensors that go by two phases, one after the other.
+        piece_numel: elements of a piece, of all tensors that go by one algorithm, one after the other.
 
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """

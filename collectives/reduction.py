@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gck.collectives.all_gather import one_phase
 from gck.collectives.arguments import check_call, check_states
-from gck.collectives.cost import choose_algorithm
+from gck.collectives.cost import Link, choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
-from gck.collectives.pieces import check_piece_numel, piece_numel_of
+from gck.collectives.pieces import check_piece_numel, choose_piece_numel, piece_numel_of
 from gck.collectives.scratch import Scratch, scratch
 from gck.collectives.seeded import seeded
 from gck.collectives.transports import Transport
@@ -47,11 +47,13 @@ def prepare(
     async_op: bool = False,
     piece_numel: int | None = None,
     checksum: bool = False,
+    link: Link | None = None,
 ) -> Reduction:
     """Checks a call and returns the rest of it, to be called when the call has the group's turn.
 
     Args:
         function: the public function, for texts; the others are those of `gck.all_reduce_`.
+        link: between ranks, or between nodes: what chooses piece_numel where that is None.
     """
     check_async_op(function, async_op)
     check_validate(function, validate)
@@ -69,6 +71,9 @@ def prepare(
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
     together = [cuts[i].numel for chosen in ("one_phase", "two_phase") for i in plan.get(chosen, ())]
+    if piece_numel is None and link is not None and grads:
+        size, device_type = (sum(together), tier.world_size), grads[0].device.type
+        piece_numel = choose_piece_numel(compressor, *size, device_type, link=link, algorithm=algorithm)
     pieces = piece_numel_of(compressor, together, piece_numel)
     name = next(iter(plan)) if len(plan) == 1 else "mixed"
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.

@@ -1,7 +1,7 @@
 """What puts a state back as it was before a collective that failed.
 
-The worker residual is as large as the gradient, so that copying it takes as long as compressing. All is copied
-part by part, each as it is about to change: mostly while messages are on the wire.
+The worker residual is as large as the gradient, so that copying it takes as long as compressing. All is
+copied part by part, each as it is about to change: mostly while messages are on the wire.
 """
 
 from __future__ import annotations

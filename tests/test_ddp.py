@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gck.collectives import SimulatedGroup, SimulatedMember
+from gck.collectives import Link, SimulatedGroup, SimulatedMember
 from gck.errors import ArgumentError, DtypeError, GroupUnusableError, ShapeMismatchError
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
@@ -91,6 +91,22 @@ def test_small_tensors_share_one_message() -> None:
         assert same_bytes(bucket.flat[:5], exact[:5])
         assert same_bytes(bucket.flat[1605:], exact[1605:])
         assert not torch.equal(bucket.flat[5:1605], exact[5:1605])
+
+
+def test_a_slow_link_is_sent_pieces() -> None:
+    def rank_main(member: SimulatedMember, link: Link | None) -> tuple[Tensor, int]:
+        state = ddp.HookState(Sign(), group=member, validate="off", link=link)
+        bucket = bucket_of(member.rank, (500, 600), (1000, 700))
+        ddp.hook(state, bucket)
+        return bucket.flat, len(member._tickets)
+
+    flats, counts = [], []
+    for link in (None, Link.ethernet(1e6)):
+        for flat, count in SimulatedGroup(2, timeout=20).run(rank_main, link):
+            flats.append(flat)
+            counts.append(count)
+    assert counts == [1, 1, 4, 4]  # 141 kB, of which a piece's message has 32 KiB or more
+    assert all(same_bytes(flat, flats[0]) for flat in flats)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +291,11 @@ def test_sizes_are_checked() -> None:
             'HookState: algorithm "two_phase" needs a compressor that works on chunks',
         ),
         (lambda: ddp.HookState(Sign(), validate="never"), ArgumentError, "HookState: validate must be"),
+        (
+            lambda: ddp.HookState(Sign(), link=1e6),
+            DtypeError,
+            "HookState: link must be a Link or None, got float",
+        ),
         (lambda: ddp.HookState(Sign(), timeout=0), ArgumentError, "timeout must be a positive number"),
         (lambda: ddp.register(nn.Linear(2, 2), Sign()), DtypeError, "must be a DistributedDataParallel"),
     ],

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gck.collectives import Transport, resolve
+from gck.collectives import Link, Transport, resolve
 from gck.collectives.reduction import Reduction, prepare
 from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
@@ -123,6 +123,7 @@ def register(
     validate: str = "first",
     timeout: float | None = None,
     checksum: bool = False,
+    link: Link | None = None,
     overlap: bool = True,
     scaler: Any = None,
     skip_nonfinite: bool = False,
@@ -132,7 +133,7 @@ def register(
     Args:
         model: not yet with a communication hook.
         compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, checksum,
-            overlap, scaler, skip_nonfinite: as for `HookState`.
+            link, overlap, scaler, skip_nonfinite: as for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -157,6 +158,7 @@ def register(
         validate=validate,
         timeout=timeout,
         checksum=checksum,
+        link=link,
         overlap=overlap,
         scaler=scaler,
         skip_nonfinite=skip_nonfinite,
@@ -201,6 +203,7 @@ def _prepare(
             algorithm=algorithm,
             validate=state.validate,
             checksum=state.checksum,
+            link=state.link,
         )
         for some, algorithm, create in ((plain, "dense", False), (packed, state.algorithm, True))
     ]

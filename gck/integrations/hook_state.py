@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gck.checkpoint import Loaded, load_state, save_state
-from gck.collectives import Work, resolve
+from gck.collectives import Link, Work, resolve
 from gck.collectives.arguments import check_algorithm
 from gck.collectives.handshake import check_validate, describe
 from gck.collectives.transports import check_timeout
@@ -41,6 +41,8 @@ class HookState:
         group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
             is a DDP module, else WORLD.
         algorithm, validate, timeout, checksum: as for `gck.all_reduce_`.
+        link: the slow one between ranks, or between the nodes of a `HierarchicalGroup`, the same on all of
+            them: buckets go in the pieces that `gck.collectives.choose_piece_numel` says. None: at once.
         overlap: reduce buckets on another thread while the backward pass goes on. Not where `model` is not
             known, and not where it has a torch.nn.SyncBatchNorm, which sends in the backward pass itself.
             False where other code does that on the same group: a thread more, and ranks might send in
@@ -75,6 +77,7 @@ class HookState:
         validate: str = "first",
         timeout: float | None = None,
         checksum: bool = False,
+        link: Link | None = None,
         overlap: bool = True,
         scaler: Any = None,
         skip_nonfinite: bool = False,
@@ -86,7 +89,10 @@ class HookState:
         for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap), ("checksum", checksum)):
             if not isinstance(value, bool):
                 raise DtypeError(f"HookState: {name} must be a bool, got {type(value).__name__}")
+        if link is not None and not isinstance(link, Link):
+            raise DtypeError(f"HookState: link must be a Link or None, got {type(link).__name__}")
         self.compressor = compressor
+        self.link = link
         self.warmup_steps = _count("warmup_steps", warmup_steps)
         self.bypass_numel = _count("bypass_numel", bypass_numel)
         self.bypass_1d = bypass_1d

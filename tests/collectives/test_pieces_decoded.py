@@ -1,4 +1,4 @@
-"""Pieces that are decoded to the gradient while others are on the wire: a failure after that puts them back."""
+"""Pieces that are decoded to the gradient while others are on the wire: a failure puts them back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALGORITHMS = ["one_phase", "two_phase"]
 
 
 class Slow:
-    """A member whose gathers are under way until somebody waits for them; `fate` gets the last one's result."""
+    """A member whose gathers are under way until somebody waits for them; the last one's go to `fate`."""
 
     def __init__(self, member: SimulatedMember, fate: Any = None) -> None:
         self._member, self._fate, self._left = member, fate, PIECES
