@@ -7,7 +7,7 @@ import pickle
 import shutil
 import subprocess
 import threading
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import gck
 from gck import memory
 from gck._native import load, sees_tensors
 from gck.collectives import empty_cache
-from gck.wire import Layout, body_in_place
-
-topk_ops: Any = import_module("gck.ops.topk")  # `gck.ops.topk` is the function
+from gck.errors import GckError
+from gck.ops import direct
+from gck.wire import body_in_place
 
 ROOT = Path(__file__).parents[1]
 LARGE = memory.LARGE
@@ -33,41 +33,112 @@ def inputs(n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, to
     return torch.randn(n, generator=generator).to(dtype), torch.randn(n, generator=generator)
 
 
-def indirect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where torch has no table of functions."""
-    monkeypatch.setattr(topk_ops, "_topk_ef_direct", lambda *_: None)
+# (gradient, residual) -> payload
+VARIANTS: dict[str, Callable[[Any, Any], Any]] = {
+    "topk": lambda g, e: gck.topk_ef_(g, e, 0.01),
+    "topk-bf16": lambda g, e: gck.topk_ef_(g, e, 0.3, value_dtype=torch.bfloat16),
+    "topk-fp16": lambda g, e: gck.topk_ef_(g, e, k=1, value_dtype=torch.float16),
+    "topk-all": lambda g, e: gck.topk_ef_(g, e, 1.0),
+    "sign": gck.sign_ef_,
+    "sign-32": lambda g, e: gck.sign_ef_(g, e, 32),
+}
+variants = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
+
+
+class Ways:
+    """Runs calls, and sees which way they take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.real = {name: getattr(direct, name) for name in ("compress", "decompress")}
+
+    def short(self, call: Callable[[], Any]) -> Any:
+        """What the compiled module answers; None where it leaves the call to others."""
+        answers: list[Any] = []
+
+        def watched(real: Any) -> Any:
+            return lambda *given, **named: answers.append(real(*given, **named)) or answers[-1]
+
+        with self.monkeypatch.context() as patch:
+            for name, real in self.real.items():
+                patch.setattr(direct, name, watched(real))
+            result = call()
+        assert len(answers) == 1
+        return None if answers[0] is None else result
+
+    def long(self, call: Callable[[], Any]) -> Any:
+        with self.monkeypatch.context() as patch:
+            for name in self.real:
+                patch.setattr(direct, name, lambda *_, **__: None)
+            return call()
+
+    def both_refuse(self, call: Callable[[], Any], *unchanged: torch.Tensor) -> None:
+        """The short way leaves the call to the long one, whose error it then raises; nothing is written."""
+        before, errors = [t.clone() for t in unchanged], []
+        for way in (self.short, self.long):
+            with pytest.raises(GckError) as raised:
+                way(call)
+            errors.append((type(raised.value), str(raised.value)))
+        assert errors[0] == errors[1]
+        assert all(map(torch.equal, unchanged, before))
+
+
+class Looking(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sees the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
+    return Ways(monkeypatch)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    alike = (a.dtype, a.shape, a.stride(), a.requires_grad) == (b.dtype, b.shape, b.stride(), b.requires_grad)
+    return alike and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @needs_table
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 3), (1000, 10), (70_001, 701), (300_000, 300_000)])
-def test_the_same_as_by_addresses(
-    n: int, k: int, dtype: torch.dtype, value_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("n", [1, 7, 1000, 70_001])
+def test_the_same_as_by_addresses(make: Any, n: int, dtype: torch.dtype, ways: Ways) -> None:
     grad, err = inputs(n, dtype)
     other, version = err.clone(), err._version
-    direct = topk_ops._topk_ef_direct(grad, err, None, k, value_dtype)
-    assert direct is not None
+    payload = ways.short(lambda: make(grad, err))
+    expected = ways.long(lambda: make(grad, other))
+    assert type(payload) is type(expected)
     assert err._version > version
-    indirect(monkeypatch)
-    expected = gck.topk_ef_(grad, other, k=k, value_dtype=value_dtype)
-    assert torch.equal(direct.values.view(torch.uint8), expected.values.view(torch.uint8))
-    assert torch.equal(direct.indices, expected.indices)
-    assert direct.numel == n
     assert torch.equal(err, other)
-    body = body_in_place(*direct.fields)
+    for mine, theirs in zip(payload, expected, strict=True):
+        assert same(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+    body = body_in_place(*payload.fields)
     assert body is not None
-    assert body.data_ptr() == direct.values.data_ptr()
+    assert body.data_ptr() == payload.fields[0].data_ptr()
     assert torch.equal(body, body_in_place(*expected.fields))  # padding, too
-    assert not direct.values.requires_grad
-    assert direct.values.shape == (k,) == direct.indices.shape
+
+    dense = ways.long(lambda: gck.decompress(expected))
+    assert same(ways.short(lambda: gck.decompress(payload)), dense)
+    out = torch.full((n,), 3.0)
+    version = out._version
+    assert ways.short(lambda: gck.decompress(payload, out)) is out
+    assert out._version > version
+    assert torch.equal(out, dense)
+    assert ways.short(lambda: gck.decompress_add_(out, payload, 0.3)) is out
+    assert torch.equal(out, ways.long(lambda: gck.decompress_add_(dense, expected, 0.3)))
 
 
 @needs_table
-def test_what_the_compiled_module_leaves_to_others() -> None:
+@variants
+def test_inputs_that_are_left_to_others(make: Any, ways: Ways) -> None:
     grad, err = inputs(64)
-    layout = gck.TopK(k=3).layout(64).native
     apart = torch.zeros(200)
     wrong: list[tuple[Any, Any]] = [
         (grad[:63], err),
@@ -76,36 +147,85 @@ def test_what_the_compiled_module_leaves_to_others() -> None:
         (grad.view(8, 8).t(), err),
         (torch.zeros(128)[::2], err),
         (grad.to_sparse(), err),
-        (grad.to("meta"), err),
+        (grad, err.to("meta")),
         (apart[:64], apart[60:124]),
         (err, err),
-        (torch.zeros(0), torch.zeros(0)),
+        (grad.clone().requires_grad_(), err),
+        (torch.nn.Parameter(grad), err),
+        (grad.tolist(), err),
     ]
     for g, e in wrong:
-        before = None if e.is_meta else e.clone()
-        assert load().topk_new(layout, 0, g, e, 2) is None
-        assert before is None or torch.equal(e, before)
-    assert load().topk_new(layout, 0, grad.view(4, 1, 16), err, 2) is not None
-    assert load().topk_new(layout, 0, apart[:64], apart[64:128], 2) is not None
+        ways.both_refuse(lambda g=g, e=e: make(g, e), *([] if e.is_meta else [e]))
+    payload = ways.short(lambda: make(grad.view(4, 1, 16), err))
+    assert payload is not None
+    assert ways.short(lambda: make(apart[:64], apart[64:128])) is not None
+
+    first, *others = payload.fields
+    rest = payload[1 + len(others) :]
+    no_payloads = [
+        type(payload)(*changed, *rest)
+        for changed in (
+            (first[:-1], *others),
+            (first.double() if first.is_floating_point() else first.float(), *others),
+            (first.repeat(4)[::2], *others),
+            (None, *others),
+        )
+    ]
+    out = torch.ones(64)
+    for bad in (*no_payloads, payload._replace(numel=65), payload._replace(numel=True)):
+        ways.both_refuse(lambda bad=bad: gck.decompress(bad, out), out)
+    for alpha in (float("nan"), float("inf"), True, "1"):
+        ways.both_refuse(lambda alpha=alpha: gck.decompress_add_(out, payload, alpha), out)
+    shared = first.view(torch.uint8)[:0].set_(first.untyped_storage()).view(torch.float32)
+    for wrong_out in (out[:63], out.double(), torch.ones(128)[::2], out.clone().requires_grad_(), shared):
+        ways.both_refuse(lambda o=wrong_out: gck.decompress_add_(o, payload), wrong_out.detach())
 
 
 @needs_table
-def test_watched_calls_take_the_long_way() -> None:
+def test_payloads_that_contradict_themselves(ways: Ways) -> None:
+    out = torch.ones(64)
+    payload = gck.topk_ef_(*inputs(64), k=3)
+    payload.indices[2] = 64
+    ways.both_refuse(lambda: gck.decompress(payload, out), out)
+
+
+@needs_table
+def test_options_that_are_left_to_others(ways: Ways) -> None:
     grad, err = inputs(64)
-    call: Any = topk_ops._topk_ef_direct
-    given = None, 3, torch.float32
-    assert call(grad, err, *given) is not None
-    assert call(torch._neg_view(grad), err, *given) is None
-    assert call(torch.nn.Parameter(grad), err, *given) is None
-    assert call(grad.clone().requires_grad_(), err, *given) is None
-    with torch.no_grad():
-        assert call(grad.clone().requires_grad_(), err, *given) is not None
+    for call in (
+        lambda: gck.topk_ef_(grad, err, k=65),  # more than there are
+        lambda: gck.topk_ef_(grad, err, [0.1]),  # no ratio, and no key of a cache
+        lambda: gck.topk_ef_(grad, err, k=True),
+        lambda: gck.sign_ef_(grad, err, 48),
+        lambda: gck.sign_ef_(grad, err, 256.0),
+    ):
+        gck.topk_ef_(grad, err, k=1)  # remembered, and no answer for those
+        gck.sign_ef_(grad, err, 256)
+        ways.both_refuse(call, err)
+
+
+@needs_table
+@variants
+def test_watched_calls_take_the_long_way(make: Any, ways: Ways) -> None:
+    grad, err = inputs(64)
+    payload = ways.short(lambda: make(grad, err))
+    assert payload is not None
+
+    def calls() -> None:
+        assert ways.short(lambda: make(grad, err)) is None
+        assert ways.short(lambda: gck.decompress(payload)) is None
+
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        assert call(grad, err, *given) is None
-    with torch.utils._python_dispatch.TorchDispatchMode():
-        assert call(grad, err, *given) is None
-    assert call(grad, err, None, 65, torch.float32) is None  # more than there are
-    assert call(grad, err, [0.1], None, torch.float32) is None  # no ratio, and no key of a cache
+        calls()
+    with Looking() as mode:
+        calls()
+    assert [name.startswith("gck::") for name in mode.seen].count(True) == 2
+    assert ways.short(lambda: make(torch._neg_view(grad), err)) is None
+    with torch.no_grad():
+        assert ways.short(lambda: make(torch.nn.Parameter(grad), err)) is None
+    name = next(name for name in payload._fields if getattr(payload, name).is_floating_point())
+    negated = payload._replace(**{name: torch._neg_view(getattr(payload, name))})
+    assert ways.short(lambda: gck.decompress(negated)) is None
 
 
 @needs_table
@@ -219,21 +339,23 @@ def test_small_or_traced_tensors_are_of_torch() -> None:
         )
 
 
-def test_without_a_table_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+@variants
+def test_without_a_table_of_functions(make: Any, monkeypatch: pytest.MonkeyPatch, ways: Ways) -> None:
     """torch before 2.10."""
     grad, err = inputs(1 << 20)
     other = err.clone()
-    expected = gck.topk_ef_(grad, other, 0.3)
+    expected = make(grad, other)
+    dense = gck.decompress(expected)
     monkeypatch.setattr(memory, "sees_tensors", lambda: False)
-    monkeypatch.setattr("gck.wire.sees_tensors", lambda: False)
-    layout = Layout.of(*((f.dtype, f.count) for f in gck.TopK(ratio=0.3).layout(1 << 20).fields))
-    monkeypatch.delitem(layout.__dict__, "native", raising=False)
-    payload = gck.topk_ef_(grad, err, 0.3)
-    assert topk_ops._topk_ef_direct(grad, err, 0.3, None, torch.float32) is None
-    assert torch.equal(payload.values, expected.values)
-    assert torch.equal(payload.indices, expected.indices)
+    monkeypatch.setattr(direct, "sees_tensors", lambda: False)
+    direct._native.cache_clear()
+    try:
+        assert ways.short(lambda: gck.decompress(expected)) is None
+        assert ways.short(lambda: make(grad, err)) is None
+    finally:
+        direct._native.cache_clear()
     assert torch.equal(err, other)
-    assert torch.equal(gck.decompress(payload), gck.decompress(expected))
+    assert torch.equal(gck.decompress(expected), dense)
 
 
 def test_an_unknown_type_has_no_table() -> None:
