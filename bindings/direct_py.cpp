@@ -6,6 +6,7 @@
 #include <functional>
 #include <tuple>
 
+#include "cpu/quantize.hpp"
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
@@ -105,6 +106,22 @@ Direct sign(int64_t numel, const BodyLayout& layout, int64_t chunk_size) {
           }};
 }
 
+Direct quantize(int64_t numel, const BodyLayout& layout, int64_t chunk_size, int bits, bool two_levels,
+                bool stochastic) {
+  const int64_t chunks = layout.fields[1].shape[0], scales = layout.fields[1].offset;
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t seed, int threads) {
+            quantize_compress({in.grad, in.dtype, in.err, numel, chunk_size, bits, two_levels, stochastic,
+                               static_cast<uint64_t>(seed), 0, body, 0, chunks, scales},
+                              {}, threads);
+          },
+          [=](const Fields& fields, DecodeInto into, int64_t, int threads) {
+            into.clear = false;
+            quantize_decompress({fields[0], fields[1], 1, 0, chunk_size, bits, two_levels, into}, threads);
+            return true;
+          }};
+}
+
 }  // namespace
 }  // namespace gck
 
@@ -133,4 +150,5 @@ void bind_direct(py::module_& m) {
   py::class_<Direct>(m, "Direct").def("compress", &compress).def("decompress", &decompress);
   m.def("direct_topk", &topk);
   m.def("direct_sign", &sign);
+  m.def("direct_quantize", &quantize);
 }

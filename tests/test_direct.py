@@ -41,6 +41,10 @@ VARIANTS: dict[str, Callable[[Any, Any], Any]] = {
     "topk-all": lambda g, e: gck.topk_ef_(g, e, 1.0),
     "sign": gck.sign_ef_,
     "sign-32": lambda g, e: gck.sign_ef_(g, e, 32),
+    "quantize": gck.quantize_ef_,
+    "quantize-8": lambda g, e: gck.quantize_ef_(g, e, 8, 32, seed=-1),
+    "quantize-random": lambda g, e: gck.quantize_ef_(g, e, 2, 64, "stochastic", -(2**63)),
+    "quantize-mean": lambda g, e: gck.quantize_ef_(g, e, 2, scale="mean"),
 }
 variants = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
 
@@ -198,9 +202,17 @@ def test_options_that_are_left_to_others(ways: Ways) -> None:
         lambda: gck.topk_ef_(grad, err, k=True),
         lambda: gck.sign_ef_(grad, err, 48),
         lambda: gck.sign_ef_(grad, err, 256.0),
+        lambda: gck.sign_ef_(grad, err, decay=True),
+        lambda: gck.quantize_ef_(grad, err, 3),
+        lambda: gck.quantize_ef_(grad, err, scale=["max"]),
+        lambda: gck.quantize_ef_(grad, err, 2, 256, "stochastic", scale="mean"),
+        lambda: gck.quantize_ef_(grad, err, seed=2**63),
+        lambda: gck.quantize_ef_(grad, err, seed=True),
+        lambda: gck.quantize_ef_(grad, err, seed=0.0),
     ):
         gck.topk_ef_(grad, err, k=1)  # remembered, and no answer for those
         gck.sign_ef_(grad, err, 256)
+        gck.quantize_ef_(grad, err, 2)
         ways.both_refuse(call, err)
 
 
