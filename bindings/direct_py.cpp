@@ -6,6 +6,7 @@
 #include <functional>
 #include <tuple>
 
+#include "cpu/chunk_topk.hpp"
 #include "cpu/quantize.hpp"
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
@@ -122,6 +123,23 @@ Direct quantize(int64_t numel, const BodyLayout& layout, int64_t chunk_size, int
           }};
 }
 
+Direct chunk_topk(int64_t numel, const BodyLayout& layout, int64_t chunk_size, int64_t k, int value_bits,
+                  int index_bits) {
+  const int64_t chunks = layout.fields[0].shape[0], scales = layout.fields[1].offset,
+                indices = layout.fields[2].offset;
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t, int threads) {
+            chunk_topk_compress({in.grad, in.dtype, in.err, numel, chunk_size, k, value_bits, index_bits,
+                                 body, 0, chunks, scales, indices},
+                                {}, threads);
+          },
+          [=](const Fields& fields, const DecodeInto& into, int64_t, int threads) {
+            return chunk_topk_decompress({fields[0], fields[1], fields[2], 1, 0, chunk_size, k, value_bits,
+                                          index_bits, into.out, numel, into.alpha, into.clear, into.add},
+                                         threads) < 0;
+          }};
+}
+
 }  // namespace
 }  // namespace gck
 
@@ -151,4 +169,5 @@ void bind_direct(py::module_& m) {
   m.def("direct_topk", &topk);
   m.def("direct_sign", &sign);
   m.def("direct_quantize", &quantize);
+  m.def("direct_chunk_topk", &chunk_topk);
 }

@@ -39,6 +39,10 @@ VARIANTS: dict[str, Callable[[Any, Any], Any]] = {
     "topk-bf16": lambda g, e: gck.topk_ef_(g, e, 0.3, value_dtype=torch.bfloat16),
     "topk-fp16": lambda g, e: gck.topk_ef_(g, e, k=1, value_dtype=torch.float16),
     "topk-all": lambda g, e: gck.topk_ef_(g, e, 1.0),
+    **{
+        f"chunk-{bits}": lambda g, e, bits=bits: gck.chunk_topk_ef_(g, e, 1024, 100, value_bits=bits)
+        for bits in (32, 16, 8, 4, 2)
+    },
     "sign": gck.sign_ef_,
     "sign-32": lambda g, e: gck.sign_ef_(g, e, 32),
     "quantize": gck.quantize_ef_,
@@ -171,7 +175,7 @@ def test_inputs_that_are_left_to_others(make: Any, ways: Ways) -> None:
         for changed in (
             (first[:-1], *others),
             (first.double() if first.is_floating_point() else first.float(), *others),
-            (first.repeat(4)[::2], *others),
+            (first.flatten().repeat(4)[::2], *others),
             (None, *others),
         )
     ]
@@ -200,6 +204,9 @@ def test_options_that_are_left_to_others(ways: Ways) -> None:
         lambda: gck.topk_ef_(grad, err, k=65),  # more than there are
         lambda: gck.topk_ef_(grad, err, [0.1]),  # no ratio, and no key of a cache
         lambda: gck.topk_ef_(grad, err, k=True),
+        lambda: gck.chunk_topk_ef_(grad, err, 4096, 2049),
+        lambda: gck.chunk_topk_ef_(grad, err, 4096, True),
+        lambda: gck.chunk_topk_ef_(grad, err, value_bits=16.0),
         lambda: gck.sign_ef_(grad, err, 48),
         lambda: gck.sign_ef_(grad, err, 256.0),
         lambda: gck.sign_ef_(grad, err, decay=True),
@@ -211,6 +218,7 @@ def test_options_that_are_left_to_others(ways: Ways) -> None:
         lambda: gck.quantize_ef_(grad, err, seed=0.0),
     ):
         gck.topk_ef_(grad, err, k=1)  # remembered, and no answer for those
+        gck.chunk_topk_ef_(grad, err, 4096, 1)
         gck.sign_ef_(grad, err, 256)
         gck.quantize_ef_(grad, err, 2)
         ways.both_refuse(call, err)

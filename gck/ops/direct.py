@@ -17,12 +17,13 @@ from torch.autograd.graph import increment_version
 
 from gck._native import num_threads, sees_tensors
 from gck.errors import GckError
+from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.common.base import backend
 from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from gck.memory import empty, unwatched
-from gck.payload import PackedSigns, Quantized, SparseGrad
+from gck.payload import ChunkSparse, PackedSigns, Quantized, SparseGrad
 
 __all__ = ["compress", "decompress"]
 
@@ -80,5 +81,11 @@ def _native(kind: Any, numel: Any, *options: Any) -> Any:
 _COMPRESSORS: dict[type, Callable[[Any], tuple[int, Any]]] = {
     SparseGrad: lambda p: (0, _native(TopK, p.numel, None, p.values.numel(), p.values.dtype)),
     PackedSigns: lambda p: (0, _native(Sign, p.numel, p.chunk_size)),
+    ChunkSparse: lambda p: (
+        0,
+        _native(
+            ChunkTopK, p.numel, p.k, p.chunk_size, p.value_bits, 12 if p.indices.dtype is torch.uint8 else 16
+        ),
+    ),
     Quantized: lambda p: (0, _native(Quantize, p.numel, p.bits, p.chunk_size, "nearest", 0, p.scale)),
 }
