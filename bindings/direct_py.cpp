@@ -8,6 +8,7 @@
 
 #include "cpu/chunk_topk.hpp"
 #include "cpu/quantize.hpp"
+#include "cpu/random_k.hpp"
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
@@ -140,6 +141,21 @@ Direct chunk_topk(int64_t numel, const BodyLayout& layout, int64_t chunk_size, i
           }};
 }
 
+Direct random_k(int64_t numel, const BodyLayout& layout, int value_dtype) {
+  const int64_t k = layout.fields[0].count;
+  const Dtype dtype{value_dtype};
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t seed, int threads) {
+            random_k_compress({in.grad, in.dtype, in.err, 1.0f, body, dtype},
+                              {numel, k, static_cast<uint64_t>(seed)}, threads);
+          },
+          [=](const Fields& fields, const DecodeInto& into, int64_t seed, int threads) {
+            random_k_decompress({fields[0], 1, 0, dtype, into.out, into.alpha, into.clear, into.add},
+                                {numel, k, static_cast<uint64_t>(seed)}, threads);
+            return true;
+          }};
+}
+
 }  // namespace
 }  // namespace gck
 
@@ -170,4 +186,5 @@ void bind_direct(py::module_& m) {
   m.def("direct_sign", &sign);
   m.def("direct_quantize", &quantize);
   m.def("direct_chunk_topk", &chunk_topk);
+  m.def("direct_random_k", &random_k);
 }

@@ -43,6 +43,9 @@ VARIANTS: dict[str, Callable[[Any, Any], Any]] = {
         f"chunk-{bits}": lambda g, e, bits=bits: gck.chunk_topk_ef_(g, e, 1024, 100, value_bits=bits)
         for bits in (32, 16, 8, 4, 2)
     },
+    "random": lambda g, e: gck.random_k_ef_(g, e, 0.1, seed=-(2**63)),
+    "random-bf16": lambda g, e: gck.random_k_ef_(g, e, k=1, seed=7, value_dtype=torch.bfloat16),
+    "random-all": lambda g, e: gck.random_k_ef_(g, e, 1.0, seed=7),
     "sign": gck.sign_ef_,
     "sign-32": lambda g, e: gck.sign_ef_(g, e, 32),
     "quantize": gck.quantize_ef_,
@@ -144,6 +147,20 @@ def test_the_same_as_by_addresses(make: Any, n: int, dtype: torch.dtype, ways: W
 
 
 @needs_table
+def test_indices_of_12_bits(ways: Ways) -> None:
+    grad, err = inputs(2500)
+    compressor = gck.ChunkTopK(100, 1024, 8)
+    layout = compressor.layout(2500)
+    body = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    compressor.compress_(grad, err, body.unsqueeze(0))
+    values, scales, indices = (field.view(3, -1) for field in layout.views(body))
+    payload = gck.ChunkSparse(values, scales, indices, 2500, 1024, 100, 8)
+    dense = ways.short(lambda: gck.decompress(payload))
+    assert dense is not None
+    assert torch.equal(dense, ways.long(lambda: gck.decompress(payload)))
+
+
+@needs_table
 @variants
 def test_inputs_that_are_left_to_others(make: Any, ways: Ways) -> None:
     grad, err = inputs(64)
@@ -173,7 +190,7 @@ def test_inputs_that_are_left_to_others(make: Any, ways: Ways) -> None:
     no_payloads = [
         type(payload)(*changed, *rest)
         for changed in (
-            (first[:-1], *others),
+            (first[:0], *others),
             (first.double() if first.is_floating_point() else first.float(), *others),
             (first.flatten().repeat(4)[::2], *others),
             (None, *others),
@@ -195,6 +212,12 @@ def test_payloads_that_contradict_themselves(ways: Ways) -> None:
     payload = gck.topk_ef_(*inputs(64), k=3)
     payload.indices[2] = 64
     ways.both_refuse(lambda: gck.decompress(payload, out), out)
+    chunks = gck.chunk_topk_ef_(*inputs(64), 32, 3)
+    chunks.indices[1, 2] = 32
+    ways.both_refuse(lambda: gck.decompress(chunks, out), out)
+    values = gck.random_k_ef_(*inputs(64), k=3, seed=1)
+    for seed in (True, 1.0, 2**63):
+        ways.both_refuse(lambda seed=seed: gck.decompress(values._replace(seed=seed), out), out)
 
 
 @needs_table
@@ -207,6 +230,9 @@ def test_options_that_are_left_to_others(ways: Ways) -> None:
         lambda: gck.chunk_topk_ef_(grad, err, 4096, 2049),
         lambda: gck.chunk_topk_ef_(grad, err, 4096, True),
         lambda: gck.chunk_topk_ef_(grad, err, value_bits=16.0),
+        lambda: gck.random_k_ef_(grad, err, k=65, seed=1),
+        lambda: gck.random_k_ef_(grad, err, k=3, seed=-(2**63) - 1),
+        lambda: gck.random_k_ef_(grad, err, k=3, seed=True),
         lambda: gck.sign_ef_(grad, err, 48),
         lambda: gck.sign_ef_(grad, err, 256.0),
         lambda: gck.sign_ef_(grad, err, decay=True),
@@ -219,6 +245,7 @@ def test_options_that_are_left_to_others(ways: Ways) -> None:
     ):
         gck.topk_ef_(grad, err, k=1)  # remembered, and no answer for those
         gck.chunk_topk_ef_(grad, err, 4096, 1)
+        gck.random_k_ef_(grad, err, k=3, seed=1)
         gck.sign_ef_(grad, err, 256)
         gck.quantize_ef_(grad, err, 2)
         ways.both_refuse(call, err)

@@ -69,8 +69,9 @@ def chunk_topk_ef_(
     if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
         fields = direct.compress(ChunkTopK, grad, err, k, chunk_size, value_bits, INDEX_BITS)
         if fields is not None:
-            values, scales, indices = fields
-            return ChunkSparse(values, scales, indices, cast(Tensor, grad).numel(), chunk_size, k, value_bits)
+            kept, scales, indices = fields
+            numel = cast(Tensor, grad).numel()
+            return ChunkSparse(kept, scales, indices, numel, chunk_size, k, value_bits)
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

@@ -20,10 +20,11 @@ from gck.errors import GckError
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.common.base import backend
 from gck.kernels.quantize import Quantize
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from gck.memory import empty, unwatched
-from gck.payload import ChunkSparse, PackedSigns, Quantized, SparseGrad
+from gck.payload import ChunkSparse, PackedSigns, Quantized, SeededValues, SparseGrad
 
 __all__ = ["compress", "decompress"]
 
@@ -51,12 +52,14 @@ def compress(kind: Any, grad: Any, err: Any, *options: Any, seed: int = 0) -> tu
 
 def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor | None:
     """out, or a new one where it is None, with alpha * decoded written or added; None: nothing was done."""
-    if not (unwatched() and type(payload) in _COMPRESSORS and type(alpha) is float and isfinite(alpha)):
+    if not (unwatched() and type(payload) in _MAKERS and type(alpha) is float and isfinite(alpha)):
         return None
     done = False
     try:
-        seed, native = _COMPRESSORS[type(payload)](payload)
-        if native is not None and payload[0].is_cpu:
+        kind, options = _MAKERS[type(payload)]
+        seed = payload.seed if kind is RandomK else 0
+        native = _native(kind, payload.numel, *options(payload))
+        if native is not None and type(seed) is int and payload[0].is_cpu:
             if out is None:
                 out = empty(payload.numel, torch.float32, CPU)
             done = native.decompress(payload, out, alpha, accumulate, seed, num_threads())
@@ -77,15 +80,15 @@ def _native(kind: Any, numel: Any, *options: Any) -> Any:
     return backend("direct", kind.package, CPU).direct(compressor, numel)
 
 
-# A payload's (seed, compressor).
-_COMPRESSORS: dict[type, Callable[[Any], tuple[int, Any]]] = {
-    SparseGrad: lambda p: (0, _native(TopK, p.numel, None, p.values.numel(), p.values.dtype)),
-    PackedSigns: lambda p: (0, _native(Sign, p.numel, p.chunk_size)),
-    ChunkSparse: lambda p: (
-        0,
-        _native(
-            ChunkTopK, p.numel, p.k, p.chunk_size, p.value_bits, 12 if p.indices.dtype is torch.uint8 else 16
-        ),
-    ),
-    Quantized: lambda p: (0, _native(Quantize, p.numel, p.bits, p.chunk_size, "nearest", 0, p.scale)),
+# What has made a payload, and with which options.
+_MAKERS: dict[type, tuple[Any, Callable[[Any], tuple[Any, ...]]]] = {
+    SparseGrad: (TopK, lambda p: (None, p.values.numel(), p.values.dtype)),
+    PackedSigns: (Sign, lambda p: (p.chunk_size,)),
+    ChunkSparse: (ChunkTopK, lambda p: (p.k, p.chunk_size, p.value_bits, _index_bits(p.indices))),
+    Quantized: (Quantize, lambda p: (p.bits, p.chunk_size, "nearest", 0, p.scale)),
+    SeededValues: (RandomK, lambda p: (None, p.values.numel(), 0, p.values.dtype)),
 }
+
+
+def _index_bits(indices: Tensor) -> int:
+    return 12 if indices.dtype is torch.uint8 else 16
