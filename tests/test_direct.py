@@ -271,6 +271,23 @@ def test_watched_calls_take_the_long_way(make: Any, ways: Ways) -> None:
 
 
 @variants
+def test_other_devices_do_without_the_compiled_module(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not even be there."""
+    grad, err = inputs(64)
+    payload = make(grad, err)
+    elsewhere = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in payload]
+
+    def absent(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(direct, "_native", absent)
+    assert direct.compress(gck.Sign, grad.to("meta"), err.to("meta"), 256) is None
+    assert direct.decompress(type(payload)(*elsewhere), None, 1.0, False) is None
+    with pytest.raises(AssertionError):
+        direct.decompress(payload, None, 1.0, False)
+
+
+@variants
 def test_without_a_table_of_functions(make: Any, monkeypatch: pytest.MonkeyPatch, ways: Ways) -> None:
     """torch before 2.10."""
     grad, err = inputs(1 << 20)

@@ -58,8 +58,8 @@ def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor
     try:
         kind, options = _MAKERS[type(payload)]
         seed = payload.seed if kind is RandomK else 0
-        native = _native(kind, payload.numel, *options(payload))
-        if native is not None and type(seed) is int and payload[0].is_cpu:
+        native = _native(kind, payload.numel, *options(payload)) if payload[0].is_cpu else None
+        if native is not None and type(seed) is int:
             if out is None:
                 out = empty(payload.numel, torch.float32, CPU)
             done = native.decompress(payload, out, alpha, accumulate, seed, num_threads())
