@@ -89,7 +89,7 @@ struct Shared {
 
   ResultMemory memory;
   std::atomic<size_t> users;
-  std::unique_ptr<View[]> views;
+  std::array<View, kMostFields> views;
 
   static void drop(dlpack::ManagedTensor* self) { static_cast<Shared*>(self->manager_ctx)->leave(); }
 
@@ -158,7 +158,6 @@ NewBody::~NewBody() {
 py::tuple NewBody::tensors() {
   const auto& fields = layout_.fields;
   auto made = std::make_unique<Shared>();
-  made->views = std::make_unique<Shared::View[]>(fields.size());
   made->memory = memory_;
   py::tuple tensors(fields.size());
   // One more until all are made: a tensor that cannot be made must not take the memory of the others along.
