@@ -1,56 +1,190 @@
-// Calls that take tensors as they are, and make the payload: of few elements, what Python does about a kernel
-// takes longer than the kernel.
+// Calls that take tensors as they are, and make those of the payload: of few elements, what Python does about
+// a kernel takes longer than the kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <tuple>
 
+#include "cpu/chunk_topk.hpp"
+#include "cpu/quantize.hpp"
+#include "cpu/random_k.hpp"
+#include "cpu/sign.hpp"
+#include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
 #include "tensors.hpp"
 
 namespace py = pybind11;
+
+namespace gck {
+namespace {
+
+using Fields = std::array<const char*, kMostFields>;
+
+BodyField field_of(int code, int bits, int64_t offset, const std::vector<int64_t>& shape) {
+  BodyField field{{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
+                  shape[0],
+                  offset,
+                  static_cast<int>(shape.size()),
+                  {shape[0]}};
+  if (field.ndim == 2) field.count *= field.shape[1] = shape[1];
+  return field;
+}
+
+// A compressor for vectors of one length. Its kernels are told the rest at each call.
+struct Direct {
+  int64_t numel;
+  BodyLayout layout;
+  std::function<void(const Inputs&, char* body, int64_t seed, int threads)> compress;
+  // False: the payload contradicts itself, and nothing was written.
+  std::function<bool(const Fields&, const DecodeInto&, int64_t seed, int threads)> decompress;
+};
+
+// The fields of a new payload; None where the inputs are for others to look at.
+py::object compress(const Direct& direct, py::handle grad, py::handle err, int64_t seed, int threads) {
+  const auto inputs = inputs_of(grad, err);
+  if (!inputs || inputs->numel != direct.numel) return py::none();
+  NewBody body(direct.layout);
+  {
+    const py::gil_scoped_release nogil;
+    direct.compress(*inputs, body.data(), seed, threads);
+  }
+  return body.tensors();
+}
+
+// out (+)= alpha * decoded; False where the payload or out are for others to look at, and nothing was
+// written.
+bool decompress(const Direct& direct, const py::tuple& payload, py::handle out, float alpha, bool add,
+                int64_t seed, int threads) {
+  const auto outputs = outputs_of(payload, direct.layout, out, direct.numel);
+  if (!outputs) return false;
+  const py::gil_scoped_release nogil;
+  return direct.decompress(outputs->fields, {outputs->out, direct.numel, alpha, !add, add, false}, seed,
+                           threads);
+}
+
+Direct topk(int64_t numel, const BodyLayout& layout, int value_dtype) {
+  const int64_t k = layout.fields[0].count, indices = layout.fields[1].offset;
+  const bool wide = layout.fields[1].dtype.bits == 64;
+  const Dtype dtype{value_dtype};
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t, int threads) {
+            topk_compress({{{in.grad, in.dtype, in.err, numel}},
+                           numel,
+                           k,
+                           body,
+                           dtype,
+                           body + indices,
+                           wide,
+                           nullptr,
+                           threads});
+          },
+          [=](const Fields& fields, const DecodeInto& into, int64_t, int threads) {
+            return sparse_decompress({{{fields[0], fields[1]}},
+                                      k,
+                                      dtype,
+                                      wide,
+                                      into.out,
+                                      numel,
+                                      into.alpha,
+                                      into.clear,
+                                      into.add,
+                                      threads})
+                       .row < 0;
+          }};
+}
+
+Direct sign(int64_t numel, const BodyLayout& layout, int64_t chunk_size) {
+  const int64_t chunks = layout.fields[1].count, scales = layout.fields[1].offset;
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t, int threads) {
+            sign_compress({in.grad, in.dtype, in.err, numel, chunk_size, body, 0, chunks, scales}, {},
+                          threads);
+          },
+          [=](const Fields& fields, DecodeInto into, int64_t, int threads) {
+            into.clear = false;
+            sign_decompress({fields[0], fields[1], 1, 0, chunk_size, into}, threads);
+            return true;
+          }};
+}
+
+Direct quantize(int64_t numel, const BodyLayout& layout, int64_t chunk_size, int bits, bool two_levels,
+                bool stochastic) {
+  const int64_t chunks = layout.fields[1].shape[0], scales = layout.fields[1].offset;
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t seed, int threads) {
+            quantize_compress({in.grad, in.dtype, in.err, numel, chunk_size, bits, two_levels, stochastic,
+                               static_cast<uint64_t>(seed), 0, body, 0, chunks, scales},
+                              {}, threads);
+          },
+          [=](const Fields& fields, DecodeInto into, int64_t, int threads) {
+            into.clear = false;
+            quantize_decompress({fields[0], fields[1], 1, 0, chunk_size, bits, two_levels, into}, threads);
+            return true;
+          }};
+}
+
+Direct chunk_topk(int64_t numel, const BodyLayout& layout, int64_t chunk_size, int64_t k, int value_bits,
+                  int index_bits) {
+  const int64_t chunks = layout.fields[0].shape[0], scales = layout.fields[1].offset,
+                indices = layout.fields[2].offset;
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t, int threads) {
+            chunk_topk_compress({in.grad, in.dtype, in.err, numel, chunk_size, k, value_bits, index_bits,
+                                 body, 0, chunks, scales, indices},
+                                {}, threads);
+          },
+          [=](const Fields& fields, const DecodeInto& into, int64_t, int threads) {
+            return chunk_topk_decompress({fields[0], fields[1], fields[2], 1, 0, chunk_size, k, value_bits,
+                                          index_bits, into.out, numel, into.alpha, into.clear, into.add},
+                                         threads) < 0;
+          }};
+}
+
+Direct random_k(int64_t numel, const BodyLayout& layout, int value_dtype) {
+  const int64_t k = layout.fields[0].count;
+  const Dtype dtype{value_dtype};
+  return {numel, layout,
+          [=](const Inputs& in, char* body, int64_t seed, int threads) {
+            random_k_compress({in.grad, in.dtype, in.err, 1.0f, body, dtype},
+                              {numel, k, static_cast<uint64_t>(seed)}, threads);
+          },
+          [=](const Fields& fields, const DecodeInto& into, int64_t seed, int threads) {
+            random_k_decompress({fields[0], 1, 0, dtype, into.out, into.alpha, into.clear, into.add},
+                                {numel, k, static_cast<uint64_t>(seed)}, threads);
+            return true;
+          }};
+}
+
+}  // namespace
+}  // namespace gck
 
 void bind_direct(py::module_& m) {
   using namespace gck;
 
   m.def("find_tensors", &find_tensors);
   m.def("drop_results", &drop_results);
-
-  py::class_<BodyLayout>(m, "BodyLayout")
-      .def(py::init([](const std::vector<std::tuple<int, int, int64_t, int64_t>>& fields, int64_t nbytes) {
-        BodyLayout layout{{}, nbytes};
-        for (const auto& [code, bits, count, offset] : fields) {
-          layout.fields.push_back(
-              {{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1}, count, offset});
-        }
-        return layout;
-      }));
-
   m.def("new_tensor", [](int code, int bits, int64_t numel) -> py::object {
-    const BodyField whole{{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1}, numel, 0};
-    const BodyLayout layout{{whole}, numel * bits / 8};
+    const BodyLayout layout{{field_of(code, bits, 0, {numel})}, numel * bits / 8};
     return NewBody(layout).tensors()[0];
   });
 
-  m.def("topk_new",
-        [](const BodyLayout& layout, int value_dtype, py::handle grad, py::handle err,
-           int threads) -> py::object {
-          const auto inputs = inputs_of(grad, err);
-          if (!inputs) return py::none();
-          NewBody body(layout);
-          const BodyField &values = layout.fields[0], &indices = layout.fields[1];
-          {
-            const py::gil_scoped_release nogil;
-            topk_compress({{{inputs->grad, inputs->dtype, inputs->err, inputs->numel}},
-                           inputs->numel,
-                           values.count,
-                           body.field<void>(0),
-                           Dtype{value_dtype},
-                           body.field<void>(1),
-                           indices.dtype.bits == 64,
-                           nullptr,
-                           threads});
-          }
-          return body.tensors();
-        });
+  py::class_<BodyLayout>(m, "BodyLayout")
+      .def(py::init(
+          [](const std::vector<std::tuple<int, int, int64_t, std::vector<int64_t>>>& fields, int64_t nbytes) {
+            if (fields.empty() || fields.size() > kMostFields) throw py::value_error("fields: 1 to 3");
+            BodyLayout layout{{}, nbytes};
+            for (const auto& [code, bits, offset, shape] : fields) {
+              if (shape.empty() || shape.size() > 2) throw py::value_error("dimensions of a field: 1 or 2");
+              layout.fields.push_back(field_of(code, bits, offset, shape));
+            }
+            return layout;
+          }));
+
+  py::class_<Direct>(m, "Direct").def("compress", &compress).def("decompress", &decompress);
+  m.def("direct_topk", &topk);
+  m.def("direct_sign", &sign);
+  m.def("direct_quantize", &quantize);
+  m.def("direct_chunk_topk", &chunk_topk);
+  m.def("direct_random_k", &random_k);
 }

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -24,20 +25,35 @@ struct Inputs {
   int64_t numel;
 };
 
-// Nothing unless they are on the CPU, contiguous, of fitting dtypes and lengths, not empty, and share no
-// memory. Both must be of the type whose table was found.
+// Nothing unless they are on the CPU, contiguous, of fitting dtypes and lengths, not empty, share no memory,
+// and are of no other class than that whose table was found, not negated lazily, and without requires_grad.
 std::optional<Inputs> inputs_of(pybind11::handle grad, pybind11::handle err);
 
 // Where the fields of a body lie: see gck/wire.py.
 struct BodyField {
   dlpack::DataType dtype;
   int64_t count, offset;  // elements, bytes
+  int ndim;               // 1 or 2
+  std::array<int64_t, 2> shape;
 };
 
 struct BodyLayout {
-  std::vector<BodyField> fields;  // none of them empty
+  std::vector<BodyField> fields;  // at most kMostFields, the first one not empty
   int64_t nbytes;
 };
+
+constexpr size_t kMostFields = 3;
+
+// The fields of a payload, and the vector that it is decoded to.
+struct Outputs {
+  std::array<const char*, kMostFields> fields;
+  float* out;
+};
+
+// Nothing unless the payload begins with tensors of this layout's dtypes and shapes, `out` is fp32 and of
+// `numel` elements and shares no memory with them, and all are otherwise as `inputs_of` wants them.
+std::optional<Outputs> outputs_of(const pybind11::tuple& payload, const BodyLayout& layout,
+                                  pybind11::handle out, int64_t numel);
 
 // A new body, its padding zero.
 class NewBody {
@@ -47,13 +63,9 @@ class NewBody {
   NewBody(const NewBody&) = delete;
   NewBody& operator=(const NewBody&) = delete;
 
-  template <typename T>
-  T* field(size_t i) const {
-    return reinterpret_cast<T*>(static_cast<char*>(memory_.data) + layout_.fields[i].offset);
-  }
+  char* data() const { return static_cast<char*>(memory_.data); }
 
-  // A tensor of each field, which share the memory. That of the first one reaches over all of the body: it is
-  // for the caller to cut it to its length.
+  // A tensor of each field, which share the memory. The storage of the first one is all of the body.
   pybind11::tuple tensors();
 
  private:

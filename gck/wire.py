@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from gck._native import load, sees_tensors
+from gck._native import load
 from gck.errors import CorruptPayloadError
 from gck.memory import dlpack_type, empty
 
@@ -90,13 +90,12 @@ class Layout:
                 body[field.end : end].zero_()
         return body
 
-    @cached_property
-    def native(self) -> Any:
-        """The same for the compiled module, which then makes bodies itself; None where it cannot, or a field
-        is empty."""
-        if not sees_tensors() or not all(f.count for f in self.fields):
-            return None
-        fields = [(*dlpack_type(f.dtype), f.count, f.offset) for f in self.fields]
+    def native(self, *shapes: tuple[int, ...]) -> Any:
+        """The same for the compiled module. Fields are vectors, unless shapes of all of them are given."""
+        fields = [
+            (*dlpack_type(f.dtype), f.offset, shape)
+            for f, shape in zip(self.fields, shapes or [(f.count,) for f in self.fields], strict=True)
+        ]
         return load().BodyLayout(fields, self.nbytes)
 
     def __reduce__(self) -> tuple[type[Layout], tuple[Any, ...]]:

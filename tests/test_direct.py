@@ -1,13 +1,10 @@
-"""Calls that the compiled module answers by itself, and the memory of results."""
+"""Calls that the compiled module answers by itself."""
 
 from __future__ import annotations
 
-import gc
-import pickle
 import shutil
 import subprocess
-import threading
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,11 @@ import torch
 import gck
 from gck import memory
 from gck._native import load, sees_tensors
-from gck.collectives import empty_cache
-from gck.wire import Layout, body_in_place
-
-topk_ops: Any = import_module("gck.ops.topk")  # `gck.ops.topk` is the function
+from gck.errors import GckError
+from gck.ops import direct
+from gck.wire import body_in_place
 
 ROOT = Path(__file__).parents[1]
-LARGE = memory.LARGE
 
 needs_table = pytest.mark.skipif(not sees_tensors(), reason="torch has no DLPack table of functions")
 
@@ -33,41 +28,137 @@ def inputs(n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, to
     return torch.randn(n, generator=generator).to(dtype), torch.randn(n, generator=generator)
 
 
-def indirect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where torch has no table of functions."""
-    monkeypatch.setattr(topk_ops, "_topk_ef_direct", lambda *_: None)
+# (gradient, residual) -> payload
+VARIANTS: dict[str, Callable[[Any, Any], Any]] = {
+    "topk": lambda g, e: gck.topk_ef_(g, e, 0.01),
+    "topk-bf16": lambda g, e: gck.topk_ef_(g, e, 0.3, value_dtype=torch.bfloat16),
+    "topk-fp16": lambda g, e: gck.topk_ef_(g, e, k=1, value_dtype=torch.float16),
+    "topk-all": lambda g, e: gck.topk_ef_(g, e, 1.0),
+    **{
+        f"chunk-{bits}": lambda g, e, bits=bits: gck.chunk_topk_ef_(g, e, 1024, 100, value_bits=bits)
+        for bits in (32, 16, 8, 4, 2)
+    },
+    "random": lambda g, e: gck.random_k_ef_(g, e, 0.1, seed=-(2**63)),
+    "random-bf16": lambda g, e: gck.random_k_ef_(g, e, k=1, seed=7, value_dtype=torch.bfloat16),
+    "random-all": lambda g, e: gck.random_k_ef_(g, e, 1.0, seed=7),
+    "sign": gck.sign_ef_,
+    "sign-32": lambda g, e: gck.sign_ef_(g, e, 32),
+    "quantize": gck.quantize_ef_,
+    "quantize-8": lambda g, e: gck.quantize_ef_(g, e, 8, 32, seed=-1),
+    "quantize-random": lambda g, e: gck.quantize_ef_(g, e, 2, 64, "stochastic", -(2**63)),
+    "quantize-mean": lambda g, e: gck.quantize_ef_(g, e, 2, scale="mean"),
+}
+variants = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
+
+
+class Ways:
+    """Runs calls, and sees which way they take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.real = {name: getattr(direct, name) for name in ("compress", "decompress")}
+
+    def short(self, call: Callable[[], Any]) -> Any:
+        """What the compiled module answers; None where it leaves the call to others."""
+        answers: list[Any] = []
+
+        def watched(real: Any) -> Any:
+            return lambda *given, **named: answers.append(real(*given, **named)) or answers[-1]
+
+        with self.monkeypatch.context() as patch:
+            for name, real in self.real.items():
+                patch.setattr(direct, name, watched(real))
+            result = call()
+        assert len(answers) == 1
+        return None if answers[0] is None else result
+
+    def long(self, call: Callable[[], Any]) -> Any:
+        with self.monkeypatch.context() as patch:
+            for name in self.real:
+                patch.setattr(direct, name, lambda *_, **__: None)
+            return call()
+
+    def both_refuse(self, call: Callable[[], Any], *unchanged: torch.Tensor) -> None:
+        """The short way leaves the call to the long one, whose error it then raises; nothing is written."""
+        before, errors = [t.clone() for t in unchanged], []
+        for way in (self.short, self.long):
+            with pytest.raises(GckError) as raised:
+                way(call)
+            errors.append((type(raised.value), str(raised.value)))
+        assert errors[0] == errors[1]
+        assert all(map(torch.equal, unchanged, before))
+
+
+class Looking(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sees the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
+    return Ways(monkeypatch)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    alike = (a.dtype, a.shape, a.stride(), a.requires_grad) == (b.dtype, b.shape, b.stride(), b.requires_grad)
+    return alike and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @needs_table
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 3), (1000, 10), (70_001, 701), (300_000, 300_000)])
-def test_the_same_as_by_addresses(
-    n: int, k: int, dtype: torch.dtype, value_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("n", [1, 7, 1000, 70_001])
+def test_the_same_as_by_addresses(make: Any, n: int, dtype: torch.dtype, ways: Ways) -> None:
     grad, err = inputs(n, dtype)
     other, version = err.clone(), err._version
-    direct = topk_ops._topk_ef_direct(grad, err, None, k, value_dtype)
-    assert direct is not None
+    payload = ways.short(lambda: make(grad, err))
+    expected = ways.long(lambda: make(grad, other))
+    assert type(payload) is type(expected)
     assert err._version > version
-    indirect(monkeypatch)
-    expected = gck.topk_ef_(grad, other, k=k, value_dtype=value_dtype)
-    assert torch.equal(direct.values.view(torch.uint8), expected.values.view(torch.uint8))
-    assert torch.equal(direct.indices, expected.indices)
-    assert direct.numel == n
     assert torch.equal(err, other)
-    body = body_in_place(*direct.fields)
+    for mine, theirs in zip(payload, expected, strict=True):
+        assert same(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+    body = body_in_place(*payload.fields)
     assert body is not None
-    assert body.data_ptr() == direct.values.data_ptr()
+    assert body.data_ptr() == payload.fields[0].data_ptr()
     assert torch.equal(body, body_in_place(*expected.fields))  # padding, too
-    assert not direct.values.requires_grad
-    assert direct.values.shape == (k,) == direct.indices.shape
+
+    dense = ways.long(lambda: gck.decompress(expected))
+    assert same(ways.short(lambda: gck.decompress(payload)), dense)
+    out = torch.full((n,), 3.0)
+    version = out._version
+    assert ways.short(lambda: gck.decompress(payload, out)) is out
+    assert out._version > version
+    assert torch.equal(out, dense)
+    assert ways.short(lambda: gck.decompress_add_(out, payload, 0.3)) is out
+    assert torch.equal(out, ways.long(lambda: gck.decompress_add_(dense, expected, 0.3)))
 
 
 @needs_table
-def test_what_the_compiled_module_leaves_to_others() -> None:
+def test_indices_of_12_bits(ways: Ways) -> None:
+    grad, err = inputs(2500)
+    compressor = gck.ChunkTopK(100, 1024, 8)
+    layout = compressor.layout(2500)
+    body = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    compressor.compress_(grad, err, body.unsqueeze(0))
+    values, scales, indices = (field.view(3, -1) for field in layout.views(body))
+    payload = gck.ChunkSparse(values, scales, indices, 2500, 1024, 100, 8)
+    dense = ways.short(lambda: gck.decompress(payload))
+    assert dense is not None
+    assert torch.equal(dense, ways.long(lambda: gck.decompress(payload)))
+
+
+@needs_table
+@variants
+def test_inputs_that_are_left_to_others(make: Any, ways: Ways) -> None:
     grad, err = inputs(64)
-    layout = gck.TopK(k=3).layout(64).native
     apart = torch.zeros(200)
     wrong: list[tuple[Any, Any]] = [
         (grad[:63], err),
@@ -76,164 +167,143 @@ def test_what_the_compiled_module_leaves_to_others() -> None:
         (grad.view(8, 8).t(), err),
         (torch.zeros(128)[::2], err),
         (grad.to_sparse(), err),
-        (grad.to("meta"), err),
+        (grad, err.to("meta")),
         (apart[:64], apart[60:124]),
         (err, err),
-        (torch.zeros(0), torch.zeros(0)),
+        (grad.clone().requires_grad_(), err),
+        (torch.nn.Parameter(grad), err),
+        (grad.tolist(), err),
     ]
     for g, e in wrong:
-        before = None if e.is_meta else e.clone()
-        assert load().topk_new(layout, 0, g, e, 2) is None
-        assert before is None or torch.equal(e, before)
-    assert load().topk_new(layout, 0, grad.view(4, 1, 16), err, 2) is not None
-    assert load().topk_new(layout, 0, apart[:64], apart[64:128], 2) is not None
+        ways.both_refuse(lambda g=g, e=e: make(g, e), *([] if e.is_meta else [e]))
+    payload = ways.short(lambda: make(grad.view(4, 1, 16), err))
+    assert payload is not None
+    assert ways.short(lambda: make(apart[:64], apart[64:128])) is not None
 
-
-@needs_table
-def test_watched_calls_take_the_long_way() -> None:
-    grad, err = inputs(64)
-    call: Any = topk_ops._topk_ef_direct
-    given = None, 3, torch.float32
-    assert call(grad, err, *given) is not None
-    assert call(torch._neg_view(grad), err, *given) is None
-    assert call(torch.nn.Parameter(grad), err, *given) is None
-    assert call(grad.clone().requires_grad_(), err, *given) is None
-    with torch.no_grad():
-        assert call(grad.clone().requires_grad_(), err, *given) is not None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        assert call(grad, err, *given) is None
-    with torch.utils._python_dispatch.TorchDispatchMode():
-        assert call(grad, err, *given) is None
-    assert call(grad, err, None, 65, torch.float32) is None  # more than there are
-    assert call(grad, err, [0.1], None, torch.float32) is None  # no ratio, and no key of a cache
-
-
-@needs_table
-def test_fields_keep_the_memory_they_share() -> None:
-    grad, err = inputs(3_000_000)
-    payload = gck.topk_ef_(grad, err, 0.2)
-    indices, expected = payload.indices, payload.indices.clone()
-    del payload
-    gc.collect()
-    others = [gck.topk_ef_(grad, err, 0.2) for _ in range(3)]  # would take freed memory
-    assert torch.equal(indices, expected)
-    assert len({indices.data_ptr(), *(p.indices.data_ptr() for p in others)}) == 4
-
-
-@needs_table
-def test_freed_memory_is_taken_again() -> None:
-    cpu, numel = torch.device("cpu"), 11 << 20  # larger than what other tests leave behind
-    tensor = memory.empty(numel, torch.float32, cpu)
-    address = tensor.data_ptr()
-    del tensor
-    small = memory.empty(numel // 2 - 4096, torch.float32, cpu)  # more than half of it would be wasted
-    assert small.data_ptr() != address
-    again = memory.empty(numel - 100, torch.float32, cpu)
-    assert again.data_ptr() == address
-    assert again.shape == (numel - 100,)
-    assert again.dtype == torch.float32
-
-
-@needs_table
-@pytest.mark.parametrize("nbytes", [LARGE - 64, LARGE - 63, LARGE - 1, LARGE, LARGE + 1])
-def test_sizes_where_small_ends(nbytes: int) -> None:
-    """What the allocator gave goes back to it, and what the system gave is kept."""
-    native = load()
-    native.drop_results()
-    for _ in range(3):
-        tensors = [native.new_tensor(1, 8, nbytes).fill_(7) for _ in range(20)]
-        assert all(bool((tensor == 7).all()) for tensor in tensors)
-        del tensors
-    before = resident()
-    for _ in range(200):
-        native.new_tensor(1, 8, nbytes).fill_(7)
-    assert resident() - before < 8 << 20
-    native.drop_results()
-
-
-@needs_table
-def test_kept_memory_can_be_given_back() -> None:
-    tensor = memory.empty(32 << 20, torch.float32, torch.device("cpu")).fill_(1)
-    del tensor
-    held = resident()
-    empty_cache()
-    assert held - resident() > 100 << 20
-
-
-@needs_table
-def test_payloads_can_be_saved_and_sent_to_processes(tmp_path: Path) -> None:
-    payload = gck.topk_ef_(*inputs(400_000), 0.5)
-    torch.save(tuple(payload), tmp_path / "payload")
-    values, indices, numel = torch.load(tmp_path / "payload")
-    assert torch.equal(values, payload.values)
-    assert torch.equal(indices, payload.indices)
-    assert numel == payload.numel
-    again = pickle.loads(pickle.dumps(payload))
-    assert torch.equal(gck.decompress(again), gck.decompress(payload))
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@needs_table
-def test_no_more_is_kept_than_is_said() -> None:
-    cpu = torch.device("cpu")
-    tensors = [memory.empty(16 << 20, torch.float32, cpu).fill_(1) for _ in range(12)]  # 64 MiB each
-    held = resident()
-    del tensors
-    gc.collect()
-    assert held - resident() > 7 * (64 << 20)  # 12 less the four that are kept
-    huge = memory.empty(80 << 20, torch.float32, cpu).fill_(1)
-    held = resident()
-    del huge
-    gc.collect()
-    assert held - resident() > 300 << 20
-
-
-@needs_table
-def test_memory_of_many_threads() -> None:
-    failures: list[str] = []
-
-    def work(seed: int) -> None:
-        for i in range(60):
-            numel = LARGE // 4 + (seed * 7919 + i * 104_729) % LARGE
-            mine = [memory.empty(numel, torch.int32, torch.device("cpu")).fill_(seed) for _ in range(3)]
-            if not all(bool((tensor == seed).all()) for tensor in mine):
-                failures.append(f"{seed}: {numel}")
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-def test_small_or_traced_tensors_are_of_torch() -> None:
-    small = memory.empty(10, torch.float32, torch.device("cpu"))
-    assert small.shape == (10,)
-    with torch._subclasses.FakeTensorMode():
-        assert isinstance(
-            memory.empty(LARGE, torch.float32, torch.device("cpu")), torch._subclasses.FakeTensor
+    first, *others = payload.fields
+    rest = payload[1 + len(others) :]
+    no_payloads = [
+        type(payload)(*changed, *rest)
+        for changed in (
+            (first[:0], *others),
+            (first.double() if first.is_floating_point() else first.float(), *others),
+            (first.flatten().repeat(4)[::2], *others),
+            (None, *others),
         )
+    ]
+    out = torch.ones(64)
+    for bad in (*no_payloads, payload._replace(numel=65), payload._replace(numel=True)):
+        ways.both_refuse(lambda bad=bad: gck.decompress(bad, out), out)
+    for alpha in (float("nan"), float("inf"), True, "1"):
+        ways.both_refuse(lambda alpha=alpha: gck.decompress_add_(out, payload, alpha), out)
+    shared = first.view(torch.uint8)[:0].set_(first.untyped_storage()).view(torch.float32)
+    for wrong_out in (out[:63], out.double(), torch.ones(128)[::2], out.clone().requires_grad_(), shared):
+        ways.both_refuse(lambda o=wrong_out: gck.decompress_add_(o, payload), wrong_out.detach())
 
 
-def test_without_a_table_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_table
+def test_payloads_that_contradict_themselves(ways: Ways) -> None:
+    out = torch.ones(64)
+    payload = gck.topk_ef_(*inputs(64), k=3)
+    payload.indices[2] = 64
+    ways.both_refuse(lambda: gck.decompress(payload, out), out)
+    chunks = gck.chunk_topk_ef_(*inputs(64), 32, 3)
+    chunks.indices[1, 2] = 32
+    ways.both_refuse(lambda: gck.decompress(chunks, out), out)
+    values = gck.random_k_ef_(*inputs(64), k=3, seed=1)
+    for seed in (True, 1.0, 2**63):
+        ways.both_refuse(lambda seed=seed: gck.decompress(values._replace(seed=seed), out), out)
+
+
+@needs_table
+def test_options_that_are_left_to_others(ways: Ways) -> None:
+    grad, err = inputs(64)
+    for call in (
+        lambda: gck.topk_ef_(grad, err, k=65),  # more than there are
+        lambda: gck.topk_ef_(grad, err, [0.1]),  # no ratio, and no key of a cache
+        lambda: gck.topk_ef_(grad, err, k=True),
+        lambda: gck.chunk_topk_ef_(grad, err, 4096, 2049),
+        lambda: gck.chunk_topk_ef_(grad, err, 4096, True),
+        lambda: gck.chunk_topk_ef_(grad, err, value_bits=16.0),
+        lambda: gck.random_k_ef_(grad, err, k=65, seed=1),
+        lambda: gck.random_k_ef_(grad, err, k=3, seed=-(2**63) - 1),
+        lambda: gck.random_k_ef_(grad, err, k=3, seed=True),
+        lambda: gck.sign_ef_(grad, err, 48),
+        lambda: gck.sign_ef_(grad, err, 256.0),
+        lambda: gck.sign_ef_(grad, err, decay=True),
+        lambda: gck.quantize_ef_(grad, err, 3),
+        lambda: gck.quantize_ef_(grad, err, scale=["max"]),
+        lambda: gck.quantize_ef_(grad, err, 2, 256, "stochastic", scale="mean"),
+        lambda: gck.quantize_ef_(grad, err, seed=2**63),
+        lambda: gck.quantize_ef_(grad, err, seed=True),
+        lambda: gck.quantize_ef_(grad, err, seed=0.0),
+    ):
+        gck.topk_ef_(grad, err, k=1)  # remembered, and no answer for those
+        gck.chunk_topk_ef_(grad, err, 4096, 1)
+        gck.random_k_ef_(grad, err, k=3, seed=1)
+        gck.sign_ef_(grad, err, 256)
+        gck.quantize_ef_(grad, err, 2)
+        ways.both_refuse(call, err)
+
+
+@needs_table
+@variants
+def test_watched_calls_take_the_long_way(make: Any, ways: Ways) -> None:
+    grad, err = inputs(64)
+    payload = ways.short(lambda: make(grad, err))
+    assert payload is not None
+
+    def calls() -> None:
+        assert ways.short(lambda: make(grad, err)) is None
+        assert ways.short(lambda: gck.decompress(payload)) is None
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        calls()
+    with Looking() as mode:
+        calls()
+    assert [name.startswith("gck::") for name in mode.seen].count(True) == 2
+    assert ways.short(lambda: make(torch._neg_view(grad), err)) is None
+    with torch.no_grad():
+        assert ways.short(lambda: make(torch.nn.Parameter(grad), err)) is None
+    name = next(name for name in payload._fields if getattr(payload, name).is_floating_point())
+    negated = payload._replace(**{name: torch._neg_view(getattr(payload, name))})
+    assert ways.short(lambda: gck.decompress(negated)) is None
+
+
+@variants
+def test_other_devices_do_without_the_compiled_module(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not even be there."""
+    grad, err = inputs(64)
+    payload = make(grad, err)
+    elsewhere = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in payload]
+
+    def absent(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(direct, "_native", absent)
+    assert direct.compress(gck.Sign, grad.to("meta"), err.to("meta"), 256) is None
+    assert direct.decompress(type(payload)(*elsewhere), None, 1.0, False) is None
+    with pytest.raises(AssertionError):
+        direct.decompress(payload, None, 1.0, False)
+
+
+@variants
+def test_without_a_table_of_functions(make: Any, monkeypatch: pytest.MonkeyPatch, ways: Ways) -> None:
     """torch before 2.10."""
     grad, err = inputs(1 << 20)
     other = err.clone()
-    expected = gck.topk_ef_(grad, other, 0.3)
+    expected = make(grad, other)
+    dense = gck.decompress(expected)
     monkeypatch.setattr(memory, "sees_tensors", lambda: False)
-    monkeypatch.setattr("gck.wire.sees_tensors", lambda: False)
-    layout = Layout.of(*((f.dtype, f.count) for f in gck.TopK(ratio=0.3).layout(1 << 20).fields))
-    monkeypatch.delitem(layout.__dict__, "native", raising=False)
-    payload = gck.topk_ef_(grad, err, 0.3)
-    assert topk_ops._topk_ef_direct(grad, err, 0.3, None, torch.float32) is None
-    assert torch.equal(payload.values, expected.values)
-    assert torch.equal(payload.indices, expected.indices)
+    monkeypatch.setattr(direct, "sees_tensors", lambda: False)
+    direct._native.cache_clear()
+    try:
+        assert ways.short(lambda: gck.decompress(expected)) is None
+        assert ways.short(lambda: make(grad, err)) is None
+    finally:
+        direct._native.cache_clear()
     assert torch.equal(err, other)
-    assert torch.equal(gck.decompress(payload), gck.decompress(expected))
+    assert torch.equal(gck.decompress(expected), dense)
 
 
 def test_an_unknown_type_has_no_table() -> None:
@@ -258,29 +328,3 @@ def test_declarations_match_torch() -> None:
         [compiler, *flags, *folders, str(ROOT / "tests/dlpack_abi.cpp")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("shift", [0, 1, 7])
-@pytest.mark.parametrize("numel", [10, LARGE // 4 + 3, (3 << 20) + 5])
-def test_copies(numel: int, shift: int) -> None:
-    """The largest goes past the caches, from and to places that are no multiples of a line."""
-    source, memory_ = torch.randn(numel + 8), torch.full((numel + 32,), 7.0)
-    to, version = memory_[16 - shift :][:numel], memory_._version
-    memory.copy_(to, source[shift : shift + numel])
-    assert torch.equal(to, source[shift : shift + numel])
-    assert bool((memory_[: 16 - shift] == 7).all())
-    assert bool((memory_[16 - shift + numel :] == 7).all())
-    assert memory_._version > version
-
-
-def test_copies_that_torch_makes() -> None:
-    source = torch.randn(LARGE)
-    rounded = torch.zeros(LARGE, dtype=torch.bfloat16)
-    memory.copy_(rounded, source)
-    assert torch.equal(rounded, source.bfloat16())
-    strided = torch.zeros(2 * LARGE)[::2]
-    memory.copy_(strided, source)
-    assert torch.equal(strided, source)
-    turned = torch.zeros(LARGE)
-    memory.copy_(turned, torch._neg_view(source))
-    assert torch.equal(turned, -source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,11 +10,15 @@ from torch import Tensor
 from gck import interop
 from gck.kernels.chunk_topk import ChunkTopK, check_options
 from gck.kernels.common import checks
+from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import ChunkSparse
 from gck.statistics import Statistics
 
 __all__ = ["chunk_topk", "chunk_topk_ef_"]
+
+# In memory an index is a number of torch's; compressors on collectives pack them closer.
+INDEX_BITS = 16
 
 
 def chunk_topk_ef_(
@@ -62,6 +66,12 @@ def chunk_topk_ef_(
 
     Source: Wang et al., "Communication Efficient LLM Pre-training with SparseLoCo" (2025), section 3.
     """
+    if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
+        fields = direct.compress(ChunkTopK, grad, err, k, chunk_size, value_bits, INDEX_BITS)
+        if fields is not None:
+            kept, scales, indices = fields
+            numel = cast(Tensor, grad).numel()
+            return ChunkSparse(kept, scales, indices, numel, chunk_size, k, value_bits)
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
@@ -94,8 +104,7 @@ def chunk_topk(x: Array, chunk_size: int = 4096, k: int = 64, *, value_bits: int
 
 
 def _compressor(chunk_size: int, k: int, value_bits: int, decay: float = 1.0) -> ChunkTopK:
-    # In memory an index is a number of torch's; compressors on collectives pack them closer.
-    return ChunkTopK(k, chunk_size, value_bits, index_bits=16, decay=decay)
+    return ChunkTopK(k, chunk_size, value_bits, INDEX_BITS, decay=decay)
 
 
 def _payload(compressor: ChunkTopK, body: Tensor, numel: int) -> ChunkSparse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from gck import interop
 from gck.kernels.common import checks
 from gck.kernels.quantize import Quantize, check_options
+from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import Quantized
 from gck.statistics import Statistics
@@ -68,6 +69,11 @@ def quantize_ef_(
 
     Source: Alistarh et al., "QSGD" (NeurIPS 2017), section 3, with the largest magnitude as norm.
     """
+    if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
+        fields = direct.compress(Quantize, grad, err, bits, chunk_size, rounding, 0, scale, seed=seed)
+        if fields is not None:
+            codes, scales = fields
+            return Quantized(codes, scales, cast(Tensor, grad).numel(), chunk_size, bits, scale)
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("quantize_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

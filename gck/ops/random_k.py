@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from gck import interop
 from gck.kernels.common import checks
 from gck.kernels.random_k import RandomK
 from gck.kernels.topk import check_options, resolve_k
+from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import SeededValues
 
@@ -54,6 +57,10 @@ def random_k_ef_(
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1 with the
     random-k operator of Definition 2.1.
     """
+    if nonfinite is None:
+        fields = direct.compress(RandomK, grad, err, ratio, k, 0, value_dtype, seed=seed)
+        if fields is not None:
+            return SeededValues(fields[0], seed, cast(Tensor, grad).numel())
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("random_k_ef_", ("err",), grad=grad, err=err) as (g, e):
             return random_k_ef_(g, e, ratio, seed=seed, k=k, value_dtype=value_dtype, nonfinite=nonfinite)

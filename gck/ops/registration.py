@@ -11,7 +11,7 @@ from torch import Tensor
 from gck.kernels.common.base import KernelCompressor
 from gck.memory import unwatched
 
-__all__ = ["Array", "compress", "direct", "fake_body", "plain", "register"]
+__all__ = ["Array", "compress", "fake_body", "plain", "register"]
 
 _library = torch.library.Library("gck", "DEF")
 
@@ -43,18 +43,6 @@ def plain(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
-
-
-def direct(grad: Tensor, err: Tensor) -> bool:
-    """Whether the compiled module may look at these itself: on the CPU, `plain`, of torch's own class, not
-    recorded."""
-    return (
-        type(grad) is Tensor is type(err)
-        and grad.is_cpu
-        and unwatched()
-        and not (grad.is_neg() or err.is_neg())
-        and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
-    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

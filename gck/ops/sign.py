@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from gck import interop
 from gck.kernels.common import checks
 from gck.kernels.sign import Sign, check_chunk_size
+from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import PackedSigns
 from gck.statistics import Statistics
@@ -53,6 +54,11 @@ def sign_ef_(
 
     Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), Algorithm 1.
     """
+    if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
+        fields = direct.compress(Sign, grad, err, chunk_size)
+        if fields is not None:
+            words, scales = fields
+            return PackedSigns(words, scales, cast(Tensor, grad).numel(), chunk_size)
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("sign_ef_", ("err",), grad=grad, err=err) as (g, e):
             options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

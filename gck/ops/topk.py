@@ -8,15 +8,13 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from gck import interop
-from gck._native import load, num_threads
-from gck.errors import ArgumentError, GckError
+from gck.errors import ArgumentError
 from gck.kernels.common import checks
-from gck.kernels.common.native import DTYPE_CODE
 from gck.kernels.topk import TopK, check_options, resolve_k
-from gck.ops.registration import Array, compress, direct, fake_body, plain, register
+from gck.ops import direct
+from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
 from gck.statistics import Statistics
@@ -125,9 +123,10 @@ def topk_ef_(
     """
     plainly = nonfinite is None and hint is None and clip is None and stats is None
     if plainly and decay == 1 and not flat:
-        made = _topk_ef_direct(grad, err, ratio, k, value_dtype)
-        if made is not None:
-            return made
+        fields = direct.compress(TopK, grad, err, ratio, k, value_dtype)
+        if fields is not None:
+            values, indices = fields
+            return SparseGrad(values, indices, cast(Tensor, grad).numel())
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
@@ -146,28 +145,6 @@ def topk_ef_(
     return _topk_ef_one(
         cast(Array, grad), cast(Array, err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
     )
-
-
-def _topk_ef_direct(
-    grad: Any, err: Any, ratio: float | None, k: Any, value_dtype: torch.dtype
-) -> SparseGrad | None:
-    """`_topk_ef_one` by one call of the compiled module, which looks at the tensors and makes the payload: of
-    small vectors the rest would be most of the time. None where all is not as it mostly is."""
-    if not direct(grad, err):
-        return None
-    numel = grad.numel()
-    try:
-        _, layout = _choice("topk_ef_", numel, ratio, k, value_dtype)
-    except (GckError, TypeError):  # with a word on the tensors first, if there is one
-        return None
-    if layout.native is None:
-        return None
-    fields = load().topk_new(layout.native, DTYPE_CODE[value_dtype], grad, err, num_threads())
-    if fields is None:
-        return None
-    increment_version(err)
-    values, indices = fields
-    return SparseGrad(values.resize_(layout.fields[0].count), indices, numel)
 
 
 def _topk_ef_one(

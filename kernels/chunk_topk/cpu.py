@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from gck.kernels.chunk_topk import ChunkTopK
     from gck.kernels.common.reduction import Reduction
     from gck.wire import Layout
+
+
+def direct(compressor: ChunkTopK, numel: int) -> Any:
+    """See `gck.ops.direct`."""
+    shapes = [(compressor.chunks(numel), count) for count in compressor.row]
+    return load().direct_chunk_topk(
+        numel,
+        compressor.layout(numel).native(*shapes),
+        compressor.chunk_size,
+        compressor.k,
+        compressor.value_bits,
+        12 if compressor.packs_indices else 16,
+    )
 
 
 def compress_(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     from gck.kernels.common.reduction import Reduction
     from gck.kernels.quantize import Quantize
     from gck.wire import Layout
+
+
+def direct(compressor: Quantize, numel: int) -> Any:
+    """See `gck.ops.direct`."""
+    codes, scales = compressor.layout(numel).fields
+    shape = (scales.count // 2, 2) if compressor.two_levels else (scales.count,)
+    return load().direct_quantize(
+        numel,
+        compressor.layout(numel).native((codes.count,), shape),
+        compressor.chunk_size,
+        compressor.bits,
+        compressor.two_levels,
+        compressor.rounding == "stochastic",
+    )
 
 
 def compress_(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from gck.kernels.common.native import DTYPE_CODE
 if TYPE_CHECKING:
     from gck.kernels.random_k import RandomK
     from gck.wire import Layout
+
+
+def direct(compressor: RandomK, numel: int) -> Any:
+    """See `gck.ops.direct`; with a residual, and of any seed."""
+    layout = compressor.layout(numel)
+    return load().direct_random_k(numel, layout.native(), DTYPE_CODE[compressor.value_dtype])
 
 
 def compress_(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from gck.kernels.common.reduction import Reduction
     from gck.kernels.sign import Sign
     from gck.wire import Layout
+
+
+def direct(compressor: Sign, numel: int) -> Any:
+    """See `gck.ops.direct`."""
+    return load().direct_sign(numel, compressor.layout(numel).native(), compressor.chunk_size)
 
 
 def compress_(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from gck.kernels.topk import TopK
     from gck.kernels.topk.lists import Bodies
     from gck.wire import Layout
+
+
+def direct(compressor: TopK, numel: int) -> Any:
+    """See `gck.ops.direct`."""
+    layout = compressor.layout(numel)
+    return load().direct_topk(numel, layout.native(), DTYPE_CODE[compressor.value_dtype])
 
 
 def compress_(

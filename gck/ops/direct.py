@@ -1,0 +1,94 @@
+"""Calls that the compiled module answers by itself: it looks at the tensors, and makes those of the payload.
+Of small vectors, all else would be most of the time.
+
+What is not as it mostly is, it leaves to others: they tell what is wrong, if anything is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import isfinite
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gck._native import num_threads, sees_tensors
+from gck.errors import GckError
+from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.common.base import backend
+from gck.kernels.quantize import Quantize
+from gck.kernels.random_k import RandomK
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from gck.memory import empty, unwatched
+from gck.payload import ChunkSparse, PackedSigns, Quantized, SeededValues, SparseGrad
+
+__all__ = ["compress", "decompress"]
+
+CPU = torch.device("cpu")
+
+
+def compress(kind: Any, grad: Any, err: Any, *options: Any, seed: int = 0) -> tuple[Tensor, ...] | None:
+    """The fields of the payload that `kind(*options)` makes of grad and err; None: nothing was done.
+
+    A seed is none of the options where it is another one at every step.
+    """
+    if not (type(grad) is Tensor and grad.is_cpu and unwatched() and type(seed) is int):
+        return None
+    fields: tuple[Tensor, ...] | None = None
+    try:
+        native = _native(kind, grad.numel(), *options)
+        if native is not None:
+            fields = native.compress(grad, err, seed, num_threads())
+    except (GckError, TypeError):
+        return None
+    if fields is not None:
+        increment_version(err)
+    return fields
+
+
+def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor | None:
+    """out, or a new one where it is None, with alpha * decoded written or added; None: nothing was done."""
+    if not (unwatched() and type(payload) in _MAKERS and type(alpha) is float and isfinite(alpha)):
+        return None
+    done = False
+    try:
+        kind, options = _MAKERS[type(payload)]
+        seed = payload.seed if kind is RandomK else 0
+        native = _native(kind, payload.numel, *options(payload)) if payload[0].is_cpu else None
+        if native is not None and type(seed) is int:
+            if out is None:
+                out = empty(payload.numel, torch.float32, CPU)
+            done = native.decompress(payload, out, alpha, accumulate, seed, num_threads())
+    except (GckError, TypeError, AttributeError):
+        return None
+    if not done:
+        return None
+    increment_version(out)
+    return cast(Tensor, out)
+
+
+@lru_cache(maxsize=1024, typed=True)  # True is no number
+def _native(kind: Any, numel: Any, *options: Any) -> Any:
+    """`kind(*options)` for vectors of `numel` elements, in the compiled module; None where it cannot."""
+    if type(numel) is not int or numel < 1 or not sees_tensors():
+        return None
+    compressor = kind(*options)
+    return backend("direct", kind.package, CPU).direct(compressor, numel)
+
+
+# What has made a payload, and with which options.
+_MAKERS: dict[type, tuple[Any, Callable[[Any], tuple[Any, ...]]]] = {
+    SparseGrad: (TopK, lambda p: (None, p.values.numel(), p.values.dtype)),
+    PackedSigns: (Sign, lambda p: (p.chunk_size,)),
+    ChunkSparse: (ChunkTopK, lambda p: (p.k, p.chunk_size, p.value_bits, _index_bits(p.indices))),
+    Quantized: (Quantize, lambda p: (p.bits, p.chunk_size, "nearest", 0, p.scale)),
+    SeededValues: (RandomK, lambda p: (None, p.values.numel(), 0, p.values.dtype)),
+}
+
+
+def _index_bits(indices: Tensor) -> int:
+    return 12 if indices.dtype is torch.uint8 else 16
