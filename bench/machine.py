@@ -16,7 +16,7 @@ import gck
 from bench.measure import cache_bytes
 from gck._native import load, num_threads
 
-__all__ = ["ROOT", "describe"]
+__all__ = ["ROOT", "bind", "describe"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,3 +94,15 @@ def _version(package: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def bind(rank: int, world_size: int) -> int:
+    """Binds this process to processors of its own, or to one that ranks share evenly; returns how many.
+
+    A scheduler that lets two ranks wait for one processor while another is free is not what is measured.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    own = max(1, len(processors) // world_size)
+    first = rank * own % len(processors)
+    os.sched_setaffinity(0, processors[first : first + own])
+    return own

@@ -131,7 +131,13 @@ def _record(
         "name": name,
         "numel": numel,
         "piece_numels": list(piece_numels),
-        "default": choose_piece_numel(COMPRESSORS[name], numel, ranks),
+        "chosen": choose_piece_numel(
+            COMPRESSORS[name],
+            numel,
+            ranks,
+            link=None if network.rate is None else Link.ethernet(parse_rate(network.rate)),
+            algorithm="two_phase",
+        ),
         "seconds": [statistics.median(each) for each in times],
         "all_seconds": times,
         "sent": max(report["sent"][0] for report in reports),
@@ -142,14 +148,16 @@ def _record(
 
 
 def show(records: Sequence[Record], ranks: int, counts: Sequence[int], console: Console) -> None:
-    table = Table(title=f"{ranks} ranks: milliseconds of an all-reduce, by number of pieces (* default)")
+    table = Table(
+        title=f"{ranks} ranks: milliseconds of an all-reduce, by number of pieces (* chosen for the link)"
+    )
     for column in ("link", "", "elements", "bytes / bandwidth", *map(str, counts), "same bits"):
         table.add_column(column, justify="left" if not column else "right")
     for r in records:
         ideal = "" if r["ideal_seconds"] is None else f"{1e3 * r['ideal_seconds']:.0f}"
         cells = []
         for piece, seconds in zip(r["piece_numels"], r["seconds"], strict=True):
-            cells.append(f"{1e3 * seconds:.1f}{'*' if piece == r['default'] else ''}")
+            cells.append(f"{1e3 * seconds:.1f}{'*' if piece == r['chosen'] else ''}")
         same = "yes" if r["same_bits"] else "NO"
         table.add_row(r["link"], r["name"], f"{r['numel']:,}", ideal, *cells, same)
     console.print(table)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gck
+from bench.machine import bind
 from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
 
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     assignment: dict[str, Any] = json.loads(argv[1])
     end_with(assignment["parent"])
     events = event_stream()
+    bind(assignment["rank"], assignment["world_size"])
     torch.set_num_threads(1)  # the ranks share one machine
     rank = assignment["rank"]
     dist.init_process_group(

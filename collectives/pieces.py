@@ -1,4 +1,4 @@
-"""Pieces of a two-phase all-reduce: while one is on the wire, the next is compressed and the last decoded.
+"""Pieces of an all-reduce: while some are on the wire, others are compressed and decoded.
 
 A piece takes the same elements of every rank's shard, so that who owns what does not depend on the pieces.
 Source: the chunks of a pipelined reduction in Thakur, Rabenseifner and Gropp, "Optimization of Collective
@@ -8,7 +8,7 @@ Communication Operations in MPICH" (2005), section 4, over compressed messages.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,9 @@ __all__ = [
 ]
 
 
-SLOW = 7e-9  # seconds that a link takes for the bytes of an element; computing takes 1 to 2.5, or twice that
-MOST = 8  # pieces
+SLOW = 7e-9  # seconds that a link takes for the bytes of an element; computing takes 1e-9 to 5e-9
+MOST = 8  # pieces that are chosen
+UNDER_WAY = 16  # pieces, whoever chose them: each may have a thread
 LEAST = 32 << 10  # bytes of a piece's message
 
 
@@ -83,8 +84,8 @@ def choose_piece_numel(
 
     Pieces hide the time to compute behind that of a slow link, and cost more of it: each is a few calls and
     rounds. They pay where bytes take longer than computing does, by docs/collectives.md's measurements from
-    `SLOW` on, as long as a message keeps `LEAST` bytes. On devices and in worlds of one
-    they never do, nor for compressors whose vectors cannot be cut.
+    `SLOW` on, as long as a message keeps `LEAST` bytes. On devices and in worlds of one they never do, nor for
+    compressors whose vectors cannot be cut.
 
     Args:
         link: what ranks are connected by, the same on all of them. None: nobody knows, and it is 0.
@@ -171,10 +172,10 @@ class Decoding:
         self._one_left = one_left
         self._left: list[tuple[Piece, Tensor]] = []
 
-    def __call__(self, piece: Piece, gathered: Tensor, after: Started | None) -> None:
-        """A piece has come; `after`: the one that comes next, if any."""
-        waiting = after is not None and (self._one_left or under_way(after))
-        if self._keep is not None and not waiting:
+    def __call__(self, piece: Piece, gathered: Tensor, last: bool, waiting: bool) -> None:
+        """A piece has come. `last`: no other will; `waiting`: the next one has not, so that there is time."""
+        early = waiting or (self._one_left and not last)
+        if self._keep is not None and not early:
             self._left.append((piece, gathered))
             return
         if self._keep is not None:
@@ -198,14 +199,12 @@ def pipelined(
 ) -> None:
     """Runs every piece through both phases; the same operations in the same order on all ranks.
 
-    With P pieces, from the point of view of one rank:
-        1. Compress piece 0 and start its all-to-all.
-        2. For j = 0 to P - 1: compress piece j + 1 and start its all-to-all; wait for that of piece j, reduce
-           what came and start its all-gather; wait for the all-gather of piece j - 1 and decode it.
-        3. Wait for the last all-gather and decode it.
+    From the point of view of one rank, of up to `UNDER_WAY` pieces at a time:
+        1. Compress piece after piece and start its all-to-all.
+        2. For every piece: wait for its all-to-all, reduce what came and start its all-gather.
+        3. For every piece: wait for its all-gather and decode it.
 
-    At most two all-to-alls and two all-gathers are under way. After an error none is, or the group is given
-    up.
+    After an error nothing is under way, or the group is given up.
 
     Args:
         start: compresses a piece and starts its all-to-all.
@@ -215,13 +214,13 @@ def pipelined(
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
     try:
-        for piece in pieces:
-            swaps.append(start(piece))
-        for piece in pieces:
-            reduced = reduce(piece, swaps.popleft().wait())
-            gathers.append(start_all_gather(transport, reduced))
-        for piece in pieces:
-            decoding(piece, gathers.popleft().wait(), gathers[0] if gathers else None)
+        for some, more in _batches(pieces):
+            for piece in some:
+                swaps.append(start(piece))
+            for piece in some:
+                reduced = reduce(piece, swaps.popleft().wait())
+                gathers.append(start_all_gather(transport, reduced))
+            _decode(some, gathers, more, decoding)
     except BaseException as error:
         _settle(transport, [*swaps, *gathers], error)
         raise
@@ -233,7 +232,7 @@ def gathered(
     compress: Callable[[Piece], Tensor],
     decoding: Decoding,
 ) -> None:
-    """Runs every piece through one phase: while one is gathered the next is compressed, and the last decoded.
+    """Runs every piece through one phase, likewise: compress and gather, then decode.
 
     Args:
         compress: makes a piece's message.
@@ -241,15 +240,28 @@ def gathered(
     """
     gathers: deque[Started] = deque()
     try:
-        for piece in pieces:
-            if gathers:
-                await_peers(gathers[-1])
-            gathers.append(start_all_gather(transport, compress(piece)))
-        for piece in pieces:
-            decoding(piece, gathers.popleft().wait(), gathers[0] if gathers else None)
+        for some, more in _batches(pieces):
+            for piece in some:
+                if gathers:
+                    await_peers(gathers[-1])
+                gathers.append(start_all_gather(transport, compress(piece)))
+            _decode(some, gathers, more, decoding)
     except BaseException as error:
         _settle(transport, gathers, error)
         raise
+
+
+def _batches(pieces: Sequence[Piece]) -> Iterator[tuple[Sequence[Piece], bool]]:
+    """Pieces that are under way together, and whether there are more after them."""
+    for first in range(0, len(pieces), UNDER_WAY):
+        yield pieces[first : first + UNDER_WAY], first + UNDER_WAY < len(pieces)
+
+
+def _decode(pieces: Sequence[Piece], gathers: deque[Started], more: bool, decoding: Decoding) -> None:
+    for piece in pieces:
+        rows = gathers.popleft().wait()
+        last = not gathers and not more
+        decoding(piece, rows, last, not last and (not gathers or under_way(gathers[0])))
 
 
 def _settle(transport: Transport, started: Sequence[Started], error: BaseException) -> None:

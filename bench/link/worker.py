@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from bench.link.methods import METHODS, Method
+from bench.machine import bind
 from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
 from gck.collectives import Link, measure_compute, resolve
@@ -47,13 +48,7 @@ def main(argv: list[str]) -> None:
     assignment = Assignment(**json.loads(argv[1]))
     end_with(assignment.parent)
     events = event_stream()
-    processors = sorted(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, len(processors) // assignment.world_size))
-    # Each rank on processors of its own, or sharing them evenly: a scheduler that lets two ranks of four wait
-    # for one processor is not what is measured.
-    own = max(1, len(processors) // assignment.world_size)
-    first = assignment.rank * own % len(processors)
-    os.sched_setaffinity(0, processors[first : first + own])
+    torch.set_num_threads(bind(assignment.rank, assignment.world_size))
     dist.init_process_group(
         "gloo",
         init_method=(Path(assignment.rendezvous) / "rendezvous").as_uri(),

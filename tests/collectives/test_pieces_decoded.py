@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
-from gck.collectives.pieces import Decoding, Slice
+from gck.collectives.pieces import UNDER_WAY, Decoding, Slice
 from gck.collectives.transports import Done, Started
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CorruptPayloadError, GroupUnusableError, PeerLostError
@@ -77,8 +77,8 @@ def test_the_last_gather_fails(error: BaseException, algorithm: str, monkeypatch
     early: list[bool] = []
     call = Decoding.__call__
 
-    def watched(self: Decoding, piece: Any, gathered: Tensor, after: Started | None) -> None:
-        call(self, piece, gathered, after)
+    def watched(self: Decoding, *given: Any) -> None:
+        call(self, *given)
         early.append(not self._left)
 
     monkeypatch.setattr(Decoding, "__call__", watched)
@@ -166,6 +166,26 @@ def test_a_corrupt_last_piece(waiting: bool) -> None:
     SimulatedGroup(1, timeout=20).run(rank_main)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_more_pieces_than_may_be_under_way(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits; of each batch but the last one, its last piece is decoded while nobody has what follows."""
+    left: list[int] = []
+    finish = Decoding.finish
+    monkeypatch.setattr(Decoding, "finish", lambda self: [left.append(len(self._left)), finish(self)][1])
+
+    def rank_main(member: SimulatedMember, piece_numel: int) -> list[str]:
+        grad, state = gradient(member.rank, 3 * 32 * 40), ErrorFeedback()
+        all_reduce_(grad, state, Sign(32), member, algorithm=algorithm, piece_numel=piece_numel)
+        return digest(grad) + kept(state)
+
+    pieces, batches = 40, 3
+    assert batches == -(-pieces // UNDER_WAY)
+    found = [SimulatedGroup(WORLD_SIZE, timeout=30).run(rank_main, numel) for numel in (0, 3 * 32)]
+    assert found[0] == found[1]
+    assert left[:WORLD_SIZE] == [1] * WORLD_SIZE
+    assert left[WORLD_SIZE:] == [pieces - batches + 1] * WORLD_SIZE
+
+
 def test_pieces_that_have_all_come_are_left_to_the_end() -> None:
     log: list[Any] = []
     results = [torch.zeros(4)]
@@ -176,14 +196,10 @@ def test_pieces_that_have_all_come_are_left_to_the_end() -> None:
         [lambda start, stop: log.append((start, stop))],
     )
 
-    class Waiting(Done):
-        def is_completed(self) -> bool:
-            return False
-
     rows = torch.zeros(1)
-    decoding([Slice(0, 0, 1)], rows, Waiting(rows))
-    decoding([Slice(0, 1, 1)], rows, Done(rows))
-    decoding([Slice(0, 2, 1)], rows, None)
+    decoding([Slice(0, 0, 1)], rows, last=False, waiting=True)
+    decoding([Slice(0, 1, 1)], rows, last=False, waiting=False)
+    decoding([Slice(0, 2, 1)], rows, last=True, waiting=False)
     assert log == [(0, 1), 0]
     version = results[0]._version
     for _ in range(2):  # Ctrl-C: once more
