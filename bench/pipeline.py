@@ -148,9 +148,7 @@ def _record(
 
 
 def show(records: Sequence[Record], ranks: int, counts: Sequence[int], console: Console) -> None:
-    table = Table(
-        title=f"{ranks} ranks: milliseconds of an all-reduce, by number of pieces (* chosen for the link)"
-    )
+    table = Table(title=f"{ranks} ranks: milliseconds by number of pieces (* chosen for the link)")
     for column in ("link", "", "elements", "bytes / bandwidth", *map(str, counts), "same bits"):
         table.add_column(column, justify="left" if not column else "right")
     for r in records:

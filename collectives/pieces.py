@@ -84,8 +84,8 @@ def choose_piece_numel(
 
     Pieces hide the time to compute behind that of a slow link, and cost more of it: each is a few calls and
     rounds. They pay where bytes take longer than computing does, by docs/collectives.md's measurements from
-    `SLOW` on, as long as a message keeps `LEAST` bytes. On devices and in worlds of one they never do, nor for
-    compressors whose vectors cannot be cut.
+    `SLOW` on, as long as a message keeps `LEAST` bytes. Not on devices, in worlds of one, or for compressors
+    whose vectors cannot be cut.
 
     Args:
         link: what ranks are connected by, the same on all of them. None: nobody knows, and it is 0.

@@ -168,7 +168,7 @@ def test_a_corrupt_last_piece(waiting: bool) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_more_pieces_than_may_be_under_way(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits; of each batch but the last one, its last piece is decoded while nobody has what follows."""
+    """The same bits; of each batch but the last one, the last piece is decoded before the next batch."""
     left: list[int] = []
     finish = Decoding.finish
     monkeypatch.setattr(Decoding, "finish", lambda self: [left.append(len(self._left)), finish(self)][1])
