@@ -96,8 +96,8 @@ def _version(package: str) -> str | None:
     return None
 
 
-def bind(rank: int, world_size: int) -> int:
-    """Binds this process to processors of its own, or to one that ranks share evenly; returns how many.
+def bind(rank: int, world_size: int) -> None:
+    """Binds this process to processors of its own, or to one that ranks share evenly.
 
     A scheduler that lets two ranks wait for one processor while another is free is not what is measured.
     """
@@ -105,4 +105,3 @@ def bind(rank: int, world_size: int) -> int:
     own = max(1, len(processors) // world_size)
     first = rank * own % len(processors)
     os.sched_setaffinity(0, processors[first : first + own])
-    return own

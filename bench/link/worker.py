@@ -48,7 +48,9 @@ def main(argv: list[str]) -> None:
     assignment = Assignment(**json.loads(argv[1]))
     end_with(assignment.parent)
     events = event_stream()
-    torch.set_num_threads(bind(assignment.rank, assignment.world_size))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // assignment.world_size))
+    if assignment.bits_per_second is not None:
+        bind(assignment.rank, assignment.world_size)
     dist.init_process_group(
         "gloo",
         init_method=(Path(assignment.rendezvous) / "rendezvous").as_uri(),
