@@ -18,7 +18,7 @@ from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport, resolve
 from gck.collectives.undo import Undo
 from gck.collectives.work import Work, check_async_op, perform
-from gck.compressor import Compressor, compressor_at, decodes_anything, decompress_mean_
+from gck.compressor import Compressor, compressor_at, decompress_mean_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.wire import body_of, payloads_of
@@ -156,8 +156,11 @@ def one_phase(
             if not numel:
                 continue
             err, end = errs[i], start + numel
+            part = compressor if start == 0 else compressor_at(compressor, start)
+            if part is None:
+                raise ArgumentError(f"one_phase: {compressor} cannot be cut into pieces")
             undo[i].worker.keep(start, end)
-            (compressor_at(compressor, start) or compressor).compress_(
+            part.compress_(
                 grads[i][start:end], None if err is None else err[start:end], body, nonfinite=counters[i]
             )
         return send[0]
@@ -170,7 +173,6 @@ def one_phase(
     def places(piece: Piece) -> Iterator[tuple[int, int, int]]:
         return ((i, start, start + numel) for i, start, numel in piece)
 
-    # Where a payload may turn out to be corrupt, one piece is left to the end, which is all or nothing.
-    decoding = Decoding(decode, places, results, keep, one_left=not decodes_anything(compressor))
+    decoding = Decoding(decode, places, results, keep)
     gathered(transport, pieces, compress, decoding)
     return decoding.finish

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gck.collectives.cost import Link, all_reduce_cost
-from gck.collectives.transports import Started, Transport, await_peers, start_all_gather, under_way
+from gck.collectives.transports import Started, Transport, await_peers, start_all_gather
 from gck.compressor import Compressor, compressor_at, shard_numel
-from gck.errors import ArgumentError, CollectiveError, DtypeError
+from gck.errors import ArgumentError, CollectiveError, CorruptPayloadError, DtypeError
 
 __all__ = [
     "Decoding",
@@ -148,16 +148,15 @@ def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: in
 class Decoding:
     """The last step of a reduction in pieces: what was gathered is decoded to the results.
 
-    Where results are gradients that an error must leave as they were, the last piece is decoded by `finish`,
-    when nothing can fail any more. Pieces before it are, too, but for those that would only wait for others
-    which are on the wire: of these the gradient is kept before it is written to.
+    Where results are gradients that an error must leave as they were, the last piece is left to `finish`,
+    when nothing else can fail any more. Those before it are decoded while others are on the wire, and the
+    gradient is kept before it is written to: there is time for that.
 
     Args:
         decode: decodes a piece.
         places: of a piece, (i, start, stop) of what `decode` writes of result i.
         keep: of each result, called with (start, stop) before elements that may have to be put back change.
             None: results are nobody's, all is decoded as it comes.
-        one_left: no more than the last piece is left to `finish`.
     """
 
     def __init__(
@@ -166,17 +165,14 @@ class Decoding:
         places: Callable[[Piece], Iterable[tuple[int, int, int]]],
         results: Sequence[Tensor],
         keep: Keep | None,
-        one_left: bool = False,
     ) -> None:
         self._decode, self._places, self._results, self._keep = decode, places, results, keep
-        self._one_left = one_left
-        self._left: list[tuple[Piece, Tensor]] = []
+        self._left: tuple[Piece, Tensor] | None = None
 
-    def __call__(self, piece: Piece, gathered: Tensor, last: bool, waiting: bool) -> None:
-        """A piece has come. `last`: no other will; `waiting`: the next one has not, so that there is time."""
-        early = waiting or (self._one_left and not last)
-        if self._keep is not None and not early:
-            self._left.append((piece, gathered))
+    def __call__(self, piece: Piece, gathered: Tensor, last: bool) -> None:
+        """A piece has come; `last`: no other will."""
+        if self._keep is not None and last:
+            self._left = piece, gathered
             return
         if self._keep is not None:
             for i, start, stop in self._places(piece):
@@ -185,8 +181,8 @@ class Decoding:
 
     def finish(self) -> None:
         """Decodes what is left; may be called again."""
-        for piece, gathered in self._left:
-            self._decode(piece, gathered)
+        if self._left is not None:
+            self._decode(*self._left)
         torch.autograd.graph.increment_version(self._results)
 
 
@@ -220,7 +216,7 @@ def pipelined(
             for piece in some:
                 reduced = reduce(piece, swaps.popleft().wait())
                 gathers.append(start_all_gather(transport, reduced))
-            _decode(some, gathers, more, decoding)
+            _decode(transport, some, gathers, more, decoding)
     except BaseException as error:
         _settle(transport, [*swaps, *gathers], error)
         raise
@@ -245,7 +241,7 @@ def gathered(
                 if gathers:
                     await_peers(gathers[-1])
                 gathers.append(start_all_gather(transport, compress(piece)))
-            _decode(some, gathers, more, decoding)
+            _decode(transport, some, gathers, more, decoding)
     except BaseException as error:
         _settle(transport, gathers, error)
         raise
@@ -257,11 +253,19 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[tuple[Sequence[Piece], bool]]:
         yield pieces[first : first + UNDER_WAY], first + UNDER_WAY < len(pieces)
 
 
-def _decode(pieces: Sequence[Piece], gathers: deque[Started], more: bool, decoding: Decoding) -> None:
+def _decode(
+    transport: Transport, pieces: Sequence[Piece], gathers: deque[Started], more: bool, decoding: Decoding
+) -> None:
     for piece in pieces:
         rows = gathers.popleft().wait()
-        last = not gathers and not more
-        decoding(piece, rows, last, not last and (not gathers or under_way(gathers[0])))
+        try:
+            decoding(piece, rows, last=not gathers and not more)
+        except CorruptPayloadError:
+            raise  # all ranks have the same bytes
+        except BaseException as error:
+            # Peers have, or will have, what this rank has not.
+            transport.abort(f"{type(error).__name__} as results were decoded")
+            raise
 
 
 def _settle(transport: Transport, started: Sequence[Started], error: BaseException) -> None:

@@ -25,7 +25,7 @@ from gck.collectives.undo import Undo
 from gck.collectives.work import check_async_op
 from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
-from gck.errors import DtypeError
+from gck.errors import CorruptPayloadError, DtypeError
 from gck.memory import copy_
 
 __all__ = ["Reduction", "prepare"]
@@ -144,12 +144,14 @@ class Reduction:
                 self.written = True  # from here on Ctrl-C finds everything there
                 finish()
             except BaseException as error:
+                failed: BaseException | None = error
                 if self.written and finish is not None and not isinstance(error, Exception):
-                    _to_the_end(finish)  # what may be half written is written once more
-                    raise
-                if self.written and self._straight() == "two_phase":
-                    # Decoding cannot fail but for want of memory. Peers then have what this rank has not.
-                    self.transport.abort(f"{type(error).__name__} as results were written")
+                    failed = _to_the_end(finish)  # what may be half written is written once more
+                    if failed is None:
+                        raise
+                if self.written and not isinstance(failed, CorruptPayloadError):
+                    # For want of memory. Peers then have what this rank has not.
+                    self.transport.abort(f"{type(failed).__name__} as results were written")
                 self.written = False
                 for each in undo:
                     each.restore()
@@ -186,8 +188,7 @@ class Reduction:
         server = server_of(self.compressor, self.transport.world_size)
         whole = {
             "two_phase": decodes_anything(server),
-            "one_phase": decodes_anything(self.compressor)
-            or (len(self.grads) == 1 and sums_or_raises(self.compressor)),
+            "one_phase": len(self.grads) == 1 and sums_or_raises(self.compressor),
         }
         return algorithm if whole.get(algorithm) else None
 
@@ -275,15 +276,15 @@ def _residuals(some: list[Member]) -> tuple[list[Tensor | None], list[Tensor | N
     return errs, counters
 
 
-def _to_the_end(finish: Callable[[], None]) -> None:
-    """Calls it until nobody has interrupted it."""
+def _to_the_end(finish: Callable[[], None]) -> Exception | None:
+    """Calls it until nobody has interrupted it; returns what it failed by."""
     while True:
         try:
             finish()
-            return
+            return None
         except BaseException as error:
             if isinstance(error, Exception):
-                raise
+                return error
 
 
 def _write(grads: list[Tensor], results: list[Tensor]) -> None:

@@ -25,7 +25,6 @@ __all__ = [
     "start_all_gather",
     "start_all_to_all",
     "start_all_to_all_as_made",
-    "under_way",
 ]
 
 
@@ -152,12 +151,6 @@ def start_all_to_all_as_made(transport: Transport, send: Tensor, make: Callable[
     for row in range(len(send)):
         make(row)
     return start_all_to_all(transport, send)
-
-
-def under_way(started: Started) -> bool:
-    """Whether its end is still to come, as far as the transport can tell."""
-    ended = getattr(started, "is_completed", None)
-    return ended is not None and not ended()
 
 
 def await_peers(started: Started) -> None:

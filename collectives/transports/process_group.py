@@ -109,13 +109,11 @@ class _Operation:
                 "else, or the same on another size. The group cannot be used any more"
             )
 
-    def is_completed(self) -> bool:
-        return self.work is None or bool(self.work.is_completed())
-
     def await_peers(self) -> None:
         """See `gck.collectives.transports.await_peers`; of rounds alone is it known."""
-        if isinstance(self.work, rotation.Rotation):
-            self.work.coming(0)
+        work = self.work  # another thread may give the group up
+        if isinstance(work, rotation.Rotation):
+            work.coming(0)
 
     def end(self) -> None:
         self.ended, self.work = True, None

@@ -12,6 +12,7 @@ section 4.3, the pairwise-exchange algorithm for long messages.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,7 @@ __all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
 ROTATE_FROM = 16 << 10  # bytes of a message; at 100 Mbit/s they take 1.3 ms
 DIVIDE_FROM = 64 << 10  # bytes of a message that goes in parts
 END = 16 << 10  # bytes of the first of them, and about those of the last
-TAG = 0x67636B  # apart from what the group's user may send
+TAG = 0x67636B  # apart from what the group's user may send; of parts the numbers after it
 
 
 def part_ends(nbytes: int) -> list[int]:
@@ -40,10 +41,11 @@ def part_ends(nbytes: int) -> list[int]:
     return [END, (nbytes - END) // 16 * 16, nbytes]
 
 
-def parts(message: Tensor) -> list[Tensor]:
-    """The parts of a flat uint8 message, as views."""
+def parts(message: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The parts of a flat uint8 message, as views, each with its tag: so that none is taken for a message."""
     ends = part_ends(message.numel())
-    return [message[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        yield (TAG + 1 + i if len(ends) > 1 else TAG), message[start:end]
 
 
 def order_of_rows(rank: int, world_size: int) -> Iterator[int]:
@@ -77,7 +79,7 @@ class Rotation:
     ) -> None:
         """
         Args:
-            timeout: seconds that every round may take.
+            timeout: seconds that every round may take, from when its row is there.
             after: the rotation before this one, which must end first: between two ranks messages are told
                 apart by their order.
             as_made: each row is sent once `made` has been called with it.
@@ -87,7 +89,7 @@ class Rotation:
         self._group: Any = group
         self._send: Any = send
         self._recv: Any = recv
-        self._rounds, self._timeout = rotation(rank, len(send)), timedelta(seconds=timeout)
+        self._rounds, self._timeout = rotation(rank, len(send)), timeout
         self._rank, self._after = rank, after
         self._made = [threading.Event() for _ in send] if as_made else []
         self._stopped = False
@@ -140,24 +142,31 @@ class Rotation:
             if self._after is not None:
                 self._after.nearly()
             late: list[Any] = []  # what the round before this one has not waited for
+            until = 0.0
             for j, (to, source) in enumerate(self._rounds):
                 self._go_on()
-                ends = {"group": self._group, "tag": TAG}
-                receiving = [dist.irecv(part, group_src=source, **ends) for part in parts(self._recv[source])]
+                receiving = [
+                    dist.irecv(part, group=self._group, tag=tag, group_src=source)
+                    for tag, part in parts(self._recv[source])
+                ]
                 self._await_row(to)
-                sending = [dist.isend(part, group_dst=to, **ends) for part in parts(self._send[to])]
+                sending = [
+                    dist.isend(part, group=self._group, tag=tag, group_dst=to)
+                    for tag, part in parts(self._send[to])
+                ]
                 first, *others = receiving
                 if not others:
                     self._coming[j].set()
-                self._await(late)
-                self._await([first])
+                self._await(late, until)
+                until = time.monotonic() + self._timeout
+                self._await([first], until)
                 self._coming[j].set()
-                self._await(others[:-1])
+                self._await(others[:-1], until)
                 late = [*others[-1:], *sending]
             self._nearly.set()
             self._await_row(self._rank)
             self._recv[self._rank] = self._send[self._rank]
-            self._await(late)
+            self._await(late, until)
         except BaseException as error:
             self._error = error
         finally:
@@ -166,10 +175,10 @@ class Rotation:
             for event in (*self._coming, self._nearly, self._done):
                 event.set()
 
-    def _await(self, works: list[Any]) -> None:
+    def _await(self, works: list[Any], until: float) -> None:
         for work in works:
             if work is not None:
-                work.wait(self._timeout)
+                work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
 
     def _go_on(self) -> None:
         if self._stopped:

@@ -5,10 +5,10 @@
         nodes[0].counters().tx_bytes
 
 Every node is a namespace with one interface, `eth0`, whose peer is a port of a bridge that has a
-namespace of its own. A token bucket on either end limits both directions of every link; its queue holds what
-the link carries in 50 ms, and no less than a switch has room for. TCP is CUBIC, Linux's own, also where the
-machine is set to another one. Nothing is visible from outside: addresses, routes and listening ports exist in
-these namespaces only.
+namespace of its own. A token bucket on either end limits both directions of every link; its queue holds
+what the link carries in 50 ms, and no less than a switch has room for. TCP is CUBIC, where the machine has
+it, also where it is set to another one. Nothing is visible from outside: addresses, routes and listening
+ports exist in these namespaces only.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ class HookState:
             is a DDP module, else WORLD.
         algorithm, validate, timeout, checksum: as for `gck.all_reduce_`.
         link: the slow one between ranks, or between the nodes of a `HierarchicalGroup`, the same on all of
-            them: buckets go in the pieces that `gck.collectives.choose_piece_numel` says. None: at once.
+            them: buckets go in the pieces that `gck.collectives.choose_piece_numel` says, all at once on
+            devices. None: at once.
         overlap: reduce buckets on another thread while the backward pass goes on. Not where `model` is not
             known, and not where it has a torch.nn.SyncBatchNorm, which sends in the backward pass itself.
             False where other code does that on the same group: a thread more, and ranks might send in

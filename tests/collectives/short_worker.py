@@ -1,6 +1,11 @@
-"""One rank of test_short.py. Rank 1 answers with fewer bytes than rank 0 waits for; rank 0 reports."""
+"""One rank of test_short.py. Rank 1 answers with fewer bytes than rank 0 waits for; rank 0 reports.
+
+argv: elements, and which part of the message is too short.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 import torch.distributed as dist
@@ -14,13 +19,13 @@ from tests.cases import same_bytes
 from tests.collectives import launcher
 
 SHORT = 64  # bytes, as a handshake has
-NUMEL = 40_000
 
 if __name__ == "__main__":
     directory, rank, _ = launcher.init(timeout=30)
+    numel, short = int(sys.argv[2]), int(sys.argv[3])
     rotation.ROTATE_FROM = 0
     result = {}
-    grad, state = torch.randn(NUMEL), ErrorFeedback()
+    grad, state = torch.randn(numel), ErrorFeedback()
     if rank == 0:
         state.worker_for(grad).normal_()
         before = grad.clone(), state.worker.clone()
@@ -34,8 +39,11 @@ if __name__ == "__main__":
             result["after"] = type(error).__name__
         result["unchanged"] = same_bytes(grad, before[0]) and same_bytes(state.worker, before[1])
     else:
-        receiving = dist.irecv(torch.empty(NUMEL, dtype=torch.uint8), group_src=0, tag=rotation.TAG)
-        dist.isend(torch.ones(SHORT, dtype=torch.uint8), group_dst=0, tag=rotation.TAG).wait()
-        receiving.wait()  # takes less than it has room for, as gloo does
+        message = torch.ones(Sign(64).layout(numel // 2).nbytes, dtype=torch.uint8)
+        received = [dist.irecv(part.clone(), group_src=0, tag=tag) for tag, part in rotation.parts(message)]
+        for i, (tag, part) in enumerate(rotation.parts(message)):
+            dist.isend(part[:SHORT] if i == short else part, group_dst=0, tag=tag).wait()
+        for part in received:
+            part.wait()
     launcher.report(directory, rank, result)
     launcher.leave()

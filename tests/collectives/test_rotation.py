@@ -54,8 +54,10 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return made
 
 
-def start(group: Any, after: rotation.Rotation | None = None, as_made: bool = False) -> rotation.Rotation:
-    rows = torch.zeros(WORLD_SIZE, 8, dtype=torch.uint8)
+def start(
+    group: Any, after: rotation.Rotation | None = None, as_made: bool = False, nbytes: int = 8
+) -> rotation.Rotation:
+    rows = torch.zeros(WORLD_SIZE, nbytes, dtype=torch.uint8)
     made = rotation.Rotation(group, rows, rows.clone(), 1, 20.0, after, as_made)
     made.start()
     return made
@@ -115,3 +117,85 @@ def test_rows_are_sent_as_they_are_made(network: Network) -> None:
         started.made(row)
     started.wait()
     assert network.sent == order[:-1]
+
+
+def test_parts() -> None:
+    for nbytes in (0, 8, rotation.DIVIDE_FROM - 1):
+        assert rotation.part_ends(nbytes) == [nbytes]
+        assert [tag for tag, _ in rotation.parts(torch.zeros(nbytes, dtype=torch.uint8))] == [rotation.TAG]
+    for nbytes in (rotation.DIVIDE_FROM, rotation.DIVIDE_FROM + 7, 1 << 20):
+        message = torch.arange(nbytes, dtype=torch.int64).to(torch.uint8)
+        tags, parts = zip(*rotation.parts(message), strict=True)
+        assert rotation.TAG not in tags  # nor is a part taken for a message
+        assert len(set(tags)) == 3
+        assert all(len(part) > 0 for part in parts)
+        assert torch.equal(torch.cat(parts), message)
+        assert parts[0].numel() == rotation.END
+        assert parts[2].numel() < rotation.END + 16
+
+
+class Part:
+    """A part of a message, which ends when it is let."""
+
+    def __init__(self, name: tuple[str, int, int]) -> None:
+        self.name, self.ends = name, threading.Event()
+
+    def wait(self, timeout: Any) -> None:
+        assert self.ends.wait(20)
+
+
+class Parts:
+    """Stands in for torch.distributed: everything that is posted, in order."""
+
+    def __init__(self) -> None:
+        self.posted: list[Part] = []
+        self.changed = threading.Condition()
+
+    def _post(self, kind: str, peer: int, tag: int) -> Part:
+        with self.changed:
+            self.posted.append(Part((kind, peer, tag - rotation.TAG)))
+            self.changed.notify_all()
+            return self.posted[-1]
+
+    def irecv(self, tensor: Any, group: Any, tag: int, group_src: int) -> Part:
+        return self._post("recv", group_src, tag)
+
+    def isend(self, tensor: Any, group: Any, tag: int, group_dst: int) -> Part:
+        return self._post("send", group_dst, tag)
+
+    def until(self, count: int) -> list[tuple[str, int, int]]:
+        """What was posted, once it is so much."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.posted) >= count, 20)
+            return [part.name for part in self.posted]
+
+    def end(self, *numbers: int) -> None:
+        for number in numbers:
+            self.posted[number].ends.set()
+
+
+def test_a_round_does_not_wait_for_the_last_part_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = Parts()
+    monkeypatch.setattr(rotation, "dist", network)
+    first = start(Group(), nbytes=rotation.DIVIDE_FROM)
+    second = start(Group(), first, nbytes=rotation.DIVIDE_FROM)
+
+    def round_of(to: int, source: int) -> list[tuple[str, int, int]]:
+        return [(kind, peer, i) for kind, peer in (("recv", source), ("send", to)) for i in (1, 2, 3)]
+
+    expected: list[tuple[str, int, int]] = []
+    for j in range(2 * (WORLD_SIZE - 1)):
+        i = j % (WORLD_SIZE - 1) + 1
+        expected += round_of((1 + i) % WORLD_SIZE, (1 - i) % WORLD_SIZE)
+        assert network.until(len(expected)) == expected
+        if j:  # what the round before has not waited for
+            network.end(6 * j - 4, 6 * j - 3, 6 * j - 2, 6 * j - 1)
+        network.end(6 * j, 6 * j + 1)  # all but the last part
+    first.wait()
+    last = 6 * 2 * (WORLD_SIZE - 1)
+    for number in range(last - 4, last):
+        assert not second._done.wait(0.01)
+        network.end(number)
+    second.wait()

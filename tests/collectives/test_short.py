@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.collectives.launcher import run_ranks
 
 
-def test_a_message_that_is_too_short_is_no_result(tmp_path: Path) -> None:
-    result = run_ranks("tests.collectives.short_worker", 2, tmp_path)[0]
+@pytest.mark.parametrize(("numel", "part"), [(1 << 15, 0), *((1 << 20, part) for part in range(3))])
+def test_a_message_that_is_too_short_is_no_result(numel: int, part: int, tmp_path: Path) -> None:
+    """Or a part of a long one."""
+    result = run_ranks("tests.collectives.short_worker", 2, tmp_path, str(numel), str(part))[0]
     assert result["error"] == "CollectiveMismatchError", result
     assert "rank 1 sent less than was waited for" in result["text"]
     assert result["unchanged"]
