@@ -88,9 +88,26 @@ def choose_piece_numel(
     whose vectors cannot be cut.
 
     Args:
+        numel: elements; between nodes of L ranks those of a shard, an L-th.
+        world_size: ranks; or nodes.
         link: what ranks are connected by, the same on all of them. None: nobody knows, and it is 0.
         algorithm: that of the all-reduce.
+
+    Raises:
+        DtypeError: compressor is no Compressor, numel or world_size no int, or link no Link.
+        ArgumentError: numel below 0, world_size below 1, or algorithm unknown or not for this compressor.
     """
+    function = "choose_piece_numel"
+    if isinstance(compressor, type) or not isinstance(compressor, Compressor):
+        name = compressor.__name__ if isinstance(compressor, type) else type(compressor).__name__
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {name}")
+    for name, value, least in (("numel", numel, 0), ("world_size", world_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ArgumentError(f"{function}: {name} must be at least {least}, got {value}")
+    if link is not None and not isinstance(link, Link):
+        raise DtypeError(f"{function}: link must be a Link or None, got {type(link).__name__}")
     if link is None or world_size == 1 or device_type != "cpu" or not numel:
         return 0
     unit, cost = compressor.shard_unit, all_reduce_cost(compressor, [numel], world_size, algorithm)

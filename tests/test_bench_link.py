@@ -46,6 +46,7 @@ def test_records() -> None:
     assert record["seconds"] == 2.0
     assert record["ideal_seconds"] == pytest.approx(6000 / (10**8 / 8 * 1448 / 1514))
     assert record["predicted"] == {
+        "pieces": 1,
         "latency": 1.5,  # a ring of four, twice
         "bytes": pytest.approx(6000 / (10**8 / 8 * 1448 / 1547)),
         "compute": 0.5,

@@ -59,7 +59,7 @@ def test_extras() -> None:
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     snippets = blocks("python")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         scope = {"net": torch.nn.Linear(4, 4), "world_size": 1, "rank": 0}

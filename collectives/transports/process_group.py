@@ -65,6 +65,7 @@ class _Operation:
     last_words: list[Tensor] = field(default_factory=list)  # of each part, those of each row that is received
     work: Any = None  # keeps the group's sockets open
     ended: bool = False
+    began: float = field(default_factory=time.monotonic)
 
     def receiving(self, rows: Tensor) -> _Operation:
         """(W, n) bytes that ranks send, each of which must be whole; on devices nobody looks."""
@@ -78,24 +79,23 @@ class _Operation:
             _held[:] = [operation for operation in _held if not operation.ended]
             if self.tensors[0].device.type == "cpu":
                 _held.append(self)
-        began = time.monotonic()
         try:
             self.work = begin()
         except BaseException as error:
-            self._failed(error, began)
+            self._failed(error)
         return self
 
     def wait(self) -> Tensor:
         """Its result; failures become typed errors. Bounded by the transport's timeout, from now on."""
-        began, work = time.monotonic(), self.work
+        work = self.work
         try:
             if self.ended:  # another thread gave the group up: nothing has come
                 self.transport._check_usable()
             if work is not None:
-                self.transport._poll(work, began)
+                self.transport._poll(work, time.monotonic())
             self._check_whole()
         except BaseException as error:
-            self._failed(error, began)
+            self._failed(error)
         self.end()
         return self.result()
 
@@ -118,9 +118,10 @@ class _Operation:
     def end(self) -> None:
         self.ended, self.work = True, None
 
-    def _failed(self, error: BaseException, began: float) -> NoReturn:
+    def _failed(self, error: BaseException) -> NoReturn:
         self.end()
-        self.transport._spoil(self.name, error, time.monotonic() - began)
+        # Since it was started: it may have timed out before anybody waited.
+        self.transport._spoil(self.name, error, time.monotonic() - self.began)
 
 
 class ProcessGroupTransport:

@@ -358,6 +358,24 @@ def test_pieces_for_a_link(compressor: Any, numel: int, world_size: int, rate: f
     assert (-(-numel // chosen) if chosen else 1) == pieces
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"link": 1e8}, DtypeError, "link must be a Link or None, got float"),
+        ({"compressor": Sign}, DtypeError, "compressor must be a Compressor, got Sign"),
+        ({"numel": [1 << 20]}, DtypeError, "numel must be an int, got list"),
+        ({"numel": -1}, ArgumentError, "numel must be at least 0, got -1"),
+        ({"world_size": 0}, ArgumentError, "world_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_choice(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    given: dict[str, Any] = {"compressor": Sign(), "numel": 1 << 20, "world_size": 4} | options
+    with pytest.raises(error, match=f"choose_piece_numel: {text}"):
+        choose_piece_numel(**given)
+    with pytest.raises(ArgumentError, match='algorithm "ring" is unknown'):
+        choose_piece_numel(Sign(), 1 << 20, 4, link=Link.ethernet(1e8), algorithm="ring")
+
+
 def test_ranks_notice_other_pieces() -> None:
     def rank_main(member: SimulatedMember) -> None:
         options: dict[str, Any] = {"piece_numel": 320 if member.rank else 0, "validate": "always"}
