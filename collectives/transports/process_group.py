@@ -187,7 +187,7 @@ class ProcessGroupTransport:
         operation = _Operation(
             self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
         ).receiving(recv.view(self._world_size, -1))
-        if self._rotates(local) and self._world_size == 2:
+        if self._world_size == 2 and self._rotates(local):
             # gloo's ring of two has each link busy in one direction at a time.
             return operation.start(partial(self._rotation, group, local.expand(2, -1), recv.view(2, -1)))
         return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))

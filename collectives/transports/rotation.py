@@ -30,8 +30,6 @@ ROTATE_FROM = 16 << 10  # bytes of a message; at 100 Mbit/s they take 1.3 ms
 DIVIDE_FROM = 64 << 10  # bytes of a message that goes in parts
 END = 16 << 10  # bytes of the first of them, and about those of the last
 TAG = 0x67636B  # apart from what the group's user may send; of parts the numbers after it
-
-
 AT_EXIT = 2.0  # seconds
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
@@ -95,8 +93,8 @@ class Rotation:
         """
         Args:
             timeout: seconds that every round may take, from when its row is there.
-            after: the rotation before this one, which must end first: between two ranks messages are told
-                apart by their order.
+            after: the rotation before this one, all of whose messages must be posted first: between two ranks
+                messages of one tag are told apart by their order.
             as_made: each row is sent once `made` has been called with it.
 
         `start` starts it.
