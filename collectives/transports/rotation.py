@@ -11,10 +11,8 @@ section 4.3, the pairwise-exchange algorithm for long messages.
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from gck.collectives.work.queue import join_at_exit
 from gck.errors import GroupUnusableError
 
 __all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
@@ -30,17 +29,6 @@ ROTATE_FROM = 16 << 10  # bytes of a message; at 100 Mbit/s they take 1.3 ms
 DIVIDE_FROM = 64 << 10  # bytes of a message that goes in parts
 END = 16 << 10  # bytes of the first of them, and about those of the last
 TAG = 0x67636B  # apart from what the group's user may send; of parts the numbers after it
-AT_EXIT = 2.0  # seconds
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-
-
-@atexit.register
-def _join() -> None:
-    """The interpreter joins threads before it ends, but not those that a daemon starts after that."""
-    until = time.monotonic() + AT_EXIT
-    for thread in list(_threads):
-        if thread.is_alive():
-            thread.join(max(0.0, until - time.monotonic()))
 
 
 def part_ends(nbytes: int) -> list[int]:
@@ -112,9 +100,10 @@ class Rotation:
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down.
+        # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down. The
+        # interpreter joins others before it ends, but not those that a daemon starts after that.
         thread = threading.Thread(target=self._run, name="gck rotation", daemon=False)
-        _threads.add(thread)
+        join_at_exit(thread)
         thread.start()
 
     def is_completed(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from gck.collectives.work.handle import Work
 from gck.errors import CollectiveError, GroupUnusableError
 
-__all__ = ["WorkQueue"]
+__all__ = ["WorkQueue", "join_at_exit"]
 
 LEAVE = 2.0  # seconds that the end of the interpreter waits for what is in flight
 
@@ -149,6 +149,12 @@ class WorkQueue:
 
 
 _running: weakref.WeakSet[WorkQueue] = weakref.WeakSet()
+_started: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def join_at_exit(thread: threading.Thread) -> None:
+    """The end of the interpreter waits for this thread, too, which a work may start; for at most `LEAVE`."""
+    _started.add(thread)
 
 
 def _leave() -> None:
@@ -159,6 +165,9 @@ def _leave() -> None:
         sys.stderr.write(
             f"gck: {given_up} asynchronous collectives were in flight at the end, and given up\n"
         )
+    deadline = time.monotonic() + LEAVE
+    for thread in [each for each in list(_started) if each.is_alive()]:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 atexit.register(_leave)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.collectives.launcher import run_ranks
 
@@ -21,11 +22,20 @@ def test_a_lost_peer_ends_all_that_is_in_flight(tmp_path: Path) -> None:
 
 
 def test_exit_with_work_in_flight(tmp_path: Path) -> None:
-    """Interpreters of their own, which end as usual."""
+    assert run_interpreters(tmp_path, "exit") == [[True] * 4] * 2
+
+
+def test_threads_that_start_at_exit_are_joined(tmp_path: Path) -> None:
+    """One that frees a tensor after the interpreter has ended takes the process down."""
+    assert run_interpreters(tmp_path, "late") == [["MainThread"]] * 2
+
+
+def run_interpreters(tmp_path: Path, mode: str) -> list[Any]:
+    """What two ranks report, each an interpreter of its own, which ends as usual."""
     environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.collectives.work_worker", str(tmp_path), "exit"],
+            [sys.executable, "-m", "tests.collectives.work_worker", str(tmp_path), mode],
             env=environment | {"RANK": str(rank)},
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -34,13 +44,13 @@ def test_exit_with_work_in_flight(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        for rank, process in enumerate(ranks):
+        for process in ranks:
             said = process.communicate(timeout=90)[1]
             assert process.returncode == 0, said
             # Nothing, or that its peer was gone first; no crash.
             assert not any(word in said for word in ("terminate", "Fatal", "Traceback")), said
-            assert json.loads((tmp_path / f"{rank}.json").read_text()) == [True] * 4
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.communicate()
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

@@ -1,19 +1,23 @@
 """One rank of test_work_processes.py.
 
-usage: work_worker DIRECTORY lost | exit
+usage: work_worker DIRECTORY lost | exit | late
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
 import torch
 
 from gck.collectives import all_reduce_
+from gck.collectives.transports.rotation import Rotation
+from gck.collectives.work import queue
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveError
 from gck.kernels.sign import Sign
@@ -30,10 +34,34 @@ def fly(grads: list[torch.Tensor], states: list[ErrorFeedback]) -> list[Any]:
     ]
 
 
+def be_late(report: Any) -> None:
+    """Threads of rotations start when the interpreter has joined others, and end when nobody waits for what
+    they did; `report` gets the names of those that are left behind."""
+    start, run = Rotation.start, Rotation._run
+
+    def late_start(rotation: Rotation) -> None:
+        time.sleep(0.1)
+        start(rotation)
+
+    def late_end(rotation: Rotation) -> None:
+        run(rotation)
+        time.sleep(0.1)
+
+    Rotation.start, Rotation._run = late_start, late_end  # type: ignore[method-assign]
+    # The last one registered is called first.
+    atexit.unregister(queue._leave)
+    atexit.register(lambda: report([thread.name for thread in threading.enumerate()]))
+    atexit.register(queue._leave)
+
+
 if __name__ == "__main__":
     directory, rank, world_size = launcher.init(timeout=60)
     grads = [torch.randn(NUMEL) for _ in range(CALLS)]
     states = [ErrorFeedback() for _ in grads]
+    if sys.argv[2] == "late":
+        be_late(lambda names: launcher.report(directory, rank, names))
+        fly(grads, states)
+        sys.exit()
     if sys.argv[2] == "exit":
         fly(grads, states)
         all_reduce_(torch.ones(NUMEL), None, Sign(32))  # in its turn: it waits for them
