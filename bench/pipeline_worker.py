@@ -19,6 +19,7 @@ from torch import Tensor
 
 import gck
 from bench.machine import bind
+from bench.together import start_together
 from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
 
@@ -61,7 +62,7 @@ def _measure(rank: int, assignment: dict[str, Any], name: str, numel: int) -> di
             if not repeat:
                 grad.normal_(generator=torch.Generator().manual_seed(rank))
             before = read_counters(assignment["interface"])
-            dist.barrier()
+            start_together()
             began = time.perf_counter()
             gck.all_reduce_(grad, state, compressor, algorithm="two_phase", piece_numel=piece)
             elapsed = time.perf_counter() - began

@@ -74,6 +74,23 @@ void bind_cpu(py::module_& m) {
       nogil);
 
   m.def(
+      "topk_preview",
+      [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values, int value_dtype,
+         Address indices, bool wide_indices, int threads) {
+        const TopkRun run{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel};
+        return topk_preview({{run},
+                             numel,
+                             k,
+                             at<void>(values),
+                             Dtype{value_dtype},
+                             at<void>(indices),
+                             wide_indices,
+                             nullptr,
+                             threads});
+      },
+      nogil);
+
+  m.def(
       "topk_compress_flat",
       [](const Runs& runs, int64_t k, Address values, int value_dtype, Address indices, bool wide_indices,
          int threads) {

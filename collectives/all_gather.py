@@ -7,6 +7,7 @@ cut into shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from gck.collectives.handshake import Signature, agree, check_validate
 from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, gathered
 from gck.collectives.scratch import Scratch
-from gck.collectives.transports import Transport, resolve
+from gck.collectives.transports import Started, Transport, await_peers, resolve
 from gck.collectives.undo import Undo
 from gck.collectives.work import Work, check_async_op, perform
-from gck.compressor import Compressor, compressor_at, decompress_mean_
+from gck.compressor import Compressor, compressor_at, decompress_mean_, preview_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.wire import body_of, payloads_of
@@ -129,14 +130,15 @@ def one_phase(
 
     Steps:
         1. Compress every gradient with its worker residual, which becomes what was left out.
-        2. All-gather the bodies.
+        2. All-gather the bodies. Where links are slow (piece_numel) and the compressor can say what it will
+           send without it, residuals are updated from here on.
         3. Decode and add in rank order, this rank's own message too; divide once by `divisor`, which is the
            number of ranks, of all tiers, for a mean.
 
     Args:
         undo: whose `worker` is told before any of its elements change.
         results: (numel,) fp32 each, overwritten. The gradients themselves where there is a `keep`.
-        piece_numel: elements a piece of a compressor that works on chunks; 0: one piece.
+        piece_numel: elements a piece of a compressor that works on chunks; 0: one piece, and no hurry.
         memory: where what is sent is made.
         keep: see `gck.collectives.pieces.Decoding`.
 
@@ -146,6 +148,8 @@ def one_phase(
     numels, unit = [grad.numel() for grad in grads], compressor.shard_unit
     whole = [[Slice(i, 0, numel) for i, numel in enumerate(numels)]]
     pieces = cut(numels, unit, 1, piece_numel) if piece_numel and unit is not None else whole
+
+    late: list[Callable[[], None]] = []
 
     def sizes(piece: Piece) -> list[int]:
         return [compressor.layout(part.numel).nbytes for part in piece]
@@ -159,11 +163,26 @@ def one_phase(
             part = compressor if start == 0 else compressor_at(compressor, start)
             if part is None:
                 raise ArgumentError(f"one_phase: {compressor} cannot be cut into pieces")
-            undo[i].worker.keep(start, end)
-            part.compress_(
-                grads[i][start:end], None if err is None else err[start:end], body, nonfinite=counters[i]
-            )
+            given = part, grads[i][start:end], None if err is None else err[start:end]
+            if piece_numel and preview_(*given, body):
+                again = memory.zeros((1, body.shape[1]), torch.uint8, body.device)
+                late.append(partial(update, i, start, end, *given, again))
+            else:
+                update(i, start, end, *given, body)
         return send[0]
+
+    def update(
+        i: int, start: int, end: int, part: Compressor, grad: Tensor, err: Tensor | None, body: Tensor
+    ) -> None:
+        undo[i].worker.keep(start, end)
+        part.compress_(grad, err, body, nonfinite=counters[i])
+
+    def catch_up(started: Started) -> None:
+        if late:
+            await_peers(started)
+        for each in late:
+            each()
+        late.clear()
 
     def decode(piece: Piece, rows: Tensor) -> None:
         for (i, start, numel), bodies in zip(piece, rows.split(sizes(piece), 1), strict=True):
@@ -174,5 +193,5 @@ def one_phase(
         return ((i, start, start + numel) for i, start, numel in piece)
 
     decoding = Decoding(decode, places, results, keep)
-    gathered(transport, pieces, compress, decoding)
+    gathered(transport, pieces, compress, catch_up, decoding)
     return decoding.finish

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gck.collectives.cost import Link, all_reduce_cost
 from gck.collectives.transports import Started, Transport, await_peers, start_all_gather
-from gck.compressor import Compressor, compressor_at, shard_numel
+from gck.compressor import Compressor, compressor_at, previews, shard_numel
 from gck.errors import ArgumentError, CollectiveError, CorruptPayloadError, DtypeError
 
 __all__ = [
@@ -111,16 +112,15 @@ def choose_piece_numel(
     if link is None or world_size == 1 or device_type != "cpu" or not numel:
         return 0
     unit, cost = compressor.shard_unit, all_reduce_cost(compressor, [numel], world_size, algorithm)
-    if (
-        unit is None
-        or cost.algorithm not in ("one_phase", "two_phase")
-        or compressor_at(compressor, 0) is None
-    ):
+    slow = cost.nbytes / link.bandwidth >= SLOW * numel
+    if not slow or cost.algorithm not in ("one_phase", "two_phase"):
         return 0
+    if unit is None or compressor_at(compressor, 0) is None:
+        return numel if previews(compressor) else 0
     shards = world_size if cost.algorithm == "two_phase" else 1
     message = compressor.layout(shard_numel(numel, unit, shards)).nbytes
     pieces = min(message // LEAST, MOST)
-    return -(-numel // pieces) if pieces > 1 and cost.nbytes / link.bandwidth >= SLOW * numel else 0
+    return -(-numel // pieces) if pieces > 1 else 0
 
 
 def piece_numel_of(compressor: Compressor, numels: Sequence[int], piece_numel: int | None) -> int:
@@ -130,8 +130,9 @@ def piece_numel_of(compressor: Compressor, numels: Sequence[int], piece_numel: i
         piece_numel: the caller's choice, which does not count for a compressor that cannot be told where a
             piece starts; None: one piece.
     """
-    divides = bool(numels) and compressor.shard_unit is not None and compressor_at(compressor, 0) is not None
-    return piece_numel if piece_numel is not None and divides else 0
+    divides = compressor.shard_unit is not None and compressor_at(compressor, 0) is not None
+    counts = bool(numels) and (divides or previews(compressor))
+    return piece_numel if piece_numel is not None and counts else 0
 
 
 def cut(shard_numels: Sequence[int], unit: int, world_size: int, piece_numel: int) -> list[Piece]:
@@ -243,12 +244,14 @@ def gathered(
     transport: Transport,
     pieces: Sequence[Piece],
     compress: Callable[[Piece], Tensor],
+    catch_up: Callable[[Started], None],
     decoding: Decoding,
 ) -> None:
     """Runs every piece through one phase, likewise: compress and gather, then decode.
 
     Args:
         compress: makes a piece's message.
+        catch_up: does what `compress` has left for when the message is under way, if anything.
         decoding: takes what all-gathers returned.
     """
     gathers: deque[Started] = deque()
@@ -258,6 +261,8 @@ def gathered(
                 if gathers:
                     await_peers(gathers[-1])
                 gathers.append(start_all_gather(transport, compress(piece)))
+                with _or_abort(transport, "residuals were updated"):
+                    catch_up(gathers[-1])
             _decode(transport, some, gathers, more, decoding)
     except BaseException as error:
         _settle(transport, gathers, error)
@@ -275,14 +280,20 @@ def _decode(
 ) -> None:
     for piece in pieces:
         rows = gathers.popleft().wait()
-        try:
+        with _or_abort(transport, "results were decoded"):
             decoding(piece, rows, last=not gathers and not more)
-        except CorruptPayloadError:
-            raise  # all ranks have the same bytes
-        except BaseException as error:
-            # Peers have, or will have, what this rank has not.
-            transport.abort(f"{type(error).__name__} as results were decoded")
-            raise
+
+
+@contextmanager
+def _or_abort(transport: Transport, when: str) -> Iterator[None]:
+    """After an error in it peers have, or will have, what this rank has not."""
+    try:
+        yield
+    except CorruptPayloadError:
+        raise  # all ranks have the same bytes
+    except BaseException as error:
+        transport.abort(f"{type(error).__name__} as {when}")
+        raise
 
 
 def _settle(transport: Transport, started: Sequence[Started], error: BaseException) -> None:

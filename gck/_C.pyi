@@ -41,6 +41,18 @@ def topk_compress(
     threads: int,
     options: tuple[float, int, int] | None,
 ) -> int: ...
+def topk_preview(
+    grad: int,
+    grad_dtype: int,
+    err: int,
+    numel: int,
+    k: int,
+    values: int,
+    value_dtype: int,
+    indices: int,
+    wide_indices: bool,
+    threads: int,
+) -> bool: ...
 def topk_compress_flat(
     runs: list[tuple[int, int, int, int]],
     k: int,

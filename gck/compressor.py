@@ -29,6 +29,8 @@ __all__ = [
     "decompress_sum_",
     "describe",
     "is_seeded",
+    "preview_",
+    "previews",
     "reduce_",
     "reduce_by_steps_",
     "residual_of",
@@ -131,6 +133,26 @@ def summed_of(compressor: Compressor) -> Compressor:
     """The compressor whose payload is the sum of payloads of a seeded one: its values are fp32."""
     summed: Compressor = compressor.summed  # type: ignore[attr-defined]
     return summed
+
+
+def previews(compressor: Compressor) -> bool:
+    """Whether `preview_` may come to something. Such a compressor has a method of that name, and an attribute
+    `previews` which is True."""
+    return bool(getattr(compressor, "previews", False))
+
+
+def preview_(compressor: Compressor, grad: Tensor, err: Tensor | None, bodies: Tensor) -> bool:
+    """Writes to `bodies` what `compress_` would, and leaves err as it is, where that takes less time: so that
+    a message can leave before the residual is what it will be.
+
+    Args:
+        grad, err, bodies: as of `Compressor.compress_`.
+
+    Returns:
+        False: nothing was done. By compressor, device and content; each rank may get another answer.
+    """
+    done: bool = previews(compressor) and compressor.preview_(grad, err, bodies)  # type: ignore[attr-defined]
+    return done
 
 
 def decompress_sum_(

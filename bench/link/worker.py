@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from bench.link.methods import METHODS, Method
 from bench.machine import bind
+from bench.together import start_together
 from gck.cli.crew import end_with, event_stream, tell
 from gck.cli.links import read_counters
 from gck.collectives import Link, measure_compute, resolve
@@ -107,7 +108,7 @@ def measure(assignment: Assignment, method: Method, numel: int, repeats: int, ev
     sent = read_counters(assignment.interface).tx_bytes
     for _ in range(repeats):
         grad.copy_(source)
-        dist.barrier()
+        start_together()
         seconds.append(run(grad))
     dist.barrier()
     time.sleep(0.05)

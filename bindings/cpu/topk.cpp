@@ -47,12 +47,10 @@ void stream(const TopkJob& job, std::vector<Part>& parts, const Lists& lists, Gu
   const Leaves& isa = leaves();
   share_parts(static_cast<int>(parts.size()), job.threads, kMany, [&](int t) {
     Part& part = parts[static_cast<size_t>(t)];
-    const Candidates& room = lists.room(static_cast<size_t>(t));
     part.listed = part.ties = 0;
     part.overflow = false;
     for (Piece& piece : part.pieces) {
-      piece.list = {
-          room.values + part.listed, room.indices + part.listed, room.capacity - part.listed, 0, 0, false};
+      piece.list = lists.rest_of(static_cast<size_t>(t), part.listed);
       if (first && job.residual) {
         stream_tiles(job, piece, guess);
       } else {
@@ -64,6 +62,21 @@ void stream(const TopkJob& job, std::vector<Part>& parts, const Lists& lists, Gu
       part.overflow |= piece.list.overflow;
     }
   });
+}
+
+struct Listed {
+  int64_t count = 0, ties = 0;
+  bool overflow = false;
+};
+
+Listed listed_in(const std::vector<Part>& parts) {
+  Listed all;
+  for (const Part& part : parts) {
+    all.count += part.listed;
+    all.ties += part.ties;
+    all.overflow |= part.overflow;
+  }
+  return all;
 }
 
 void restore(const TopkJob& job, std::vector<Part>& parts) {
@@ -107,25 +120,23 @@ std::vector<Group> groups_of(const std::vector<Part>& parts) {
   return groups;
 }
 
+Selection select_listed(const TopkJob& job, const std::vector<Part>& parts, const Lists& lists,
+                        const Sampled& sampled) {
+  std::vector<Segment> segments;
+  for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
+  return select_near(segments, job.k, sampled.guess.threshold, sampled.high, lists.keys(), job.threads);
+}
+
 // Selects with the help of a guess; nothing where the guess was wrong: err then holds all of acc.
 std::optional<int32_t> select_with(const TopkJob& job, std::vector<Part>& parts, const Lists& lists,
                                    const Sampled& sampled, bool first) {
   const Guess guess = sampled.guess;
   stream(job, parts, lists, guess, first);
-  int64_t listed = 0, ties = 0;
-  bool overflow = false;
-  for (const Part& part : parts) {
-    listed += part.listed;
-    ties += part.ties;
-    overflow |= part.overflow;
-  }
+  const auto [listed, ties, overflow] = listed_in(parts);
   // Above infinity the list would leave out entries that must not stay in err.
   const bool all_wild_listed = guess.threshold <= kInfKey;
   if (!overflow && listed >= job.k && all_wild_listed) {
-    std::vector<Segment> segments;
-    for (size_t p = 0; p < parts.size(); ++p) segments.push_back({lists.room(p).values, parts[p].listed});
-    const Selection selection =
-        select_near(segments, job.k, guess.threshold, sampled.high, lists.keys(), job.threads);
+    const Selection selection = select_listed(job, parts, lists, sampled);
     emit_parts(job, parts, selection, kPlaceCost * listed, [&](Piece& piece, Emitter& emitter) {
       emitter.emit(piece.list, piece.err, piece.begin, guess.expected);
     });
@@ -164,6 +175,11 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
   return *threshold;
 }
 
+// Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
+Lists lists_for_sample(const TopkJob& job, const std::vector<Part>& parts) {
+  return {parts, 4 * job.k + kMinSampled, bytes_for_sample(job.numel, job.k, job.threads)};
+}
+
 int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   if (job.k == job.numel) {
     Selection all{{-1, 0}, {}};
@@ -173,8 +189,7 @@ int32_t select(const TopkJob& job, std::vector<Part>& parts) {
   }
   if (job.numel < kMinSampled) return select_small(job, parts);
   if (job.k <= job.numel / 2) {
-    // Four times k: clustered gradients make a guess low, and one part may hold all that is listed.
-    const Lists lists(parts, 4 * job.k + kMinSampled, bytes_for_sample(job.numel, job.k, job.threads));
+    const Lists lists = lists_for_sample(job, parts);
     const bool hinted = job.hint != nullptr && *job.hint > 0;
     const Sampled first =
         hinted ? guess_by_hint(*job.hint, job.numel, job.k)
@@ -228,6 +243,30 @@ int64_t topk_compress(const TopkJob& job) {
   int64_t cleared = 0;
   for (const Part& part : parts) cleared += part.cleared;
   return cleared;
+}
+
+bool topk_preview(const TopkJob& job) {
+  if (job.numel < kMinSampled || job.k > job.numel / 2) return false;
+  const KeepDenormals guard;
+  std::vector<Part> parts = parts_of(job);
+  const Lists lists = lists_for_sample(job, parts);
+  const Sampled sampled = guess_by_sample(job.runs, job.numel, job.k, 0, job.threads, lists.more());
+  if (sampled.guess.ties) return false;
+  share_parts(static_cast<int>(parts.size()), job.threads, kMany, [&](int t) {
+    const auto p = static_cast<size_t>(t);
+    for (Piece& piece : parts[p].pieces) {
+      piece.list = lists.rest_of(p, parts[p].listed);
+      leaves().topk_look(piece.grad, piece.dtype, piece.err, piece.count, sampled.guess, &piece.list);
+      parts[p].listed += piece.list.count;
+      parts[p].overflow |= piece.list.overflow;
+    }
+  });
+  const Listed listed = listed_in(parts);
+  if (listed.overflow || listed.count < job.k) return false;
+  const Selection selection = select_listed(job, parts, lists, sampled);
+  emit_parts(job, parts, selection, kPlaceCost * listed.count,
+             [&](Piece& piece, Emitter& emitter) { emitter.emit(piece.list, nullptr, piece.begin, 0); });
+  return true;
 }
 
 int64_t topk_compress(TopkJob job, const ResidualOptions& options) {

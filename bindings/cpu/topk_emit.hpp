@@ -30,6 +30,7 @@ class Emitter {
 
   // Candidates of err, a run that begins at index `base`, that were listed with the guess that `expected` is
   // of. What most of them leave is there already: to write it now would touch another cache line for each.
+  // No err: it stays as it is.
   void emit(const Candidates& list, float* err, int64_t base, int32_t expected) {
     if (!job_.wide_indices) {
       const int64_t size = job_.value_dtype == Dtype::fp32 ? 4 : 2;
@@ -48,7 +49,7 @@ class Emitter {
       const bool wins = key > threshold_ || (key == threshold_ && quota_ > 0);
       quota_ -= wins && key == threshold_;
       const float left = wins ? put(acc, base + list.indices[j]) : residual(acc);
-      if (wins != (key >= expected)) err[list.indices[j]] = left;
+      if (err != nullptr && wins != (key >= expected)) err[list.indices[j]] = left;
     }
   }
 

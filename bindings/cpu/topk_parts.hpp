@@ -82,6 +82,11 @@ class Lists {
   }
 
   const Candidates& room(size_t part) const { return rooms_[part]; }
+  // What is left of it behind what is listed.
+  Candidates rest_of(size_t part, int64_t listed) const {
+    const Candidates& all = rooms_[part];
+    return {all.values + listed, all.indices + listed, all.capacity - listed, 0, 0, false};
+  }
   int32_t* keys() const { return keys_; }
   void* more() const { return more_; }
 

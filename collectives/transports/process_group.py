@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gck.collectives.transports import CallLog, Done, Started, check_timeout, rotation
+from gck.collectives.transports import CallLog, Done, Started, check_timeout, ring, rotation
+from gck.collectives.transports.exchange import Exchange
 from gck.collectives.transports.failures import typed_error
+from gck.collectives.transports.ring import Ring
 from gck.errors import CollectiveMismatchError, GroupUnusableError
 
 __all__ = ["ProcessGroupTransport"]
@@ -43,6 +45,8 @@ class _GroupState:
     calls: CallLog = field(default_factory=CallLog)
     unusable: str | None = None
     rotation: rotation.Rotation | None = None  # the last one
+    rings: WeakSet[Ring] = field(default_factory=WeakSet)
+    started: int = 0  # rings
 
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
@@ -67,12 +71,19 @@ class _Operation:
     ended: bool = False
     began: float = field(default_factory=time.monotonic)
 
-    def receiving(self, rows: Tensor) -> _Operation:
-        """(W, n) bytes that ranks send, each of which must be whole; on devices nobody looks."""
+    def receiving(self, rows: Tensor, ends: list[int]) -> _Operation:
+        """(W, n) bytes that come in parts that end there, and must be whole; on devices nobody looks."""
         if self.transport._gloo and rows.device.type == "cpu" and rows.shape[1] % 8 == 0:
-            ends = rotation.part_ends(rows.shape[1])
-            self.last_words = [rows.view(torch.int64)[:, end // 8 - 1].fill_(_UNTOUCHED) for end in ends]
+            words = rows.view(torch.int64)
+            self.last_words = [words[:, end // 8 - 1].fill_(_UNTOUCHED) for end in ends]
         return self
+
+    def post(self, send: Callable[[], None]) -> None:
+        """Calls what may fail as the operation does."""
+        try:
+            send()
+        except BaseException as error:
+            self._failed(error)
 
     def start(self, begin: Callable[[], Any]) -> _Operation:
         with _holding:
@@ -101,19 +112,25 @@ class _Operation:
 
     def _check_whole(self) -> None:
         for words in [part.tolist() for part in self.last_words]:
-            if _UNTOUCHED not in words:
-                continue
-            place, peer = self.transport._place(), words.index(_UNTOUCHED)
-            raise CollectiveMismatchError(
-                f"{self.name} on {place}: rank {peer} sent less than was waited for: it calls something "
-                "else, or the same on another size. The group cannot be used any more"
-            )
+            if _UNTOUCHED in words:
+                raise self._too_short(words.index(_UNTOUCHED))
+
+    def check_part(self, row: int, part: int) -> None:
+        """Raises unless this part of a row is whole; for those who pass it on."""
+        if self.last_words and int(self.last_words[part][row]) == _UNTOUCHED:
+            raise self._too_short(row)
+
+    def _too_short(self, peer: int) -> CollectiveMismatchError:
+        return CollectiveMismatchError(
+            f"{self.name} on {self.transport._place()}: rank {peer} sent less than was waited for: it calls "
+            "something else, or the same on another size. The group cannot be used any more"
+        )
 
     def await_peers(self) -> None:
-        """See `gck.collectives.transports.await_peers`; of rounds alone is it known."""
+        """See `gck.collectives.transports.await_peers`; of gloo's own operations it is not known."""
         work = self.work  # another thread may give the group up
-        if isinstance(work, rotation.Rotation):
-            work.coming(0)
+        if isinstance(work, Exchange):
+            work.await_peers()
 
     def end(self) -> None:
         self.ended, self.work = True, None
@@ -184,12 +201,13 @@ class ProcessGroupTransport:
             return Done(send.expand(self._world_size, -1).clone())
         local = _onto(group, send)
         recv = local.new_empty(self._world_size * local.numel())
-        operation = _Operation(
-            self, "all_gather", (local, recv), lambda: recv.view(self._world_size, -1).to(send.device)
-        ).receiving(recv.view(self._world_size, -1))
-        if self._world_size == 2 and self._rotates(local):
-            # gloo's ring of two has each link busy in one direction at a time.
-            return operation.start(partial(self._rotation, group, local.expand(2, -1), recv.view(2, -1)))
+        rows = recv.view(self._world_size, -1)
+        operation = _Operation(self, "all_gather", (local, recv), lambda: rows.to(send.device))
+        if self._is_long(local):
+            ends = ring.part_ends(local.numel())
+            operation.receiving(rows, ends)
+            return operation.start(partial(self._ring, group, local, rows, operation.check_part))
+        operation.receiving(rows, [local.numel()])
         return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))
 
     def start_all_to_all_bytes(self, send: Tensor) -> Started:
@@ -198,21 +216,22 @@ class ProcessGroupTransport:
             return Done(send.clone())
         local = _onto(group, send)
         recv = torch.empty_like(local)
-        operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device)).receiving(
-            recv
-        )
-        if self._rotates(local[0]):
+        operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
+        if self._is_long(local[0]):
+            operation.receiving(recv, rotation.part_ends(local.shape[1]))
             return operation.start(partial(self._rotation, group, local, recv))
+        operation.receiving(recv, [local.shape[1]])
         return operation.start(lambda: dist.all_to_all_single(recv, local, group=group, async_op=True))
 
     def start_all_to_all_as_made(self, send: Tensor, make: Callable[[int], None]) -> Started:
         """See `gck.collectives.transports.start_all_to_all_as_made`; where the all-to-all goes in rounds."""
-        if self._world_size == 1 or not send.numel() or not self._rotates(send[0]):
+        if self._world_size == 1 or not send.numel() or not self._is_long(send[0]):
             for row in range(len(send)):
                 make(row)
             return self.start_all_to_all_bytes(send)
         group, recv = self._group("all_to_all"), torch.empty(send.shape, dtype=send.dtype)
-        operation = _Operation(self, "all_to_all", (send, recv), lambda: recv).receiving(recv)
+        operation = _Operation(self, "all_to_all", (send, recv), lambda: recv)
+        operation.receiving(recv, rotation.part_ends(send.shape[1]))
         try:
             operation.start(partial(self._rotation, group, send, recv, as_made=True))
             rounds: Any = operation.work
@@ -223,7 +242,7 @@ class ProcessGroupTransport:
                 # first row everybody waits for, may want the processor.
                 rounds.coming(j - 1)
                 make(row)
-                rounds.made(row)
+                operation.post(partial(rounds.made, row))
         except BaseException as error:
             # Peers have some of the rows, and wait for the others.
             self.abort(f"{type(error).__name__} in all_to_all")
@@ -273,8 +292,9 @@ class ProcessGroupTransport:
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
-        if self._state.rotation is not None:
-            self._state.rotation.stop()
+        for exchange in (self._state.rotation, *self._state.rings):
+            if exchange is not None:
+                exchange.stop()
         for operation in list(_held):
             if operation.transport._state is self._state:
                 operation.end()  # nobody will wait for it
@@ -283,8 +303,8 @@ class ProcessGroupTransport:
             group.abort()
         self.calls.queue.end()
 
-    def _rotates(self, message: Tensor) -> bool:
-        # gloo's sends and receives take host memory alone.
+    def _is_long(self, message: Tensor) -> bool:
+        """Whether it is worth an exchange of our own. gloo's sends and receives take host memory alone."""
         return self._gloo and message.device.type == "cpu" and message.numel() >= rotation.ROTATE_FROM
 
     def _rotation(
@@ -299,6 +319,15 @@ class ProcessGroupTransport:
         self._state.rotation = rounds = rotation.Rotation(*ends, as_made)
         rounds.start()
         return rounds
+
+    def _ring(
+        self, group: dist.ProcessGroup, send: Tensor, rows: Tensor, check: Callable[[int, int], None]
+    ) -> Ring:
+        made = Ring(group, send, rows, self._rank, self._timeout, self._state.started, check)
+        self._state.started += 1
+        self._state.rings.add(made)
+        made.start()
+        return made
 
     def _group(self, operation: str) -> dist.ProcessGroup:
         """The group, unless it is gone or an earlier failure spoilt it."""

@@ -14,21 +14,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from gck.collectives.work.queue import join_at_exit
-from gck.errors import GroupUnusableError
+from gck.collectives.transports.exchange import Exchange, parts
 
-__all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "rotation"]
+__all__ = ["ROTATE_FROM", "Rotation", "order_of_rows", "part_ends", "rotation"]
 
 ROTATE_FROM = 16 << 10  # bytes of a message; at 100 Mbit/s they take 1.3 ms
 DIVIDE_FROM = 64 << 10  # bytes of a message that goes in parts
 END = 16 << 10  # bytes of the first of them, and about those of the last
-TAG = 0x67636B  # apart from what the group's user may send; of parts the numbers after it
+TAG = (
+    0x67636B << 4
+)  # of a whole message, apart from what the group's user may send; of parts the numbers after
 
 
 def part_ends(nbytes: int) -> list[int]:
@@ -42,11 +42,10 @@ def part_ends(nbytes: int) -> list[int]:
     return [END, (nbytes - END) // 16 * 16, nbytes]
 
 
-def parts(message: Tensor) -> Iterator[tuple[int, Tensor]]:
+def parts_of(message: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The parts of a flat uint8 message, as views, each with its tag: so that none is taken for a message."""
     ends = part_ends(message.numel())
-    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        yield (TAG + 1 + i if len(ends) > 1 else TAG), message[start:end]
+    return parts(message, ends, TAG + (len(ends) > 1))
 
 
 def order_of_rows(rank: int, world_size: int) -> Iterator[int]:
@@ -61,11 +60,15 @@ def rotation(rank: int, world_size: int) -> Iterator[tuple[int, int]]:
         yield (rank + i) % world_size, (rank - i) % world_size
 
 
-class Rotation:
-    """The whole all-to-all, under way on a thread of its own; in the manner of torch.distributed's works.
+class Rotation(Exchange):
+    """The whole all-to-all, under way.
 
-    gloo cannot be asked whether a send or a receive has ended, only be waited for, and whoever waits cannot
-    compute meanwhile.
+    Args:
+        send: (W, nbytes) uint8; row d goes to rank d.
+        recv: (W, nbytes) uint8; row s becomes what rank s sends.
+        timeout: seconds that every round may take, from when its row is there.
+        after: the one before it: between two ranks messages of one tag are told apart by their order.
+        as_made: each row is sent once `made` has been called with it.
     """
 
     def __init__(
@@ -75,45 +78,15 @@ class Rotation:
         recv: Tensor,
         rank: int,
         timeout: float,
-        after: Rotation | None,
+        after: Exchange | None,
         as_made: bool = False,
     ) -> None:
-        """
-        Args:
-            timeout: seconds that every round may take, from when its row is there.
-            after: the rotation before this one, all of whose messages must be posted first: between two ranks
-                messages of one tag are told apart by their order.
-            as_made: each row is sent once `made` has been called with it.
-
-        `start` starts it.
-        """
-        self._group: Any = group
-        self._send: Any = send
-        self._recv: Any = recv
-        self._rounds, self._timeout = rotation(rank, len(send)), timeout
-        self._rank, self._after = rank, after
+        super().__init__(group, send, recv, rank, timeout, after)
+        self._rounds = list(rotation(rank, len(send)))
+        self._receiving: list[list[Any]] = []  # of each round
+        self._sending: list[Any] = []  # of the first one, where it needed not wait for the thread
         self._made = [threading.Event() for _ in send] if as_made else []
-        self._stopped = False
         self._coming = [threading.Event() for _ in send[1:]]
-        self._nearly = threading.Event()
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-
-    def start(self) -> None:
-        # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down. The
-        # interpreter joins others before it ends, but not those that a daemon starts after that.
-        thread = threading.Thread(target=self._run, name="gck rotation", daemon=False)
-        join_at_exit(thread)
-        thread.start()
-
-    def is_completed(self) -> bool:
-        return self._done.is_set()
-
-    def wait(self, timeout: timedelta | None = None) -> None:
-        """Until its end, which the timeout of rounds bounds."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
 
     def coming(self, j: int) -> None:
         """Waits until the message of round j has begun to come, or nothing more will; not at all where j < 0.
@@ -123,70 +96,54 @@ class Rotation:
         if j >= 0:
             self._coming[j].wait()
 
-    def nearly(self) -> None:
-        """Waits until all that another rotation would wait for has been received but for the last part."""
-        self._nearly.wait()
-        if self._error is not None:
-            raise self._error
+    def await_peers(self) -> None:
+        self.coming(0)
 
     def made(self, row: int) -> None:
         """This row may be sent."""
+        if row == self._rounds[0][0] and self._may_send():
+            self._sending = self._send_row(row)
         self._made[row].set()
 
     def stop(self) -> None:
-        """Of this one and those before it no further round begins; the one under way may last its timeout."""
-        self._stopped, after = True, self._after
+        super().stop()
         for made in self._made:
             made.set()  # of those that are not nothing will be sent
-        if after is not None:
-            after.stop()
 
-    def _run(self) -> None:
-        try:
-            if self._after is not None:
-                self._after.nearly()
-            late: list[Any] = []  # what the round before this one has not waited for
-            until = 0.0
-            for j, (to, source) in enumerate(self._rounds):
-                self._go_on()
-                receiving = [
-                    dist.irecv(part, group=self._group, tag=tag, group_src=source)
-                    for tag, part in parts(self._recv[source])
-                ]
-                self._await_row(to)
-                sending = [
-                    dist.isend(part, group=self._group, tag=tag, group_dst=to)
-                    for tag, part in parts(self._send[to])
-                ]
-                first, *others = receiving
-                if not others:
-                    self._coming[j].set()
-                self._await(late, until)
-                until = time.monotonic() + self._timeout
-                self._await([first], until)
+    def _post(self) -> None:
+        for _, source in self._rounds:
+            self._receiving.append(self._receive_from(source, parts_of(self._recv[source])))
+        if not self._made and self._may_send():
+            self._sending = self._send_row(self._rounds[0][0])
+
+    def _exchange(self) -> None:
+        late: list[Any] = []  # what the round before this one has not waited for
+        until = 0.0
+        for j, (to, _) in enumerate(self._rounds):
+            self._go_on()
+            self._await_row(to)
+            sending = (self._sending if j == 0 else []) or self._send_row(to)
+            first, *others = self._receiving[j]
+            if not others:
                 self._coming[j].set()
-                self._await(others[:-1], until)
-                late = [*others[-1:], *sending]
-            self._nearly.set()
-            self._await_row(self._rank)
-            self._recv[self._rank] = self._send[self._rank]
             self._await(late, until)
-        except BaseException as error:
-            self._error = error
-        finally:
-            # Whoever keeps this for its end must not keep the group, nor the memory.
-            self._after = self._group = self._send = self._recv = None
-            for event in (*self._coming, self._nearly, self._done):
-                event.set()
+            until = time.monotonic() + self._timeout
+            self._await([first], until)
+            self._coming[j].set()
+            self._await(others[:-1], until)
+            late = [*others[-1:], *sending]
+        self._nearly.set()
+        self._await_row(self._rank)
+        self._recv[self._rank] = self._send[self._rank]
+        self._await(late, until)
 
-    def _await(self, works: list[Any], until: float) -> None:
-        for work in works:
-            if work is not None:
-                work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
+    def _forget(self) -> None:
+        self._receiving, self._sending = [], []
+        for event in self._coming:
+            event.set()
 
-    def _go_on(self) -> None:
-        if self._stopped:
-            raise GroupUnusableError("all_to_all: the group was given up meanwhile")
+    def _send_row(self, row: int) -> list[Any]:
+        return self._send_to(row, parts_of(self._send[row]))
 
     def _await_row(self, row: int) -> None:
         if self._made:

@@ -227,6 +227,11 @@ class KernelCompressor(ABC):
     ) -> None:
         """`compress_` on behalf of the public function that error texts shall name."""
         self.check_inputs(function, grad, err, nonfinite)
+        self.check_fits(function, grad, bodies)
+        self.run(function, grad, err, bodies, nonfinite)
+
+    def check_fits(self, function: str, grad: Tensor, bodies: Tensor) -> None:
+        """Raises unless the rows of `bodies` are as large as those that a gradient becomes."""
         shards = checks.check_bodies(function, bodies, grad)
         if shards > 1 and self.shard_unit is None:
             raise ArgumentError(f"{function}: {self} cannot be cut into shards, got {shards}")
@@ -235,7 +240,6 @@ class KernelCompressor(ABC):
             raise ShapeMismatchError(
                 f"{function}: bodies must be ({shards}, {nbytes}), got {tuple(bodies.shape)}"
             )
-        self.run(function, grad, err, bodies, nonfinite)
 
     def run(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from gck.coded_layout import INDEX_CODECS, RUN, index_fields
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
-from gck.kernels.common.base import KernelCompressor
+from gck.kernels.common.base import KernelCompressor, backend
 from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import Quantize
 from gck.payload import CodedSparse, SparseGrad
@@ -72,6 +72,27 @@ class TopK(KernelCompressor):
         # One way of saying it, so that compressors that do the same are equal.
         object.__setattr__(self, "value_dtype", dtype)
         object.__setattr__(self, "value_bits", bits)
+
+    @property
+    def previews(self) -> bool:
+        """See `gck.compressor.previews`. Residuals with options are read in a pass that writes them."""
+        return self.decay == 1 and self.clip is None
+
+    def preview_(self, grad: Tensor, err: Tensor | None, bodies: Tensor) -> bool:
+        """See `gck.compressor.preview_`. On the CPU, where a sample is a good guess at the threshold.
+
+        Args and errors as of `gck.compressor.Compressor.compress_`.
+        """
+        function = "TopK.preview_"
+        if err is None or not self.previews:
+            return False
+        self.check_inputs(function, grad, err)
+        self.check_fits(function, grad, bodies)
+        kernels = backend(function, self.package, grad.device)
+        if not grad.numel() or not hasattr(kernels, "preview_"):
+            return False
+        done: bool = kernels.preview_(self, grad.view(-1), err.view(-1), bodies)
+        return done
 
     @property
     def is_plain(self) -> bool:

@@ -22,7 +22,7 @@ from gck.wire import Layout
 if TYPE_CHECKING:
     from gck.kernels.topk import TopK
 
-__all__ = ["compress_", "decompress_", "decompress_sum_"]
+__all__ = ["compress_", "decompress_", "decompress_sum_", "preview_"]
 
 FUNCTION = "TopK"
 
@@ -39,23 +39,41 @@ def compress_(
     """See `kernels.common.base`; `kernel` is `compress_` of plain top-k."""
     if compressor.codes is not None and options.get("stats") is not None:
         raise ArgumentError(f"{FUNCTION}: no statistics are taken of values of {compressor.value_bits} bits")
-    n, plain = grad.numel(), compressor.plain
-    layout, body = plain.layout(n), bodies.view(-1)
-    selected = layout.empty_body(grad.device)
-    values, indices = layout.views(selected)
-    kernel(plain, grad, err, selected, nonfinite, **options)
-    sent, _, *encoded = compressor.layout(n).views(body)
+    selected = compressor.plain.layout(grad.numel()).empty_body(grad.device)
+    kernel(compressor.plain, grad, err, selected, nonfinite, **options)
+    indices, left = _encode(compressor, selected, grad.numel(), bodies.view(-1), nonfinite)
+    if left is not None:
+        err.scatter_(0, indices.long(), left)
+
+
+def preview_(
+    kernel: Callable[..., bool], compressor: TopK, grad: Tensor, err: Tensor, bodies: Tensor
+) -> bool:
+    """See `gck.compressor.preview_`; `kernel` is `preview_` of plain top-k."""
+    selected = compressor.plain.layout(grad.numel()).empty_body(grad.device)
+    if not kernel(compressor.plain, grad, err, selected):
+        return False
+    _encode(compressor, selected, grad.numel(), bodies.view(-1), None)
+    return True
+
+
+def _encode(
+    compressor: TopK, selected: Tensor, numel: int, body: Tensor, nonfinite: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Fills the body with what was selected; returns where, and what codes have lost of it."""
+    values, indices = compressor.plain.layout(numel).views(selected)
+    sent, _, *encoded = compressor.layout(numel).views(body)
+    left = None
     if compressor.codes is None:
         sent.copy_(values)
     else:
-        _quantize(compressor.codes, values, indices, err, body, nonfinite)
-    index_codecs.encode_(compressor.index_codec, indices, n, encoded, FUNCTION)
+        left = _quantize(compressor.codes, values, body, nonfinite)
+    index_codecs.encode_(compressor.index_codec, indices, numel, encoded, FUNCTION)
+    return indices, left
 
 
-def _quantize(
-    codes: Quantize, values: Tensor, indices: Tensor, err: Tensor, body: Tensor, nonfinite: Tensor | None
-) -> None:
-    """Codes and scales of what was selected, at the start of `body`; and what they lose, in err."""
+def _quantize(codes: Quantize, values: Tensor, body: Tensor, nonfinite: Tensor | None) -> Tensor:
+    """Codes and scales of what was selected, at the start of `body`; returns what they lose."""
     # Of what was selected nothing is left yet: -0 is nothing to add to a value, whatever its sign.
     left = torch.full_like(values, -0.0)
     bodies = body[: codes.layout(values.numel()).nbytes].unsqueeze(0)
@@ -63,7 +81,7 @@ def _quantize(
     if nonfinite is not None:
         # Selected entries that are not finite were counted before: selecting them cleared them, too.
         nonfinite -= values.isfinite().logical_not_().sum()
-    err.scatter_(0, indices.long(), left)
+    return left
 
 
 def decompress_(

@@ -48,6 +48,27 @@ def compress_(
         nonfinite += cleared
 
 
+def preview_(compressor: TopK, grad: Tensor, err: Tensor, bodies: Tensor) -> bool:
+    """See `gck.compressor.preview_`."""
+    if not compressor.is_plain:
+        return coded.preview_(preview_, compressor, grad, err, bodies)
+    values, indices = compressor.layout(grad.numel()).fields
+    body = bodies.data_ptr()
+    done: bool = load().topk_preview(
+        grad.data_ptr(),
+        DTYPE_CODE[grad.dtype],
+        err.data_ptr(),
+        grad.numel(),
+        values.count,
+        body,
+        DTYPE_CODE[values.dtype],
+        body + indices.offset,
+        indices.dtype == torch.int64,
+        num_threads(),
+    )
+    return done
+
+
 def _compress(
     layout: Layout,
     grad: Tensor,

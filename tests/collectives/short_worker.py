@@ -40,8 +40,10 @@ if __name__ == "__main__":
         result["unchanged"] = same_bytes(grad, before[0]) and same_bytes(state.worker, before[1])
     else:
         message = torch.ones(Sign(64).layout(numel // 2).nbytes, dtype=torch.uint8)
-        received = [dist.irecv(part.clone(), group_src=0, tag=tag) for tag, part in rotation.parts(message)]
-        for i, (tag, part) in enumerate(rotation.parts(message)):
+        received = [
+            dist.irecv(part.clone(), group_src=0, tag=tag) for tag, part in rotation.parts_of(message)
+        ]
+        for i, (tag, part) in enumerate(rotation.parts_of(message)):
             dist.isend(part[:SHORT] if i == short else part, group_dst=0, tag=tag).wait()
         for part in received:
             part.wait()

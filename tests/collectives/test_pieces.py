@@ -345,7 +345,7 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
         (Sign(256), 25_000_000, 4, 1e9, 1),  # the link is as fast as the processors
         (Sign(256), 100_000, 4, 1e6, 1),  # messages are small
         (ChunkTopK(k=64, chunk_size=4096, value_bits=2), 4 << 20, 4, 1e8, 3),
-        (TopK(ratio=0.01), 25_000_000, 4, 1e8, 1),
+        (TopK(ratio=0.01, decay=0.9), 25_000_000, 4, 1e8, 1),
         (Sign(256), 25_000_000, 1, 1e8, 1),
         (Sign(256), 0, 4, 1e8, 1),
     ],
@@ -356,6 +356,14 @@ def test_pieces_for_a_link(compressor: Any, numel: int, world_size: int, rate: f
     assert choose_piece_numel(compressor, numel, world_size, "cuda", link=link) == 0
     chosen = choose_piece_numel(compressor, numel, world_size, link=link)
     assert (-(-numel // chosen) if chosen else 1) == pieces
+
+
+def test_a_compressor_without_chunks_that_previews_has_one_piece() -> None:
+    """Which says that links are slow: the residual is updated while the message is on the wire."""
+    compressor, numel = TopK(ratio=0.01), 25_000_000
+    assert choose_piece_numel(compressor, numel, 4, link=Link.ethernet(1e8)) == numel
+    assert choose_piece_numel(compressor, numel, 4, link=Link.ethernet(1e9)) == 0
+    assert choose_piece_numel(compressor, numel, 4, link=Link.ethernet(1e8), algorithm="dense") == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gck.collectives.transports import rotation
+from gck.collectives.transports import exchange, rotation
 from gck.errors import GroupUnusableError
 
 WORLD_SIZE = 4
@@ -50,7 +50,7 @@ class Group:
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     made = Network()
-    monkeypatch.setattr(rotation, "dist", made)
+    monkeypatch.setattr(exchange, "dist", made)
     return made
 
 
@@ -73,7 +73,7 @@ def test_it_stops_between_rounds(network: Network) -> None:
         with pytest.raises(GroupUnusableError, match="given up"):
             stopped.wait()
         assert stopped.is_completed()
-    assert len(network.rounds) == 1
+    assert network.sent == [2]
 
 
 def test_it_keeps_its_group_until_its_end(network: Network) -> None:
@@ -122,10 +122,10 @@ def test_rows_are_sent_as_they_are_made(network: Network) -> None:
 def test_parts() -> None:
     for nbytes in (0, 8, rotation.DIVIDE_FROM - 1):
         assert rotation.part_ends(nbytes) == [nbytes]
-        assert [tag for tag, _ in rotation.parts(torch.zeros(nbytes, dtype=torch.uint8))] == [rotation.TAG]
+        assert [tag for tag, _ in rotation.parts_of(torch.zeros(nbytes, dtype=torch.uint8))] == [rotation.TAG]
     for nbytes in (rotation.DIVIDE_FROM, rotation.DIVIDE_FROM + 7, 1 << 20):
         message = torch.arange(nbytes, dtype=torch.int64).to(torch.uint8)
-        tags, parts = zip(*rotation.parts(message), strict=True)
+        tags, parts = zip(*rotation.parts_of(message), strict=True)
         assert rotation.TAG not in tags  # nor is a part taken for a message
         assert len(set(tags)) == 3
         assert all(len(part) > 0 for part in parts)
@@ -178,24 +178,31 @@ def test_a_round_does_not_wait_for_the_last_part_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = Parts()
-    monkeypatch.setattr(rotation, "dist", network)
+    monkeypatch.setattr(exchange, "dist", network)
+    rounds = list(rotation.rotation(1, WORLD_SIZE))
+
+    def names(kind: str, peer: int) -> list[tuple[str, int, int]]:
+        return [(kind, peer, i) for i in (1, 2, 3)]
+
+    asked = [name for _, source in rounds for name in names("recv", source)]
     first = start(Group(), nbytes=rotation.DIVIDE_FROM)
     second = start(Group(), first, nbytes=rotation.DIVIDE_FROM)
-
-    def round_of(to: int, source: int) -> list[tuple[str, int, int]]:
-        return [(kind, peer, i) for kind, peer in (("recv", source), ("send", to)) for i in (1, 2, 3)]
-
-    expected: list[tuple[str, int, int]] = []
-    for j in range(2 * (WORLD_SIZE - 1)):
-        i = j % (WORLD_SIZE - 1) + 1
-        expected += round_of((1 + i) % WORLD_SIZE, (1 - i) % WORLD_SIZE)
+    # Everything is asked for at once, and the first round is sent.
+    expected = [*asked, *names("send", rounds[0][0]), *asked]
+    sends, last = [9], -1  # where those of each round were posted; the last part of the one before
+    for j in range(2 * len(rounds)):
+        i = j % len(rounds)
+        if j:
+            sends.append(len(expected))
+            expected += names("send", rounds[i][0])
         assert network.until(len(expected)) == expected
+        receives = 3 * j if j < len(rounds) else 12 + 3 * i
         if j:  # what the round before has not waited for
-            network.end(6 * j - 4, 6 * j - 3, 6 * j - 2, 6 * j - 1)
-        network.end(6 * j, 6 * j + 1)  # all but the last part
+            network.end(last, *range(sends[-2], sends[-2] + 3))
+        network.end(receives, receives + 1)  # all but the last part
+        last = receives + 2
     first.wait()
-    last = 6 * 2 * (WORLD_SIZE - 1)
-    for number in range(last - 4, last):
+    for number in (last, *range(sends[-1], sends[-1] + 3)):
         assert not second._done.wait(0.01)
         network.end(number)
     second.wait()

@@ -176,6 +176,9 @@ struct Leaves {
   // set.
   void (*topk_stream)(const void* grad, Dtype dtype, float* err, int64_t count, Guess guess,
                       Dtype value_dtype, Candidates* out);
+  // Lists what topk_stream would list, and leaves err as it is. Ties are not counted.
+  void (*topk_look)(const void* grad, Dtype dtype, const float* err, int64_t count, Guess guess,
+                    Candidates* out);
   // err[i] += grad[i]; maxima[16 * b + lane] becomes the largest magnitude of that lane in the
   // b-th run of `vectors` vectors of 16 entries; every NaN becomes the one that gck lets out.
   void (*topk_maxima)(const void* grad, Dtype dtype, float* err, int64_t count, int64_t vectors,
@@ -187,8 +190,8 @@ struct Leaves {
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
                         int64_t* inside);
   // Puts winners out in order, and mends err where it was not to be expected who wins: a run that the
-  // candidates come from and whose first entry has index `base`. Returns the number of entries that left what
-  // is not finite.
+  // candidates come from and whose first entry has index `base`; null: nothing is mended. Returns the number
+  // of entries that left what is not finite.
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);

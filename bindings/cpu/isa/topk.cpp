@@ -45,7 +45,7 @@ inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err,
 
 // What is to be mended lies far apart: memory is asked for several at a time.
 inline void ask_for_mended(const Candidates& list, const float* err, int64_t j, const Winners& to) {
-  if (j + kLanes > list.count) return;
+  if (err == nullptr || j + kLanes > list.count) return;
   const Vec acc = load(list.values + j);
   for (Mask mend = key_ge(acc, to.threshold) ^ key_ge(acc, to.expected); mend; mend &= mend - 1) {
     __builtin_prefetch(err + list.indices[j + __builtin_ctz(mend)], 1);
@@ -110,6 +110,42 @@ void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype valu
   out.ties += ties;
 }
 
+// Lists what `stream` would list, and leaves err alone.
+template <Dtype D, bool kDense>
+void look_through(const void* grad, const float* err, int64_t count, int32_t threshold, Candidates& out) {
+  alignas(64) float block[kBlock];
+  int64_t listed = out.count, i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    if (i % kPageEntries == 0) ask_for_pages<D>(grad, i, err + i);
+    const Vec a = accumulated<D, true>(grad, err, i), b = accumulated<D, true>(grad, err, i + kLanes);
+    if (!any_key_ge(a, b, threshold)) continue;
+    if (listed + kBlock > out.capacity) {
+      out.overflow = true;
+      break;
+    }
+    const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
+    if constexpr (kDense) {
+      listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
+    } else {
+      store(block, canonical(a));
+      store(block + kLanes, canonical(b));
+      for (Mask m = in_a | in_b << kLanes; m; m &= m - 1, ++listed) {
+        const int lane = __builtin_ctz(m);
+        out.values[listed] = block[lane];
+        out.indices[listed] = static_cast<uint32_t>(i + lane);
+      }
+    }
+  }
+  for (; i < count && !out.overflow; i += kLanes) {
+    const int rest = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    const Vec acc = add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest));
+    const Mask in = key_ge(acc, threshold) & ((1u << rest) - 1);
+    out.overflow = in && listed + kBlock > out.capacity;
+    if (!out.overflow) listed = put(out, listed, in, acc, i);
+  }
+  out.count = listed;
+}
+
 template <Dtype D>
 void maxima_of(const void* grad, float* err, int64_t count, int64_t vectors, float* maxima) {
   for (int64_t first = 0; first < count; first += vectors * kLanes, maxima += kLanes) {
@@ -151,6 +187,13 @@ void topk_stream(const void* grad, Dtype dtype, float* err, int64_t count, Guess
                     : stream<D, kGrad, false, false>(grad, err, count, guess, value_dtype, *out);
     };
     grad == nullptr ? run.template operator()<false>() : run.template operator()<true>();
+  });
+}
+
+void topk_look(const void* grad, Dtype dtype, const float* err, int64_t count, Guess guess, Candidates* out) {
+  with_dtype(dtype, [&]<Dtype D>() {
+    guess.dense ? look_through<D, true>(grad, err, count, guess.threshold, *out)
+                : look_through<D, false>(grad, err, count, guess.threshold, *out);
   });
 }
 
@@ -206,7 +249,7 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
     const Mask grown = dtype == Dtype::fp32 ? wild : (key_ge(rounded(acc, dtype), kInfKey) & wins) | wild;
     nonfinite += __builtin_popcount(grown);
     // Whatever is not finite was expected to win.
-    const Mask expected = key_ge(acc, to.expected) & live;
+    const Mask expected = err == nullptr ? wins : key_ge(acc, to.expected) & live;
     for (Mask lose = expected & ~wins & ~wild; lose; lose &= lose - 1) {
       const int lane = __builtin_ctz(lose);
       err[list.indices[j + lane]] = list.values[j + lane];

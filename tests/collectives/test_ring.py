@@ -1,0 +1,151 @@
+"""The all-gather in a ring: what is sent when, and that it stops when nobody wants it any more."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from gck.collectives.transports import exchange, ring
+from gck.errors import CollectiveMismatchError, GroupUnusableError
+
+WORLD_SIZE, RANK, NBYTES = 4, 1, 64
+
+
+class Work:
+    """A send or receive, which ends when it is let."""
+
+    def __init__(self, kind: str, peer: int, tag: int, first: int) -> None:
+        self.name, self.first, self.ends = (kind, peer, tag), first, threading.Event()
+
+    def wait(self, timeout: Any) -> None:
+        assert self.ends.wait(20)
+
+
+class Network:
+    """Stands in for torch.distributed: everything that is posted, in order."""
+
+    def __init__(self) -> None:
+        self.posted: list[Work] = []
+        self.changed = threading.Condition()
+
+    def _post(self, kind: str, tensor: Any, peer: int, tag: int) -> Work:
+        with self.changed:
+            self.posted.append(Work(kind, peer, tag - ring.TAG, int(tensor[0])))
+            self.changed.notify_all()
+            return self.posted[-1]
+
+    def irecv(self, tensor: Any, group: Any, tag: int, group_src: int) -> Work:
+        return self._post("recv", tensor, group_src, tag)
+
+    def isend(self, tensor: Any, group: Any, tag: int, group_dst: int) -> Work:
+        return self._post("send", tensor, group_dst, tag)
+
+    def until(self, count: int) -> list[Work]:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.posted) >= count, 20)
+            return list(self.posted)
+
+
+class Group:
+    """Something that can be forgotten."""
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    made = Network()
+    monkeypatch.setattr(exchange, "dist", made)
+    return made
+
+
+def start(group: Any, number: int = 0, check: Any = lambda source, part: None) -> tuple[ring.Ring, Any]:
+    send, rows = (
+        torch.full((NBYTES,), 9, dtype=torch.uint8),
+        torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8),
+    )
+    made = ring.Ring(group, send, rows, RANK, 20.0, number, check)
+    made.start()
+    return made, rows
+
+
+def test_parts_are_passed_on_as_they_come(network: Network) -> None:
+    checked: list[tuple[int, int]] = []
+    made, rows = start(Group(), check=lambda source, part: checked.append((source, part)))
+    posted = network.until(8)
+    # All that will come from the rank before it, and its own message to the one after it.
+    assert [work.name for work in posted] == [("recv", 0, tag) for tag in range(6)] + [
+        ("send", 2, 0),
+        ("send", 2, 1),
+    ]
+    assert [work.first for work in posted[6:]] == [9, 9]
+    for number, source in enumerate((0, 0, 3, 3)):
+        assert len(network.until(8 + number)) == 8 + number
+        half = slice(NBYTES // 2) if number % 2 == 0 else slice(NBYTES // 2, None)
+        rows[source, half] = 10 + number
+        posted[number].ends.set()
+        passed_on = network.until(9 + number)[-1]
+        assert passed_on.name == ("send", 2, 2 + number)
+        assert passed_on.first == 10 + number
+    for work in network.posted:
+        assert not made.is_completed()
+        work.ends.set()
+    made.wait()
+    assert len(network.posted) == 12  # what the last one sends is this rank's neighbour's own
+    assert rows[RANK].eq(9).all()
+    assert checked == [(source, part) for source in (0, 3, 2) for part in (0, 1)]
+
+
+def test_rings_have_tags_of_their_own(network: Network) -> None:
+    tags: set[int] = set()
+    for number in range(3):
+        made, _ = start(Group(), number)
+        for work in network.until(12 * number + 8):
+            work.ends.set()
+        for count in range(9, 13):
+            for work in network.until(12 * number + count):
+                work.ends.set()
+        made.wait()
+        new = {tag for kind, _, tag in (work.name for work in network.posted[12 * number :])}
+        assert len(new) == 6
+        assert not tags & new
+        tags |= new
+
+
+def test_it_stops(network: Network) -> None:
+    group = Group()
+    alive = weakref.ref(group)
+    made, _ = start(group)
+    del group
+    network.until(8)
+    made.stop()
+    network.posted[0].ends.set()
+    made.await_peers()
+    with pytest.raises(GroupUnusableError, match="given up"):
+        made.wait()
+    assert made.is_completed()
+    assert len(network.posted) == 8  # nothing was passed on
+    gc.collect()
+    assert alive() is None
+
+
+def test_what_is_refused_is_not_passed_on(network: Network) -> None:
+    def check(source: int, part: int) -> None:
+        raise CollectiveMismatchError(f"{source} {part}")
+
+    made, _ = start(Group(), check=check)
+    network.until(8)[0].ends.set()
+    with pytest.raises(CollectiveMismatchError, match="0 0"):
+        made.wait()
+    assert len(network.posted) == 8
+
+
+def test_part_ends() -> None:
+    for nbytes in (0, 1, 16, 31, 32, 33, 100, 1 << 20):
+        ends = ring.part_ends(nbytes)
+        assert ends[-1] == nbytes
+        assert len(ends) == (1 if nbytes < 32 else 2)
+        assert all(end % 16 == 0 for end in ends[:-1])
