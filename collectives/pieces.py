@@ -258,8 +258,8 @@ def gathered(
     try:
         for some, more in _batches(pieces):
             for piece in some:
-                if gathers:
-                    await_peers(gathers[-1])
+                if len(gathers) == 1:
+                    await_peers(gathers[0])
                 gathers.append(start_all_gather(transport, compress(piece)))
                 with _or_abort(transport, "residuals were updated"):
                     catch_up(gathers[-1])

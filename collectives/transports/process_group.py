@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, NoReturn
-from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -45,8 +45,7 @@ class _GroupState:
     calls: CallLog = field(default_factory=CallLog)
     unusable: str | None = None
     rotation: rotation.Rotation | None = None  # the last one
-    rings: WeakSet[Ring] = field(default_factory=WeakSet)
-    started: int = 0  # rings
+    ring: ring.Ring | None = None
 
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
@@ -292,7 +291,7 @@ class ProcessGroupTransport:
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
-        for exchange in (self._state.rotation, *self._state.rings):
+        for exchange in (self._state.rotation, self._state.ring):
             if exchange is not None:
                 exchange.stop()
         for operation in list(_held):
@@ -323,9 +322,8 @@ class ProcessGroupTransport:
     def _ring(
         self, group: dist.ProcessGroup, send: Tensor, rows: Tensor, check: Callable[[int, int], None]
     ) -> Ring:
-        made = Ring(group, send, rows, self._rank, self._timeout, self._state.started, check)
-        self._state.started += 1
-        self._state.rings.add(made)
+        ends = group, send, rows, self._rank, self._timeout, self._state.ring
+        self._state.ring = made = Ring(*ends, check)
         made.start()
         return made
 

@@ -22,7 +22,6 @@ from gck.collectives.transports.exchange import Exchange, Parts, parts
 __all__ = ["Ring", "part_ends"]
 
 TAG = 0x67636C << 4  # and numbers after it: apart from what the group's user may send
-TURNS = 1 << 10  # rings whose tags differ; far more than are ever under way at once
 
 
 def part_ends(nbytes: int) -> list[int]:
@@ -37,8 +36,8 @@ class Ring(Exchange):
     Args:
         send: (nbytes,) uint8.
         recv: (W, nbytes) uint8; row s becomes what rank s sends.
-        number: of the rings of this group, the same on all ranks. What is passed on of one ring may overtake
-            what is passed on of another: their tags differ.
+        after: the one before it: between two ranks messages of one tag are told apart by their order. What is
+            decoded of one ring hides behind the next; those that shared the links would all end at once.
         check: called with (s, i) when part i of rank s's message has come; raises where it must not be passed
             on.
     """
@@ -50,16 +49,15 @@ class Ring(Exchange):
         recv: Tensor,
         rank: int,
         timeout: float,
-        number: int,
+        after: Exchange | None,
         check: Callable[[int, int], None],
     ) -> None:
-        super().__init__(group, send, recv, rank, timeout)
+        super().__init__(group, send, recv, rank, timeout, after)
         world_size = len(recv)
         self._next, self._last = (rank + 1) % world_size, (rank - 1) % world_size
         # Whose messages come, in order.
         self._sources = [(rank - 1 - j) % world_size for j in range(world_size - 1)]
         self._check = check
-        self._tag = TAG + number % TURNS * 2 * world_size
         self._receiving: list[list[Any]] = []
         self._sending: list[Any] = []
         self._coming = threading.Event()
@@ -70,17 +68,23 @@ class Ring(Exchange):
     def _parts(self, j: int, message: Tensor) -> list[tuple[int, Tensor]]:
         """Of what is sent, or comes, as the j-th."""
         ends = part_ends(message.numel())
-        return list(parts(message, ends, self._tag + j * len(ends)))
+        return list(parts(message, ends, TAG + j * len(ends)))
 
     def _post(self) -> None:
         for j, source in enumerate(self._sources):
             self._receiving.append(self._receive_from(self._last, self._parts(j, self._recv[source])))
-        self._pass_on(self._parts(0, self._send))
+        if self._may_send():
+            self._pass_on(self._parts(0, self._send))
 
     def _exchange(self) -> None:
+        self._go_on()
+        if not self._sending:
+            self._pass_on(self._parts(0, self._send))
         self._recv[self._rank] = self._send
         for j, source in enumerate(self._sources):
             passed_on = self._parts(j + 1, self._recv[source]) if j + 1 < len(self._sources) else []
+            if not passed_on:
+                self._nearly.set()
             for i, work in enumerate(self._receiving[j]):
                 self._await([work])
                 self._coming.set()

@@ -62,12 +62,14 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return made
 
 
-def start(group: Any, number: int = 0, check: Any = lambda source, part: None) -> tuple[ring.Ring, Any]:
+def start(
+    group: Any, after: ring.Ring | None = None, check: Any = lambda source, part: None
+) -> tuple[ring.Ring, Any]:
     send, rows = (
         torch.full((NBYTES,), 9, dtype=torch.uint8),
         torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8),
     )
-    made = ring.Ring(group, send, rows, RANK, 20.0, number, check)
+    made = ring.Ring(group, send, rows, RANK, 20.0, after, check)
     made.start()
     return made, rows
 
@@ -99,20 +101,26 @@ def test_parts_are_passed_on_as_they_come(network: Network) -> None:
     assert checked == [(source, part) for source in (0, 3, 2) for part in (0, 1)]
 
 
-def test_rings_have_tags_of_their_own(network: Network) -> None:
-    tags: set[int] = set()
-    for number in range(3):
-        made, _ = start(Group(), number)
-        for work in network.until(12 * number + 8):
+def test_a_ring_sends_when_the_one_before_it_has_sent_everything(network: Network) -> None:
+    first, _ = start(Group())
+    second, _ = start(Group(), first)
+    posted = network.until(14)
+    assert [work.name[0] for work in posted] == ["recv"] * 6 + ["send"] * 2 + ["recv"] * 6
+    for number in range(4):
+        assert not first.is_near()
+        assert len(network.posted) == 14 + number
+        posted[number].ends.set()
+        network.until(15 + number)
+    # The last message of the first ring has not come yet.
+    assert [work.name for work in network.until(20)[18:]] == [("send", 2, 0), ("send", 2, 1)]
+    done = 0
+    while not (first.is_completed() and second.is_completed()):
+        for work in network.posted[done:]:
             work.ends.set()
-        for count in range(9, 13):
-            for work in network.until(12 * number + count):
-                work.ends.set()
-        made.wait()
-        new = {tag for kind, _, tag in (work.name for work in network.posted[12 * number :])}
-        assert len(new) == 6
-        assert not tags & new
-        tags |= new
+            done += 1
+    first.wait()
+    second.wait()
+    assert len(network.posted) == 24
 
 
 def test_it_stops(network: Network) -> None:
