@@ -82,7 +82,8 @@ def all_reduce_(
             compressed and decoded, with the same bits as without. None or 0: all at once. The same on all
             ranks; may change from call to call. `gck.collectives.choose_piece_numel` says what suits a
             link. A compressor without chunks, or without a method `at` (see
-            `gck.compressor.compressor_at`), goes all at once.
+            `gck.compressor.compressor_at`), goes all at once; with any number but 0 top-k sends before it
+            updates its residual.
         validate: when ranks compare what they call: "first" time they meet a configuration, "always" or
             "off". The same on all ranks. With "first", ranks that later mix up configurations which they
             have met are not noticed: gloo may end the process, or a payload be refused as corrupt; take
