@@ -149,6 +149,7 @@ def one_phase(
     whole = [[Slice(i, 0, numel) for i, numel in enumerate(numels)]]
     pieces = cut(numels, unit, 1, piece_numel) if piece_numel and unit is not None else whole
 
+    ahead = piece_numel and transport.world_size > 1 and hasattr(transport, "start_all_gather_bytes")
     late: list[Callable[[], None]] = []
 
     def sizes(piece: Piece) -> list[int]:
@@ -164,7 +165,7 @@ def one_phase(
             if part is None:
                 raise ArgumentError(f"one_phase: {compressor} cannot be cut into pieces")
             given = part, grads[i][start:end], None if err is None else err[start:end]
-            if piece_numel and preview_(*given, body):
+            if ahead and preview_(*given, body):
                 again = memory.zeros((1, body.shape[1]), torch.uint8, body.device)
                 late.append(partial(update, i, start, end, *given, again))
             else:

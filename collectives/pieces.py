@@ -129,7 +129,7 @@ def piece_numel_of(compressor: Compressor, numels: Sequence[int], piece_numel: i
 
     Args:
         piece_numel: the caller's choice, which does not count for a compressor that cannot be told where a
-            piece starts; None: one piece.
+            piece starts, unless it previews; None: one piece.
     """
     divides = compressor.shard_unit is not None and compressor_at(compressor, 0) is not None
     counts = bool(numels) and (divides or previews(compressor))

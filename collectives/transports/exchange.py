@@ -3,8 +3,7 @@
 gloo cannot be asked whether a send or a receive has ended, only be waited for, and whoever waits cannot
 compute meanwhile.
 
-All receives are posted as an exchange starts, by whoever starts it: gloo sends nothing before it is waited
-for, and threads take their time to wake up.
+What an exchange receives and sends first is posted by whoever starts it: threads take their time to wake up.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
+from traceback import clear_frames
 from typing import Any
 
 import torch.distributed as dist
@@ -57,26 +58,40 @@ class Exchange(ABC):
         self._send: Any = send
         self._recv: Any = recv
         self._rank, self._timeout, self._after = rank, timeout, after
-        self._stopped = False
+        self._posted: list[Any] = []  # all works
+        self._lock = threading.Lock()  # between whoever starts it and the thread, when that comes to its end
+        self._stopped = self._ended = False
         self._nearly = threading.Event()
         self._done = threading.Event()
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Posts receives, and what may be sent at once; the rest follows on a thread."""
-        self._post()
-        # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down. The
-        # interpreter joins others before it ends, but not those that a daemon starts after that.
-        thread = threading.Thread(target=self._run, name=f"gck {type(self).__name__.lower()}", daemon=False)
-        join_at_exit(thread)
-        thread.start()
+        """Posts what may be received and sent at once; the rest follows on a thread."""
+        try:
+            self._post()
+            # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down.
+            # The interpreter joins others before it ends, but not those that a daemon starts after that.
+            name = f"gck {type(self).__name__.lower()}"
+            thread = threading.Thread(target=self._run, name=name, daemon=False)
+            join_at_exit(thread)
+            thread.start()
+        except BaseException as error:
+            self._end(error)
+            self._let_go()
+            raise
 
     def is_completed(self) -> bool:
         return self._done.is_set()
 
     def wait(self, timeout: timedelta | None = None) -> None:
-        """Until its end, which the timeouts of its waits bound."""
-        self._done.wait()
+        """Until its end, or as long.
+
+        Raises:
+            RuntimeError: it goes on.
+            What it ended by.
+        """
+        if not self._done.wait(None if timeout is None else timeout.total_seconds()):
+            raise RuntimeError("timed out: the exchange is still under way")
         if self._error is not None:
             raise self._error
 
@@ -97,6 +112,7 @@ class Exchange(ABC):
     def stop(self) -> None:
         """Nothing more is sent, of this one and those before it; what is under way may last its timeout."""
         self._stopped, after = True, self._after
+        self._wake()
         if after is not None:
             after.stop()
 
@@ -109,33 +125,65 @@ class Exchange(ABC):
         """On the thread of its own, when the one before it is near its end."""
 
     @abstractmethod
-    def _forget(self) -> None:
-        """At its end, however it came: lets go of works and of those who wait for it."""
+    def _wake(self) -> None:
+        """Lets everybody go who waits for something before its end."""
 
     def _run(self) -> None:
+        error: BaseException | None = None
         try:
             if self._after is not None:
                 self._after.nearly()
             self._exchange()
-        except BaseException as error:
-            self._error = error
-        finally:
-            # Whoever keeps this for its end must not keep the group, nor the memory.
-            self._after = self._group = self._send = self._recv = None
-            self._forget()
-            for event in (self._nearly, self._done):
-                event.set()
+        except BaseException as raised:
+            error = raised
+        self._end(error)
+        if error is not None:
+            # What comes for a receive that nobody holds any more keeps gloo's thread busy for ever.
+            until = time.monotonic() + self._timeout
+            for work in self._posted:
+                with suppress(BaseException):
+                    self._await([work], until)
+        self._let_go()
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._ended = True
+        if error is not None:
+            clear_frames(error.__traceback__)  # which hold the group
+        self._error = error
+        for event in (self._nearly, self._done):
+            event.set()
+        self._wake()
+
+    def _let_go(self) -> None:
+        """Whoever keeps this for its end must not keep the group, nor the memory; of which works go first."""
+        self._forget()
+        self._posted = []
+        self._after = self._group = self._send = self._recv = None
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Lets go of works."""
 
     def _may_send(self) -> bool:
-        """Whether the thread need not be waited for."""
-        after = self._after  # which the thread forgets when it ends
-        return not self._stopped and not self._done.is_set() and (after is None or after.is_near())
+        """Whether the thread need not be waited for; ask it with the lock, and keep that while you send."""
+        after = self._after
+        return not self._stopped and not self._ended and (after is None or after.is_near())
 
     def _receive_from(self, source: int, message: Parts) -> list[Any]:
-        return [dist.irecv(part, group=self._group, tag=tag, group_src=source) for tag, part in message]
+        return self._keep(
+            dist.irecv(part, group=self._group, tag=tag, group_src=source) for tag, part in message
+        )
 
     def _send_to(self, to: int, message: Parts) -> list[Any]:
-        return [dist.isend(part, group=self._group, tag=tag, group_dst=to) for tag, part in message]
+        return self._keep(dist.isend(part, group=self._group, tag=tag, group_dst=to) for tag, part in message)
+
+    def _keep(self, works: Iterable[Any]) -> list[Any]:
+        kept = []
+        for work in works:
+            self._posted.append(work)
+            kept.append(work)
+        return kept
 
     def _await(self, works: Iterable[Any], until: float | None = None) -> None:
         if until is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -47,6 +47,8 @@ class _GroupState:
     rotation: rotation.Rotation | None = None  # the last one
     ring: ring.Ring | None = None
 
+
+E = TypeVar("E", bound=Exchange)
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
 _states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
@@ -316,16 +318,22 @@ class ProcessGroupTransport:
         ends = group, send, recv, self._rank, self._timeout, self._state.rotation
         # `abort` finds it before it starts, so that nothing can leave it waiting for rows.
         self._state.rotation = rounds = rotation.Rotation(*ends, as_made)
-        rounds.start()
-        return rounds
+        return self._started(rounds)
 
     def _ring(
         self, group: dist.ProcessGroup, send: Tensor, rows: Tensor, check: Callable[[int, int], None]
     ) -> Ring:
         ends = group, send, rows, self._rank, self._timeout, self._state.ring
         self._state.ring = made = Ring(*ends, check)
-        made.start()
-        return made
+        return self._started(made)
+
+    def _started(self, exchange: E) -> E:
+        exchange.start()
+        if (
+            self._state.unusable is not None
+        ):  # another thread has given the group up, and may not have seen it
+            exchange.stop()
+        return exchange
 
     def _group(self, operation: str) -> dist.ProcessGroup:
         """The group, unless it is gone or an earlier failure spoilt it."""

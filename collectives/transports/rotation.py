@@ -83,8 +83,9 @@ class Rotation(Exchange):
     ) -> None:
         super().__init__(group, send, recv, rank, timeout, after)
         self._rounds = list(rotation(rank, len(send)))
-        self._receiving: list[list[Any]] = []  # of each round
-        self._sending: list[Any] = []  # of the first one, where it needed not wait for the thread
+        # Of the first round, where it needed not wait for the thread.
+        self._receiving: list[Any] = []
+        self._sending: list[Any] = []
         self._made = [threading.Event() for _ in send] if as_made else []
         self._coming = [threading.Event() for _ in send[1:]]
 
@@ -101,29 +102,29 @@ class Rotation(Exchange):
 
     def made(self, row: int) -> None:
         """This row may be sent."""
-        if row == self._rounds[0][0] and self._may_send():
-            self._sending = self._send_row(row)
+        with self._lock:
+            if row == self._rounds[0][0] and self._may_send():
+                self._sending = self._send_row(row)
         self._made[row].set()
 
-    def stop(self) -> None:
-        super().stop()
-        for made in self._made:
-            made.set()  # of those that are not nothing will be sent
-
     def _post(self) -> None:
-        for _, source in self._rounds:
-            self._receiving.append(self._receive_from(source, parts_of(self._recv[source])))
-        if not self._made and self._may_send():
-            self._sending = self._send_row(self._rounds[0][0])
+        with self._lock:
+            if self._may_send():
+                to, source = self._rounds[0]
+                self._receiving = self._receive_row(source)
+                if not self._made:
+                    self._sending = self._send_row(to)
 
     def _exchange(self) -> None:
         late: list[Any] = []  # what the round before this one has not waited for
         until = 0.0
-        for j, (to, _) in enumerate(self._rounds):
+        for j, (to, source) in enumerate(self._rounds):
             self._go_on()
+            # No sooner: gloo sends nothing before it is waited for, so that a rank which is ahead does not
+            # get in the way of what others send in their round.
+            first, *others = (self._receiving if j == 0 else []) or self._receive_row(source)
             self._await_row(to)
             sending = (self._sending if j == 0 else []) or self._send_row(to)
-            first, *others = self._receiving[j]
             if not others:
                 self._coming[j].set()
             self._await(late, until)
@@ -137,10 +138,15 @@ class Rotation(Exchange):
         self._recv[self._rank] = self._send[self._rank]
         self._await(late, until)
 
+    def _wake(self) -> None:
+        for event in (*self._coming, *self._made):  # of rows that are not made nothing will be sent
+            event.set()
+
     def _forget(self) -> None:
         self._receiving, self._sending = [], []
-        for event in self._coming:
-            event.set()
+
+    def _receive_row(self, row: int) -> list[Any]:
+        return self._receive_from(row, parts_of(self._recv[row]))
 
     def _send_row(self, row: int) -> list[Any]:
         return self._send_to(row, parts_of(self._send[row]))

@@ -150,11 +150,13 @@ class WorkQueue:
 
 _running: weakref.WeakSet[WorkQueue] = weakref.WeakSet()
 _started: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_starting = threading.Lock()
 
 
 def join_at_exit(thread: threading.Thread) -> None:
     """The end of the interpreter waits for this thread, too, which a work may start; for at most `LEAVE`."""
-    _started.add(thread)
+    with _starting:
+        _started.add(thread)
 
 
 def _leave() -> None:
@@ -166,7 +168,9 @@ def _leave() -> None:
             f"gck: {given_up} asynchronous collectives were in flight at the end, and given up\n"
         )
     deadline = time.monotonic() + LEAVE
-    for thread in [each for each in list(_started) if each.is_alive()]:
+    with _starting:
+        alive = [thread for thread in _started if thread.is_alive()]
+    for thread in alive:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 

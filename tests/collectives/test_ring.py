@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -137,6 +138,15 @@ def test_it_stops(network: Network) -> None:
     assert made.is_completed()
     assert len(network.posted) == 8  # nothing was passed on
     gc.collect()
+    # What has been asked for may still come, and gloo's thread must find somebody who takes it.
+    assert alive() is not None
+    assert all(weak() is not None for weak in map(weakref.ref, network.posted))
+    for work in network.posted:
+        work.ends.set()
+    for thread in threading.enumerate():
+        if thread.name == "gck ring":
+            thread.join(20)
+    gc.collect()
     assert alive() is None
 
 
@@ -149,6 +159,8 @@ def test_what_is_refused_is_not_passed_on(network: Network) -> None:
     with pytest.raises(CollectiveMismatchError, match="0 0"):
         made.wait()
     assert len(network.posted) == 8
+    for work in network.posted:
+        work.ends.set()
 
 
 def test_part_ends() -> None:
@@ -157,3 +169,39 @@ def test_part_ends() -> None:
         assert ends[-1] == nbytes
         assert len(ends) == (1 if nbytes < 32 else 2)
         assert all(end % 16 == 0 for end in ends[:-1])
+
+
+def test_a_wait_that_is_too_short(network: Network) -> None:
+    """Whoever waits looks whether the group was given up, and waits on."""
+    made, _ = start(Group())
+    with pytest.raises(RuntimeError, match="timed out"):
+        made.wait(timedelta(seconds=0.01))
+    made.stop()
+    for work in network.until(8):
+        work.ends.set()
+    with pytest.raises(GroupUnusableError):
+        made.wait(timedelta(seconds=20))
+
+
+def test_a_start_that_fails(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any, **options: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(network, "isend", broken)
+    group = Group()
+    alive = weakref.ref(group)
+    send, rows = torch.zeros(NBYTES, dtype=torch.uint8), torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8)
+    made = ring.Ring(group, send, rows, RANK, 20.0, None, lambda source, part: None)
+    del group
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        made.start()
+    network.posted.clear()
+    gc.collect()
+    assert alive() is None
+    after, _ = start(Group(), made)
+    for failed in (made, after):
+        failed.await_peers()
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            failed.wait()
+    for work in network.posted:
+        work.ends.set()

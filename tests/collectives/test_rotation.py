@@ -179,30 +179,23 @@ def test_a_round_does_not_wait_for_the_last_part_before_it(
 ) -> None:
     network = Parts()
     monkeypatch.setattr(exchange, "dist", network)
-    rounds = list(rotation.rotation(1, WORLD_SIZE))
-
-    def names(kind: str, peer: int) -> list[tuple[str, int, int]]:
-        return [(kind, peer, i) for i in (1, 2, 3)]
-
-    asked = [name for _, source in rounds for name in names("recv", source)]
     first = start(Group(), nbytes=rotation.DIVIDE_FROM)
     second = start(Group(), first, nbytes=rotation.DIVIDE_FROM)
-    # Everything is asked for at once, and the first round is sent.
-    expected = [*asked, *names("send", rounds[0][0]), *asked]
-    sends, last = [9], -1  # where those of each round were posted; the last part of the one before
-    for j in range(2 * len(rounds)):
-        i = j % len(rounds)
-        if j:
-            sends.append(len(expected))
-            expected += names("send", rounds[i][0])
+
+    def round_of(to: int, source: int) -> list[tuple[str, int, int]]:
+        return [(kind, peer, i) for kind, peer in (("recv", source), ("send", to)) for i in (1, 2, 3)]
+
+    expected: list[tuple[str, int, int]] = []
+    for j in range(2 * (WORLD_SIZE - 1)):
+        i = j % (WORLD_SIZE - 1) + 1
+        expected += round_of((1 + i) % WORLD_SIZE, (1 - i) % WORLD_SIZE)
         assert network.until(len(expected)) == expected
-        receives = 3 * j if j < len(rounds) else 12 + 3 * i
         if j:  # what the round before has not waited for
-            network.end(last, *range(sends[-2], sends[-2] + 3))
-        network.end(receives, receives + 1)  # all but the last part
-        last = receives + 2
+            network.end(6 * j - 4, 6 * j - 3, 6 * j - 2, 6 * j - 1)
+        network.end(6 * j, 6 * j + 1)  # all but the last part
     first.wait()
-    for number in (last, *range(sends[-1], sends[-1] + 3)):
+    last = 6 * 2 * (WORLD_SIZE - 1)
+    for number in range(last - 4, last):
         assert not second._done.wait(0.01)
         network.end(number)
     second.wait()
