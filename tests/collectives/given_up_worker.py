@@ -1,0 +1,59 @@
+"""One rank of test_given_up.py: rank 0 gives the group up while an exchange is under way, then rank 1 sends.
+
+argv: gather or swap.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from gck.collectives import resolve
+from gck.errors import GckError
+from tests.collectives import launcher
+
+NBYTES = 8 << 20
+
+
+def cpu_seconds() -> float:
+    """Of all threads of this process but for this one."""
+    times = os.times()
+    return times.user + times.system - time.thread_time()
+
+
+if __name__ == "__main__":
+    directory, rank, _ = launcher.init(timeout=30)
+    store = dist.distributed_c10d._get_default_store()
+    transport, result = resolve(None), {}
+    message = torch.full((NBYTES,), rank, dtype=torch.uint8)
+    start = {
+        "gather": lambda: transport.start_all_gather_bytes(message),
+        "swap": lambda: transport.start_all_to_all_bytes(message.view(2, -1)),
+    }[sys.argv[2]]
+    if rank == 0:
+        threading.Timer(0.3, lambda: transport.abort("by another thread")).start()
+        began = time.monotonic()
+        try:
+            start().wait()
+        except GckError as error:
+            result = {"error": type(error).__name__, "seconds": time.monotonic() - began}
+        del message
+        store.set("given up", "")
+        store.wait(["sent"])
+        before, began = cpu_seconds(), time.monotonic()
+        time.sleep(1)
+        result["busy"] = (cpu_seconds() - before) / (time.monotonic() - began)
+        store.set("seen", "")
+    else:
+        store.wait(["given up"])
+        operation = start()
+        time.sleep(0.5)
+        store.set("sent", "")
+        store.wait(["seen"])
+    launcher.report(directory, rank, result)
+    launcher.leave()
