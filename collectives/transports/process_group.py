@@ -329,9 +329,8 @@ class ProcessGroupTransport:
 
     def _started(self, exchange: E) -> E:
         exchange.start()
-        if (
-            self._state.unusable is not None
-        ):  # another thread has given the group up, and may not have seen it
+        # Another thread may have given the group up, and not have seen this one.
+        if self._state.unusable is not None:
             exchange.stop()
         return exchange
 
