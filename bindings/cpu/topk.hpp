@@ -32,8 +32,8 @@ struct TopkJob {
 // Returns the number of residuals cleared because not finite. The lists are allocated before the
 // first write, so that std::bad_alloc from them leaves err as it was; smaller allocations follow.
 int64_t topk_compress(const TopkJob& job);
-// Writes the same entries and leaves err as it is, for half of the memory traffic. False, with the payload in
-// no state: that cannot be done without writing to err, or is not worth it.
+// Writes the same entries and leaves err as it is, for two thirds of the memory traffic. False, with the
+// payload in no state: that cannot be done without writing to err, or is not worth it.
 bool topk_preview(const TopkJob& job);
 // topk_compress of a single run, with what is asked for beside it.
 int64_t topk_compress(TopkJob job, const ResidualOptions& options);
