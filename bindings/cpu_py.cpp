@@ -161,10 +161,10 @@ void bind_cpu(py::module_& m) {
       "chunk_topk_decompress",
       [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
          int64_t chunk_size, int64_t k, int value_bits, int index_bits, Address out, int64_t numel,
-         float alpha, bool clear, bool add, int threads) {
+         float alpha, bool clear, bool add, float divisor, int threads) {
         return chunk_topk_decompress(
             {at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride, chunk_size, k,
-             value_bits, index_bits, at<float>(out), numel, alpha, clear, add},
+             value_bits, index_bits, at<float>(out), numel, alpha, clear, add, divisor},
             threads);
       },
       nogil);
@@ -177,7 +177,7 @@ void bind_cpu(py::module_& m) {
          int64_t scales_offset, int64_t indices_offset, int threads) {
         const Reduced done =
             chunk_topk_reduce({at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride,
-                               chunk_size, k, value_bits, index_bits, nullptr, numel, 1.0f, true, true},
+                               chunk_size, k, value_bits, index_bits, nullptr, numel, 1.0f, true, true, 1.0f},
                               {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_k,
                                server_value_bits, server_index_bits, at<char>(body), 0,
                                chunks_of(numel, chunk_size), scales_offset, indices_offset},

@@ -135,9 +135,10 @@ Direct chunk_topk(int64_t numel, const BodyLayout& layout, int64_t chunk_size, i
                                 {}, threads);
           },
           [=](const Fields& fields, const DecodeInto& into, int64_t, int threads) {
-            return chunk_topk_decompress({fields[0], fields[1], fields[2], 1, 0, chunk_size, k, value_bits,
-                                          index_bits, into.out, numel, into.alpha, into.clear, into.add},
-                                         threads) < 0;
+            return chunk_topk_decompress(
+                       {fields[0], fields[1], fields[2], 1, 0, chunk_size, k, value_bits, index_bits,
+                        into.out, numel, into.alpha, into.clear, into.add, 1.0f},
+                       threads) < 0;
           }};
 }
 

@@ -116,6 +116,7 @@ def chunk_topk_decompress(
     alpha: float,
     clear: bool,
     add: bool,
+    divisor: float,
     threads: int,
 ) -> int: ...
 def chunk_topk_reduce(

@@ -59,20 +59,22 @@ int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads) {
   std::vector<Entries> entries = entries_for(job.k, parts);
   if (const int64_t bad = first_bad_place(job, entries); bad >= 0) return bad;
   const int64_t chunks = chunks_of(job.numel, job.chunk_size);
-  const bool past_caches = job.clear && goes_past_caches(job.out, job.numel);
-  // Where out is written past the caches, a chunk is made elsewhere: of zeros, which moving it out leaves.
+  const bool past_caches = job.clear && goes_past_caches(job.out, job.numel, threads);
+  // Where out is written past the caches, or sums are divided on the way, a chunk is made elsewhere: of
+  // zeros, which moving it out leaves.
+  const bool moved = job.clear && (past_caches || job.divisor != 1.0f);
   std::vector<std::vector<float>> made(static_cast<size_t>(parts));
-  for (auto& chunk : made) chunk.resize(static_cast<size_t>(past_caches ? job.chunk_size : 0));
+  for (auto& chunk : made) chunk.resize(static_cast<size_t>(moved ? job.chunk_size : 0));
   for_each_part(parts, [&](int t) {
     const auto [begin, end] = part_of(chunks, parts, t, 1);
     if (job.clear) populate_fresh(job.out, begin * job.chunk_size, std::min(end * job.chunk_size, job.numel));
     for (int64_t c = begin; c < end; ++c) {
       const int64_t valid = valid_of(job, c);
       float* out = job.out + c * job.chunk_size;
-      float* put_to = past_caches ? made[static_cast<size_t>(t)].data() : out;
-      if (job.clear && !past_caches) std::fill_n(out, valid, 0.0f);
+      float* put_to = moved ? made[static_cast<size_t>(t)].data() : out;
+      if (job.clear && !moved) std::fill_n(out, valid, 0.0f);
       isa.chunk_topk_put(job, entries[static_cast<size_t>(t)].arrays(), c, put_to);
-      if (past_caches) isa.sparse_move_out(put_to, out, valid, 1.0f, true);
+      if (moved) isa.sparse_move_out(put_to, out, valid, job.divisor, past_caches);
     }
     if (past_caches) isa.sparse_settle();
   });

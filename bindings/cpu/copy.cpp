@@ -12,7 +12,6 @@ namespace gck {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPastCaches = 8 << 20;  // bytes
 
 #if defined(__SSE2__)
 void copy_past_caches(char* to, const char* from, int64_t nbytes) {
@@ -47,7 +46,7 @@ void copy_large(void* to, const void* from, int64_t nbytes, int threads) {
     const auto [begin, end] = part_of(nbytes, parts, t, kLine);
     char* place = static_cast<char*>(to) + begin;
     const char* source = static_cast<const char*>(from) + begin;
-    if (nbytes >= kPastCaches) return copy_past_caches(place, source, end - begin);
+    if (is_past_caches(nbytes / 4, threads)) return copy_past_caches(place, source, end - begin);
     std::memcpy(place, source, static_cast<size_t>(end - begin));
   });
 }

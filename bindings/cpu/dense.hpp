@@ -3,26 +3,23 @@
 
 #include <algorithm>
 
+#include "cpu/copy.hpp"
 #include "cpu/isa/leaves.hpp"
 #include "cpu/scratch.hpp"
 #include "cpu/threads.hpp"
 
 namespace gck {
 
-// From this many entries on, a result is written past the caches: it would not stay there, and writing
-// through them reads first what is overwritten.
-constexpr int64_t kPastCaches = 1 << 21;
-
 // Of a result that is written without being read: whether past the caches, which takes aligned vectors of 16.
-inline bool goes_past_caches(const float* out, int64_t numel) {
-  return numel >= kPastCaches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+inline bool goes_past_caches(const float* out, int64_t numel, int threads) {
+  return is_past_caches(numel, threads) && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 // Calls decode(begin, end) of chunks [begin, end) on every thread, when `into` says how they are written.
 template <typename Decode>
 void decode_dense(DecodeInto& into, int64_t chunk_size, int threads, Decode decode) {
   const bool written = into.clear || !into.add;
-  into.past_caches = written && goes_past_caches(into.out, into.numel);
+  into.past_caches = written && goes_past_caches(into.out, into.numel, threads);
   const int parts = parts_for(into.numel, threads);
   const int64_t chunks = (into.numel + chunk_size - 1) / chunk_size;
   for_each_part(parts, [&](int t) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/copy.hpp"
 #include "cpu/isa/leaves.hpp"
 #include "cpu/round.hpp"
 #include "cpu/scratch.hpp"
@@ -13,8 +14,6 @@ namespace {
 
 constexpr int64_t kTile = 2048;   // elements that stay in the nearest cache until their picks are done
 constexpr int64_t kBatch = 1024;  // strata whose numbers are drawn together
-// From this many entries on, out is written past the caches: it would not stay there.
-constexpr int64_t kPastCaches = 1 << 21;
 
 uint64_t number(uint64_t seed, uint64_t i) {
   uint64_t drawn[kDrawn];
@@ -148,9 +147,8 @@ int64_t compress(const RandomKJob& job, const Strata& strata, int threads) {
 }
 
 template <Dtype D>
-void decompress(const RandomKDecode& job, const Strata& strata, Range part) {
+void decompress(const RandomKDecode& job, const Strata& strata, Range part, bool past_caches) {
   const Leaves& isa = leaves();
-  const bool past_caches = strata.numel >= kPastCaches;
   if (job.clear) populate_fresh(job.out, part.begin, part.end);
   alignas(64) float tile[kTile] = {};
   for_each_batch(strata, part, [&](const Batch& b) {
@@ -199,15 +197,16 @@ int64_t random_k_compress(const RandomKJob& job, const Strata& strata, int threa
 
 void random_k_decompress(const RandomKDecode& job, const Strata& strata, int threads) {
   const int parts = parts_for(strata.numel, threads);
+  const bool past_caches = is_past_caches(strata.numel, threads);
   for_each_part(parts, [&](int t) {
     const Range part = part_of(strata.numel, parts, t, 16);
     switch (job.value_dtype) {
       case Dtype::bf16:
-        return decompress<Dtype::bf16>(job, strata, part);
+        return decompress<Dtype::bf16>(job, strata, part, past_caches);
       case Dtype::fp16:
-        return decompress<Dtype::fp16>(job, strata, part);
+        return decompress<Dtype::fp16>(job, strata, part, past_caches);
       default:
-        return decompress<Dtype::fp32>(job, strata, part);
+        return decompress<Dtype::fp32>(job, strata, part, past_caches);
     }
   });
 }

@@ -92,7 +92,7 @@ template <typename Index, Dtype D, bool Add>
 void write(const SparseJob& job, Range part, int64_t* next) {
   const Leaves& isa = leaves();
   const auto rows = static_cast<int64_t>(job.rows.size());
-  const bool past_caches = job.numel >= kPastCaches;
+  const bool past_caches = is_past_caches(job.numel, job.threads);
   populate_fresh(job.out, part.begin, part.end);
   const int64_t share = (kTileMade / rows + 15) / 16 * 16;
   alignas(kLine) float tiles[2 * kTileMade];

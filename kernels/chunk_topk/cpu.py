@@ -69,15 +69,27 @@ def decompress_(
 
 
 def decompress_sum_(
-    compressor: ChunkTopK, out: Tensor, bodies: Tensor, layout: Layout, alpha: float, accumulate: bool
+    compressor: ChunkTopK,
+    out: Tensor,
+    bodies: Tensor,
+    layout: Layout,
+    alpha: float,
+    accumulate: bool,
+    divisor: int = 1,
 ) -> None:
-    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order.
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order; then out /= divisor,
+    which is 1 where `accumulate`.
 
     Chunk by chunk, so that a dense chunk stays in the nearest cache while the ranks are walked.
     """
     fields = layout.views(bodies[0])
     ranks, stride = bodies.shape[0], bodies.stride(0)
-    _decompress(compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True)
+    _decompress(
+        compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True, divisor=divisor
+    )
+
+
+decompress_mean_ = decompress_sum_
 
 
 def _decompress(
@@ -90,6 +102,7 @@ def _decompress(
     *,
     clear: bool,
     add: bool,
+    divisor: int = 1,
 ) -> None:
     values, scales, indices = fields
     bad = load().chunk_topk_decompress(
@@ -107,6 +120,7 @@ def _decompress(
         alpha,
         clear,
         add,
+        float(divisor),
         num_threads(),
     )
     _refuse(compressor, bad, out.numel(), ranks)

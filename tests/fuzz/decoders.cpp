@@ -138,8 +138,21 @@ void chunk_topk(Input& input, bool reduce) {
               scales = input.field(c.ranks, stride, scales_size),
               indices = input.field(c.ranks, stride, indices_size);
   const Floats out = floats(c.numel);
-  ChunkTopkDecode job{values.data(), scales.data(), indices.data(), c.ranks, stride,  size,    k,
-                      bits,          index_bits,    out.get(),      c.numel, c.alpha, c.clear, c.add};
+  ChunkTopkDecode job{values.data(),
+                      scales.data(),
+                      indices.data(),
+                      c.ranks,
+                      stride,
+                      size,
+                      k,
+                      bits,
+                      index_bits,
+                      out.get(),
+                      c.numel,
+                      c.alpha,
+                      c.clear,
+                      c.add,
+                      c.clear ? static_cast<float>(input.option(9, 1, 8)) : 1.0f};
   if (!reduce) {
     if (chunk_topk_decompress(job, kThreads) >= 0) require_untouched(out, c.numel);
     return;

@@ -170,6 +170,21 @@ def test_the_sum_of_signs_is_that_of_one_after_the_other(
     assert out.intact()
 
 
+@pytest.mark.parametrize("n", [4999, (1 << 21) + 33])  # and past the caches
+@pytest.mark.parametrize(
+    "compressor", [*COMPRESSORS, gck.TopK(0.01), gck.TopK(0.01, value_bits=4), gck.RandomK(0.01)], ids=str
+)
+def test_a_mean_is_the_sum_divided(compressor: Any, n: int) -> None:
+    ranks = 3
+    bodies = payloads(compressor, ranks, n, n, "few nonfinite")
+    got, wanted = Guarded.of(torch.full((n,), 7.0)), torch.zeros(n)
+    compressor.decompress_mean_(got.inner, bodies, ranks)
+    for body in bodies:
+        compressor.decompress_(wanted, body, accumulate=True)
+    assert same_bytes(one_nan(got.inner), one_nan(wanted / ranks))
+    assert got.intact()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [1, 3, 8, 64])
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)

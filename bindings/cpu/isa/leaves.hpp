@@ -77,8 +77,9 @@ struct ChunkTopkDecode {
   float* out;
   int64_t numel;
   float alpha;
-  bool clear;  // out starts from zero
-  bool add;    // entries are added to what is there, else written over it
+  bool clear;     // out starts from zero
+  bool add;       // entries are added to what is there, else written over it
+  float divisor;  // of the sums, where `clear`
 };
 
 // One thread's working memory for the entries of a rank's chunk: room for k + 32 each.
