@@ -69,10 +69,10 @@ class Exchange(ABC):
         """Posts what may be received and sent at once; the rest follows on a thread."""
         try:
             self._post()
-            # No daemon: such a thread that comes back from C++ when the interpreter has ended takes it down.
-            # The interpreter joins others before it ends, but not those that a daemon starts after that.
+            # A daemon, or the interpreter would wait for it as long as for what never comes; joined at exit,
+            # since one that comes back from C++ when the interpreter has ended takes it down.
             name = f"gck {type(self).__name__.lower()}"
-            thread = threading.Thread(target=self._run, name=name, daemon=False)
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
             join_at_exit(thread)
             thread.start()
         except BaseException as error:
@@ -110,7 +110,7 @@ class Exchange(ABC):
         """Waits until peers have begun to send what they send first, or nothing more will come."""
 
     def stop(self) -> None:
-        """Nothing more is sent, of this one and those before it; what is under way may last its timeout."""
+        """Nothing more is sent, of this one and those before it: connections are about to be closed."""
         self._stopped, after = True, self._after
         self._wake()
         if after is not None:
@@ -138,11 +138,13 @@ class Exchange(ABC):
             error = raised
         self._end(error)
         if error is not None:
-            # What comes for a receive that nobody holds any more keeps gloo's thread busy for ever.
+            # What comes for a receive that nobody holds any more keeps gloo's thread busy for ever; after
+            # `stop` nothing comes.
             until = time.monotonic() + self._timeout
             for work in self._posted:
-                with suppress(BaseException):
-                    self._await([work], until)
+                if not self._stopped:
+                    with suppress(BaseException):
+                        self._await([work], until)
         self._let_go()
 
     def _end(self, error: BaseException | None) -> None:

@@ -6,7 +6,7 @@ torch reports failures as RuntimeError with a text; gloo's texts, seen with torc
                               "Broken pipe", "Connection refused"; at once, on every operation
     our wait expired          "Operation timed out!"
     the group's own timeout   "Timed out waiting 3000ms for recv operation to complete" (or send)
-    any call after a timeout  "Application timeout caused pair closure"
+    any call after a timeout  "Application timeout caused pair closure"; of any operation of this rank
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def typed_error(where: str, error: BaseException, elapsed: float) -> CollectiveE
     text = str(error).partition(". This is typically caused")[0].strip()
     if PEER_TEXT.search(text) or isinstance(error, ConnectionError):
         return PeerLostError(f"{where}: a peer was lost after {elapsed:.1f} s ({text})")
+    if "pair closure" in text:
+        return CollectiveTimeoutError(f"{where}: another operation had no answer in time ({text})")
     if TIMEOUT_TEXT.search(text):
         return CollectiveTimeoutError(f"{where}: no answer within {elapsed:.1f} s ({text})")
     return CollectiveError(f"{where}: failed after {elapsed:.1f} s ({text})")

@@ -1,13 +1,11 @@
 """A torch.distributed ProcessGroup as a transport: gloo on the CPU, nccl and others on devices.
 
 After a timeout gloo's threads may still write into the tensors of the operation, so the caller must
-never pass memory whose content matters after a failure. They also hold up the end of the process until
-the group's own timeout has passed: give `init_process_group` a short one rather than each call.
+never pass memory whose content matters after a failure.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -24,15 +22,14 @@ from torch import Tensor
 from gck.collectives.transports import CallLog, Done, Started, check_timeout, ring, rotation
 from gck.collectives.transports.exchange import Exchange
 from gck.collectives.transports.failures import typed_error
+from gck.collectives.transports.gloo import close_connections
+from gck.collectives.transports.operation import Operation, end_all
 from gck.collectives.transports.ring import Ring
 from gck.errors import CollectiveMismatchError, GroupUnusableError
 
 __all__ = ["ProcessGroupTransport"]
 
 INTERRUPTIBLE = 0.25  # seconds that Ctrl-C may have to wait for
-# gloo takes a message that is shorter than what is waited for, without a word. Where these bytes are still at
-# the end of a row, nothing has come there. They differ between processes: no peer can happen to send them.
-_UNTOUCHED = int.from_bytes(os.urandom(8), "little", signed=True)
 # all_gather_into_tensor was renamed; the old name warns where the new one exists.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -52,94 +49,6 @@ E = TypeVar("E", bound=Exchange)
 
 # Keyed weakly: the state must not keep a destroyed group, and its sockets, alive.
 _states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
-# Operations on CPU tensors that are under way, on any group, and those that have ended since the last start.
-# gloo's threads let go of an operation's tensors some time after `wait` returned; who lets go last needs the
-# interpreter's lock, and in a process that is about to end, a thread that waits for the lock aborts it.
-_held: list[_Operation] = []
-_holding = threading.Lock()
-
-
-@dataclass(eq=False)
-class _Operation:
-    """One operation; `result` makes what it returns from its tensors."""
-
-    transport: ProcessGroupTransport
-    name: str
-    tensors: tuple[Tensor, ...]
-    result: Callable[[], Tensor]
-    last_words: list[Tensor] = field(default_factory=list)  # of each part, those of each row that is received
-    work: Any = None  # keeps the group's sockets open
-    ended: bool = False
-    began: float = field(default_factory=time.monotonic)
-
-    def receiving(self, rows: Tensor, ends: list[int]) -> _Operation:
-        """(W, n) bytes that come in parts that end there, and must be whole; on devices nobody looks."""
-        if self.transport._gloo and rows.device.type == "cpu" and rows.shape[1] % 8 == 0:
-            words = rows.view(torch.int64)
-            self.last_words = [words[:, end // 8 - 1].fill_(_UNTOUCHED) for end in ends]
-        return self
-
-    def post(self, send: Callable[[], None]) -> None:
-        """Calls what may fail as the operation does."""
-        try:
-            send()
-        except BaseException as error:
-            self._failed(error)
-
-    def start(self, begin: Callable[[], Any]) -> _Operation:
-        with _holding:
-            _held[:] = [operation for operation in _held if not operation.ended]
-            if self.tensors[0].device.type == "cpu":
-                _held.append(self)
-        try:
-            self.work = begin()
-        except BaseException as error:
-            self._failed(error)
-        return self
-
-    def wait(self) -> Tensor:
-        """Its result; failures become typed errors. Bounded by the transport's timeout, from now on."""
-        work = self.work
-        try:
-            if self.ended:  # another thread gave the group up: nothing has come
-                self.transport._check_usable()
-            if work is not None:
-                self.transport._poll(work, time.monotonic())
-            self._check_whole()
-        except BaseException as error:
-            self._failed(error)
-        self.end()
-        return self.result()
-
-    def _check_whole(self) -> None:
-        for words in [part.tolist() for part in self.last_words]:
-            if _UNTOUCHED in words:
-                raise self._too_short(words.index(_UNTOUCHED))
-
-    def check_part(self, row: int, part: int) -> None:
-        """Raises unless this part of a row is whole; for those who pass it on."""
-        if self.last_words and int(self.last_words[part][row]) == _UNTOUCHED:
-            raise self._too_short(row)
-
-    def _too_short(self, peer: int) -> CollectiveMismatchError:
-        return CollectiveMismatchError(
-            f"{self.name} on {self.transport._place()}: rank {peer} sent less than was waited for: it calls "
-            "something else, or the same on another size. The group cannot be used any more"
-        )
-
-    def await_peers(self) -> None:
-        """See `gck.collectives.transports.await_peers`; of gloo's own operations it is not known."""
-        work = self.work  # another thread may give the group up
-        if isinstance(work, Exchange):
-            work.await_peers()
-
-    def end(self) -> None:
-        self.ended, self.work = True, None
-
-    def _failed(self, error: BaseException) -> NoReturn:
-        self.end()
-        # Since it was started: it may have timed out before anybody waited.
-        self.transport._spoil(self.name, error, time.monotonic() - self.began)
 
 
 class ProcessGroupTransport:
@@ -203,7 +112,7 @@ class ProcessGroupTransport:
         local = _onto(group, send)
         recv = local.new_empty(self._world_size * local.numel())
         rows = recv.view(self._world_size, -1)
-        operation = _Operation(self, "all_gather", (local, recv), lambda: rows.to(send.device))
+        operation = Operation(self, "all_gather", (local, recv), lambda: rows.to(send.device))
         if self._is_long(local):
             ends = ring.part_ends(local.numel())
             operation.receiving(rows, ends)
@@ -217,7 +126,7 @@ class ProcessGroupTransport:
             return Done(send.clone())
         local = _onto(group, send)
         recv = torch.empty_like(local)
-        operation = _Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
+        operation = Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
         if self._is_long(local[0]):
             operation.receiving(recv, rotation.part_ends(local.shape[1]))
             return operation.start(partial(self._rotation, group, local, recv))
@@ -231,7 +140,7 @@ class ProcessGroupTransport:
                 make(row)
             return self.start_all_to_all_bytes(send)
         group, recv = self._group("all_to_all"), torch.empty(send.shape, dtype=send.dtype)
-        operation = _Operation(self, "all_to_all", (send, recv), lambda: recv)
+        operation = Operation(self, "all_to_all", (send, recv), lambda: recv)
         operation.receiving(recv, rotation.part_ends(send.shape[1]))
         try:
             operation.start(partial(self._rotation, group, send, recv, as_made=True))
@@ -255,7 +164,7 @@ class ProcessGroupTransport:
         if self._world_size == 1 or tensor.numel() == 0:
             return
         local = _onto(group, tensor)
-        operation = _Operation(self, "all_reduce", (local,), lambda: local)
+        operation = Operation(self, "all_reduce", (local,), lambda: local)
         operation.start(lambda: dist.all_reduce(local, group=group, async_op=True)).wait()
         if local is not tensor:
             tensor.copy_(local)
@@ -293,13 +202,9 @@ class ProcessGroupTransport:
     def abort(self, reason: str) -> None:
         group = self._state.group()
         self._state.unusable = self._state.unusable or f"aborted: {reason}"
-        for exchange in (self._state.rotation, self._state.ring):
-            if exchange is not None:
-                exchange.stop()
-        for operation in list(_held):
-            if operation.transport._state is self._state:
-                operation.end()  # nobody will wait for it
-        # NCCL stops its kernels; gloo ignores it, and its peers wait for their own timeout.
+        end_all(self._state)
+        self._close()
+        # NCCL stops its kernels; gloo ignores it.
         if group is not None and hasattr(group, "abort"):
             group.abort()
         self.calls.queue.end()
@@ -351,12 +256,27 @@ class ProcessGroupTransport:
             raise error
         if isinstance(error, CollectiveMismatchError):
             self._state.unusable = self._state.unusable or str(error)
+            self._close()
             raise error
+        if self._state.unusable is not None and isinstance(error, RuntimeError | OSError):
+            raise GroupUnusableError(
+                f"{operation} on {self._place()}: the group was given up meanwhile ({self._state.unusable})"
+            ) from error
         typed = typed_error(f"{operation} on {self._place()}", error, elapsed)
-        self._state.unusable = self._state.unusable or str(typed or repr(error))
+        self._state.unusable = str(typed or repr(error))
+        self._close()
         if typed is None:
             raise error
         raise typed from error
+
+    def _close(self) -> None:
+        """Closes gloo's connections, where the group cannot be used any more."""
+        for exchange in (self._state.rotation, self._state.ring):
+            if exchange is not None:
+                exchange.stop()
+        group = self._state.group()
+        if group is not None and self._gloo:
+            close_connections(group, self._rank, self._world_size)
 
     def _place(self) -> str:
         """This rank of the group; and of all, where the group is a part of them, as a tier is."""

@@ -77,8 +77,8 @@ def decompress_sum_(
     accumulate: bool,
     divisor: int = 1,
 ) -> None:
-    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order; then out /= divisor,
-    which is 1 where `accumulate`.
+    """out (+)= alpha * each of `bodies`, (W, nbytes) uint8 with this layout, in row order; then
+    out /= divisor, which is 1 where `accumulate`.
 
     Chunk by chunk, so that a dense chunk stays in the nearest cache while the ranks are walked.
     """

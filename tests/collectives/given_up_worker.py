@@ -1,6 +1,6 @@
-"""One rank of test_given_up.py: rank 0 gives the group up while an exchange is under way, then rank 1 sends.
+"""One rank of test_given_up.py: rank 0 gives the group up while an exchange is under way; rank 1 joins.
 
-argv: gather or swap.
+argv: gather or swap; or fail: all ranks have no memory as they decode a first piece, and end as programs do.
 """
 
 from __future__ import annotations
@@ -9,15 +9,24 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gck.collectives import resolve
+from gck.collectives import all_reduce_, resolve
 from gck.errors import GckError
+from gck.kernels.sign import Sign
 from tests.collectives import launcher
 
 NBYTES = 8 << 20
+
+
+class Exhausted(Sign):
+    """Has no memory to decode."""
+
+    def decompress_mean_(self, *args: Any, **options: Any) -> None:
+        raise MemoryError
 
 
 def cpu_seconds() -> float:
@@ -27,9 +36,17 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    directory, rank, _ = launcher.init(timeout=30)
+    directory, rank, _ = launcher.init(timeout=60)
     store = dist.distributed_c10d._get_default_store()
     transport, result = resolve(None), {}
+    if sys.argv[2] == "fail":
+        began = time.monotonic()
+        try:
+            all_reduce_(torch.ones(1 << 24), None, Exhausted(64), algorithm="one_phase", piece_numel=1 << 21)
+        except (GckError, MemoryError) as error:
+            result = {"error": type(error).__name__, "seconds": time.monotonic() - began}
+        launcher.report(directory, rank, result)
+        sys.exit()
     message = torch.full((NBYTES,), rank, dtype=torch.uint8)
     start = {
         "gather": lambda: transport.start_all_gather_bytes(message),
@@ -51,8 +68,11 @@ if __name__ == "__main__":
         store.set("seen", "")
     else:
         store.wait(["given up"])
-        operation = start()
-        time.sleep(0.5)
+        began = time.monotonic()
+        try:
+            start().wait()
+        except GckError as error:
+            result = {"error": type(error).__name__, "seconds": time.monotonic() - began}
         store.set("sent", "")
         store.wait(["seen"])
     launcher.report(directory, rank, result)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gck.collectives import SimulatedGroup, Transport, all_reduce_, resolve
-from gck.collectives.transports import process_group
+from gck.collectives.transports import operation, process_group
 from gck.errors import GroupUnusableError
 from gck.kernels.sign import Sign
 from tests.collectives import scenarios
@@ -48,7 +48,7 @@ def test_abort_makes_a_process_group_unusable(tmp_path: Path, monkeypatch: pytes
         assert transport.with_timeout(3).timeout == 3
         assert isinstance(transport, process_group.ProcessGroupTransport)
         recv = torch.zeros(9)
-        under_way = process_group._Operation(transport, "all_gather", (recv,), lambda: recv).start(object)
+        under_way = operation.Operation(transport, "all_gather", (recv,), lambda: recv).start(object)
         transport.abort("no reason")
         transport.abort("again")
         with pytest.raises(GroupUnusableError, match="aborted: no reason"):

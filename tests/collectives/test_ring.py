@@ -137,17 +137,11 @@ def test_it_stops(network: Network) -> None:
         made.wait()
     assert made.is_completed()
     assert len(network.posted) == 8  # nothing was passed on
-    gc.collect()
-    # What has been asked for may still come, and gloo's thread must find somebody who takes it.
-    assert alive() is not None
-    assert all(weak() is not None for weak in map(weakref.ref, network.posted))
-    for work in network.posted:
-        work.ends.set()
     for thread in threading.enumerate():
         if thread.name == "gck ring":
             thread.join(20)
     gc.collect()
-    assert alive() is None
+    assert alive() is None  # connections are closed: nothing comes that somebody must take
 
 
 def test_what_is_refused_is_not_passed_on(network: Network) -> None:
