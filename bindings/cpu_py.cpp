@@ -39,6 +39,20 @@ gck::ResidualOptions residual_of(const Options& options) {
   return {decay, at<float>(clip), at<double>(statistics)};
 }
 
+gck::TopkJob topk_job(Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values,
+                      int value_dtype, Address indices, bool wide_indices, Address hint, int threads) {
+  const gck::TopkRun run{at<void>(grad), gck::Dtype{grad_dtype}, at<float>(err), numel};
+  return {{run},
+          numel,
+          k,
+          at<void>(values),
+          gck::Dtype{value_dtype},
+          at<void>(indices),
+          wide_indices,
+          at<int32_t>(hint),
+          threads};
+}
+
 int64_t chunks_of(int64_t numel, int64_t chunk_size) { return (numel + chunk_size - 1) / chunk_size; }
 
 }  // namespace
@@ -59,16 +73,8 @@ void bind_cpu(py::module_& m) {
       "topk_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values, int value_dtype,
          Address indices, bool wide_indices, Address hint, int threads, const Options& options) {
-        const TopkRun run{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel};
-        return topk_compress({{run},
-                              numel,
-                              k,
-                              at<void>(values),
-                              Dtype{value_dtype},
-                              at<void>(indices),
-                              wide_indices,
-                              at<int32_t>(hint),
-                              threads},
+        return topk_compress(topk_job(grad, grad_dtype, err, numel, k, values, value_dtype, indices,
+                                      wide_indices, hint, threads),
                              residual_of(options));
       },
       nogil);
@@ -77,16 +83,8 @@ void bind_cpu(py::module_& m) {
       "topk_preview",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, Address values, int value_dtype,
          Address indices, bool wide_indices, int threads) {
-        const TopkRun run{at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel};
-        return topk_preview({{run},
-                             numel,
-                             k,
-                             at<void>(values),
-                             Dtype{value_dtype},
-                             at<void>(indices),
-                             wide_indices,
-                             nullptr,
-                             threads});
+        return topk_preview(topk_job(grad, grad_dtype, err, numel, k, values, value_dtype, indices,
+                                     wide_indices, 0, threads));
       },
       nogil);
 

@@ -40,9 +40,11 @@ def compress_(
         options = {"hint": hint, "clip": clip, "stats": stats}
         coded.compress_(compress_, compressor, grad, err, bodies, nonfinite, **options)
         return
-    cleared = _compress(
-        compressor.layout(grad.numel()),
-        *(grad, err, bodies, hint, residual_options(compressor, clip, stats)),
+    cleared = load().topk_compress(
+        *_job(compressor.layout(grad.numel()), grad, err, bodies),
+        0 if hint is None else hint.data_ptr(),
+        num_threads(),
+        residual_options(compressor, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared
@@ -52,48 +54,28 @@ def preview_(compressor: TopK, grad: Tensor, err: Tensor, bodies: Tensor) -> boo
     """See `gck.compressor.preview_`."""
     if not compressor.is_plain:
         return coded.preview_(preview_, compressor, grad, err, bodies)
-    values, indices = compressor.layout(grad.numel()).fields
-    body = bodies.data_ptr()
-    done: bool = load().topk_preview(
-        grad.data_ptr(),
-        DTYPE_CODE[grad.dtype],
-        err.data_ptr(),
-        grad.numel(),
-        values.count,
-        body,
-        DTYPE_CODE[values.dtype],
-        body + indices.offset,
-        indices.dtype == torch.int64,
-        num_threads(),
-    )
+    job = _job(compressor.layout(grad.numel()), grad, err, bodies)
+    done: bool = load().topk_preview(*job, num_threads())
     return done
 
 
-def _compress(
-    layout: Layout,
-    grad: Tensor,
-    err: Tensor,
-    bodies: Tensor,
-    hint: Tensor | None,
-    options: tuple[float, int, int] | None,
-) -> int:
+def _job(
+    layout: Layout, grad: Tensor, err: Tensor, body: Tensor
+) -> tuple[int, int, int, int, int, int, int, int, bool]:
+    """What the kernel is told of one vector and its payload."""
     values, indices = layout.fields
-    body = bodies.data_ptr()
-    cleared: int = load().topk_compress(
+    start = body.data_ptr()
+    return (
         grad.data_ptr(),
         DTYPE_CODE[grad.dtype],
         err.data_ptr(),
         grad.numel(),
         values.count,
-        body,
+        start,
         DTYPE_CODE[values.dtype],
-        body + indices.offset,
+        start + indices.offset,
         indices.dtype == torch.int64,
-        0 if hint is None else hint.data_ptr(),
-        num_threads(),
-        options,
     )
-    return cleared
 
 
 def compress_flat_(
