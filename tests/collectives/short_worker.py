@@ -6,6 +6,8 @@ argv: elements, and which part of the message is too short.
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ if __name__ == "__main__":
     directory, rank, _ = launcher.init(timeout=30)
     numel, short = int(sys.argv[2]), int(sys.argv[3])
     rotation.ROTATE_FROM = 0
-    result = {}
+    result: dict[str, object] = {}
     grad, state = torch.randn(numel), ErrorFeedback()
     if rank == 0:
         state.worker_for(grad).normal_()
@@ -47,5 +49,9 @@ if __name__ == "__main__":
             dist.isend(part[:SHORT] if i == short else part, group_dst=0, tag=tag).wait()
         for part in received:
             part.wait()
+        began = time.monotonic()
+        with suppress(RuntimeError):
+            dist.recv(message, group_src=0)  # which rank 0 will not send
+        result["told"] = time.monotonic() - began
     launcher.report(directory, rank, result)
     launcher.leave()
