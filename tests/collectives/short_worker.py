@@ -54,4 +54,7 @@ if __name__ == "__main__":
             dist.recv(message, group_src=0)  # which rank 0 will not send
         result["told"] = time.monotonic() - began
     launcher.report(directory, rank, result)
+    until = time.monotonic() + 20
+    while not (directory / "1.json").exists() and time.monotonic() < until:
+        time.sleep(0.05)  # rank 0 is there, with its connections
     launcher.leave()
