@@ -38,6 +38,7 @@ SLOW = 7e-9  # seconds that a link takes for the bytes of an element; computing 
 MOST = 8  # pieces that are chosen
 UNDER_WAY = 16  # pieces, whoever chose them: each may have a thread
 LEAST = 32 << 10  # bytes of a piece's message
+SHORTEST = 2.5e-3  # seconds that it takes; less, and its rounds and calls take longer than what they hide
 
 
 class Slice(NamedTuple):
@@ -85,9 +86,9 @@ def choose_piece_numel(
 
     Pieces hide the time to compute behind that of a slow link, and cost more of it: each is a few calls and
     rounds. They pay where bytes take longer than computing does, by docs/collectives.md's measurements from
-    `SLOW` on, as long as a message keeps `LEAST` bytes. Not on devices, in worlds of one, or for compressors
-    whose vectors cannot be cut; for one of these that previews (see `gck.compressor.preview_`) all is one
-    piece, which says that links are slow.
+    `SLOW` on, as long as a message keeps `LEAST` bytes and takes `SHORTEST`. Not on devices, in worlds of one,
+    or for compressors whose vectors cannot be cut; for one of these that previews (see
+    `gck.compressor.preview_`) all is one piece, which says that links are slow.
 
     Args:
         numel: elements; between nodes of L ranks those of a shard, an L-th.
@@ -120,7 +121,7 @@ def choose_piece_numel(
         return numel if previews(compressor) else 0
     shards = world_size if cost.algorithm == "two_phase" else 1
     message = compressor.layout(shard_numel(numel, unit, shards)).nbytes
-    pieces = min(message // LEAST, MOST)
+    pieces = min(message // LEAST, int(message / link.bandwidth / SHORTEST), MOST)
     return -(-numel // pieces) if pieces > 1 else 0
 
 

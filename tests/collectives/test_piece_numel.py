@@ -10,6 +10,7 @@ import torch
 from gck.collectives import Link, SimulatedGroup, all_reduce_, choose_piece_numel
 from gck.errors import ArgumentError, DtypeError
 from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 
@@ -36,6 +37,9 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
         (Sign(256), 25_000_000, 2, 1e8, 8),  # one phase
         (Sign(256), 25_000_000, 4, 1e9, 1),  # the link is as fast as the processors
         (Sign(256), 100_000, 4, 1e6, 1),  # messages are small
+        (Quantize(8), 1 << 20, 4, 1e9, 1),  # they take 2.2 ms
+        (Quantize(8), 4 << 20, 4, 1e9, 3),
+        (Quantize(8), 25_000_000, 4, 1e9, 8),
         (ChunkTopK(k=64, chunk_size=4096, value_bits=2), 4 << 20, 4, 1e8, 3),
         (TopK(ratio=0.01, decay=0.9), 25_000_000, 4, 1e8, 1),
         (Sign(256), 25_000_000, 1, 1e8, 1),
