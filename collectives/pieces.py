@@ -86,8 +86,8 @@ def choose_piece_numel(
 
     Pieces hide the time to compute behind that of a slow link, and cost more of it: each is a few calls and
     rounds. They pay where bytes take longer than computing does, by docs/collectives.md's measurements from
-    `SLOW` on, as long as a message keeps `LEAST` bytes and takes `SHORTEST`. Not on devices, in worlds of one,
-    or for compressors whose vectors cannot be cut; for one of these that previews (see
+    `SLOW` on, as long as a message keeps `LEAST` bytes and takes `SHORTEST`. Not on devices, in worlds of
+    one, or for compressors whose vectors cannot be cut; for one of these that previews (see
     `gck.compressor.preview_`) all is one piece, which says that links are slow.
 
     Args:
