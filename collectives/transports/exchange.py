@@ -138,8 +138,8 @@ class Exchange(ABC):
             error = raised
         self._end(error)
         if error is not None:
-            # What comes for a receive that nobody holds any more keeps gloo's thread busy for ever; after
-            # `stop` nothing comes.
+            # What comes for a receive that nobody holds any more keeps gloo's thread busy for ever. After
+            # `stop` connections are closed.
             until = time.monotonic() + self._timeout
             for work in self._posted:
                 if not self._stopped:

@@ -75,7 +75,7 @@ class Operation:
             if self.ended:  # another thread gave the group up: nothing has come
                 self.transport._check_usable()
             if work is not None:
-                self.transport._poll(work, time.monotonic())
+                self.transport._poll(work, time.monotonic(), self.tensors[0].device)
             self._check_whole()
         except BaseException as error:
             self._failed(error)

@@ -22,7 +22,7 @@ from torch import Tensor
 from gck.collectives.transports import CallLog, Done, Started, check_timeout, ring, rotation
 from gck.collectives.transports.exchange import Exchange
 from gck.collectives.transports.failures import typed_error
-from gck.collectives.transports.gloo import close_connections
+from gck.collectives.transports.gloo import carries_cpu_tensors, close_connections
 from gck.collectives.transports.operation import Operation, end_all
 from gck.collectives.transports.ring import Ring
 from gck.errors import CollectiveMismatchError, GroupUnusableError
@@ -61,7 +61,9 @@ class ProcessGroupTransport:
     def __init__(self, state: _GroupState, timeout: float) -> None:
         self._state = state
         self._timeout = timeout
-        self._gloo = dist.get_backend(state.group()) == "gloo"
+        group: Any = state.group()
+        self._gloo = carries_cpu_tensors(group)
+        self._only_gloo = dist.get_backend(group) == "gloo"
         self._rank: int = dist.get_rank(state.group())
         self._world_size: int = dist.get_world_size(state.group())
 
@@ -263,7 +265,7 @@ class ProcessGroupTransport:
                 f"{operation} on {self._place()}: the group was given up meanwhile ({self._state.unusable})"
             ) from error
         typed = typed_error(f"{operation} on {self._place()}", error, elapsed)
-        self._state.unusable = str(typed or repr(error))
+        self._state.unusable = self._state.unusable or str(typed or repr(error))
         self._close()
         if typed is None:
             raise error
@@ -285,11 +287,11 @@ class ProcessGroupTransport:
             return place
         return f"{place} (rank {dist.get_rank()} of all {dist.get_world_size()})"
 
-    def _poll(self, work: Any, began: float) -> None:
+    def _poll(self, work: Any, began: float, device: torch.device) -> None:
         # A daemon thread that comes back from C++ into an interpreter that has ended takes the process down:
         # such a thread looks now and then, and leaves when the group is aborted.
         daemon = threading.current_thread().daemon
-        if self._gloo and not daemon:
+        if (self._only_gloo or (self._gloo and device.type == "cpu")) and not daemon:
             self._wait(work, began)
             return
         # Device backends order `wait` on the stream only; we must know that the bytes arrived before

@@ -1,6 +1,7 @@
 """One rank of test_given_up.py: rank 0 gives the group up while an exchange is under way; rank 1 joins.
 
-argv: gather or swap; or fail: all ranks have no memory as they decode a first piece, and end as programs do.
+argv: gather or swap, and perhaps "by default" for torch's choice of a backend; or fail: no rank has memory to
+decode its first piece, and all end as programs do.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    directory, rank, _ = launcher.init(timeout=60)
+    directory, rank, _ = launcher.init(60, None if sys.argv[2:] == ["gather", "by default"] else "gloo")
     store = dist.distributed_c10d._get_default_store()
     transport, result = resolve(None), {}
     if sys.argv[2] == "fail":

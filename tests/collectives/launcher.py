@@ -95,15 +95,15 @@ def _main(argv: list[str], environment: dict[str, str], log: Path, namespace: st
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 
-def init(timeout: float = 30) -> tuple[Path, int, int]:
-    """In a rank: joins the others; returns (directory, rank, world size)."""
+def init(timeout: float = 30, backend: str | None = "gloo") -> tuple[Path, int, int]:
+    """In a rank: joins the others; returns (directory, rank, world size). Without a backend torch chooses."""
     import torch.distributed as dist
 
     directory = Path(sys.argv[1])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(str(directory / "store"), world_size)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
     )
     return directory, rank, world_size
 

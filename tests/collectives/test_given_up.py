@@ -15,9 +15,9 @@ from tests.collectives.launcher import run_ranks
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("exchange", ["gather", "swap"])
-def test_a_wait_ends_here_and_at_peers(exchange: str, tmp_path: Path) -> None:
-    here, there = run_ranks("tests.collectives.given_up_worker", 2, tmp_path, exchange)
+@pytest.mark.parametrize("exchange", [("gather",), ("swap",), ("gather", "by default")], ids="-".join)
+def test_a_wait_ends_here_and_at_peers(exchange: tuple[str, ...], tmp_path: Path) -> None:
+    here, there = run_ranks("tests.collectives.given_up_worker", 2, tmp_path, *exchange)
     assert (here["error"], there["error"]) == ("GroupUnusableError", "PeerLostError")
     assert max(here["seconds"], there["seconds"]) < 10  # the group's timeout is 60
     # Where nobody held what was asked for, gloo's thread would be busy for ever with what comes.
