@@ -39,6 +39,8 @@ class _GroupState:
     """What this process knows of one ProcessGroup, however often it is resolved."""
 
     group: ReferenceType[Any]
+    gloo: bool  # for what lies on the host
+    only_gloo: bool
     calls: CallLog = field(default_factory=CallLog)
     unusable: str | None = None
     rotation: rotation.Rotation | None = None  # the last one
@@ -61,9 +63,7 @@ class ProcessGroupTransport:
     def __init__(self, state: _GroupState, timeout: float) -> None:
         self._state = state
         self._timeout = timeout
-        group: Any = state.group()
-        self._gloo = carries_cpu_tensors(group)
-        self._only_gloo = dist.get_backend(group) == "gloo"
+        self._gloo = state.gloo
         self._rank: int = dist.get_rank(state.group())
         self._world_size: int = dist.get_world_size(state.group())
 
@@ -78,7 +78,9 @@ class ProcessGroupTransport:
             raise GroupUnusableError("the group was destroyed; make a new one")
         state = _states.get(group)
         if state is None:
-            state = _states[group] = _GroupState(ref(group))
+            state = _states[group] = _GroupState(
+                ref(group), carries_cpu_tensors(group), dist.get_backend(group) == "gloo"
+            )
         own = _group_timeout(group)
         return cls(state, own if timeout is None else min(check_timeout(timeout), own))
 
@@ -291,7 +293,7 @@ class ProcessGroupTransport:
         # A daemon thread that comes back from C++ into an interpreter that has ended takes the process down:
         # such a thread looks now and then, and leaves when the group is aborted.
         daemon = threading.current_thread().daemon
-        if (self._only_gloo or (self._gloo and device.type == "cpu")) and not daemon:
+        if (self._state.only_gloo or (self._gloo and device.type == "cpu")) and not daemon:
             self._wait(work, began)
             return
         # Device backends order `wait` on the stream only; we must know that the bytes arrived before
