@@ -8,7 +8,8 @@ namespace gck {
 
 // Whether so many entries of 4 bytes are written past the caches: they would not stay there, and writing
 // through the caches reads first what is overwritten. One thread, which waits for what it reads, gains by
-// that even where the result is read next; two that share the memory's bandwidth do from 8 MB on.
+// that from 4 MB on even where the result is read next; two, which share the memory's bandwidth, from 8 MB
+// on.
 inline bool is_past_caches(int64_t numel, int threads) {
   return numel >= int64_t{1 << 20} * std::clamp(threads, 1, 2);
 }

@@ -19,7 +19,9 @@ inline bool goes_past_caches(const float* out, int64_t numel, int threads) {
 template <typename Decode>
 void decode_dense(DecodeInto& into, int64_t chunk_size, int threads, Decode decode) {
   const bool written = into.clear || !into.add;
-  into.past_caches = written && goes_past_caches(into.out, into.numel, threads);
+  // Unlike zeros with a few entries, and copies, what is made of codes gains nothing below that by one
+  // thread.
+  into.past_caches = written && goes_past_caches(into.out, into.numel, 2);
   const int parts = parts_for(into.numel, threads);
   const int64_t chunks = (into.numel + chunk_size - 1) / chunk_size;
   for_each_part(parts, [&](int t) {
