@@ -34,23 +34,19 @@ from gck.kernels.common.statistics import sum_read
 from gck.kernels.topk import coded, gpu_guess
 from gck.kernels.topk.gpu_bracket import BRACKET_REGISTERS, BRACKET_WARPS, LINES, guess_kernel
 from gck.kernels.topk.gpu_control import (
-    BRACKET_BIN_BITS,
-    BRACKET_BINS,
+    BINS,
     BRACKET_BITS,
-    BRACKET_HISTOGRAM,
     BRACKET_STOP,
     EXPECTED,
     GUESS,
-    HISTOGRAMS,
     KNOWN,
     LIST,
     LISTED,
     NONFINITE,
     QUOTA,
-    SURE,
     THRESHOLD,
     TIE,
-    VECTOR_WORDS,
+    WORDS,
     mode_of,
 )
 from gck.kernels.topk.gpu_decode import decompress_, decompress_sum_
@@ -59,8 +55,6 @@ from gck.kernels.topk.gpu_guess import LINE
 from gck.kernels.topk.gpu_lists import compress_flat_, compress_list_
 from gck.kernels.topk.gpu_refine import (
     ALL_BITS,
-    BIN_BITS,
-    BINS,
     COUNT,
     LAST_KEY,
     LEVEL_TILE,
@@ -68,12 +62,8 @@ from gck.kernels.topk.gpu_refine import (
     RESTORE,
     SEARCH,
     TOGETHER,
-    MOST_BRACKETED,
     arrive,
-    clear_groups,
-    count_bracket,
     count_level,
-    count_listed,
     count_rows,
     narrow,
     pick_threshold,
@@ -99,10 +89,8 @@ def stream_kernel(
     p_grad,
     p_err,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
-    p_rows,
-    p_groups,
     p_control,
     n,
     capacity,
@@ -111,7 +99,6 @@ def stream_kernel(
     p_clip,
     p_sums,
     TILE: tl.constexpr,
-    GROUP: tl.constexpr,
     LISTING: tl.constexpr,
     FOURS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -127,17 +114,16 @@ def stream_kernel(
         sum_read(p_grad, p_err, p_sums, n, base, n, decay, p_clip, TILE, RESIDUAL)
     left = tl.minimum(n - i_tile.to(tl.int64) * TILE, TILE).to(tl.int32)
     stream_tile(
-        *(p_grad, p_err, p_list, p_places, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
+        *(p_grad, p_err, p_list, p_locals, p_tile, p_control, i_tile, left, left == TILE, 0, capacity),
         *(TILE, LISTING, decay, p_clip, RESIDUAL, FOURS),
-        *(p_rows, p_groups, GROUP),
     )
 
 
-@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "groups", "step"])
+@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "runs", "run_tiles", "step"])
 def refine_kernel(
     p_err,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     p_rows,
     p_groups,
@@ -149,11 +135,11 @@ def refine_kernel(
     tiles,
     runs,
     run_tiles,
-    groups,
     step,
     LISTING: tl.constexpr,
     TILE: tl.constexpr,
     LEVEL_TILE: tl.constexpr,
+    BINS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -162,88 +148,59 @@ def refine_kernel(
     """All steps TOGETHER, or, where programs run one after another and cannot wait, the one asked for."""
     together = step == TOGETHER
     mode = mode_of(p_control, k, capacity)
-    listed = tl.load(p_control + LISTED)
-    sure = tl.load(p_control + SURE)
-    tie = tl.load(p_control + TIE).to(tl.int32)
-    # The k-th key is in the bracket, and whatever lies above has been counted.
-    bracketed = (mode == LIST) & (sure < k) & (tie == 0) & (listed < MOST_BRACKETED)
     times = tl.cast(0, tl.int32)
-    if LISTING and bracketed == 0:
+    if LISTING and mode != LIST:
         if together | (step == RESTORE):
-            if tl.program_id(0) == 0:
-                clear_groups(p_groups, groups)
-            if mode != LIST:
-                restore_runs(p_err, p_list, p_places, p_tile, tiles, runs, run_tiles, ROWS)
+            restore_runs(p_err, p_list, p_locals, p_tile, tiles, runs, run_tiles, TILE, ROWS)
         if together:
             times += 1
             wait_for_all(p_control, times)
 
     p_source = p_err
-    length = tl.cast(n, tl.int64)
-    total = length
+    total = tl.cast(n, tl.int64)
     wanted = tl.cast(k, tl.int64)
     first_key = tl.cast(0, tl.int32)
     stop_key = tl.cast(LAST_KEY, tl.int32)
     bits = tl.cast(ALL_BITS, tl.int32)
-    bracket_stop = tl.load(p_control + BRACKET_STOP).to(tl.int32)
+    if mode == LIST:
+        p_source = p_list
+        total = tl.load(p_control + LISTED)
+        first_key = tl.load(p_control + GUESS).to(tl.int32)
+        stop_key = tl.load(p_control + BRACKET_STOP).to(tl.int32)
+        bits = tl.load(p_control + BRACKET_BITS).to(tl.int32)
+    length = total
     found = mode == KNOWN
     if found:
-        wanted -= listed
-        first_key = tie - 1
-        stop_key = tie
+        wanted -= tl.load(p_control + LISTED)
+        first_key = tl.load(p_control + TIE).to(tl.int32) - 1
         bits = tl.cast(0, tl.int32)
-    elif mode == LIST:
-        p_source = p_list
-        length = listed
-        total = listed
-        first_key = tl.load(p_control + GUESS).to(tl.int32)
-    if bracketed:
-        total -= sure
-        wanted -= sure
-        stop_key = bracket_stop
-        bits = tl.load(p_control + BRACKET_BITS).to(tl.int32)
-        found = (bits == 0) | (total <= ROOM)
-    p_bins = (p_control + BRACKET_HISTOGRAM).to(tl.pointer_type(tl.int32))
 
     level = tl.cast(0, tl.int32)
     going = together | (step > RESTORE)
     while going & (found == 0):
-        by_one = bracketed & (level == 0)
         if together | (step == level + 1):
-            if by_one:
-                count_bracket(p_list, p_bins, length, first_key, stop_key, bits, LEVEL_TILE)
-            else:
-                count_level(p_source, p_control, level, length, first_key, stop_key, bits, LEVEL_TILE)
+            count_level(p_source, p_control, level, length, first_key, stop_key, bits, LEVEL_TILE, BINS)
         if together:
             times += 1
             wait_for_all(p_control, times)
         if step == level + 1:
             going = step < 0
         else:
-            if by_one:
-                total, wanted, first_key, stop_key, bits = narrow(
-                    p_bins, wanted, first_key, stop_key, bits, BRACKET_BIN_BITS, BRACKET_BINS
-                )
-            else:
-                p_histogram = p_control + HISTOGRAMS + (level << BIN_BITS)
-                total, wanted, first_key, stop_key, bits = narrow(
-                    p_histogram, wanted, first_key, stop_key, bits, BIN_BITS, BINS
-                )
-            found = (bits == 0) | (total <= ROOM)
+            total, wanted, first_key, stop_key, bits = narrow(
+                p_control, level, total, wanted, first_key, stop_key, bits, BINS
+            )
+            found = (bits == 0) | ((total <= ROOM) & (bits < ALL_BITS))
             level += 1
 
     if going & (together | (step == COUNT)):
+        stop_key = tl.minimum(first_key.to(tl.int64) + (tl.cast(1, tl.int64) << bits), stop_key).to(tl.int32)
         apart = bits > 0
-        keys = (p_control, p_near, first_key, stop_key, apart)
+        rows = (p_list, p_err, p_tile, p_rows, p_groups, p_control, p_near, first_key, stop_key, apart)
         shape = (tiles, runs, run_tiles, n)
-        if bracketed:
-            listed_rows = (p_list, p_places, p_rows, p_groups, length, bracket_stop)
-            count_listed(*listed_rows, *keys, LEVEL_TILE, TILE, GROUP, ROOM)
-        elif mode == LIST:
-            count_rows(p_list, p_tile, p_rows, p_groups, *keys, *shape, True, TILE, ROWS, BLOCK, GROUP, ROOM)
+        if mode == LIST:
+            count_rows(*rows, *shape, True, TILE, ROWS, BLOCK, GROUP, ROOM)
         else:
-            rows = (p_err, p_tile, p_rows, p_groups)
-            count_rows(*rows, *keys, *shape, False, TILE, ROWS, SEARCH // ROWS, GROUP, ROOM)
+            count_rows(*rows, *shape, False, TILE, ROWS, SEARCH // ROWS, GROUP, ROOM)
         if arrive(p_control):
             if apart:
                 pick_threshold(
@@ -258,7 +215,7 @@ def refine_kernel(
 def emit_kernel(
     p_err,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     p_rows,
     p_groups,
@@ -289,9 +246,9 @@ def emit_kernel(
     stop = tl.minimum(first + run_tiles, tiles)
     if in_list:
         emit_listed(
-            *(p_list, p_places, p_err, p_tile, p_rows, p_groups, p_values, p_indices, p_nonfinite),
+            *(p_list, p_locals, p_err, p_tile, p_rows, p_groups, p_values, p_indices, p_nonfinite),
             *(i_run, first, stop, 0, threshold, quota, key_as_number(p_control + EXPECTED)),
-            *(ROWS, BLOCK, GROUP),
+            *(TILE, ROWS, BLOCK, GROUP),
         )
     else:
         emit_scanned(
@@ -354,13 +311,12 @@ def compress_(
     def scratch(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(count, dtype=dtype, device=grad.device)
 
-    groups = triton.cdiv(rows, GROUP)
-    words = VECTOR_WORDS + 2 * groups
+    words = WORDS + 2 * triton.cdiv(rows, GROUP)
     control = scratch(words) if listing else torch.zeros(words, dtype=torch.int64, device=grad.device)
-    list_, places = scratch(capacity, torch.float32), scratch(capacity, gpu_guess.place_dtype(n))
+    list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
     near = scratch(2 * NEAR_ROOM, torch.int32)
     tile_words = scratch(tiles * listing)
-    counts = scratch(rows, torch.int32), control[VECTOR_WORDS:]
+    counts = scratch(rows, torch.int32), control[WORDS:]
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
     hinting = {"HINT": hint is not None}
@@ -384,10 +340,9 @@ def compress_(
         for first, count in ((0, fours), (fours, tiles - fours)):
             if count:
                 stream_kernel[(count,)](
-                    *(grad, err, list_, places, tile_words, *counts, control),
-                    *(n, capacity, first, decay, p_clip, sums),
+                    *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
+                    *(decay, p_clip, sums),
                     TILE=TILE,
-                    GROUP=GROUP,
                     LISTING=listing,
                     FOURS=first < fours,
                     RESIDUAL=residual,
@@ -399,9 +354,10 @@ def compress_(
         programs = most_together(grad)
         for step in (TOGETHER.value,) if programs else range(RESTORE.value, COUNT.value + 1):
             refine_kernel[(min(tiles, programs or INTERPRETED_PROGRAMS),)](
-                *(err, list_, places, tile_words, *counts, control, near),
-                *(n, k, capacity, tiles, runs[0], run_tiles[0], groups, step),
+                *(err, list_, locals_, tile_words, *counts, control, near),
+                *(n, k, capacity, tiles, runs[0], run_tiles[0], step),
                 LISTING=listing,
+                BINS=BINS,
                 LEVEL_TILE=min(LEVEL_TILE, TILE) if capacity < LONG_LIST else TILE,
                 ROOM=NEAR_ROOM,
                 num_warps=REFINE_WARPS,
@@ -409,7 +365,7 @@ def compress_(
                 **shapes[0],
             )
         emit_kernel[(runs[1],)](
-            *(err, list_, places, tile_words, *counts, control),
+            *(err, list_, locals_, tile_words, *counts, control),
             *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, run_tiles[1]),
             num_warps=EMIT_WARPS,
             **registers(EMIT_REGISTERS),

@@ -39,18 +39,9 @@ NEAR = tl.constexpr(15)  # keys set apart because the threshold is one of them
 ARRIVED = tl.constexpr(16)  # programs that are done with their part
 PASSED = tl.constexpr(17)  # programs that came to a barrier, each of them counted every time
 EXPECTED = tl.constexpr(18)  # about the k-th key: what reaches it probably wins; at least the guess
-SURE = tl.constexpr(
-    19
-)  # of the listed keys, those from the bracket's stop on, which win; not counted beside ties
 HISTOGRAMS = tl.constexpr(24)
 LEVELS = 5  # of the search in a single vector: the bracket, and all keys in as many steps as there are digits
 WORDS = HISTOGRAMS.value + LEVELS * BINS
-# Of a single vector come counts of the bracket's keys after these words, int32. Keys are counted there one by
-# one, so that many bins cost no more than few.
-BRACKET_BIN_BITS = tl.constexpr(11)
-BRACKET_BINS = tl.constexpr(1 << BRACKET_BIN_BITS.value)
-BRACKET_HISTOGRAM = tl.constexpr(WORDS)
-VECTOR_WORDS = WORDS + BRACKET_BINS.value // 2
 
 SCAN = tl.constexpr(0)
 LIST = tl.constexpr(1)

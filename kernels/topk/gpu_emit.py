@@ -74,7 +74,7 @@ def _scatter(b_pointer, b_value, b_mask):
 @triton.jit
 def emit_listed(
     p_list,
-    p_places,
+    p_locals,
     p_err,
     p_tile,
     p_rows,
@@ -89,6 +89,7 @@ def emit_listed(
     threshold,
     quota,
     expected,
+    TILE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -98,21 +99,24 @@ def emit_listed(
     # Asked for first: what the loop reads waits for it, and not for the places.
     b_base, b_length = listed_rows(p_tile, first_tile, stop_tile - first_tile, ROWS)
     at, b_position, b_quota, _ = _places(p_rows, p_groups, i_run, quota, ROWS, GROUP)
+    start = tl.cast(first_tile, tl.int64) * TILE
     p_values += at
     p_indices += at
+    p_err += start
+    b_first = tl.arange(0, ROWS) * TILE
     cleared = tl.cast(0, tl.int32)
     longest = tl.max(b_length, 0)
     for done in range(0, longest, BLOCK):
         b_entry = done + tl.arange(0, BLOCK)
         b_valid = b_entry[None, :] < b_length[:, None]
         b_acc = canonical(tl.load((p_list + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0))
-        b_place = tl.load((p_places + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0)
+        b_local = tl.load((p_locals + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0)
         b_class = classify(b_acc, b_valid, threshold)
         b_wins, b_slot = _slots(b_class, b_position, b_quota)
         b_value = round_to(b_acc, p_values.dtype.element_ty)
         _scatter(p_values + b_slot, b_value, b_wins)
-        b_index = tl.cast(origin, p_indices.dtype.element_ty) + b_place.to(p_indices.dtype.element_ty)
-        _scatter(p_indices + b_slot, b_index, b_wins)
+        b_place = b_local.to(tl.int32) + b_first[:, None]
+        _scatter(p_indices + b_slot, (origin + start).to(p_indices.dtype.element_ty) + b_place, b_wins)
         b_residual = tl.where(b_wins, b_acc - widen(b_value), b_acc)
         b_cleared = b_valid & (is_finite(b_residual) == 0)
         b_residual = tl.where(b_cleared, 0.0, b_residual)

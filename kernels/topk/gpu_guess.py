@@ -8,7 +8,6 @@ at least that rank: the squares measure how clustered the large elements are.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-import torch
 import triton
 import triton.language as tl
 
@@ -48,11 +47,6 @@ def list_capacity(n: int, k: int, lines: int) -> int:
     f + 20 sqrt(f) + 8 sampled elements for f expected, which is below 2 f + 128."""
     each = -(-n // (lines * LINE))
     return min(n, 2 * k + (1 << 14) + 128 * each)
-
-
-def place_dtype(n: int) -> torch.dtype:
-    """Of where a listed element lies in a vector of n."""
-    return torch.int32 if n < 1 << 31 else torch.int64
 
 
 @triton.jit

@@ -159,7 +159,7 @@ def list_stream_kernel(
     p_control,
     p_owners,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -186,7 +186,7 @@ def list_stream_kernel(
             _at(tl.load(p_tensor + gpu_tables.GRAD), p_like.dtype.element_ty, ALIGNED),
             _err_of(p_tensor, ALIGNED),
             p_list,
-            p_places,
+            p_locals,
             p_tile + first,
             p_control,
             i_tile,
@@ -206,7 +206,7 @@ def list_restore_kernel(
     p_control,
     p_owners,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
@@ -221,8 +221,8 @@ def list_restore_kernel(
         list_at = tl.load(p_choice + gpu_tables.LIST_AT)
         p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE)
         restore_run(
-            *(_err_of(p_tensor, ALIGNED), p_list + list_at, p_places + list_at, p_tile),
-            *(first, stop - first, ROWS, BLOCK),
+            *(_err_of(p_tensor, ALIGNED), p_list + list_at, p_locals + list_at, p_tile),
+            *(first, stop - first, TILE, ROWS, BLOCK),
         )
 
 
@@ -312,7 +312,7 @@ def list_emit_kernel(
     p_control,
     p_owners,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     p_rows,
     p_groups,
@@ -345,9 +345,9 @@ def list_emit_kernel(
     if mode == LIST:
         p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE)
         emit_listed(
-            *(p_list + list_at, p_places + list_at, p_err, p_tile, p_rows, p_groups, p_values, p_indices),
+            *(p_list + list_at, p_locals + list_at, p_err, p_tile, p_rows, p_groups, p_values, p_indices),
             *(p_nonfinite, i_run, first, stop, origin, threshold, quota, key_as_number(p_control + EXPECTED)),
-            *(ROWS, BLOCK, GROUP),
+            *(TILE, ROWS, BLOCK, GROUP),
         )
     else:
         emit_scanned(

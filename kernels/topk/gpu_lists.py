@@ -22,7 +22,6 @@ from gck.kernels.topk.gpu_guess import (
     GUESS_BLOCK,
     LINE,
     SAMPLE_BINS,
-    place_dtype,
 )
 from gck.kernels.topk.gpu_list_kernels import (
     list_count_kernel,
@@ -130,8 +129,7 @@ def _compress(
     control, groups, bins = torch.zeros(sum(sizes), dtype=torch.int64, device=device).split(sizes)
     bins = bins.view(torch.int32)
     keys = scratch(blocks * BLOCK_LINES * LINE, torch.int32)
-    place = place_dtype(max(grad.numel() for grad in grads))
-    list_, places = scratch(plan.listed, torch.float32), scratch(plan.listed, place)
+    list_, locals_ = scratch(plan.listed, torch.float32), scratch(plan.listed, torch.int16)
     tile_words, rows = scratch(tiles), scratch(runs * ROWS, torch.int32)
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
@@ -160,7 +158,7 @@ def _compress(
         for dtype, like in likes.items():
             for count, whole in ((tiles, True), (len(grads), False)):
                 list_stream_kernel[(count,)](
-                    *(like, *tables, plan.tensor_of_tile, list_, places, tile_words),
+                    *(like, *tables, plan.tensor_of_tile, list_, locals_, tile_words),
                     DTYPE=DTYPE_CODE[dtype],
                     WHOLE=whole,
                     num_warps=STREAM_WARPS,
@@ -168,7 +166,7 @@ def _compress(
                     **aligned,
                 )
         if plan.listed:
-            list_restore_kernel[(runs,)](*tables, plan.tensor_of_run, list_, places, tile_words, **run)
+            list_restore_kernel[(runs,)](*tables, plan.tensor_of_run, list_, locals_, tile_words, **run)
         for digit, (shift, bits) in enumerate(DIGITS):
             list_refine_kernel[(parts,)](
                 *(*tables, plan.tensor_of_part, list_),
@@ -190,7 +188,7 @@ def _compress(
             **run,
         )
         list_emit_kernel[(runs,)](
-            *(*tables, plan.tensor_of_run, list_, places, *counted, values, indices, nonfinite),
+            *(*tables, plan.tensor_of_run, list_, locals_, *counted, values, indices, nonfinite),
             GROUP=GROUP,
             **registers(EMIT_REGISTERS),
             **(run | {"num_warps": EMIT_WARPS}),

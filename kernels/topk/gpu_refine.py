@@ -17,7 +17,6 @@ from gck.kernels.common.keys import canonical, magnitude_key
 from gck.kernels.common.tiles import load_tile, tile_offsets
 from gck.kernels.topk.gpu_control import (
     ARRIVED,
-    BRACKET_BIN_BITS,
     HISTOGRAMS,
     LEVELS,
     NEAR,
@@ -32,11 +31,8 @@ NEAR_ROOM = 8192  # keys that are set apart at most, which one program looks thr
 LEVEL_TILE = 1024  # keys that a program counts at a time: a short list is enough for all programs
 SEARCH = tl.constexpr(512)  # elements at a time where speed matters less than registers
 LAST_KEY = tl.constexpr(0x7FFFFFFF)  # past any key
-MOST_BRACKETED = tl.constexpr(1 << 31)  # keys, which bins of 32 bits count
-CLEARED = tl.constexpr(256)  # words of the control block at a time
 ALL_BITS = tl.constexpr(31)  # tell all keys apart
 BIN_BITS = tl.constexpr(8)  # of them, those that a level's bins do
-BINS = tl.constexpr(1 << BIN_BITS.value)
 # Steps of the kernel, for where programs run one after another: a launch each, the levels in between.
 TOGETHER, RESTORE, COUNT = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(LEVELS + 1)
 
@@ -65,20 +61,14 @@ def arrive(p_control):
 
 
 @triton.jit
-def restore_runs(p_err, p_list, p_places, p_tile, tiles, runs, run_tiles, ROWS: tl.constexpr):
+def restore_runs(
+    p_err, p_list, p_locals, p_tile, tiles, runs, run_tiles, TILE: tl.constexpr, ROWS: tl.constexpr
+):
     """Puts the list back into err, this program's share of the runs."""
     for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
         first = i_run * run_tiles
         count = tl.minimum(tiles - first, run_tiles)
-        restore_run(p_err, p_list, p_places, p_tile, first, count, ROWS, SEARCH // ROWS)
-
-
-@triton.jit
-def clear_groups(p_groups, groups):
-    """Forgets what the stream counted above the bracket; of one program."""
-    for first in range(0, 2 * groups, CLEARED):
-        b_word = first + tl.arange(0, CLEARED)
-        tl.store(p_groups + b_word, tl.zeros((CLEARED,), tl.int64), mask=b_word < 2 * groups)
+        restore_run(p_err, p_list, p_locals, p_tile, first, count, TILE, ROWS, SEARCH // ROWS)
 
 
 @triton.jit
@@ -90,6 +80,7 @@ def _counts_of_tile(
     stop_key,
     shift,
     TILE: tl.constexpr,
+    BINS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     b_offset = tile_offsets(i_tile, TILE)
@@ -111,6 +102,7 @@ def count_level(
     stop_key,
     bits,
     TILE: tl.constexpr,
+    BINS: tl.constexpr,
 ):
     """Counts the keys of the interval that has first_key, so many bits, and no key from stop_key on."""
     shift = tl.maximum(bits - BIN_BITS, 0)
@@ -119,102 +111,39 @@ def count_level(
     part = tl.program_id(0).to(tl.int64)
     parts = tl.num_programs(0).to(tl.int64)
     for i_tile in range(part, whole, parts):
-        b_count += _counts_of_tile(p_source, i_tile, length, first_key, stop_key, shift, TILE, True)
+        b_count += _counts_of_tile(p_source, i_tile, length, first_key, stop_key, shift, TILE, BINS, True)
     if (whole % parts == part) & (whole * TILE < length):
-        b_count += _counts_of_tile(p_source, whole, length, first_key, stop_key, shift, TILE, False)
+        b_count += _counts_of_tile(p_source, whole, length, first_key, stop_key, shift, TILE, BINS, False)
     p_histogram = p_control + HISTOGRAMS + level * BINS + tl.arange(0, BINS)
     tl.atomic_add(p_histogram, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
 
 
 @triton.jit
-def narrow(p_histogram, wanted, first_key, stop_key, bits, BIN_BITS: tl.constexpr, BINS: tl.constexpr):
-    """The next interval, from a level's counts of the keys of this one, the `wanted`-th of which is looked for.
+def narrow(p_control, level, total, wanted, first_key, stop_key, bits, BINS: tl.constexpr):
+    """The next interval, from what a level counted of `total` keys, the `wanted`-th of which is looked for.
 
     Returns (its keys, which of them is looked for, first_key, stop_key, bits). Each program finds it by
     itself, from the L2 cache, where all of them counted.
     """
     b_bin = tl.arange(0, BINS)
-    b_count = tl.load(p_histogram + b_bin, cache_modifier=".cg")
-    b_at_least = tl.cumsum(b_count, 0, reverse=True)
+    b_count = tl.load(p_control + HISTOGRAMS + level * BINS + b_bin, cache_modifier=".cg")
+    above = total - tl.sum(b_count, 0)
+    b_at_least = above + tl.cumsum(b_count, 0, reverse=True)
     bin = tl.sum((b_at_least >= wanted).to(tl.int32), 0) - 1
     shift = tl.maximum(bits - BIN_BITS, 0)
-    b_here = b_bin == bin
-    count = tl.sum(tl.where(b_here, b_count, 0), 0).to(tl.int64)
-    wanted -= tl.sum(tl.where(b_here, b_at_least - b_count, 0), 0)
-    first_key += bin << shift
-    stop_key = tl.minimum(first_key.to(tl.int64) + (tl.cast(1, tl.int64) << shift), stop_key).to(tl.int32)
-    return count, wanted, first_key, stop_key, shift
-
-
-@triton.jit
-def _count_bracket_tile(
-    p_list, p_bins, i_tile, length, first_key, stop_key, shift, TILE: tl.constexpr, WHOLE: tl.constexpr
-):
-    b_offset = tile_offsets(i_tile, TILE)
-    b_key = magnitude_key(canonical(load_tile(p_list, b_offset, length, WHOLE)))
-    b_inside = (b_key >= first_key) & (b_key < stop_key)
-    if not WHOLE:
-        b_inside &= b_offset < length
-    b_one = tl.full((TILE,), 1, tl.int32)
-    tl.atomic_add(p_bins + ((b_key - first_key) >> shift), b_one, mask=b_inside, sem="relaxed")
-
-
-@triton.jit
-def count_bracket(p_list, p_bins, length, first_key, stop_key, bits, TILE: tl.constexpr):
-    """What `count_level` does, for the few keys of a list that the bracket has, and with more bins."""
-    shift = tl.maximum(bits - BRACKET_BIN_BITS, 0)
-    whole = length // TILE
-    part = tl.program_id(0)
-    for i_tile in range(part, whole, tl.num_programs(0)):
-        _count_bracket_tile(p_list, p_bins, i_tile, length, first_key, stop_key, shift, TILE, True)
-    if (whole % tl.num_programs(0) == part) & (whole * TILE < length):
-        _count_bracket_tile(p_list, p_bins, whole, length, first_key, stop_key, shift, TILE, False)
-
-
-@triton.jit
-def count_listed(
-    p_list,
-    p_places,
-    p_rows,
-    p_groups,
-    length,
-    bracket_stop,
-    p_control,
-    p_near,
-    first_key,
-    stop_key,
-    apart,
-    TILE: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """Does what `count_rows` does, where what lies above the bracket has been counted by rows of ROW elements:
-    entries need not be read row by row, and few of them are counted."""
-    p_taken = (p_control + NEAR).to(tl.pointer_type(tl.int32)) + tl.zeros((TILE,), tl.int32)
-    b_one = tl.full((TILE,), 1, tl.int32)
-    tie = tl.where(apart, 0, 65536)
-    apart_key = tl.where(apart, first_key, LAST_KEY)
-    for i_tile in range(tl.program_id(0), tl.cdiv(length, TILE), tl.num_programs(0)):
-        b_offset = tile_offsets(i_tile, TILE)
-        b_inside = b_offset < length
-        b_key = magnitude_key(canonical(tl.load(p_list + b_offset, mask=b_inside, other=0.0)))
-        b_row = (tl.load(p_places + b_offset, mask=b_inside, other=0) // ROW).to(tl.int32)
-        b_near = b_inside & (b_key >= first_key) & (b_key < stop_key)
-        b_class = tl.where(b_near, tie, 0)
-        b_class = tl.where(b_inside & (b_key >= stop_key) & (b_key < bracket_stop), 1, b_class)
-        tl.atomic_add(p_rows + b_row, b_class, mask=b_class > 0, sem="relaxed")
-        p_sums = p_groups + 2 * (b_row // GROUP) + (b_class >> 16)
-        tl.atomic_add(p_sums, b_one.to(tl.int64), mask=b_class > 0, sem="relaxed")
-        b_apart = b_near & (b_key >= apart_key)
-        b_slot = tl.atomic_add(p_taken, b_one, mask=b_apart, sem="relaxed")
-        tl.store(p_near + b_slot, b_key, mask=b_apart)
-        tl.store(p_near + ROOM + b_slot, b_row, mask=b_apart)
+    # The bracket may end too low.
+    missed = above >= wanted
+    count = tl.where(missed, above, tl.sum(tl.where(b_bin == bin, b_count, 0), 0))
+    wanted -= tl.where(missed, 0, tl.sum(tl.where(b_bin == bin, b_at_least - b_count, 0), 0))
+    next_key = tl.where(missed, stop_key, first_key + (bin << shift))
+    stop_key = tl.where(missed, LAST_KEY, stop_key)
+    return count, wanted, next_key, stop_key, tl.where(missed, ALL_BITS, shift)
 
 
 @triton.jit
 def count_rows(
-    p_source,
+    p_list,
+    p_err,
     p_tile,
     p_rows,
     p_groups,
@@ -243,10 +172,11 @@ def count_rows(
         # Not asked for a run ahead: of a block that a loop carries, Triton 3.6 reduces what it was at first.
         first = i_run * run_tiles
         if LISTED:
+            p_source = p_list
             b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
         else:
-            b_first, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
-            b_base = tl.cast(first, tl.int64) * TILE + b_first
+            p_source = p_err + tl.cast(first, tl.int64) * TILE
+            b_base, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
         b_row = i_run * ROWS + tl.arange(0, ROWS)
         b_both = tl.zeros((ROWS,), tl.int32)
         longest = tl.max(b_length, 0)

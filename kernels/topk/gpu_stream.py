@@ -8,15 +8,14 @@ import triton.language as tl
 from gck.kernels.common.keys import widen
 from gck.kernels.common.residual import AS_IT_IS, read_residual
 from gck.kernels.common.tiles import columns
-from gck.kernels.topk.gpu_control import BRACKET_STOP, EXPECTED, GUESS, LISTED, SURE, TIE, TIES
+from gck.kernels.topk.gpu_control import EXPECTED, GUESS, LISTED, TIE, TIES
 
-TILE = 4096  # counts within a tile fit 16 bits
+TILE = 4096  # an index within a tile fits 16 bits
 STREAM_WARPS = 8
 STREAM_REGISTERS = 80  # three programs on a processor; told no limit, some compilers take more than they need
 # A tile's word: where its candidates begin in the list, and how many they are.
 COUNT_BITS = tl.constexpr(16)
 COUNT_MASK = tl.constexpr(0xFFFF)
-SECOND_ONE = tl.constexpr(1 << COUNT_BITS.value)
 
 
 @triton.jit
@@ -37,11 +36,11 @@ def key_as_number(p_key):
 
 
 @triton.jit
-def _append(p_list, p_places, b_slot, b_acc, b_place, guess):
+def _append(p_list, p_locals, b_slot, b_acc, b_local, guess):
     """Writes what reaches the guess to the slots; returns those that are free then."""
     b_reaches = reaches(b_acc, guess)
     tl.store(p_list + b_slot, b_acc, mask=b_reaches)
-    tl.store(p_places + b_slot, b_place, mask=b_reaches)
+    tl.store(p_locals + b_slot, b_local.to(tl.int16), mask=b_reaches)
     return b_slot + b_reaches.to(tl.int32)
 
 
@@ -50,7 +49,7 @@ def stream_tile(
     p_grad,
     p_err,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     p_control,
     i_tile,
@@ -64,14 +63,10 @@ def stream_tile(
     p_clip=None,
     RESIDUAL: tl.constexpr = AS_IT_IS,
     FOURS: tl.constexpr = False,
-    p_rows=None,
-    p_groups=None,
-    GROUP: tl.constexpr = 0,
 ):
     """Moves a tile of acc into err, and what reaches the guess into the list as far as it has room.
 
     The tile has `left` elements, FOURS of them, and is `whole` if that is all; the list begins at `list_at`.
-    With a GROUP, what reaches the bracket's stop is counted, too: by tile, and by GROUP of tiles.
     NaNs stay as they come: they reach any guess, and whatever reads err or the list makes them one.
     """
     start = tl.cast(i_tile, tl.int64) * TILE
@@ -93,37 +88,30 @@ def stream_tile(
     if LISTING:
         guess = key_as_number(p_control + GUESS)
         tie = tl.load(p_control + TIE).to(tl.int32)
-        second_key = tl.where(tie > 0, tie - 1, tl.load(p_control + BRACKET_STOP).to(tl.int32))
-        second = second_key.to(tl.float32, bitcast=True)
-        # Never what is outside, for that is 0. One sum counts what reaches the one and the other.
-        b_ones = tl.where(reaches(b_acc, guess), 1, 0) + tl.where(reaches(b_acc, second), SECOND_ONE, 0)
-        b_ones = tl.sum(b_ones, 1)
-        both = tl.sum(b_ones, 0)
-        count = both & COUNT_MASK
-        beside = both >> COUNT_BITS
         if tie > 0:
-            beside -= count + tl.where(tie == 1, TILE - left, 0)
-            if beside > 0:
-                tl.atomic_add(p_control + TIES, beside.to(tl.int64), sem="relaxed")
-        elif GROUP > 0:
-            tl.store(p_rows + i_tile, beside)
-            if beside > 0:
-                tl.atomic_add(p_groups + 2 * (i_tile // GROUP), beside.to(tl.int64), sem="relaxed")
-                tl.atomic_add(p_control + SURE, beside.to(tl.int64), sem="relaxed")
+            b_ties = tl.abs(b_acc) == (tie - 1).to(tl.float32, bitcast=True)
+            ties = tl.sum(tl.sum(b_ties.to(tl.int32), 1), 0)
+            if tie == 1:
+                ties -= TILE - left
+            if ties > 0:
+                tl.atomic_add(p_control + TIES, ties.to(tl.int64), sem="relaxed")
+        b_reaches = reaches(b_acc, guess)  # never what is outside, for that is 0
+        b_ones = tl.sum(b_reaches.to(tl.int32), 1)
+        count = tl.sum(b_ones, 0)
         base = tl.cast(0, tl.int64)
         if count > 0:
             base = tl.atomic_add(p_control + LISTED, count.to(tl.int64), sem="relaxed")
             if base + count <= capacity:
                 p_list += list_at + base
-                p_places += list_at + base
-                b_slot = (tl.cumsum(b_ones, 0) - b_ones) & COUNT_MASK
-                b_row = start.to(p_places.dtype.element_ty) + tl.arange(0, TILE // 4) * 4
+                p_locals += list_at + base
+                b_slot = tl.cumsum(b_ones, 0) - b_ones
+                b_row = tl.arange(0, TILE // 4) * 4
                 # A column at a time, so that the threads that hold the elements also store them.
                 b_acc_0, b_acc_1, b_acc_2, b_acc_3 = columns(b_acc)
-                b_slot = _append(p_list, p_places, b_slot, b_acc_0, b_row, guess)
-                b_slot = _append(p_list, p_places, b_slot, b_acc_1, b_row + 1, guess)
-                b_slot = _append(p_list, p_places, b_slot, b_acc_2, b_row + 2, guess)
-                _append(p_list, p_places, b_slot, b_acc_3, b_row + 3, guess)
+                b_slot = _append(p_list, p_locals, b_slot, b_acc_0, b_row, guess)
+                b_slot = _append(p_list, p_locals, b_slot, b_acc_1, b_row + 1, guess)
+                b_slot = _append(p_list, p_locals, b_slot, b_acc_2, b_row + 2, guess)
+                _append(p_list, p_locals, b_slot, b_acc_3, b_row + 3, guess)
                 b_acc = left_by_stream(b_acc, key_as_number(p_control + EXPECTED))
             else:
                 count = tl.cast(0, tl.int32)
@@ -148,20 +136,22 @@ def listed_rows(p_tile, first_tile, tiles, ROWS: tl.constexpr):
 def restore_run(
     p_err,
     p_list,
-    p_places,
+    p_locals,
     p_tile,
     first_tile,
     tiles,
+    TILE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Puts the candidates of a run of at most ROWS tiles back into err."""
     b_base, b_length = listed_rows(p_tile, first_tile, tiles, ROWS)
+    b_first = (tl.cast(first_tile, tl.int64) + tl.arange(0, ROWS)) * TILE
     longest = tl.max(b_length, 0)
     for done in range(0, longest, BLOCK):
         b_entry = done + tl.arange(0, BLOCK)
         b_valid = b_entry[None, :] < b_length[:, None]
         b_at = b_base[:, None] + b_entry[None, :]
         b_acc = tl.load(p_list + b_at, mask=b_valid, other=0.0)
-        b_place = tl.load(p_places + b_at, mask=b_valid, other=0)
-        tl.store(p_err + b_place, b_acc, mask=b_valid)
+        b_local = tl.load(p_locals + b_at, mask=b_valid, other=0).to(tl.int32)
+        tl.store(p_err + b_first[:, None] + b_local, b_acc, mask=b_valid)

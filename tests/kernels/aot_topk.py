@@ -25,7 +25,7 @@ from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constant
 POINTERS = {
     "p_err": "*fp32",
     "p_list": "*fp32",
-    "p_places": "*i32",
+    "p_locals": "*i16",
     "p_tile": "*i64",
     "p_rows": "*i32",
     "p_runs": "*i64",
@@ -52,7 +52,6 @@ NUMBERS = dict.fromkeys(
         "first_tile",
         "tiles",
         "runs",
-        "groups",
         "words",
         "step",
         "run_tiles",
@@ -66,7 +65,6 @@ NUMBERS = dict.fromkeys(
 )
 TYPES = {**POINTERS, **NUMBERS, "alpha": "fp32", "density": "fp32", **RESIDUAL_TYPES}
 TILE = {"TILE": gpu_stream.TILE}
-STREAM = {**TILE, "GROUP": gpu_select.GROUP}
 RUN = {**TILE, "ROWS": gpu_select.ROWS, "BLOCK": gpu_select.BLOCK}
 SAMPLE = {"LINE": gpu_guess.LINE, "SHIFT": gpu_guess.BIN_SHIFT}
 PAYLOADS = (("fp32", "i32"), ("bf16", "i32"), ("fp16", "i64"))
@@ -117,7 +115,7 @@ def _stream() -> list[Variant]:
             ("last", True, False),
             ("no list", False, False),
         ):
-            constants = {**STREAM, "LISTING": listing, "FOURS": fours, **residual_constants("")}
+            constants = {**TILE, "LISTING": listing, "FOURS": fours, **residual_constants("")}
             made.append(
                 _variant(
                     *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * fours),
@@ -126,7 +124,7 @@ def _stream() -> list[Variant]:
                 )
             )
     for options in (", clip", ", clip, stats"):
-        constants = {**STREAM, "LISTING": True, "FOURS": True, **residual_constants(options)}
+        constants = {**TILE, "LISTING": True, "FOURS": True, **residual_constants(options)}
         made.append(
             _variant(
                 *("gpu", "stream_kernel", f"fp32, fours{options}", constants, warps),
@@ -146,7 +144,7 @@ def _select() -> list[Variant]:
             {**TILE, "ROWS": rows, "BLOCK": block, "GROUP": gpu_select.GROUP}
             for _, rows, block in gpu.run_shapes(n, k)
         )
-        refine |= {"ROOM": gpu_refine.NEAR_ROOM}
+        refine |= {"BINS": gpu_control.BINS, "ROOM": gpu_refine.NEAR_ROOM}
         refine |= {"LEVEL_TILE": gpu_refine.LEVEL_TILE}
         refine |= {"LISTING": gpu_guess.listing(n, k)}
         made.append(

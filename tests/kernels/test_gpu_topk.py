@@ -31,18 +31,10 @@ def embedding(n: int) -> tuple[Tensor, Tensor]:
     return grad, torch.zeros(n)
 
 
-def tied(n: int) -> tuple[Tensor, Tensor]:
-    """More elements of one value than are set apart; k reaches into them."""
-    grad = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    grad[::60] = 3.0
-    return grad, torch.zeros(n)
-
-
 MODES: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], float, int | None, int]] = {
     "list": (lambda n: make("gaussian", n, torch.float32), 0.01, None, NEAR),
     "few of many": (lambda n: make("clustered", n, torch.float32), 0.001, None, NEAR),
     "many of many": (lambda n: make("gaussian", n, torch.float32), 0.1, None, NEAR),
-    "ties": (tied, 0.01, None, LIST),
     "above the bracket": (lambda n: make("gaussian", n, torch.float32), 0.01, key_of(2.6), LIST),
     "constant": (lambda n: (torch.ones(n), torch.zeros(n)), 0.01, None, KNOWN),
     "zeros": (lambda n: make("minus zero", n, torch.float32), 0.01, None, KNOWN),
@@ -54,6 +46,8 @@ MODES: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], float, int | None
     "infinite": (lambda n: (torch.full((n,), torch.inf), torch.zeros(n)), 0.01, None, SCAN),
     "most entries": (lambda n: make("gaussian", n, torch.float32), 0.5, None, SCAN),
 }
+# Of 40M entries the bracket at 10 % holds a million and a half, and a bin of 256 more than are set apart.
+OF_LARGE = {"many of many": LIST}
 
 
 @pytest.mark.parametrize("value_dtype", GRAD_DTYPES, ids=str)
@@ -64,7 +58,8 @@ def test_modes(mode: str, aligned: bool, value_dtype: torch.dtype) -> None:
     for n in (N, 40 * 2**20):
         compressor = gck.TopK(ratio=ratio, value_dtype=value_dtype)
         if n < 2**22 or value_dtype == torch.float32:
-            assert check(compressor, *data(n), hint=hint, device="cuda", aligned=aligned) == wanted
+            path = wanted if n < 2**22 else OF_LARGE.get(mode, wanted)
+            assert check(compressor, *data(n), hint=hint, device="cuda", aligned=aligned) == path
 
 
 @pytest.mark.parametrize("hint", [-(2**31), -1, 0, 1, 0x7F800000, 0x7F800001, 0x7FFFFFFF, key_of(1.0)])

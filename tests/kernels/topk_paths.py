@@ -12,7 +12,7 @@ from gck.kernels.topk import gpu, gpu_control, gpu_guess, reference
 from tests.cases import Guarded, same_bytes
 
 LIST, KNOWN, SCAN = (mode.value for mode in (gpu_control.LIST, gpu_control.KNOWN, gpu_control.SCAN))
-NEAR = 3  # LIST, where the bracket's bins were enough
+NEAR = 3  # LIST, where one level of the search was enough
 
 
 def key_of(value: float) -> int:
@@ -86,5 +86,5 @@ def check(
     )
     if listed < k:
         return KNOWN if listed + ties >= k else SCAN
-    levels = control[gpu_control.HISTOGRAMS.value :][: gpu_control.LEVELS * gpu_control.BINS]
-    return (LIST if levels.any() else NEAR) if listed <= capacity else SCAN
+    second_level = control[gpu_control.HISTOGRAMS.value + gpu_control.BINS :][: gpu_control.BINS]
+    return (LIST if second_level.any() else NEAR) if listed <= capacity else SCAN
