@@ -96,6 +96,14 @@ def _margin(b_key, middle):
 
 
 @triton.jit
+def _clear(p_control, words):
+    for first in range(0, words, ZEROED):
+        b_word = first + tl.arange(0, ZEROED)
+        tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)
+    tl.debug_barrier()  # some of them are stored again
+
+
+@triton.jit
 def _store(p_control, guess, expected, tie, stop):
     stop = tl.minimum(tl.maximum(stop, guess + 1), INFINITY)
     bits = tl.cast(0, tl.int32)
@@ -121,6 +129,7 @@ def bracket_by_sample(
     capacity,
     decay,
     p_clip,
+    words,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -130,6 +139,7 @@ def bracket_by_sample(
     b_inside = (b_line < lines)[:, None]
     b_grad = tl.load(p_grad + b_at, mask=b_inside, other=0.0)
     b_err = read_residual(tl.load(p_err + b_at, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
+    _clear(p_control, words)  # while the sample is on its way
     b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
 
     sampled = lines * LINE
@@ -195,15 +205,12 @@ def guess_kernel(
     RESIDUAL: tl.constexpr,
 ):
     """One program: clears the control block, which has `words` words, and says where to look."""
-    for first in range(0, words, ZEROED):
-        b_word = first + tl.arange(0, ZEROED)
-        tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)
-    tl.debug_barrier()  # some of them are stored again
     hint = hinted(p_hint, HINT)
     if hint > 0:
+        _clear(p_control, words)
         bracket_by_hint(p_control, hint)
     else:
         bracket_by_sample(
-            *(p_grad, p_err, p_control, n, lines, stride, density, capacity, decay, p_clip),
+            *(p_grad, p_err, p_control, n, lines, stride, density, capacity, decay, p_clip, words),
             *(LINES, LINE, RESIDUAL),
         )

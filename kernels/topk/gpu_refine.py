@@ -219,6 +219,25 @@ def _add_winners(
 
 
 @triton.jit
+def _threshold(p_near, first_key, stop_key, count, wanted, SIZE: tl.constexpr):
+    """(the `wanted`-th of the `count` keys set apart, how many lie above it)"""
+    b_slot = tl.arange(0, SIZE)
+    b_inside = b_slot < count
+    b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
+    low, high, reach = first_key, stop_key, count.to(tl.int32)
+    while (high - low > 1) & (reach > wanted):
+        middle = low + (high - low) // 2
+        there = tl.sum(tl.where(b_key >= middle, 1, 0), 0)
+        up = there >= wanted
+        low = tl.where(up, middle, low)
+        reach = tl.where(up, there, reach)
+        high = tl.where(up, high, middle)
+    # Exactly as many as are wanted may have been found before the interval closed.
+    threshold = tl.min(tl.where(b_key >= low, b_key, LAST_KEY), 0)
+    return threshold, tl.sum((b_key > threshold).to(tl.int32), 0)
+
+
+@triton.jit
 def pick_threshold(
     p_rows,
     p_groups,
@@ -233,20 +252,10 @@ def pick_threshold(
 ):
     """Picks the `wanted`-th of the keys set apart, and adds those that win, and tie, to the counts."""
     PART: tl.constexpr = SIZE // 4
-    b_slot = tl.arange(0, SIZE)
-    b_inside = b_slot < count
-    b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
-    low, high, reach = first_key, stop_key, count.to(tl.int32)
-    while (high - low > 1) & (reach > wanted):
-        middle = low + (high - low) // 2
-        there = tl.sum(tl.where(b_key >= middle, 1, 0), 0)
-        up = there >= wanted
-        low = tl.where(up, middle, low)
-        reach = tl.where(up, there, reach)
-        high = tl.where(up, high, middle)
-    # Exactly as many as are wanted may have been found before the interval closed.
-    threshold = tl.min(tl.where(b_key >= low, b_key, LAST_KEY), 0)
-    above = tl.sum((b_key > threshold).to(tl.int32), 0)
+    if count <= PART:  # a search through few takes half the time
+        threshold, above = _threshold(p_near, first_key, stop_key, count, wanted, PART)
+    else:
+        threshold, above = _threshold(p_near, first_key, stop_key, count, wanted, SIZE)
     tl.store(p_control + THRESHOLD, threshold.to(tl.int64))
     tl.store(p_control + QUOTA, wanted - above)
     for first in range(0, count.to(tl.int32), PART):  # anew, because all of them take all registers

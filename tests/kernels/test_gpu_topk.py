@@ -31,10 +31,18 @@ def embedding(n: int) -> tuple[Tensor, Tensor]:
     return grad, torch.zeros(n)
 
 
+def tied(n: int) -> tuple[Tensor, Tensor]:
+    """More elements of one value than are set apart; k reaches into them."""
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    grad[::60] = 3.0
+    return grad, torch.zeros(n)
+
+
 MODES: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], float, int | None, int]] = {
     "list": (lambda n: make("gaussian", n, torch.float32), 0.01, None, NEAR),
     "few of many": (lambda n: make("clustered", n, torch.float32), 0.001, None, NEAR),
     "many of many": (lambda n: make("gaussian", n, torch.float32), 0.1, None, NEAR),
+    "ties": (tied, 0.01, None, LIST),
     "above the bracket": (lambda n: make("gaussian", n, torch.float32), 0.01, key_of(2.6), LIST),
     "constant": (lambda n: (torch.ones(n), torch.zeros(n)), 0.01, None, KNOWN),
     "zeros": (lambda n: make("minus zero", n, torch.float32), 0.01, None, KNOWN),
