@@ -32,8 +32,17 @@ from gck.kernels.common.launch import (
 from gck.kernels.common.residual import residual_arguments
 from gck.kernels.common.statistics import sum_read
 from gck.kernels.topk import coded, gpu_guess
-from gck.kernels.topk.gpu_bracket import BRACKET_REGISTERS, BRACKET_WARPS, LINES, guess_kernel
+from gck.kernels.topk.gpu_bracket import (
+    BRACKET_REGISTERS,
+    BRACKET_WARPS,
+    CANDIDATES,
+    LINES,
+    bracket_lines,
+    guess_kernel,
+    share_of,
+)
 from gck.kernels.topk.gpu_control import (
+    ARRIVED,
     BINS,
     BRACKET_BITS,
     BRACKET_STOP,
@@ -47,6 +56,7 @@ from gck.kernels.topk.gpu_control import (
     THRESHOLD,
     TIE,
     WORDS,
+    arrive,
     mode_of,
 )
 from gck.kernels.topk.gpu_decode import decompress_, decompress_sum_
@@ -62,7 +72,6 @@ from gck.kernels.topk.gpu_refine import (
     RESTORE,
     SEARCH,
     TOGETHER,
-    arrive,
     count_level,
     count_rows,
     narrow,
@@ -201,7 +210,7 @@ def refine_kernel(
             count_rows(*rows, *shape, True, TILE, ROWS, BLOCK, GROUP, ROOM)
         else:
             count_rows(*rows, *shape, False, TILE, ROWS, SEARCH // ROWS, GROUP, ROOM)
-        if arrive(p_control):
+        if arrive(p_control + ARRIVED):
             if apart:
                 pick_threshold(
                     *(p_rows, p_groups, p_control, p_near, first_key, stop_key, total, wanted, GROUP, ROOM)
@@ -257,6 +266,11 @@ def emit_kernel(
         )
 
 
+def sampled_lines(n: int, k: int) -> int:
+    """Lines of the sample for k of n elements."""
+    return bracket_lines(n, k, LINES, CANDIDATES)
+
+
 def run_shapes(n: int, k: int) -> list[tuple[int, int, int]]:
     """(tiles of a run, its rows, entries of a row at a time) of `refine` and of `emit`.
 
@@ -265,7 +279,7 @@ def run_shapes(n: int, k: int) -> list[tuple[int, int, int]]:
     """
     if not gpu_guess.listing(n, k):
         return [(1, ROWS, BLOCK)] * 2
-    expected = k / n * gpu_guess.sample_lines(n, LINES) * LINE
+    expected = k / n * sampled_lines(n, k) * LINE
     listed = TILE * k / n * (expected + 5 * expected**0.5 + 8) / expected
     entries = min(max(triton.next_power_of_2(int(1.2 * listed) + 4), min(SHAPES)), max(SHAPES))
     for_all = 1 << (triton.cdiv(n, TILE) // FEWEST_RUNS).bit_length() >> 1
@@ -298,7 +312,7 @@ def compress_(
     k = values.numel()
     tiles = triton.cdiv(n, TILE)
     listing = gpu_guess.listing(n, k)
-    lines = gpu_guess.sample_lines(n, LINES) if listing else 0
+    lines = sampled_lines(n, k) if listing else 0
     capacity = gpu_guess.list_capacity(n, k, lines) if listing else 0
     shapes = [
         {"TILE": TILE, "ROWS": rows, "BLOCK": block, "GROUP": GROUP, **EXACT}
@@ -312,7 +326,7 @@ def compress_(
         return torch.empty(count, dtype=dtype, device=grad.device)
 
     words = WORDS + 2 * triton.cdiv(rows, GROUP)
-    control = scratch(words) if listing else torch.zeros(words, dtype=torch.int64, device=grad.device)
+    control = torch.zeros(words, dtype=torch.int64, device=grad.device)
     list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
     near = scratch(2 * NEAR_ROOM, torch.int32)
     tile_words = scratch(tiles * listing)
@@ -325,11 +339,13 @@ def compress_(
     sums = partial_sums(err, stats)
     with launching_on(grad):
         if listing:
-            guess_kernel[(1,)](
-                *(grad, err, control, p_hint, n, lines, n // LINE // lines, k / n, capacity, words),
-                *(decay, p_clip),
+            guess_kernel[(triton.cdiv(lines, LINES),)](
+                *(grad, err, control, scratch(CANDIDATES, torch.int32), p_hint),
+                *(n, lines, n // LINE // lines, k / n, capacity, decay, p_clip),
                 LINES=LINES,
                 LINE=LINE,
+                SHARE=share_of(n, k, LINES),
+                CANDIDATES=CANDIDATES,
                 RESIDUAL=residual,
                 num_warps=BRACKET_WARPS,
                 **registers(BRACKET_REGISTERS),

@@ -1,10 +1,14 @@
-"""Where the key of the k-th largest element probably lies, from a sample that one program holds.
+"""Where the key of the k-th largest element probably lies, from a sample.
 
 The sample is made of lines, runs of 16 elements at hashed places, so that no period of a gradient aligns with
 them. The bracket begins at the guess, the sample's key of rank f + 5 sqrt(sum of squared hits a line) + 8,
 where f is the expected rank of the k-th key and a hit a key of at least that rank: the squares measure how
 clustered the large elements are. It ends 3 sqrt(...) ranks on the other side, or later, where the bits that
 its keys differ in reach further. To miss the k-th key there costs some levels of the search, which is rare.
+
+Each program looks at a part of the sample, and offers what of it may reach the guess. The last one to arrive
+finds the bracket from what all of them offered, or, where one has too much to offer because many of its keys
+are one, from its own part alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -19,20 +23,46 @@ from gck.kernels.topk.gpu_control import (
     BRACKET_STOP,
     EXPECTED,
     GUESS,
+    OVERFLOWN,
+    SAMPLED,
+    SQUARES,
     TIE,
+    arrive,
 )
-from gck.kernels.topk.gpu_guess import HINT_SLACK, hinted, margin_of, place_of_line
+from gck.kernels.topk.gpu_guess import (
+    HINT_SLACK,
+    LINE,
+    hinted,
+    margin_of,
+    place_of_line,
+    sample_lines,
+)
 
-LINES = 1024  # that the program has room for; a power of two
-BRACKET_WARPS = 16
-BRACKET_REGISTERS = 96
-ZEROED = tl.constexpr(2048)  # words of the control block at a time
+LINES = 256  # of a program; a power of two
+CANDIDATES = 8192  # keys that the last program has room for; a power of two
+FEWEST_OFFERED = 256  # keys a program: at most as many programs as share the room then
+BRACKET_WARPS = 8
+BRACKET_REGISTERS = 128  # of few programs, which have a processor each
+CUTOFF_BITS = tl.constexpr(16)  # that the least key offered may lack: 1/128 octave
 OCTAVE = tl.constexpr(1 << 23)  # of keys: from x to 2x
 MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows only counts from there on
 MIDDLE_WIDTH = tl.constexpr(1 << MIDDLE_BITS.value)
 GUESS_BITS = tl.constexpr(15)  # that the guess may lack: 1/256 octave
 GUESS_WIDTH = tl.constexpr(1 << GUESS_BITS.value)
 SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expected hardly happens
+
+
+def share_of(n: int, k: int, lines: int) -> int:
+    """Keys that a program of so many lines has room to offer: twice those expected to win, and as many more as
+    the worst margin takes, where all hits of a line come together; a power of two."""
+    expected = k / n * lines * LINE
+    offered = triton.next_power_of_2(int(2 * expected) + 100)
+    return int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
+
+
+def bracket_lines(n: int, k: int, lines: int, candidates: int) -> int:
+    """Lines of the sample, `lines` a program: as many as the last one has room for what is offered of them."""
+    return sample_lines(n, candidates // share_of(n, k, lines) * lines)
 
 
 @triton.jit
@@ -90,17 +120,30 @@ def _from(b_key, rank, near):
 
 
 @triton.jit
-def _margin(b_key, middle):
+def _squares(b_key, middle):
+    """(how many keys are at least `middle`; their squared numbers a line, summed)"""
     b_hits = tl.sum(tl.where(b_key >= middle, 1.0, 0.0), 1)
-    return margin_of(tl.sum(b_hits * b_hits, 0).to(tl.int32))
+    return tl.sum(b_hits, 0).to(tl.int32), tl.sum(b_hits * b_hits, 0).to(tl.int32)
 
 
 @triton.jit
-def _clear(p_control, words):
-    for first in range(0, words, ZEROED):
-        b_word = first + tl.arange(0, ZEROED)
-        tl.store(p_control + b_word, tl.zeros((ZEROED,), tl.int64), mask=b_word < words)
-    tl.debug_barrier()  # some of them are stored again
+def _expected(density, sampled):
+    """The rank of the k-th key in a sample of so many."""
+    return (density * sampled.to(tl.float32)).to(tl.int32) + 1
+
+
+@triton.jit
+def _offer(p_candidates, b_key, cutoff, SHARE: tl.constexpr):
+    """Stores the keys from `cutoff` on, and -1 for what is left of the share; returns how many they are."""
+    SIZE: tl.constexpr = b_key.shape[0] * b_key.shape[1]
+    b_key = tl.reshape(b_key, (SIZE,))
+    b_hit = (b_key >= cutoff).to(tl.int32)
+    b_slot = tl.cumsum(b_hit, 0) - b_hit
+    count = tl.sum(b_hit, 0)
+    tl.store(p_candidates + b_slot, b_key, mask=(b_hit > 0) & (b_slot < SHARE))
+    b_free = tl.arange(0, SHARE)
+    tl.store(p_candidates + b_free, tl.full((SHARE,), -1, tl.int32), mask=b_free >= count)
+    return count
 
 
 @triton.jit
@@ -118,37 +161,11 @@ def _store(p_control, guess, expected, tie, stop):
 
 
 @triton.jit
-def bracket_by_sample(
-    p_grad,
-    p_err,
-    p_control,
-    n,
-    lines,
-    stride,
-    density,
-    capacity,
-    decay,
-    p_clip,
-    words,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    b_line = tl.arange(0, LINES)
-    b_at = (place_of_line(b_line, stride) * LINE)[:, None] + tl.arange(0, LINE)[None, :]
-    b_inside = (b_line < lines)[:, None]
-    b_grad = tl.load(p_grad + b_at, mask=b_inside, other=0.0)
-    b_err = read_residual(tl.load(p_err + b_at, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
-    _clear(p_control, words)  # while the sample is on its way
-    b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
-
-    sampled = lines * LINE
-    expected = (density * sampled.to(tl.float32)).to(tl.int32) + 1
-    stop = tl.max(tl.max(b_key, 1), 0) + 1
-    low = _from(b_key, expected, stop - 8 * OCTAVE)
-    middle = _key_of_rank(b_key, expected, low, stop, MIDDLE_BITS)
-    margin = _margin(b_key, middle)
-    rank = tl.minimum(expected + margin, sampled)
+def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sampled):
+    """Decides on the bracket by the keys of a sample of so many that reach the guess, or more; `stop` is past
+    the largest, and `middle` the key of rank `expected`, roughly."""
+    margin = margin_of(squares)
+    rank = tl.minimum(expected + margin, _reach(b_key, 0))
     low = _from(b_key, rank, middle - OCTAVE // 4)
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
     upper = (margin - 8) // 5 * 3
@@ -165,7 +182,6 @@ def bracket_by_sample(
     room = tl.cast(capacity, tl.int64) * sampled
     if _reach(b_key, guess).to(tl.int64) * n > room:
         middle = _key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
-        rank = tl.minimum(expected + _margin(b_key, middle), sampled)
         guess = _key_of_rank(b_key, rank, 0, middle + 1, 0)
         # Infinities must be listed, for what is not stays in err.
         if (_reach(b_key, guess).to(tl.int64) * n > room) & (guess < INFINITY):
@@ -178,6 +194,76 @@ def bracket_by_sample(
 
 
 @triton.jit
+def _middle(b_key, expected):
+    """(the key of rank `expected`, but for its lowest bits; what is past the largest)"""
+    stop = tl.max(tl.max(b_key, 1), 0) + 1
+    low = _from(b_key, expected, stop - 8 * OCTAVE)
+    return _key_of_rank(b_key, expected, low, stop, MIDDLE_BITS), stop
+
+
+@triton.jit
+def bracket_by_sample(
+    p_grad,
+    p_err,
+    p_control,
+    p_candidates,
+    n,
+    lines,
+    stride,
+    density,
+    capacity,
+    decay,
+    p_clip,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    SHARE: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    part = tl.program_id(0)
+    parts = tl.num_programs(0)
+    b_line = part + tl.arange(0, LINES) * parts  # each part is spread over all of the vector
+    b_element = tl.arange(0, LINE)[None, :]
+    b_at = (place_of_line(b_line, stride) * LINE)[:, None] + b_element
+    b_inside = (b_line < lines)[:, None]
+    b_grad = tl.load(p_grad + b_at, mask=b_inside, other=0.0)
+    b_err = read_residual(tl.load(p_err + b_at, mask=b_inside, other=0.0), decay, p_clip, RESIDUAL)
+    b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
+
+    own = tl.cdiv(lines - part, parts) * LINE
+    expected = _expected(density, own)
+    middle, stop = _middle(b_key, expected)
+    hits, squares = _squares(b_key, middle)
+    if hits > 2 * expected:  # keys so close that they need all their bits
+        middle = _key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
+        _hits, squares = _squares(b_key, middle)
+    alone = parts == 1
+    decides = alone
+    if parts > 1:
+        rank = tl.minimum(expected + margin_of(squares), own)
+        low = _from(b_key, rank, middle - OCTAVE // 4)
+        cutoff = _key_of_rank(b_key, rank, low, middle + MIDDLE_WIDTH, CUTOFF_BITS)
+        offered = _offer(p_candidates + part * SHARE, b_key, cutoff, SHARE)
+        if offered > SHARE:
+            tl.atomic_add(p_control + OVERFLOWN, 1, sem="relaxed")
+        tl.atomic_add(p_control + SQUARES, squares.to(tl.int64), sem="relaxed")
+        decides = arrive(p_control + SAMPLED)
+        alone = tl.load(p_control + OVERFLOWN, cache_modifier=".cg") > 0
+    if decides & alone:
+        _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, own)
+    elif decides:
+        b_slot = tl.arange(0, CANDIDATES // LINE)[:, None] * LINE + b_element
+        b_offered = tl.load(
+            p_candidates + b_slot, mask=b_slot < parts * SHARE, other=-1, cache_modifier=".cg"
+        )
+        all_squares = tl.load(p_control + SQUARES, cache_modifier=".cg").to(tl.int32)
+        sampled = lines * LINE
+        expected = _expected(density, sampled)
+        middle, stop = _middle(b_offered, expected)
+        _bracket(b_offered, p_control, n, capacity, expected, middle, all_squares, stop, sampled)
+
+
+@triton.jit
 def bracket_by_hint(p_control, hint):
     """From the last step's threshold: this step's is probably a little above or below."""
     scaled = hint.to(tl.float32, bitcast=True) * HINT_SLACK
@@ -185,32 +271,34 @@ def bracket_by_hint(p_control, hint):
     _store(p_control, guess, hint, tl.cast(0, tl.int32), guess + OCTAVE // 8)
 
 
-@triton.jit(do_not_specialize=["n", "lines", "stride", "capacity", "words"])
+@triton.jit(do_not_specialize=["n", "lines", "stride", "capacity"])
 def guess_kernel(
     p_grad,
     p_err,
     p_control,
+    p_candidates,
     p_hint,
     n,
     lines,
     stride,
     density,
     capacity,
-    words,
     decay,
     p_clip,
     HINT: tl.constexpr,
     LINES: tl.constexpr,
     LINE: tl.constexpr,
+    SHARE: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """One program: clears the control block, which has `words` words, and says where to look."""
+    """Says in the control block, which is zero, where to look; LINES of the sample a program."""
     hint = hinted(p_hint, HINT)
     if hint > 0:
-        _clear(p_control, words)
-        bracket_by_hint(p_control, hint)
+        if tl.program_id(0) == 0:
+            bracket_by_hint(p_control, hint)
     else:
         bracket_by_sample(
-            *(p_grad, p_err, p_control, n, lines, stride, density, capacity, decay, p_clip, words),
-            *(LINES, LINE, RESIDUAL),
+            *(p_grad, p_err, p_control, p_candidates, n, lines, stride, density, capacity, decay, p_clip),
+            *(LINES, LINE, SHARE, CANDIDATES, RESIDUAL),
         )

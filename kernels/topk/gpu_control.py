@@ -39,6 +39,9 @@ NEAR = tl.constexpr(15)  # keys set apart because the threshold is one of them
 ARRIVED = tl.constexpr(16)  # programs that are done with their part
 PASSED = tl.constexpr(17)  # programs that came to a barrier, each of them counted every time
 EXPECTED = tl.constexpr(18)  # about the k-th key: what reaches it probably wins; at least the guess
+SAMPLED = tl.constexpr(19)  # programs of the guess that are done with their part
+SQUARES = tl.constexpr(20)  # of the sample's hits a line
+OVERFLOWN = tl.constexpr(21)  # programs of the guess that have more to offer than there is room for
 HISTOGRAMS = tl.constexpr(24)
 LEVELS = 5  # of the search in a single vector: the bracket, and all keys in as many steps as there are digits
 WORDS = HISTOGRAMS.value + LEVELS * BINS
@@ -46,6 +49,15 @@ WORDS = HISTOGRAMS.value + LEVELS * BINS
 SCAN = tl.constexpr(0)
 LIST = tl.constexpr(1)
 KNOWN = tl.constexpr(2)
+
+
+@triton.jit
+def arrive(p_arrived):
+    """Whether this program is the last one to come here. What the others wrote before is there then."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(p_arrived, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return arrived == tl.num_programs(0) - 1
 
 
 @triton.jit

@@ -16,7 +16,6 @@ import triton.language as tl
 from gck.kernels.common.keys import canonical, magnitude_key
 from gck.kernels.common.tiles import load_tile, tile_offsets
 from gck.kernels.topk.gpu_control import (
-    ARRIVED,
     HISTOGRAMS,
     LEVELS,
     NEAR,
@@ -49,15 +48,6 @@ def wait_for_all(p_control, times):
     while passed < wanted:
         passed = tl.atomic_add(p_control + PASSED, 0, sem="acquire")
     tl.debug_barrier()
-
-
-@triton.jit
-def arrive(p_control):
-    """Whether this program is the last one to come here. What the others wrote before is there then."""
-    tl.debug_barrier()
-    arrived = tl.atomic_add(p_control + ARRIVED, 1, sem="acq_rel")
-    tl.debug_barrier()
-    return arrived == tl.num_programs(0) - 1
 
 
 @triton.jit

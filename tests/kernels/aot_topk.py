@@ -38,6 +38,7 @@ POINTERS = {
     "p_out": "*fp32",
     "p_bounds": "*i64",
     "p_near": "*i32",
+    "p_candidates": "*i32",
     "p_tensors": "*i64",
     "p_choices": "*i64",
     "p_owners": "*i64",
@@ -94,6 +95,7 @@ def _guess() -> list[Variant]:
     made = []
     for grad, options in (("fp32", ""), ("bf16", ""), ("fp32", ", clip")):
         constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
+        constants |= {"SHARE": 256, "CANDIDATES": gpu_bracket.CANDIDATES}
         constants |= {"RESIDUAL": residual_constants(options)["RESIDUAL"]}
         made.append(
             _variant(

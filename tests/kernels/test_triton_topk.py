@@ -134,17 +134,18 @@ def places_kernel(p_places: Any, stride: int, LINES: tl.constexpr) -> None:  # n
     tl.store(p_places + b_line, gpu_guess.place_of_line(b_line, stride))
 
 
-def sampled(n: int) -> Tensor:
-    """The indices that are sampled of n elements."""
-    lines = gpu_guess.sample_lines(n, gpu.LINES)
-    places = torch.zeros(gpu.LINES, dtype=torch.int64)
-    places_kernel[(1,)](places, n // gpu_guess.LINE // lines, gpu.LINES)
+def sampled(n: int, k: int) -> Tensor:
+    """The indices that are sampled of n elements, to find k of them."""
+    lines = gpu.sampled_lines(n, k)
+    size = triton.next_power_of_2(lines)
+    places = torch.zeros(size, dtype=torch.int64)
+    places_kernel[(1,)](places, n // gpu_guess.LINE // lines, size)
     return (places[:lines, None] * gpu_guess.LINE + torch.arange(gpu_guess.LINE)).view(-1)
 
 
 def test_the_sample_has_a_line_of_each_stratum() -> None:
     n = 300_007
-    lines = sampled(n).view(-1, gpu_guess.LINE)
+    lines = sampled(n, n // 100).view(-1, gpu_guess.LINE)
     stride = n // gpu_guess.LINE // len(lines)
     first = lines[:, 0] // gpu_guess.LINE
     assert torch.equal(lines, (first * gpu_guess.LINE)[:, None] + torch.arange(gpu_guess.LINE))
@@ -158,7 +159,7 @@ def test_too_few_ties_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample sees nothing but one key, which nothing else has."""
     shrink(monkeypatch, 1000)
     monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 16)
-    places = sampled(SMALL)
+    places = sampled(SMALL, 700)
     grad = torch.linspace(0.1, 0.9, SMALL)
     grad[places] = 5.0
     assert len(places) < 700
@@ -263,9 +264,9 @@ def test_the_mode_does_not_depend_on_the_tensors_addresses(monkeypatch: pytest.M
 
 def test_capacity_holds_the_worst_margin() -> None:
     for n in (2**16, 10**6, 10**8, 2**31 + 5):
-        lines = gpu_guess.sample_lines(n, gpu.LINES)
-        sampled = lines * gpu_guess.LINE
         for k in {1, 10, 1000, n // 1000, n // 100, n // 10, n // 4}:
+            lines = gpu.sampled_lines(n, k)
+            sampled = lines * gpu_guess.LINE
             expected = k / n * sampled
             worst = (expected + 5 * math.sqrt(16 * expected) + 8) * n / sampled
             assert min(n, worst) <= gpu_guess.list_capacity(n, k, lines) <= n, (n, k)

@@ -22,7 +22,7 @@ def key_of(value: float) -> int:
 def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None:
     """Tiles, runs and groups so small, and a sample so dense, that a few thousand elements have several
     of each; and a list of a given capacity."""
-    small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "NEAR_ROOM": 128}
+    small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "NEAR_ROOM": 128, "LINES": 16}
     small["SHAPES"] = {16: ((8, 16), (4, 16)), 32: ((4, 16), (8, 32))}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
@@ -81,9 +81,7 @@ def check(
         assert int(last) == int(keys.sort(descending=True).values[fields[0].numel() - 1])
     k = fields[0].numel()
     listed, ties = (int(control[word.value]) for word in (gpu_control.LISTED, gpu_control.TIES))
-    capacity = (
-        gpu_guess.list_capacity(n, k, gpu_guess.sample_lines(n, gpu.LINES)) if gpu_guess.listing(n, k) else 0
-    )
+    capacity = gpu_guess.list_capacity(n, k, gpu.sampled_lines(n, k)) if gpu_guess.listing(n, k) else 0
     if listed < k:
         return KNOWN if listed + ties >= k else SCAN
     second_level = control[gpu_control.HISTOGRAMS.value + gpu_control.BINS :][: gpu_control.BINS]
