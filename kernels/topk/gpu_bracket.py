@@ -53,15 +53,15 @@ SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expec
 
 
 def share_of(n: int, k: int, lines: int) -> int:
-    """Keys that a program of so many lines has room to offer: twice those expected to win, and as many more as
-    the worst margin takes, where all hits of a line come together; a power of two."""
+    """Keys that a program of so many lines has room to offer: twice those expected to win, and as many more
+    as the worst margin takes, where all hits of a line come together; a power of two."""
     expected = k / n * lines * LINE
     offered = triton.next_power_of_2(int(2 * expected) + 100)
     return int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
 
 
 def bracket_lines(n: int, k: int, lines: int, candidates: int) -> int:
-    """Lines of the sample, `lines` a program: as many as the last one has room for what is offered of them."""
+    """Lines of the sample, `lines` a program: as many as there is room for what is offered of them."""
     return sample_lines(n, candidates // share_of(n, k, lines) * lines)
 
 

@@ -172,8 +172,8 @@ def _add_entries(p_tile, b_value, b_place, alpha, reads):
 
 @triton.jit
 def _prepare(p_tile, size, ACCUMULATE: tl.constexpr, TOUCH: tl.constexpr, TILE: tl.constexpr):
-    """Zeroes the tile, or leaves it; and touches it, so that it is on its way to the nearest cache while entries
-    are: a store alone does not bring it there."""
+    """Zeroes the tile, or leaves it; and touches it, so that it is on its way to the nearest cache while
+    entries are: a store alone does not bring it there."""
     if not ACCUMULATE:
         if size == TILE:
             tl.store(p_tile + tl.arange(0, TILE), tl.zeros((TILE,), tl.float32))

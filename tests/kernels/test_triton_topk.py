@@ -50,8 +50,10 @@ def test_sampled(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_real_sample() -> None:
+    """By one program, and by three."""
     n = gpu_guess.MIN_SAMPLED + 7
-    assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.float32)) == NEAR
+    for size in (n, 600_007):
+        assert check(gck.TopK(ratio=0.01), *make("gaussian", size, torch.float32)) == NEAR
     assert check(gck.TopK(ratio=0.01), *make("gaussian", n, torch.bfloat16), aligned=True) == NEAR
 
 
