@@ -34,7 +34,6 @@ SECTOR = tl.constexpr(8)  # elements that memory moves together
 
 # What is done to dense chunks before anything is added.
 KEEP, TOUCH, CLEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-TOUCH_CLEARED = tl.constexpr(True)
 
 
 @triton.jit
@@ -92,9 +91,8 @@ def _entries(
 
 
 @triton.jit
-def _prepare(p_dense, left, SIZE: tl.constexpr, START: tl.constexpr, ADD: tl.constexpr):
-    """Zeroes the chunks, or leaves them; and touches them, so that they are on their way to the nearest cache
-    while entries are: a store alone does not bring them there."""
+def _prepare(p_dense, left, SIZE: tl.constexpr, START: tl.constexpr):
+    """Zeroes the chunks; or touches them, so that they are on their way while entries are."""
     if START == CLEAR:
         if left == SIZE:
             PART: tl.constexpr = min(SIZE, STEP)
@@ -104,9 +102,7 @@ def _prepare(p_dense, left, SIZE: tl.constexpr, START: tl.constexpr, ADD: tl.con
             for first in range(0, left, ZEROS):
                 b_offset = first + tl.arange(0, ZEROS)
                 tl.store(p_dense + b_offset, tl.zeros((ZEROS,), tl.float32), mask=b_offset < left)
-        if ADD and TOUCH_CLEARED:
-            tl.debug_barrier()  # the threads that touch are not those that zeroed
-    if START == TOUCH or (START == CLEAR and ADD and TOUCH_CLEARED):
+    elif START == TOUCH:
         SPAN: tl.constexpr = min(SIZE, TOUCHED)
         for first in range(0, SIZE, SPAN):
             b_sector = first + tl.arange(0, SPAN // SECTOR) * SECTOR
@@ -155,7 +151,7 @@ def sum_chunks(
             row = (p_values, p_scales, p_indices, first_rank + i, i_chunk, row_units, 0, b_here)
             entries += (_entries(*row, K, LEVELS, BITS, INDEX_BITS, SLOTS),)
         if first_rank == 0:
-            _prepare(p_dense, left, CHUNKS * 2**LEVELS, START, ADD)
+            _prepare(p_dense, left, CHUNKS * 2**LEVELS, START)
         for i in tl.static_range(RANKS):
             tl.debug_barrier()  # what the rank before wrote, other threads now read
             if ADD:

@@ -37,9 +37,8 @@ from gck.kernels.topk.gpu_bracket import (
     BRACKET_WARPS,
     CANDIDATES,
     LINES,
-    bracket_lines,
     guess_kernel,
-    share_of,
+    sample_shape,
 )
 from gck.kernels.topk.gpu_control import (
     ARRIVED,
@@ -268,7 +267,7 @@ def emit_kernel(
 
 def sampled_lines(n: int, k: int) -> int:
     """Lines of the sample for k of n elements."""
-    return bracket_lines(n, k, LINES, CANDIDATES)
+    return sample_shape(n, k, LINES, CANDIDATES)[0]
 
 
 def run_shapes(n: int, k: int) -> list[tuple[int, int, int]]:
@@ -339,13 +338,14 @@ def compress_(
     sums = partial_sums(err, stats)
     with launching_on(grad):
         if listing:
+            _, share, candidates = sample_shape(n, k, LINES, CANDIDATES)
             guess_kernel[(triton.cdiv(lines, LINES),)](
-                *(grad, err, control, scratch(CANDIDATES, torch.int32), p_hint),
+                *(grad, err, control, scratch(candidates, torch.int32), p_hint),
                 *(n, lines, n // LINE // lines, k / n, capacity, decay, p_clip),
                 LINES=LINES,
                 LINE=LINE,
-                SHARE=share_of(n, k, LINES),
-                CANDIDATES=CANDIDATES,
+                SHARE=share,
+                CANDIDATES=candidates,
                 RESIDUAL=residual,
                 num_warps=BRACKET_WARPS,
                 **registers(BRACKET_REGISTERS),

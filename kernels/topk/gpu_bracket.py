@@ -39,10 +39,11 @@ from gck.kernels.topk.gpu_guess import (
 )
 
 LINES = 256  # of a program; a power of two
-CANDIDATES = 8192  # keys that the last program has room for; a power of two
-FEWEST_OFFERED = 256  # keys a program: at most as many programs as share the room then
+MOST_PARTS = 32  # programs
+CANDIDATES = 8192  # keys that the last of them has room for; a power of two
+FEWEST_OFFERED = 64  # keys a program
 BRACKET_WARPS = 8
-BRACKET_REGISTERS = 128  # of few programs, which have a processor each
+BRACKET_REGISTERS = 168  # of few programs, which have a processor each
 CUTOFF_BITS = tl.constexpr(16)  # that the least key offered may lack: 1/128 octave
 OCTAVE = tl.constexpr(1 << 23)  # of keys: from x to 2x
 MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows only counts from there on
@@ -52,17 +53,16 @@ GUESS_WIDTH = tl.constexpr(1 << GUESS_BITS.value)
 SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expected hardly happens
 
 
-def share_of(n: int, k: int, lines: int) -> int:
-    """Keys that a program of so many lines has room to offer: twice those expected to win, and as many more
-    as the worst margin takes, where all hits of a line come together; a power of two."""
+def sample_shape(n: int, k: int, lines: int, candidates: int) -> tuple[int, int, int]:
+    """(lines of the sample, keys that a program of `lines` of them may offer, room for those of all), the last
+    two powers of two. A program may offer what is expected to win, the margin where half of a line's hits come
+    together, and some: where more do, its own part decides."""
     expected = k / n * lines * LINE
-    offered = triton.next_power_of_2(int(2 * expected) + 100)
-    return int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
-
-
-def bracket_lines(n: int, k: int, lines: int, candidates: int) -> int:
-    """Lines of the sample, `lines` a program: as many as there is room for what is offered of them."""
-    return sample_lines(n, candidates // share_of(n, k, lines) * lines)
+    offered = triton.next_power_of_2(int(expected + 7 * expected**0.5) + 24)
+    share = int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
+    parts = min(candidates // share, MOST_PARTS)
+    drawn = sample_lines(n, parts * lines)
+    return drawn, share, max(share * triton.next_power_of_2(triton.cdiv(drawn, lines)), LINE)
 
 
 @triton.jit
@@ -166,11 +166,15 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     the largest, and `middle` the key of rank `expected`, roughly."""
     margin = margin_of(squares)
     rank = tl.minimum(expected + margin, _reach(b_key, 0))
-    low = _from(b_key, rank, middle - OCTAVE // 4)
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
     upper = (margin - 8) // 5 * 3
     last = tl.where(expected > upper, expected - upper, 1)
-    guess, last_key = _keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, stop, GUESS_BITS)
+    low = tl.maximum(middle - OCTAVE // 4, 0)
+    high = tl.minimum(middle + OCTAVE // 4, stop)
+    below, above = _reach_both(b_key, low, high)
+    low = tl.where(below >= rank, low, 0)
+    high = tl.where(above < last, high, stop)
+    guess, last_key = _keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, high, GUESS_BITS)
     if expected > upper:
         stop = last_key + GUESS_WIDTH
     elif expected < SURE:
@@ -199,6 +203,18 @@ def _middle(b_key, expected):
     stop = tl.max(tl.max(b_key, 1), 0) + 1
     low = _from(b_key, expected, stop - 8 * OCTAVE)
     return _key_of_rank(b_key, expected, low, stop, MIDDLE_BITS), stop
+
+
+@triton.jit
+def _middle_near(b_key, expected, near, stop):
+    """The key of rank `expected`, but for its lowest bits, which is probably close to `near`."""
+    low = tl.maximum(near - OCTAVE // 8, 0)
+    high = tl.minimum(near + OCTAVE // 8, stop)
+    below, above = _reach_both(b_key, low, high)
+    low = tl.where(below >= expected, low, 0)
+    low = tl.where(above >= expected, high, low)
+    high = tl.where(above >= expected, stop, tl.where(below >= expected, high, near))
+    return _key_of_rank(b_key, expected, low, high, MIDDLE_BITS)
 
 
 @triton.jit
@@ -259,7 +275,8 @@ def bracket_by_sample(
         all_squares = tl.load(p_control + SQUARES, cache_modifier=".cg").to(tl.int32)
         sampled = lines * LINE
         expected = _expected(density, sampled)
-        middle, stop = _middle(b_offered, expected)
+        stop = tl.max(tl.max(b_offered, 1), 0) + 1
+        middle = _middle_near(b_offered, expected, middle, stop)
         _bracket(b_offered, p_control, n, capacity, expected, middle, all_squares, stop, sampled)
 
 

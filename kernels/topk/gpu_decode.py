@@ -30,7 +30,7 @@ FEW = 48  # entries of a rank in a tile, on average, that a block of the few mos
 ZEROS = tl.constexpr(256)  # that the last tile stores at a time
 SECTOR = tl.constexpr(8)  # elements that memory moves together
 # Entries an element, of all ranks, from which a tile is brought to the cache before it is added to: with
-# fewer, most of it need not be read.
+# fewer, most of the result need not be read.
 TOUCH_FROM = 1 / 32
 BOUNDS_BLOCK = 128  # bounds that a program searches for
 BOUNDS_WAYS = 4  # parts that a step of the search cuts what is left into
@@ -172,8 +172,7 @@ def _add_entries(p_tile, b_value, b_place, alpha, reads):
 
 @triton.jit
 def _prepare(p_tile, size, ACCUMULATE: tl.constexpr, TOUCH: tl.constexpr, TILE: tl.constexpr):
-    """Zeroes the tile, or leaves it; and touches it, so that it is on its way to the nearest cache while
-    entries are: a store alone does not bring it there."""
+    """Zeroes the tile; or touches it, so that it is on its way to the cache while entries are."""
     if not ACCUMULATE:
         if size == TILE:
             tl.store(p_tile + tl.arange(0, TILE), tl.zeros((TILE,), tl.float32))
@@ -181,9 +180,7 @@ def _prepare(p_tile, size, ACCUMULATE: tl.constexpr, TOUCH: tl.constexpr, TILE: 
             for first in range(0, size, ZEROS):
                 b_offset = first + tl.arange(0, ZEROS)
                 tl.store(p_tile + b_offset, tl.zeros((ZEROS,), tl.float32), mask=b_offset < size)
-    if TOUCH:
-        if not ACCUMULATE:
-            tl.debug_barrier()  # the threads that touch are not those that zeroed
+    elif TOUCH:
         b_sector = tl.arange(0, TILE // SECTOR) * SECTOR
         tl.load(p_tile + b_sector, mask=b_sector < size, volatile=True)
 
@@ -231,7 +228,7 @@ def decompress_sum_(
     bounds = torch.empty((tiles + 1) * ranks, dtype=bounds_dtype, device=out.device)
     index_bytes = indices.element_size()
     block, together, warps = SUM_FEW if k * SUM_TILE <= FEW * n else SUM_MANY
-    touch = ranks * k >= TOUCH_FROM * n
+    touch = accumulate and ranks * k >= TOUCH_FROM * n
     with launching_on(out):
         bounds_kernel[(triton.cdiv(tiles + 1, BOUNDS_BLOCK), ranks)](
             *(indices, bounds, k, _steps(k), tiles, row_units),

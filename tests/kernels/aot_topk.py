@@ -95,7 +95,9 @@ def _guess() -> list[Variant]:
     made = []
     for grad, options in (("fp32", ""), ("bf16", ""), ("fp32", ", clip")):
         constants = {"LINE": gpu_guess.LINE, "LINES": gpu_bracket.LINES, "HINT": True}
-        constants |= {"SHARE": 256, "CANDIDATES": gpu_bracket.CANDIDATES}
+        n = 100_000_000
+        _, share, room = gpu_bracket.sample_shape(n, n // 100, gpu_bracket.LINES, gpu_bracket.CANDIDATES)
+        constants |= {"SHARE": share, "CANDIDATES": room}
         constants |= {"RESIDUAL": residual_constants(options)["RESIDUAL"]}
         made.append(
             _variant(
