@@ -54,9 +54,9 @@ SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expec
 
 
 def sample_shape(n: int, k: int, lines: int, candidates: int) -> tuple[int, int, int]:
-    """(lines of the sample, keys that a program of `lines` of them may offer, room for those of all), the last
-    two powers of two. A program may offer what is expected to win, the margin where half of a line's hits come
-    together, and some: where more do, its own part decides."""
+    """(lines of the sample, keys that a program of `lines` of them may offer, room for those of all), the
+    last two powers of two. It may offer what is expected to win, the margin where two hits of a line come
+    together, and some: where there are more, its own part decides."""
     expected = k / n * lines * LINE
     offered = triton.next_power_of_2(int(expected + 7 * expected**0.5) + 24)
     share = int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
