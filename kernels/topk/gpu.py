@@ -312,7 +312,7 @@ def compress_(
     tiles = triton.cdiv(n, TILE)
     listing = gpu_guess.listing(n, k)
     lines = sampled_lines(n, k) if listing else 0
-    capacity = gpu_guess.list_capacity(n, k, lines) if listing else 0
+    capacity = gpu_guess.list_capacity(n, k, lines, LINES) if listing else 0
     shapes = [
         {"TILE": TILE, "ROWS": rows, "BLOCK": block, "GROUP": GROUP, **EXACT}
         for _, rows, block in run_shapes(n, k)

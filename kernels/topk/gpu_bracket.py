@@ -6,9 +6,9 @@ where f is the expected rank of the k-th key and a hit a key of at least that ra
 clustered the large elements are. It ends 3 sqrt(...) ranks on the other side, or later, where the bits that
 its keys differ in reach further. To miss the k-th key there costs some levels of the search, which is rare.
 
-Each program looks at a part of the sample, and offers what of it may reach the guess. The last one to arrive
-finds the bracket from what all of them offered, or, where one has too much to offer because many of its keys
-are one, from its own part alone.
+Each program looks at a part of the sample, and offers its largest keys. The last one to arrive finds the
+bracket from what all of them offered, or, where one has too many to offer because they are too close to be
+told apart, from its own part alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -55,8 +55,8 @@ SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expec
 
 def sample_shape(n: int, k: int, lines: int, candidates: int) -> tuple[int, int, int]:
     """(lines of the sample, keys that a program of `lines` of them may offer, room for those of all), the
-    last two powers of two. It may offer what is expected to win, the margin where two hits of a line come
-    together, and some: where there are more, its own part decides."""
+    last two powers of two. Three quarters of what it may offer are its largest keys: more than win, and than
+    the margin of all parts together takes. The rest is for keys that are close to the last of them."""
     expected = k / n * lines * LINE
     offered = triton.next_power_of_2(int(expected + 7 * expected**0.5) + 24)
     share = int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
@@ -165,7 +165,7 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     """Decides on the bracket by the keys of a sample of so many that reach the guess, or more; `stop` is past
     the largest, and `middle` the key of rank `expected`, roughly."""
     margin = margin_of(squares)
-    rank = tl.minimum(expected + margin, _reach(b_key, 0))
+    rank = tl.minimum(expected + margin, sampled)  # past all that are offered: the others are zeros
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
     upper = (margin - 8) // 5 * 3
     last = tl.where(expected > upper, expected - upper, 1)
@@ -256,10 +256,12 @@ def bracket_by_sample(
     alone = parts == 1
     decides = alone
     if parts > 1:
-        rank = tl.minimum(expected + margin_of(squares), own)
-        low = _from(b_key, rank, middle - OCTAVE // 4)
-        cutoff = _key_of_rank(b_key, rank, low, middle + MIDDLE_WIDTH, CUTOFF_BITS)
-        offered = _offer(p_candidates + part * SHARE, b_key, cutoff, SHARE)
+        rank = tl.minimum(SHARE // 4 * 3, own)
+        low = _from(b_key, rank, middle - OCTAVE // 2)
+        high = tl.where(rank > expected, middle + MIDDLE_WIDTH, stop)
+        cutoff = _key_of_rank(b_key, rank, low, high, CUTOFF_BITS)
+        # Zeros are not: where most keys are, they would leave no room.
+        offered = _offer(p_candidates + part * SHARE, b_key, tl.maximum(cutoff, 1), SHARE)
         if offered > SHARE:
             tl.atomic_add(p_control + OVERFLOWN, 1, sem="relaxed")
         tl.atomic_add(p_control + SQUARES, squares.to(tl.int64), sem="relaxed")

@@ -42,11 +42,18 @@ def sample_blocks(lines: int) -> int:
     return -(-lines // GUESS_BLOCK) * (GUESS_BLOCK // BLOCK_LINES)
 
 
-def list_capacity(n: int, k: int, lines: int) -> int:
-    """Twice k, and the margin of the guess: the worst, where all hits of a line come together, is
-    f + 20 sqrt(f) + 8 sampled elements for f expected, which is below 2 f + 128."""
-    each = -(-n // (lines * LINE))
-    return min(n, 2 * k + (1 << 14) + 128 * each)
+def list_capacity(n: int, k: int, lines: int, part: int | None = None) -> int:
+    """Twice k at least. Else what reaches the guess by a sample of so many lines at the worst, where all hits
+    of a line come together; or by a `part` of them alone, where they do not. Of a guess of rank R, the number
+    of elements is that of R sampled ones, and five standard deviations."""
+
+    def reached(lines: int, together: int) -> float:
+        each = n / (lines * LINE)
+        rank = k / each + 5 * (together * k / each) ** 0.5 + 8
+        return each * (rank + 5 * (together * rank) ** 0.5)
+
+    most = max(2 * k, reached(lines, LINE), reached(min(part or lines, lines), 1))
+    return min(n, int(most) + (1 << 14))
 
 
 @triton.jit

@@ -18,6 +18,8 @@ if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
 from gck.kernels.topk import gpu, gpu_guess, gpu_stream
+from gck.kernels.topk.gpu_bracket import sample_shape
+from gck.kernels.topk.gpu_control import GUESS, TIE, WORDS
 from gck.kernels.topk.gpu_refine import COUNT, RESTORE
 from tests.contract import check_case
 from tests.kernels.bits import bit_patterns
@@ -95,7 +97,7 @@ def test_one_level_of_the_search_or_more(monkeypatch: pytest.MonkeyPatch) -> Non
     """More keys in a bin of the bracket than are set apart, a threshold above the bracket, and many ties
     beside it take more."""
     shrink(monkeypatch)
-    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: n)
+    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines, part: n)
     monkeypatch.setattr(gpu_guess, "listing", lambda n, k: True)
     order = torch.randperm(SMALL, generator=torch.Generator().manual_seed(1))
     spread, nothing = torch.linspace(1.0, 2.0, SMALL)[order], torch.zeros(SMALL)
@@ -155,6 +157,43 @@ def test_the_sample_has_a_line_of_each_stratum() -> None:
     jitter = first % stride
     assert len(jitter.unique()) > stride // 2
     assert abs(float(jitter.double().mean()) - stride / 2) < stride / 10
+
+
+GUESSED = 2**23 + 5  # elements, of whose sample 31 programs have a part each, at a density of 1 %
+
+
+@pytest.mark.parametrize(
+    "case", ["gaussian", "clustered", "periodic", "sorted", "ties", "all zero", "denormal"]
+)
+def test_a_guess_by_many_programs_lists_enough_and_not_too_much(case: str) -> None:
+    """The guess alone, which reads little of a large vector, and what the stream would make of it."""
+    grad, err = make(case, GUESSED, torch.float32)
+    acc = (grad + err).abs()
+    for ratio in (0.0001, 0.001, 0.01, 0.1, 0.25):
+        k = int(GUESSED * ratio)
+        lines = gpu.sampled_lines(GUESSED, k)
+        assert triton.cdiv(lines, gpu.LINES) > 1
+        _, share, room = sample_shape(GUESSED, k, gpu.LINES, gpu.CANDIDATES)
+        capacity = gpu_guess.list_capacity(GUESSED, k, lines, gpu.LINES)
+        control = torch.zeros(WORDS, dtype=torch.int64)
+        gpu.guess_kernel[(triton.cdiv(lines, gpu.LINES),)](
+            *(grad, err, control, torch.zeros(room, dtype=torch.int32), control),
+            *(GUESSED, lines, GUESSED // gpu_guess.LINE // lines, k / GUESSED, capacity, 1.0, err),
+            LINES=gpu.LINES,
+            LINE=gpu_guess.LINE,
+            SHARE=share,
+            CANDIDATES=room,
+            RESIDUAL=0,
+            HINT=False,
+        )
+        guess, tie = (int(control[word.value]) for word in (GUESS, TIE))
+        keys = acc.view(torch.int32)
+        listed = int((keys >= guess).sum())
+        ties = int((keys == tie - 1).sum()) if tie else 0
+        assert listed <= capacity
+        assert listed + ties >= k
+        if case == "gaussian" and ratio >= 0.01:
+            assert listed < 1.3 * k
 
 
 def test_too_few_ties_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +291,7 @@ def test_infinities_are_listed_however_many_they_are(monkeypatch: pytest.MonkeyP
     grad[3::9] = math.nan
     assert check(gck.TopK(k=5), grad, torch.zeros(SMALL)) == SCAN
     grad[::2] = 1.0
-    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: 3000)
+    monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines, part: 3000)
     assert check(gck.TopK(k=5), grad, torch.zeros(SMALL)) == LIST
 
 
@@ -271,7 +310,7 @@ def test_capacity_holds_the_worst_margin() -> None:
             sampled = lines * gpu_guess.LINE
             expected = k / n * sampled
             worst = (expected + 5 * math.sqrt(16 * expected) + 8) * n / sampled
-            assert min(n, worst) <= gpu_guess.list_capacity(n, k, lines) <= n, (n, k)
+            assert min(n, worst) <= gpu_guess.list_capacity(n, k, lines, gpu.LINES) <= n, (n, k)
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 256)
     monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 2)
     if capacity is not None:
-        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines: capacity)
+        monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines, part: capacity)
 
 
 def check(
@@ -81,7 +81,9 @@ def check(
         assert int(last) == int(keys.sort(descending=True).values[fields[0].numel() - 1])
     k = fields[0].numel()
     listed, ties = (int(control[word.value]) for word in (gpu_control.LISTED, gpu_control.TIES))
-    capacity = gpu_guess.list_capacity(n, k, gpu.sampled_lines(n, k)) if gpu_guess.listing(n, k) else 0
+    capacity = (
+        gpu_guess.list_capacity(n, k, gpu.sampled_lines(n, k), gpu.LINES) if gpu_guess.listing(n, k) else 0
+    )
     if listed < k:
         return KNOWN if listed + ties >= k else SCAN
     second_level = control[gpu_control.HISTOGRAMS.value + gpu_control.BINS :][: gpu_control.BINS]
