@@ -132,7 +132,7 @@ def _cupy(rank: int, world_size: int, device: torch.device) -> list[tuple[str, s
     nccl: Any = None
     reason = None
     try:
-        nccl = import_module("cupy.cuda").nccl
+        nccl = import_module("cupy.cuda.nccl")  # which CuPy 14 no longer imports by itself
         nccl.get_version()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

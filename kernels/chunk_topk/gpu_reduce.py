@@ -73,9 +73,12 @@ def reduce_kernel(
     p_scratch += i_program * SIZE
     p_position += i_program * (CHUNKS * max(K, CAPACITY))
     groups = (tl.cast(n, tl.int64) + SIZE - 1) // SIZE
-    for i_turn in tl.range(i_program, groups, tl.num_programs(0), disable_licm=True):
-        # The last group first, because a part of a chunk takes longest.
-        i_group = groups - 1 - i_turn
+    # A group that is cut short takes many times as long: where there is one, the first program does no other.
+    short = ((tl.cast(n, tl.int64) % SIZE != 0) & (tl.num_programs(0) > 1)).to(tl.int32)
+    first, stop = i_program - short, groups - short
+    if (short > 0) & (i_program == 0):
+        first, stop = groups - 1, groups
+    for i_group in tl.range(first, stop, tl.num_programs(0) - short, disable_licm=True):
         i_chunk = i_group * CHUNKS
         left = tl.minimum(n - i_group * SIZE, SIZE).to(tl.int32)
         tl.debug_barrier()  # what the turn before left in the scratch has been read

@@ -50,7 +50,7 @@ def list_capacity(n: int, k: int, lines: int, part: int | None = None) -> int:
     def reached(lines: int, together: int) -> float:
         each = n / (lines * LINE)
         rank = k / each + 5 * (together * k / each) ** 0.5 + 8
-        return each * (rank + 5 * (together * rank) ** 0.5)
+        return float(each * (rank + 5 * (together * rank) ** 0.5))
 
     most = max(2 * k, reached(lines, LINE), reached(min(part or lines, lines), 1))
     return min(n, int(most) + (1 << 14))

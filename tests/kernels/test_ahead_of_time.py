@@ -87,14 +87,14 @@ LONE = (255, 216)
 # processor, and more in variants for vectors past 2^31 elements.
 SPILLED = (
     (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
-    (r"topk\.sum_kernel\[fp32, i32, few\]", "sm_.*", 20),
+    (r"topk\.sum_kernel\[(fp32|bf16), i32, few\]", "sm_.*", 40),
     # Launches keep threads to the registers of whole groups; the one that the end cuts short spills masks.
     (r"sign\.compress_kernel\[.*\]", "sm_.*", 240),
     (r"(sign|quantize)\.(compress|decompress|reduce)_kernel\[.*\]", "sm_.*", 220),
     # 4096 entries of a chunk, selected by 16 warps of 128 registers a thread: the same spills without ranks.
     (r"chunk_topk\.reduce_kernel\[1024 of 65536 to 4096, .*\]", ".*", 830),
     (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
-    (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 10),
+    (r"topk\.sum_kernel\[fp16, i64, few\]", "sm_90", 12),
     (r"topk\.stream_kernel\[(bf16|fp16), fours\]", "sm_100", 12),
     (r"topk\.(list_)?stream_kernel\[.*, last\]", "sm_(90|100)", 26),
     (r"topk\.(list_)?emit_kernel\[(fp32|bf16), i32.*\]", "sm_.*", 60),
