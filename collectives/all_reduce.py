@@ -92,9 +92,11 @@ def all_reduce_(
             bytes a message, and one more small message a phase. Without it a bit that flips on its way may
             make ranks differ. Of dense sums, the results are compared.
         timeout: seconds that each wait may take. Default: the group's own.
-        async_op: return a handle at once, and reduce on another thread, after what the group has in flight
-            and before what it is given later. Errors of arguments are raised here, all others by the
-            handle's `wait`. Until then grad, a tensor, and state must be left alone, and be with one group.
+        async_op: return a handle at once, and reduce on another thread, in the order of gck's calls on the
+            group. Errors of arguments are raised here, all others by the handle's `wait`. Until then grad,
+            a tensor, and state must be left alone, and be with one group; and torch.distributed must not be
+            called on that group, of whose order gck knows nothing: ranks would wait for each other until
+            the timeout.
 
     Returns:
         grad; a `Work` whose `wait` returns it where async_op is true.

@@ -7,6 +7,7 @@ unchanged after any of them.
 """
 
 __all__ = [
+    "AllocationError",
     "ArgumentError",
     "AutogradError",
     "BackendUnavailableError",
@@ -53,6 +54,10 @@ class LayoutError(ArgumentError):
 
 class AutogradError(ArgumentError):
     """A tensor is part of a recorded autograd graph; compression is not differentiable."""
+
+
+class AllocationError(GckError, MemoryError):
+    """A result has more elements than fit into memory, such as a payload from elsewhere may claim."""
 
 
 class BackendUnavailableError(GckError, RuntimeError):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gck._native import load, num_threads, sees_tensors
+from gck.errors import AllocationError
 
 __all__ = ["LARGE", "copy_", "dlpack_type", "drop_results", "empty", "unwatched"]
 
@@ -45,11 +46,20 @@ def unwatched() -> bool:
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new (numel,) tensor of any content; a large one on the CPU from memory that results have freed."""
+    """A new (numel,) tensor of any content; a large one on the CPU from memory that results have freed.
+
+    Raises:
+        AllocationError: on the CPU, there is no room for so many. torch has errors of its own for devices.
+    """
     small = numel < LARGE // dtype.itemsize
-    if small or device.type != "cpu" or not (unwatched() and sees_tensors()):
+    if small or device.type != "cpu":
         return torch.empty(numel, dtype=dtype, device=device)
-    tensor: Tensor = load().new_tensor(*_DLPACK[dtype], numel)
+    try:
+        if not (unwatched() and sees_tensors()):
+            return torch.empty(numel, dtype=dtype, device=device)
+        tensor: Tensor = load().new_tensor(*_DLPACK[dtype], numel)
+    except (MemoryError, RuntimeError) as error:
+        raise AllocationError(f"{numel} elements of {dtype} do not fit into memory: {error}") from error
     return tensor
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from gck.collectives.transports import CallLog, Done, Started, check_timeout, ring, rotation
 from gck.collectives.transports.exchange import Exchange
 from gck.collectives.transports.failures import typed_error
+from gck.collectives.transports.forked import is_inherited
 from gck.collectives.transports.gloo import carries_cpu_tensors, close_connections
 from gck.collectives.transports.operation import Operation, end_all
 from gck.collectives.transports.ring import Ring
@@ -72,8 +73,9 @@ class ProcessGroupTransport:
         """The transport of `group`; `timeout` is limited to the group's own, which is the default.
 
         Raises:
-            GroupUnusableError: the group was destroyed.
+            GroupUnusableError: the group was destroyed, or made before this process was forked.
         """
+        _check_own(group)
         if _destroyed(group):
             raise GroupUnusableError("the group was destroyed; make a new one")
         state = _states.get(group)
@@ -252,6 +254,7 @@ class ProcessGroupTransport:
             )
         if group is None or _destroyed(group):
             raise GroupUnusableError(f"{operation}: the group was destroyed; make a new one")
+        _check_own(group)
         return group
 
     def _spoil(self, operation: str, error: BaseException, elapsed: float) -> NoReturn:
@@ -279,7 +282,7 @@ class ProcessGroupTransport:
             if exchange is not None:
                 exchange.stop()
         group = self._state.group()
-        if group is not None and self._gloo:
+        if group is not None and self._gloo and not is_inherited(group):
             close_connections(group, self._rank, self._world_size)
 
     def _place(self) -> str:
@@ -321,6 +324,14 @@ class ProcessGroupTransport:
     def _check_usable(self) -> None:
         if self._state.unusable is not None:
             raise GroupUnusableError(f"the group was given up meanwhile ({self._state.unusable})")
+
+
+def _check_own(group: dist.ProcessGroup) -> None:
+    if is_inherited(group):
+        raise GroupUnusableError(
+            "this process was forked after the group was made, and has neither its connections nor its "
+            "threads; make a new group here"
+        )
 
 
 def _destroyed(group: dist.ProcessGroup) -> bool:

@@ -11,14 +11,26 @@ from typing import Annotated
 
 import typer
 
+from gck.version import __version__
+
 __all__ = ["app"]
 
 # Commands have private names: `gck.cli.doctor` and `gck.cli.demo` are the modules.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gck {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _gck() -> None:
+def _gck(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, and stop.")
+    ] = False,
+) -> None:
     """Gradient compression kernels."""
 
 

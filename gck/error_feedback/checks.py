@@ -57,7 +57,7 @@ def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
     """The residual `name` of a saved state; None where it has none.
 
     Raises:
-        StateMismatchError: it is no flat float32 tensor.
+        StateMismatchError: it is no flat float32 tensor, or something in it is not finite.
     """
     value = state.get(name)
     if value is not None and (
@@ -67,6 +67,12 @@ def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
         raise StateMismatchError(
             f"load_state_dict: the saved {name} residual must be flat float32, got {what}"
         )
+    if value is not None and value.numel():
+        for extreme in torch.aminmax(value):
+            if not torch.isfinite(extreme):
+                raise StateMismatchError(
+                    f"load_state_dict: the saved {name} residual must be finite, got {float(extreme)}"
+                )
     return value
 
 

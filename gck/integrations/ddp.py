@@ -28,7 +28,7 @@ from gck.collectives import Link, Transport, resolve
 from gck.collectives.reduction import Reduction, prepare
 from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
-from gck.errors import DtypeError, LayoutError, ShapeMismatchError
+from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError
 from gck.integrations.hook_state import HookState
 
 __all__ = ["HookState", "hook", "register"]
@@ -140,8 +140,8 @@ def register(
 
     Raises:
         DtypeError: model is no DistributedDataParallel, or an option has a wrong type.
-        ArgumentError: an option is out of range.
-        RuntimeError: by torch, where the model has a communication hook already.
+        ArgumentError: an option is out of range, or the model has a communication hook already.
+        GroupUnusableError: the group was destroyed, or an earlier failure spoilt it.
     """
     if not isinstance(model, DistributedDataParallel):
         raise DtypeError(
@@ -163,7 +163,13 @@ def register(
         scaler=scaler,
         skip_nonfinite=skip_nonfinite,
     )
-    model.register_comm_hook(state, hook)
+    resolve(state.group, state.timeout)  # so that a wrong group is found here, and not in a backward pass
+    try:
+        model.register_comm_hook(state, hook)
+    except RuntimeError as error:
+        if "can only be called once" not in str(error):
+            raise
+        raise ArgumentError("gck.ddp.register: model has a communication hook already") from error
     return state
 
 

@@ -92,6 +92,8 @@ class HookState:
                 raise DtypeError(f"HookState: {name} must be a bool, got {type(value).__name__}")
         if link is not None and not isinstance(link, Link):
             raise DtypeError(f"HookState: link must be a Link or None, got {type(link).__name__}")
+        if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+            raise DtypeError(f"HookState: scaler must have a get_scale, got {scaler!r}")
         self.compressor = compressor
         self.link = link
         self.warmup_steps = _count("warmup_steps", warmup_steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gck import interop
 from gck.coded_layout import INDEX_CODECS
 from gck.compressor import compressor_class
-from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
+from gck.errors import AllocationError, ArgumentError, DtypeError, ShapeMismatchError
 from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
 from gck.kernels.index_codecs import check_index_codec
@@ -41,6 +41,7 @@ def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor
 
     Raises:
         ShapeMismatchError: out has another number of elements than the payload, or payloads differ.
+        AllocationError: there is no room for so many elements, on the CPU.
         CorruptPayloadError: the payload contradicts itself. On CUDA, where looking at the indices would
             stop the stream, those out of range are skipped instead.
     """
@@ -49,7 +50,13 @@ def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor
         return done
     _, fields, _ = _parts("decompress", _first("decompress", payload))
     if out is None:
-        out = empty(_first("decompress", payload).numel, torch.float32, fields[0].device)
+        numel = _first("decompress", payload).numel
+        try:
+            out = empty(numel, torch.float32, fields[0].device)
+        except AllocationError as error:
+            raise AllocationError(
+                f"decompress: {error}; of bytes from elsewhere, give gck.from_bytes a max_numel"
+            ) from error
     return _decode("decompress", out, payload, 1.0, False)
 
 

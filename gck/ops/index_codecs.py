@@ -33,7 +33,9 @@ def encode_indices(payload: SparseGrad, index_codec: str = "elias_fano") -> Code
         raise DtypeError(f"{function}: payload must be a SparseGrad, got {type(payload).__name__}")
     index_codecs.check_index_codec(function, index_codec)
     if index_codec == "int32":
-        raise ArgumentError(f'{function}: index_codec must be "block16" or "elias_fano", got "int32"')
+        raise ArgumentError(
+            f'{function}: index_codec must be "block16" or "elias_fano", got "int32", as payload has'
+        )
     values, indices, numel = payload
     checks.check_tensor(function, "values", values)
     checks.check_tensor(function, "indices", indices)

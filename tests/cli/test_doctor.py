@@ -31,6 +31,12 @@ def test_json_in_a_process_of_its_own() -> None:
         assert set(finding) == {"name", "works", "detail", "advice", "required"}
 
 
+def test_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "gck", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"gck {gck.__version__}\n"
+    assert done.returncode == 0
+
+
 def test_table() -> None:
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 0, done.output

@@ -12,12 +12,24 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gck.collectives import all_reduce_
-from gck.errors import CollectiveMismatchError, GroupUnusableError
+from gck.errors import ArgumentError, CollectiveMismatchError, DtypeError, GroupUnusableError
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
 from tests.collectives.ddp_model import TINY_BUCKETS, assert_same_on_all_ranks, loss_of, network, train
+
+
+def check_register_refuses_what_would_fail_later() -> None:
+    model = DistributedDataParallel(network())
+    for scaler in (5, "x", object()):
+        with pytest.raises(DtypeError, match=r"HookState: scaler must have a get_scale, got "):
+            ddp.register(model, Sign(32), scaler=scaler)
+    with pytest.raises(ArgumentError, match=r"group must be .* got str"):
+        ddp.register(model, Sign(32), group="x")
+    ddp.register(model, Sign(32), algorithm="two_phase")  # nothing was registered before
+    with pytest.raises(ArgumentError, match=r"gck.ddp.register: model has a communication hook already"):
+        ddp.register(model, Sign(32))
 
 
 def check_errors_of_buckets_in_flight() -> None:

@@ -16,6 +16,7 @@ import gck
 from gck import message
 from gck.compressor import REGISTRY
 from gck.errors import (
+    AllocationError,
     ArgumentError,
     BackendUnavailableError,
     CorruptPayloadError,
@@ -250,6 +251,15 @@ def test_refused(change: str) -> None:
     name, (offset, form, value), text = REFUSED[change]
     with pytest.raises(CorruptPayloadError, match=rf"^from_bytes: .*{text}"):
         gck.from_bytes(put(plain(name), offset, form, value))
+
+
+@pytest.mark.parametrize("numel", [2**45, 2**60, 2**62])
+def test_a_claim_of_more_elements_than_fit_is_refused_by_name(numel: int) -> None:
+    payload = gck.topk(torch.randn(1000), k=3)._replace(numel=numel)
+    honest = gck.from_bytes(gck.to_bytes(payload))
+    for given in (honest, [honest]):
+        with pytest.raises(AllocationError, match=rf"^decompress: {numel} elements .* max_numel"):
+            gck.decompress(given)
 
 
 def test_versions() -> None:
