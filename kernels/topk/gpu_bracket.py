@@ -37,6 +37,7 @@ from gck.kernels.topk.gpu_guess import (
     place_of_line,
     sample_lines,
 )
+from gck.kernels.topk.gpu_search import key_of_rank, keys_of_ranks, low_end, reach, reach_both
 
 LINES = 256  # of a program; a power of two
 MOST_PARTS = 32  # programs
@@ -63,60 +64,6 @@ def sample_shape(n: int, k: int, lines: int, candidates: int) -> tuple[int, int,
     parts = min(candidates // share, MOST_PARTS)
     drawn = sample_lines(n, parts * lines)
     return drawn, share, max(share * triton.next_power_of_2(triton.cdiv(drawn, lines)), LINE)
-
-
-@triton.jit
-def _reach(b_key, key):
-    """How many keys of the sample are at least `key`."""
-    return tl.sum(tl.where(b_key >= key, 1, 0))  # over both axes at once: each thread first adds up its own
-
-
-@triton.jit
-def _reach_both(b_key, key, other_key):
-    """How many keys are at least `key`, and at least `other_key`, in one sum: both are below 32768."""
-    both = tl.sum(tl.where(b_key >= key, 1, 0) + tl.where(b_key >= other_key, 65536, 0))
-    return both & 0xFFFF, both >> 16
-
-
-@triton.jit
-def _key_of_rank(b_key, rank, low, high, BITS: tl.constexpr):
-    """The largest key that `rank` keys reach, without its BITS lowest bits; `rank` of them reach `low`, and
-    fewer `high`."""
-    low >>= BITS
-    high = ((high - 1) >> BITS) + 1
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        if _reach(b_key, middle << BITS) >= rank:
-            low = middle
-        else:
-            high = middle
-    return low << BITS
-
-
-@triton.jit
-def _keys_of_ranks(b_key, rank, low, high, other_rank, other_low, other_high, BITS: tl.constexpr):
-    """`_key_of_rank` of two ranks, side by side: a step of the one does not wait for the other's."""
-    low >>= BITS
-    high = ((high - 1) >> BITS) + 1
-    other_low >>= BITS
-    other_high = ((other_high - 1) >> BITS) + 1
-    while tl.maximum(high - low, other_high - other_low) > 1:
-        middle = low + (high - low) // 2
-        other_middle = other_low + (other_high - other_low) // 2
-        reach, other_reach = _reach_both(b_key, middle << BITS, other_middle << BITS)
-        up, other_up = reach >= rank, other_reach >= other_rank
-        # What has closed stays: its middle is its low end, which enough keys reach.
-        low, high = tl.where(up, middle, low), tl.where(up, high, middle)
-        other_low = tl.where(other_up, other_middle, other_low)
-        other_high = tl.where(other_up, other_high, other_middle)
-    return low << BITS, other_low << BITS
-
-
-@triton.jit
-def _from(b_key, rank, near):
-    """`near` if that many keys reach it, else 0: where to look for the key of that rank from."""
-    near = tl.maximum(near, 0)
-    return tl.where(_reach(b_key, near) >= rank, near, 0)
 
 
 @triton.jit
@@ -171,10 +118,10 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     last = tl.where(expected > upper, expected - upper, 1)
     low = tl.maximum(middle - OCTAVE // 4, 0)
     high = tl.minimum(middle + OCTAVE // 4, stop)
-    below, above = _reach_both(b_key, low, high)
+    below, above = reach_both(b_key, low, high)
     low = tl.where(below >= rank, low, 0)
     high = tl.where(above < last, high, stop)
-    guess, last_key = _keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, high, GUESS_BITS)
+    guess, last_key = keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, high, GUESS_BITS)
     if expected > upper:
         stop = last_key + GUESS_WIDTH
     elif expected < SURE:
@@ -184,11 +131,11 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     # With so many keys the list would overflow: the guess lacks too many bits, or one key is very common.
     # Then the exact keys are worth their time, and where the ties are the many, what is above them is listed.
     room = tl.cast(capacity, tl.int64) * sampled
-    if _reach(b_key, guess).to(tl.int64) * n > room:
-        middle = _key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
-        guess = _key_of_rank(b_key, rank, 0, middle + 1, 0)
+    if reach(b_key, guess).to(tl.int64) * n > room:
+        middle = key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
+        guess = key_of_rank(b_key, rank, 0, middle + 1, 0)
         # Infinities must be listed, for what is not stays in err.
-        if (_reach(b_key, guess).to(tl.int64) * n > room) & (guess < INFINITY):
+        if (reach(b_key, guess).to(tl.int64) * n > room) & (guess < INFINITY):
             guess += 1
             tie = guess
     if guess == 0:  # zeros are never listed
@@ -201,8 +148,8 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
 def _middle(b_key, expected):
     """(the key of rank `expected`, but for its lowest bits; what is past the largest)"""
     stop = tl.max(tl.max(b_key, 1), 0) + 1
-    low = _from(b_key, expected, stop - 8 * OCTAVE)
-    return _key_of_rank(b_key, expected, low, stop, MIDDLE_BITS), stop
+    low = low_end(b_key, expected, stop - 8 * OCTAVE)
+    return key_of_rank(b_key, expected, low, stop, MIDDLE_BITS), stop
 
 
 @triton.jit
@@ -210,11 +157,11 @@ def _middle_near(b_key, expected, near, stop):
     """The key of rank `expected`, but for its lowest bits, which is probably close to `near`."""
     low = tl.maximum(near - OCTAVE // 8, 0)
     high = tl.minimum(near + OCTAVE // 8, stop)
-    below, above = _reach_both(b_key, low, high)
+    below, above = reach_both(b_key, low, high)
     low = tl.where(below >= expected, low, 0)
     low = tl.where(above >= expected, high, low)
     high = tl.where(above >= expected, stop, tl.where(below >= expected, high, near))
-    return _key_of_rank(b_key, expected, low, high, MIDDLE_BITS)
+    return key_of_rank(b_key, expected, low, high, MIDDLE_BITS)
 
 
 @triton.jit
@@ -251,15 +198,15 @@ def bracket_by_sample(
     middle, stop = _middle(b_key, expected)
     hits, squares = _squares(b_key, middle)
     if hits > 2 * expected:  # keys so close that they need all their bits
-        middle = _key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
+        middle = key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
         _hits, squares = _squares(b_key, middle)
     alone = parts == 1
     decides = alone
     if parts > 1:
         rank = tl.minimum(SHARE // 4 * 3, own)
-        low = _from(b_key, rank, middle - OCTAVE // 2)
+        low = low_end(b_key, rank, middle - OCTAVE // 2)
         high = tl.where(rank > expected, middle + MIDDLE_WIDTH, stop)
-        cutoff = _key_of_rank(b_key, rank, low, high, CUTOFF_BITS)
+        cutoff = key_of_rank(b_key, rank, low, high, CUTOFF_BITS)
         # Zeros are not: where most keys are, they would leave no room.
         offered = _offer(p_candidates + part * SHARE, b_key, tl.maximum(cutoff, 1), SHARE)
         if offered > SHARE:

@@ -122,7 +122,7 @@ def _stream() -> list[Variant]:
             constants = {**TILE, "LISTING": listing, "FOURS": fours, **residual_constants("")}
             made.append(
                 _variant(
-                    *("gpu", "stream_kernel", f"{grad}, {label}", constants, warps, each * fours),
+                    *("gpu_kernels", "stream_kernel", f"{grad}, {label}", constants, warps, each * fours),
                     most_registers=gpu_stream.STREAM_REGISTERS,
                     p_grad=f"*{grad}",
                 )
@@ -131,7 +131,7 @@ def _stream() -> list[Variant]:
         constants = {**TILE, "LISTING": True, "FOURS": True, **residual_constants(options)}
         made.append(
             _variant(
-                *("gpu", "stream_kernel", f"fp32, fours{options}", constants, warps),
+                *("gpu_kernels", "stream_kernel", f"fp32, fours{options}", constants, warps),
                 most_registers=gpu_stream.STREAM_REGISTERS,
                 p_grad="*fp32",
             )
@@ -153,7 +153,7 @@ def _select() -> list[Variant]:
         refine |= {"LISTING": gpu_guess.listing(n, k)}
         made.append(
             _variant(
-                *("gpu", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS),
+                *("gpu_kernels", "refine_kernel", f"{ratio}", refine, gpu_select.REFINE_WARPS),
                 most_registers=TOGETHER_REGISTERS,
             )._replace(together=True)
         )
@@ -162,7 +162,7 @@ def _select() -> list[Variant]:
             label = f"{value}, {index}, {ratio}"
             made.append(
                 _variant(
-                    *("gpu", "emit_kernel", label, {**emit, "HINT": True}, gpu_emit.EMIT_WARPS),
+                    *("gpu_kernels", "emit_kernel", label, {**emit, "HINT": True}, gpu_emit.EMIT_WARPS),
                     most_registers=gpu_emit.EMIT_REGISTERS,
                     **types,
                 )
