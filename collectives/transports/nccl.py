@@ -22,6 +22,7 @@ from gck._native import load
 from gck.collectives.transports import CallLog, check_timeout, resolve
 from gck.collectives.transports.nccl_operations import Operations, Shared, orphans
 from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchange_by_store, wheels
+from gck.collectives.work.queue import TurnLimit
 from gck.errors import ArgumentError, CollectiveError, GckError
 from gck.kernels.common import checks
 from gck.wire import body_in_place, layout_of, payloads_of
@@ -185,11 +186,6 @@ class NcclCommunicator(Operations):
         self.all_reduce(torch.zeros(1, dtype=torch.int32, device=self.device))
         self.synchronize()
 
-    def abort(self, reason: str) -> None:
-        """Stops what runs; peers that wait for this rank fail. At any time, from any thread."""
-        self._shared.native.abort(str(reason))
-        self.calls.queue.end()
-
     def close(self) -> None:
         """Ends what was started, at most `timeout` seconds, and leaves. A second time does nothing.
 
@@ -198,10 +194,11 @@ class NcclCommunicator(Operations):
         Raises:
             CollectiveTimeoutError, PeerLostError, CollectiveError: it was aborted instead.
         """
-        queue = self.calls.queue
-        with queue.turn("close"):
+        # Of a communicator that is aborted meanwhile nothing is left to wait for.
+        limit = TurnLimit(self._timeout, lambda function: None, self.abort)
+        with self.calls.queue.turn("close", limit):
             self._shared.native.close(self._timeout)
-        queue.end()
+        self.calls.queue.end()
 
     def __enter__(self) -> NcclCommunicator:
         return self
@@ -243,7 +240,7 @@ class NcclCommunicator(Operations):
         Sends and receives among several ranks need it. Results are there once the block has ended. An
         exception that leaves the block aborts the communicator: peers have started the whole of it.
         """
-        with self.calls.queue.turn("group"):
+        with self.turn("group"):
             yield from self._group()
 
     def _group(self) -> Iterator[None]:
@@ -275,7 +272,7 @@ class NcclCommunicator(Operations):
         """
         if color is not None and (isinstance(color, bool) or not isinstance(color, int) or color < 0):
             raise ArgumentError(f"split: color must be None or an int of at least 0, got {color!r}")
-        with self.calls.queue.turn("split"), _on(self.device if self.device.type == "cuda" else None):
+        with self.turn("split"), _on(self.device if self.device.type == "cuda" else None):
             native = self._shared.native.split(-1 if color is None else color, key, self._timeout)
         if native is None:
             return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gck.collectives.transports import CallLog
+from gck.collectives.work.queue import TurnLimit
 from gck.errors import (
     ArgumentError,
     CollectiveError,
@@ -191,6 +192,23 @@ class Operations:
             if local is not tensor:
                 tensor.copy_(self._returned(local, tensor))
 
+    def abort(self, reason: str) -> None:
+        """Stops what runs; peers that wait for this rank fail. At any time, from any thread."""
+        self._shared.native.abort(str(reason))
+        self._shared.calls.queue.end()
+
+    def turn(self, function: str) -> AbstractContextManager[None]:
+        """Within it nothing else of this communicator runs; waits for it at most `timeout` seconds after the
+        call before it has ended, and no longer than until the communicator is aborted.
+
+        Raises:
+            CollectiveTimeoutError: another call had it all the time; the communicator is aborted.
+            GroupUnusableError: it was aborted while this waited.
+        """
+        return self._shared.calls.queue.turn(
+            function, TurnLimit(self._timeout, self._shared.native.check, self.abort)
+        )
+
     def synchronize(self) -> None:
         """Waits until what the current stream holds has ended, and what was started on others.
 
@@ -200,7 +218,7 @@ class Operations:
             CollectiveTimeoutError: it has not; the communicator is aborted.
             PeerLostError, CollectiveError: it never will, for NCCL reported an error.
         """
-        with self._shared.calls.queue.turn("synchronize"):
+        with self.turn("synchronize"):
             self._synchronize()
 
     def _synchronize(self) -> None:
@@ -248,7 +266,7 @@ class Operations:
             if self._shared.grouped is not None:
                 self._shared.grouped += tensors
             try:
-                with self._shared.calls.queue.turn(operation):
+                with self.turn(operation):
                     getattr(native, operation)(*arguments, stream, self._timeout)
                     if cuda:
                         self._shared.mark(current)

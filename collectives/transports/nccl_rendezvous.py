@@ -11,6 +11,7 @@ differences and raise the same error, before anything could wait for a rank that
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from gck.errors import (
     BackendUnavailableError,
     CollectiveError,
     CollectiveMismatchError,
+    CollectiveTimeoutError,
     GckError,
 )
 
@@ -33,6 +35,7 @@ __all__ = ["NcclLibrary", "exchange_by_group", "exchange_by_store", "nccl_librar
 
 CARD = struct.Struct("<4s?iI128s")
 MAGIC = b"GCKN"
+POLL = 0.002  # seconds between two looks into a store
 
 
 class NcclLibrary(NamedTuple):
@@ -92,21 +95,15 @@ def exchange_by_store(
         The unique id, and what deletes it from the store; to be called once all ranks have joined.
     """
     card, error = _own_card(rank, world_size)
-    wait = timedelta(seconds=timeout)
     try:
-        # Ranks make their communicators in the same order, so all count alike, and none reads an old id.
-        generation = store.add(f"{name}/{rank}/made", 1)
-        key = f"{name}/{generation}"
         if rank == 0:
-            others = [f"{key}/{other}" for other in range(1, world_size)]
-            if others:
-                store.wait(others, wait)
-            store.set(f"{key}/cards", card + b"".join(store.get(other) for other in others))
+            key = _offer(store, card, world_size, name, timeout)
         else:
-            store.set(f"{key}/{rank}", card)
-            store.wait([f"{key}/cards"], wait)
+            key = _answer(store, card, rank, world_size, name, timeout)
         cards = store.get(f"{key}/cards")
     except (RuntimeError, OSError) as raised:
+        if isinstance(raised, GckError):
+            raise
         failure = typed_error(f"store on rank {rank} of {world_size}", raised, timeout)
         raise failure if failure is not None else raised from raised
     if len(cards) % CARD.size:
@@ -118,6 +115,37 @@ def exchange_by_store(
 
     rows = [cards[start : start + CARD.size] for start in range(0, len(cards), CARD.size)]
     return _read(rows, error), forget
+
+
+def _offer(store: Any, card: bytes, world_size: int, name: str, timeout: float) -> str:
+    """Rank 0 opens an attempt, of a number that none before had, and publishes all cards once they are
+    there; returns the prefix of its keys."""
+    attempt = store.add(f"{name}/attempts", 1)
+    key = f"{name}/{attempt}"
+    store.set(f"{name}/open", str(attempt))
+    others = [f"{key}/{other}" for other in range(1, world_size)]
+    if others:
+        store.wait(others, timedelta(seconds=timeout))
+    store.set(f"{key}/cards", card + b"".join(store.get(other) for other in others))
+    return key
+
+
+def _answer(store: Any, card: bytes, rank: int, world_size: int, name: str, timeout: float) -> str:
+    """Another rank answers the attempt that is open, and a later one if rank 0 gives up and tries again;
+    returns the prefix of its keys once all cards are there. It answers none that it has had the cards of."""
+    deadline = time.monotonic() + timeout
+    had = int(store.get(f"{name}/{rank}/had")) if store.check([f"{name}/{rank}/had"]) else 0
+    answered = had
+    while time.monotonic() < deadline:
+        attempt = int(store.get(f"{name}/open")) if store.check([f"{name}/open"]) else 0
+        if attempt > answered:
+            store.set(f"{name}/{attempt}/{rank}", card)
+            answered = attempt
+        if answered > had and store.check([f"{name}/{answered}/cards"]):
+            store.set(f"{name}/{rank}/had", str(answered))
+            return f"{name}/{answered}"
+        time.sleep(POLL)
+    raise CollectiveTimeoutError(f"store on rank {rank} of {world_size}: no answer after {timeout:.1f} s")
 
 
 def _own_card(rank: int, world_size: int) -> tuple[bytes, GckError | None]:

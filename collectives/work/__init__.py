@@ -18,6 +18,7 @@ By file: `handle` is what the caller gets, `queue` whose turn it is, `call` what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -71,7 +72,11 @@ def perform(
     """Runs `run` in its turn and returns its result, or queues it and returns the handle; see `submit`."""
     if async_op:
         return submit(transport, function, run, device, made)
-    with transport.calls.queue.turn(function):
+    # Some transports bound the wait for it.
+    turn: Callable[[str], AbstractContextManager[None]] = getattr(
+        transport, "turn", transport.calls.queue.turn
+    )
+    with turn(function):
         return run()
 
 

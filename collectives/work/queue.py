@@ -8,16 +8,30 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from gck.collectives.work.handle import Work
-from gck.errors import CollectiveError, GroupUnusableError
+from gck.errors import CollectiveError, CollectiveTimeoutError, GroupUnusableError
 
-__all__ = ["WorkQueue", "join_at_exit"]
+__all__ = ["TurnLimit", "WorkQueue", "join_at_exit"]
 
 LEAVE = 2.0  # seconds that the end of the interpreter waits for what is in flight
+
+
+class TurnLimit(NamedTuple):
+    """What a wait for the turn is bounded by.
+
+    Attributes:
+        timeout: seconds, anew whenever a call before it has ended.
+        check: called with the function's name while waiting; raises where the group cannot be used any more.
+        abort: called with a reason where the time is over.
+    """
+
+    timeout: float
+    check: Callable[[str], object]
+    abort: Callable[[str], object]
 
 
 class WorkQueue:
@@ -28,16 +42,19 @@ class WorkQueue:
         self._condition = threading.Condition(threading.RLock())
         self._line: deque[object] = deque()  # works, and an object for each synchronous call
         self._owner: int | None = None  # the thread that has the turn
+        self._ended = 0  # calls that have had it
         self._worker: threading.Thread | None = None
         self._ending = False
         self._closed = False
 
     @contextmanager
-    def turn(self, function: str) -> Iterator[None]:
+    def turn(self, function: str, limit: TurnLimit | None = None) -> Iterator[None]:
         """Within it nothing else of the group runs. What it calls is in the same turn.
 
         Raises:
             CollectiveError: on the worker thread, outside of what it runs: in a callback.
+            CollectiveTimeoutError: the turn did not come within the limit, and the group was aborted.
+            What the limit's check raises.
         """
         me = threading.get_ident()
         if self._owner == me:
@@ -48,9 +65,13 @@ class WorkQueue:
         try:
             with self._condition:
                 self._line.append(place)
-                while self._line[0] is not place:
-                    self._condition.wait()
-                self._owner = me
+                came = self._await_turn(place, function, limit)
+                if came:
+                    self._owner = me
+            if limit is not None and not came:
+                text = f"{function}: another call had the group for {limit.timeout:g} s"
+                limit.abort(text)
+                raise CollectiveTimeoutError(text)
             yield
         finally:
             with self._condition:
@@ -58,7 +79,23 @@ class WorkQueue:
                     self._owner = None
                 with suppress(ValueError):  # interrupted before it was in
                     self._line.remove(place)
+                self._ended += 1
                 self._condition.notify_all()
+
+    def _await_turn(self, place: object, function: str, limit: TurnLimit | None) -> bool:
+        """Returns when `place` is the first in the line, or the limit is over: whether it is the first."""
+        began, ended = time.monotonic(), self._ended
+        while self._line[0] is not place:
+            left = None
+            if limit is not None:
+                limit.check(function)
+                if self._ended != ended:
+                    began, ended = time.monotonic(), self._ended
+                left = began + limit.timeout - time.monotonic()
+                if left <= 0:
+                    return False
+            self._condition.wait(left)
+        return True
 
     def submit(self, work: Work[Any]) -> None:
         """Puts a work at the end of the line.
@@ -127,6 +164,7 @@ class WorkQueue:
             work._end(error)
             with self._condition:
                 self._owner = None
+                self._ended += 1
                 self._line.popleft()
                 self._condition.notify_all()
             try:

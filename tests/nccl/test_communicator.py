@@ -279,6 +279,34 @@ class TestRendezvous:
             with pytest.raises(CollectiveTimeoutError, match=f"store on rank {rank} of 2"):
                 gck.NcclCommunicator.from_store(dist.HashStore(), rank, 2, timeout=0.3)
 
+    @pytest.mark.parametrize("early", [0, 1])
+    def test_a_rank_that_gave_up_is_met_again(self, early: int) -> None:
+        """One comes too early, alone, and waits in vain; then both, on the same store."""
+        store = dist.HashStore()
+        with pytest.raises(CollectiveTimeoutError):
+            gck.NcclCommunicator.from_store(store, early, 2, timeout=0.3)
+
+        def rank_main(rank: int) -> int:
+            with gck.NcclCommunicator.from_store(store, rank, 2, timeout=20) as comm:
+                total = torch.tensor([rank + 1])
+                comm.all_reduce(total)
+                return int(total)
+
+        assert on_threads(2, rank_main) == [3, 3]
+
+    def test_a_rank_answers_the_attempt_that_rank_0_makes_next(self) -> None:
+        """Rank 1 waits for longer than rank 0, which gives up with three ranks and tries again with two."""
+        store = dist.HashStore()
+
+        def rank_main(rank: int) -> int:
+            if rank == 0:
+                with pytest.raises(CollectiveTimeoutError):
+                    gck.NcclCommunicator.from_store(store, 0, 3, timeout=0.5)
+            with gck.NcclCommunicator.from_store(store, rank, 2, timeout=20) as comm:
+                return comm.world_size
+
+        assert on_threads(2, rank_main) == [2, 2]
+
     def test_ranks_that_disagree(self, monkeypatch: pytest.MonkeyPatch) -> None:
         real, texts = nccl_rendezvous._own_card, []
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -185,6 +186,71 @@ def test_an_error_between_operations_is_found(fault: Any) -> None:
     assert PeerLostError.__name__ in kinds
     with pytest.raises(GroupUnusableError, match="injected: an error after the operation"):
         comm.barrier()
+
+
+def test_the_watch_finds_an_error_when_nobody_waits(fault: Any) -> None:
+    fault(ERROR_LATER=1)
+    comm = join(0, 1, gck.NcclCommunicator.create_unique_id(), timeout=LONG)
+    comm.barrier()  # well
+    time.sleep(1.0)
+    kind, text, seconds = outcome(comm.barrier)
+    assert (kind, seconds < LATE) == ("PeerLostError", True)
+    assert "between operations (" in text
+    assert "injected: an error later" in text
+
+
+class InAThread:
+    """Holds a group of the communicator open on a thread of its own, until told."""
+
+    def __init__(self, comm: gck.NcclCommunicator) -> None:
+        self.inside, self.leave = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self.run, args=(comm,))
+        self.thread.start()
+        assert self.inside.wait(LONG)
+
+    def run(self, comm: gck.NcclCommunicator) -> None:
+        with suppress(GckError), comm.group():
+            self.inside.set()
+            self.leave.wait(LONG)
+
+    def end(self) -> None:
+        self.leave.set()
+        self.thread.join(LONG)
+        assert not self.thread.is_alive()
+
+
+@pytest.mark.parametrize("call", ["barrier", "close", "synchronize", "all_reduce_", "split"])
+def test_a_wait_for_the_turn_is_bounded(call: str) -> None:
+    comm = join(0, 1, gck.NcclCommunicator.create_unique_id())
+    holder = InAThread(comm)
+    calls = {
+        "all_reduce_": lambda: all_reduce_(torch.ones(100), None, Sign(), comm),
+        "split": lambda: comm.split(0),
+    }
+    kind, text, seconds = outcome(calls.get(call, getattr(comm, call, None)))
+    assert (kind, TIMEOUT <= seconds < TIMEOUT + LATE) == ("CollectiveTimeoutError", True)
+    assert text.endswith("another call had the group for 1 s")
+    holder.end()
+    assert outcome(comm.barrier)[0] == "GroupUnusableError"
+
+
+def test_an_abort_ends_a_wait_for_the_turn() -> None:
+    comm = join(0, 1, gck.NcclCommunicator.create_unique_id(), timeout=LONG)
+    holder = InAThread(comm)
+    threading.Timer(0.3, lambda: comm.abort("by a third thread")).start()
+    kind, text, seconds = outcome(comm.barrier)
+    assert (kind, seconds < LATE) == ("GroupUnusableError", True)
+    assert "by a third thread" in text
+    holder.end()
+
+
+def test_a_line_that_moves_is_waited_for(fault: Any) -> None:
+    """Each call has the timeout after the one before it, however many there are."""
+    fault(OP_SECONDS=0.6)
+    comm = join(0, 1, gck.NcclCommunicator.create_unique_id())
+    outcomes = on_threads(4, lambda _: outcome(comm.barrier))
+    assert [kind for kind, _, _ in outcomes] == ["none"] * 4
+    assert max(seconds for _, _, seconds in outcomes) > 1.5 * TIMEOUT
 
 
 def test_ranks_that_expect_other_sizes() -> None:

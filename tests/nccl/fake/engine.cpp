@@ -84,6 +84,7 @@ Faults Faults::of_rank(int rank) {
   faults.stall_at = static_cast<int>(number("FAKE_NCCL_STALL_AT"));
   faults.hang_at = static_cast<int>(number("FAKE_NCCL_HANG_AT"));
   faults.error_after = static_cast<int>(number("FAKE_NCCL_ERROR_AFTER"));
+  faults.error_later = static_cast<int>(number("FAKE_NCCL_ERROR_LATER"));
   return faults;
 }
 
@@ -155,6 +156,13 @@ void Engine::run() {
     lock.lock();
     active_ = false;
     if (!well) break;
+    if (done_ == faults.error_later) {  // when whoever waited for the operation is gone
+      lock.unlock();
+      const bool here = pause(0.3);
+      if (here) fail(ncclRemoteError, "injected: an error later");
+      lock.lock();
+      break;
+    }
   }
   lock.unlock();
   for (const int socket : sockets_)

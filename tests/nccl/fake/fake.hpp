@@ -54,7 +54,7 @@ using Group = std::vector<Task>;
 struct Faults {
   double init_seconds = 0, op_seconds = 0;
   bool init_fails = false, abort_hangs = false;
-  int call_fails_at = 0, remote_error_at = 0, stall_at = 0, hang_at = 0, error_after = 0;
+  int call_fails_at = 0, remote_error_at = 0, stall_at = 0, hang_at = 0, error_after = 0, error_later = 0;
 
   static Faults of_rank(int rank);
 };
