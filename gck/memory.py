@@ -58,7 +58,7 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if not (unwatched() and sees_tensors()):
             return torch.empty(numel, dtype=dtype, device=device)
         tensor: Tensor = load().new_tensor(*_DLPACK[dtype], numel)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:  # the last of the compiled module
         raise AllocationError(f"{numel} elements of {dtype} do not fit into memory: {error}") from error
     return tensor
 

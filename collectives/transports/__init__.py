@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch.distributed as dist
 from torch import Tensor
 
+from gck.collectives.transports import forked as forked  # early: it looks on when the process is forked
 from gck.collectives.work import WorkQueue
 from gck.errors import ArgumentError
 

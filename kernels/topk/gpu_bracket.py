@@ -27,6 +27,7 @@ from gck.kernels.topk.gpu_control import (
     SAMPLED,
     SQUARES,
     TIE,
+    ZEROS,
     arrive,
 )
 from gck.kernels.topk.gpu_guess import (
@@ -56,14 +57,20 @@ SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expec
 
 def sample_shape(n: int, k: int, lines: int, candidates: int) -> tuple[int, int, int]:
     """(lines of the sample, keys that a program of `lines` of them may offer, room for those of all), the
-    last two powers of two. Three quarters of what it may offer are its largest keys: more than win, and than
-    the margin of all parts together takes. The rest is for keys that are close to the last of them."""
+    last two powers of two. Three quarters of what it may offer are its largest keys; the rest is for keys
+    close to the last of them. So many reach the guess of all parts together at the worst, where all hits of a
+    line come together, in a part that has five standard deviations more than its share."""
+    size = triton.next_power_of_2(lines * LINE)
     expected = k / n * lines * LINE
-    offered = triton.next_power_of_2(int(expected + 7 * expected**0.5) + 24)
-    share = int(min(max(offered, FEWEST_OFFERED), triton.next_power_of_2(lines * LINE)))
-    parts = min(candidates // share, MOST_PARTS)
-    drawn = sample_lines(n, parts * lines)
-    return drawn, share, max(share * triton.next_power_of_2(triton.cdiv(drawn, lines)), LINE)
+    share = min(FEWEST_OFFERED, size)
+    while True:
+        drawn = sample_lines(n, max(min(candidates // share, MOST_PARTS), 1) * lines)
+        parts = triton.cdiv(drawn, lines)
+        margin = 5 * ((LINE * expected * parts) ** 0.5 + 1) + 8
+        if share == size or share // 4 * 3 >= expected + 5 * expected**0.5 + margin / parts:
+            break
+        share *= 2
+    return drawn, int(share), int(max(share * triton.next_power_of_2(parts), LINE))
 
 
 @triton.jit
@@ -108,11 +115,13 @@ def _store(p_control, guess, expected, tie, stop):
 
 
 @triton.jit
-def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sampled):
+def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sampled, zeros):
     """Decides on the bracket by the keys of a sample of so many that reach the guess, or more; `stop` is past
-    the largest, and `middle` the key of rank `expected`, roughly."""
+    the largest, and `middle` the key of rank `expected`, roughly; whether keys that are 0 are missing."""
     margin = margin_of(squares)
-    rank = tl.minimum(expected + margin, sampled)  # past all that are offered: the others are zeros
+    # Past all keys that there are, the others are zeros, or there was no room for them.
+    most = tl.where(zeros, sampled, reach(b_key, 0))
+    rank = tl.minimum(expected + margin, most)
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
     upper = (margin - 8) // 5 * 3
     last = tl.where(expected > upper, expected - upper, 1)
@@ -125,7 +134,7 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     if expected > upper:
         stop = last_key + GUESS_WIDTH
     elif expected < SURE:
-        stop += 2 * OCTAVE
+        stop = tl.minimum(stop, INFINITY - 2 * OCTAVE) + 2 * OCTAVE
 
     tie = tl.cast(0, tl.int32)
     # With so many keys the list would overflow: the guess lacks too many bits, or one key is very common.
@@ -203,7 +212,7 @@ def bracket_by_sample(
     alone = parts == 1
     decides = alone
     if parts > 1:
-        rank = tl.minimum(SHARE // 4 * 3, own)
+        rank = tl.where(own <= SHARE, own, SHARE // 4 * 3)
         low = low_end(b_key, rank, middle - OCTAVE // 2)
         high = tl.where(rank > expected, middle + MIDDLE_WIDTH, stop)
         cutoff = key_of_rank(b_key, rank, low, high, CUTOFF_BITS)
@@ -211,22 +220,25 @@ def bracket_by_sample(
         offered = _offer(p_candidates + part * SHARE, b_key, tl.maximum(cutoff, 1), SHARE)
         if offered > SHARE:
             tl.atomic_add(p_control + OVERFLOWN, 1, sem="relaxed")
+        if cutoff == 0:
+            tl.atomic_add(p_control + ZEROS, 1, sem="relaxed")
         tl.atomic_add(p_control + SQUARES, squares.to(tl.int64), sem="relaxed")
         decides = arrive(p_control + SAMPLED)
         alone = tl.load(p_control + OVERFLOWN, cache_modifier=".cg") > 0
     if decides & alone:
-        _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, own)
+        _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, own, False)
     elif decides:
         b_slot = tl.arange(0, CANDIDATES // LINE)[:, None] * LINE + b_element
         b_offered = tl.load(
             p_candidates + b_slot, mask=b_slot < parts * SHARE, other=-1, cache_modifier=".cg"
         )
         all_squares = tl.load(p_control + SQUARES, cache_modifier=".cg").to(tl.int32)
+        zeros = tl.load(p_control + ZEROS, cache_modifier=".cg") > 0
         sampled = lines * LINE
         expected = _expected(density, sampled)
         stop = tl.max(tl.max(b_offered, 1), 0) + 1
         middle = _middle_near(b_offered, expected, middle, stop)
-        _bracket(b_offered, p_control, n, capacity, expected, middle, all_squares, stop, sampled)
+        _bracket(b_offered, p_control, n, capacity, expected, middle, all_squares, stop, sampled, zeros)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ EXPECTED = tl.constexpr(18)  # about the k-th key: what reaches it probably wins
 SAMPLED = tl.constexpr(19)  # programs of the guess that are done with their part
 SQUARES = tl.constexpr(20)  # of the sample's hits a line
 OVERFLOWN = tl.constexpr(21)  # programs of the guess that have more to offer than there is room for
+ZEROS = tl.constexpr(22)  # programs of the guess that offer all they have but zeros
 HISTOGRAMS = tl.constexpr(24)
 LEVELS = 5  # of the search in a single vector: the bracket, and all keys in as many steps as there are digits
 WORDS = HISTOGRAMS.value + LEVELS * BINS

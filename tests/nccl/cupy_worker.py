@@ -1,4 +1,4 @@
-"""One rank of test_cupy_gpu.py: CuPy's arrays, on a CuPy stream that waits for no other."""
+"""One rank of test_arrays.py: CuPy's arrays, on a CuPy stream that waits for no other."""
 
 from __future__ import annotations
 
