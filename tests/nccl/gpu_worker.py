@@ -1,6 +1,6 @@
-"""One rank of test_gpu.py. Ranks may share a GPU: each then claims to be a host of its own.
+"""One rank of test_gpu.py. Ranks that share a GPU each claim to be a host of their own.
 
-usage: gpu_worker DIRECTORY collectives | kill
+usage: gpu_worker DIRECTORY collectives | kill [own]; own: there is a GPU for each rank
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.nccl.one_device import environment
 
 # What NCCL reads when it starts.
 if __name__ == "__main__":
-    os.environ |= environment(int(os.environ["RANK"])) | {
+    os.environ |= ({} if sys.argv[3:] == ["own"] else environment(int(os.environ["RANK"]))) | {
         "NCCL_DEBUG": "INFO",
         "NCCL_DEBUG_FILE": f"{sys.argv[1]}/nccl.{os.environ['RANK']}.log",
     }
@@ -103,6 +103,22 @@ def operations(comm: gck.NcclCommunicator) -> None:
     assert (captured == size**3).all()
 
 
+def kept_until_used(comm: gck.NcclCommunicator) -> None:
+    """What an operation on another stream has still to read goes to nobody else, though nobody holds it."""
+    ranks = torch.arange(comm.world_size, device=comm.device)
+    mine = torch.full((1 << 20,), comm.rank, device=comm.device)
+    address, side = mine.data_ptr(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # cycles
+        gathered = comm.all_gather(mine)
+    del mine
+    others = [torch.full((1 << 20,), -1, device=comm.device) for _ in range(4)]
+    assert address not in [other.data_ptr() for other in others]
+    torch.cuda.synchronize()
+    assert (gathered == ranks[:, None]).all()
+
+
 def without_a_wait(comm: gck.NcclCommunicator) -> None:
     """Between its messages the host waits for nothing; and a sparse all-gather is captured in a graph."""
     size, device = comm.world_size, comm.device
@@ -171,6 +187,7 @@ if __name__ == "__main__":
             assert comm.device == device
             operations(comm)
             operations(other)
+            kept_until_used(comm)
             without_a_wait(comm)
             result = {
                 "scenarios": scenarios.run(rank, world_size, comm),

@@ -22,18 +22,31 @@ def no_fake(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("GCK_NCCL_LIBRARY")
 
 
-def emulated_nodes(directory: Path, rank: int) -> bool:
-    """Whether ranks took themselves for hosts of their own: else NCCL refuses to share a GPU."""
+OWN = ["own"]  # a GPU for each rank
+
+
+def of_ranks(world_size: int) -> list[str]:
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    return OWN
+
+
+def right_hosts(directory: Path, rank: int, own: bool) -> bool:
+    """Whether all ranks took themselves for one host where each has a GPU, and else for hosts of their own:
+    NCCL refuses to share a GPU otherwise."""
     text = "".join(path.read_text(errors="replace") for path in directory.glob(f"nccl.{rank}.log*"))
     sizes = [line for line in text.splitlines() if " nNodes " in line]
-    return bool(sizes) and all(
-        line.split(" nRanks ")[1].split()[0] == line.split(" nNodes ")[1].split()[0] for line in sizes
-    )
+    counts = [(line.split(" nRanks ")[1].split()[0], line.split(" nNodes ")[1].split()[0]) for line in sizes]
+    return bool(counts) and all(nodes == ("1" if own else ranks) for ranks, nodes in counts)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_same_bytes_as_simulated_ranks(world_size: int, tmp_path: Path) -> None:
-    reports = launcher.run_ranks("tests.nccl.gpu_worker", world_size, tmp_path, "collectives", timeout=240)
+def test_same_bytes_as_simulated_ranks(world_size: int, own: bool, tmp_path: Path) -> None:
+    gpus = of_ranks(world_size) if own else []
+    reports = launcher.run_ranks(
+        "tests.nccl.gpu_worker", world_size, tmp_path, "collectives", *gpus, timeout=240
+    )
 
     def rank_main(member: Any) -> tuple[Any, Any]:
         small = scenarios.run(member.rank, world_size, member)
@@ -46,11 +59,13 @@ def test_same_bytes_as_simulated_ranks(world_size: int, tmp_path: Path) -> None:
         assert report["on_device_of_the_other"] == large
         assert report["in_flight"] == large
         assert len(report["libraries"]) == 1, report["libraries"]
-        assert emulated_nodes(tmp_path, rank)
+        assert right_hosts(tmp_path, rank, own)
 
 
-def test_a_killed_rank(tmp_path: Path) -> None:
-    reports = launcher.run_ranks("tests.nccl.gpu_worker", 3, tmp_path, "kill", timeout=240, lost=(2,))
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_a_killed_rank(own: bool, tmp_path: Path) -> None:
+    gpus = of_ranks(3) if own else []
+    reports = launcher.run_ranks("tests.nccl.gpu_worker", 3, tmp_path, "kill", *gpus, timeout=240, lost=(2,))
     for report in reports[:2]:
         assert report["error"] in ("PeerLostError", "CollectiveTimeoutError"), report
         assert report["seconds"] < KILL_TIMEOUT + 2, report
