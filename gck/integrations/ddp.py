@@ -163,7 +163,16 @@ def register(
         scaler=scaler,
         skip_nonfinite=skip_nonfinite,
     )
-    resolve(state.group, state.timeout)  # so that a wrong group is found here, and not in a backward pass
+    # What is wrong is found here, and not in a backward pass.
+    resolve(state.group, state.timeout)
+    for name, parameter in model.module.named_parameters():
+        if parameter.requires_grad and not state.bypassed(parameter):
+            try:
+                compressor.layout(parameter.numel())
+            except ArgumentError as error:
+                raise ArgumentError(
+                    f"gck.ddp.register: {name} of {parameter.numel()} elements: {error}"
+                ) from error
     try:
         model.register_comm_hook(state, hook)
     except RuntimeError as error:

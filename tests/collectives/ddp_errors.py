@@ -27,6 +27,10 @@ def check_register_refuses_what_would_fail_later() -> None:
             ddp.register(model, Sign(32), scaler=scaler)
     with pytest.raises(ArgumentError, match=r"group must be .* got str"):
         ddp.register(model, Sign(32), group="x")
+    with pytest.raises(
+        ArgumentError, match=r"gck.ddp.register: 0.weight of \d+ elements: TopK: k must be at most"
+    ):
+        ddp.register(model, TopK(k=1 << 20))
     ddp.register(model, Sign(32), algorithm="two_phase")  # nothing was registered before
     with pytest.raises(ArgumentError, match=r"gck.ddp.register: model has a communication hook already"):
         ddp.register(model, Sign(32))
