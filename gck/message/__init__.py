@@ -87,9 +87,12 @@ def from_bytes(
             contradict themselves; or numel is above max_numel. The text says what is wrong, and where.
         PayloadVersionError: a CorruptPayloadError: the message is of a version that this gck cannot read.
         BackendUnavailableError: the message has a checksum, and xxhash is not installed.
-        DtypeError, LayoutError, ArgumentError: data, device or max_numel are of the wrong kind.
+        DtypeError, LayoutError, ArgumentError: data, device or max_numel are of the wrong kind, or torch has
+            no such device here.
     """
     function = "from_bytes"
+    if device is not None:
+        device = _usable(function, device)
     with _viewed(function, data) as view:
         header, format_, layout = _read_header(function, view, max_numel)
         if len(view) != header.nbytes:
@@ -110,6 +113,16 @@ def from_bytes(
     if device is not None:
         body = body.to(device)
     return format_.payload(header, _fields(format_, layout, header, body))
+
+
+def _usable(function: str, device: torch.device | str) -> torch.device:
+    """The device, if torch can use it here; its own errors are of any type."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ArgumentError(
+            f"{function}: device must be one that torch can use here, got {device!r} ({error})"
+        ) from error
 
 
 def read_header(data: Bytes, *, max_numel: int | None = None) -> Header:

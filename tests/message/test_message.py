@@ -262,6 +262,12 @@ def test_a_claim_of_more_elements_than_fit_is_refused_by_name(numel: int) -> Non
             gck.decompress(given)
 
 
+@pytest.mark.parametrize("device", ["foo", "xla", *([] if torch.cuda.is_available() else ["cuda"]), 1.5])
+def test_a_device_that_is_not_here(device: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^from_bytes: device must be one that torch can use here, got "):
+        gck.from_bytes(message_of(TOPK), device=device)
+
+
 def test_versions() -> None:
     with pytest.raises(PayloadVersionError, match="the message is of version 2, this gck reads version 1"):
         gck.from_bytes(put(message_of(TOPK), 4, "B", 2))
