@@ -120,11 +120,11 @@ def test_state_survives_the_disk(make: Callable[[], ErrorFeedback]) -> None:
         ({"version": 2}, {}, "must have version 1, got 2"),
         ({"worker": torch.zeros(100).half()}, {}, "worker residual must be flat float32"),
         ({"worker": [0.0]}, {}, "worker residual must be flat float32, got list"),
-        ({"worker": torch.tensor([1.0, math.nan]).repeat(50)}, {}, "worker residual must be finite, got nan"),
+        ({"worker": torch.tensor([1.0, math.nan]).repeat(50)}, {}, "worker residual must be finite"),
         (
             {"server": torch.tensor([1.0, -math.inf]).repeat(32)},
             {},
-            "server residual must be finite, got -inf",
+            "server residual must be finite",
         ),
         ({"unit": "x"}, {}, "saved server residual"),
         ({"nonfinite": "many"}, {}, "nonfinite must be an int >= 0, got 'many'"),

@@ -19,11 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gck.compressor import shard_numel
-from gck.error_feedback import STATE_VERSION
+from gck.error_feedback import STATE_VERSION, is_finite
 from gck.errors import BackendUnavailableError, CorruptPayloadError, StateMismatchError
 from gck.version import __version__
 
@@ -190,7 +189,7 @@ class StateFile:
         flat: Tensor = self._file.get_tensor(f"{kind}/{name}")
         if _crc32(flat) != self.entries[name].crc32[kind]:
             raise self._corrupt(f"has a damaged {kind} residual of {name!r}: its checksum is another")
-        if flat.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(flat)):
+        if not is_finite(flat):
             raise self._corrupt(f"has a {kind} residual of {name!r} that is not finite")
         return flat
 

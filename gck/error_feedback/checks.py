@@ -16,6 +16,7 @@ __all__ = [
     "STATE_VERSION",
     "check_factor",
     "check_version",
+    "is_finite",
     "saved_binding",
     "saved_count",
     "saved_residual",
@@ -67,13 +68,14 @@ def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
         raise StateMismatchError(
             f"load_state_dict: the saved {name} residual must be flat float32, got {what}"
         )
-    if value is not None and value.numel():
-        for extreme in torch.aminmax(value):
-            if not torch.isfinite(extreme):
-                raise StateMismatchError(
-                    f"load_state_dict: the saved {name} residual must be finite, got {float(extreme)}"
-                )
+    if value is not None and not is_finite(value):
+        raise StateMismatchError(f"load_state_dict: the saved {name} residual must be finite")
     return value
+
+
+def is_finite(residual: Tensor) -> bool:
+    """Whether all elements are; without memory for an answer of each."""
+    return not residual.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(residual))
 
 
 def saved_count(state: Mapping[str, Any], name: str) -> int:
