@@ -162,7 +162,7 @@ void Communicator::settle(abi::Result result, const abi::CommPtr* awaited) {
   }
   if (result == abi::Result::Success) return;
   const auto [type, phrase] = meaning(result);
-  fail(type, phrase, library_.explain(result));
+  fail(type, phrase, explain(result));
 }
 
 void Communicator::close(double timeout) {

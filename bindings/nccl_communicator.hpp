@@ -97,6 +97,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void settle(abi::Result result, const abi::CommPtr* awaited = nullptr);
   void adopt(abi::CommPtr comm);
   bool grouped() const;  // the calling thread has a group open
+  std::string explain(abi::Result result) const;
   void watch_over();
   bool watch();
   void raise_if_over();

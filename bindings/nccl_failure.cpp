@@ -46,6 +46,11 @@ std::pair<const char*, const char*> meaning(abi::Result result) {
   }
 }
 
+std::string Communicator::explain(abi::Result result) const {
+  const std::lock_guard lock(state_);
+  return library_.explain(result, comm_);
+}
+
 void Communicator::check(const char* operation) {
   if (elsewhere()) throw Failure("GroupUnusableError", unusable_text(operation, reason()));
   const std::lock_guard lock(state_);
@@ -136,7 +141,7 @@ bool Communicator::watch() {
   }
   if (result == abi::Result::Success || result == abi::Result::InProgress) return true;
   const auto [type, phrase] = meaning(result);
-  give_up({type, std::string(phrase) + " between operations (" + library_.explain(result) + ")"});
+  give_up({type, std::string(phrase) + " between operations (" + explain(result) + ")"});
   return false;
 }
 

@@ -56,10 +56,10 @@ Library* Library::load(void* handle, const char* origin) {
   return library.release();
 }
 
-std::string Library::explain(abi::Result result) const {
+std::string Library::explain(abi::Result result, abi::CommPtr comm) const {
   std::string text = error_string_ != nullptr ? error_string_(result) : "";
   if (text.empty()) text = "result " + std::to_string(static_cast<int>(result));
-  const char* last = last_error_ != nullptr ? last_error_(nullptr) : nullptr;
+  const char* last = last_error_ != nullptr ? last_error_(comm) : nullptr;
   if (last != nullptr && *last != '\0') text += std::string(": ") + last;
   while (!text.empty() && (text.back() == '\n' || text.back() == ' ')) text.pop_back();
   return text;

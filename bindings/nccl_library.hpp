@@ -41,8 +41,8 @@ struct Library {
   GCK_NCCL_FUNCTIONS(GCK_NCCL_MEMBER)
 #undef GCK_NCCL_MEMBER
 
-  // NCCL's name for a result, and what it last wrote about an error, where it says that.
-  std::string explain(abi::Result result) const;
+  // NCCL's name for a result, and what it last wrote about an error (of comm's, where it keeps them apart).
+  std::string explain(abi::Result result, abi::CommPtr comm = nullptr) const;
 
   // The process's library: the first of the environment's GCK_NCCL_LIBRARY (then no other), a libnccl.so.2
   // that is loaded already, the files in `wheels`, the system's. Opened once, never closed.

@@ -172,10 +172,11 @@ const char* ncclGetErrorString(ncclResult_t result) {
   }
 }
 
-const char* ncclGetLastError(ncclComm_t) {
+const char* ncclGetLastError(ncclComm_t comm) {
   thread_local std::string copy;
+  copy = comm == nullptr ? "" : comm->engine->error();
   const std::lock_guard lock(error_mutex);
-  copy = last_error;
+  if (copy.empty()) copy = last_error;
   return copy.c_str();
 }
 

@@ -133,10 +133,15 @@ bool Engine::pause(double seconds) {
 }
 
 bool Engine::fail(ncclResult_t result, const std::string& text) {
-  set_last_error(text);
   const std::lock_guard lock(mutex_);
+  error_ = text;
   result_ = result;
   return false;
+}
+
+std::string Engine::error() {
+  const std::lock_guard lock(mutex_);
+  return error_;
 }
 
 void Engine::run() {

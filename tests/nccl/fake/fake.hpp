@@ -65,6 +65,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void start();
   ncclResult_t submit(Group group);
   ncclResult_t progress();  // what ncclCommGetAsyncError reports
+  std::string error();      // and in words: ranks that are threads of one process keep theirs apart
   void stop(bool abort);    // after what was submitted has ended, or at once
 
   const std::string name;
@@ -85,6 +86,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Group> queue_;
+  std::string error_;
   ncclResult_t result_ = ncclInProgress;  // of the initialisation; then success, until something fails
   bool active_ = false, abort_ = false, finish_ = false;
   int submitted_ = 0, done_ = 0;
