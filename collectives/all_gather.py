@@ -172,6 +172,9 @@ def one_phase(
                 update(i, start, end, *given, body)
         return send[0]
 
+    def nbytes(piece: Piece) -> int:
+        return sum(sizes(piece))
+
     def update(
         i: int, start: int, end: int, part: Compressor, grad: Tensor, err: Tensor | None, body: Tensor
     ) -> None:
@@ -194,5 +197,5 @@ def one_phase(
         return ((i, start, start + numel) for i, start, numel in piece)
 
     decoding = Decoding(decode, places, results, keep)
-    gathered(transport, pieces, compress, catch_up, decoding)
+    gathered(transport, pieces, compress, catch_up, decoding, nbytes if ahead else None)
     return decoding.finish

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from gck.collectives.cost import Link, all_reduce_cost
-from gck.collectives.transports import Started, Transport, await_peers, start_all_gather
+from gck.collectives.transports import (
+    Started,
+    Transport,
+    await_peers,
+    expect_all_gathers,
+    start_all_gather,
+)
 from gck.compressor import Compressor, compressor_at, previews, shard_numel
 from gck.errors import ArgumentError, CollectiveError, CorruptPayloadError, DtypeError
 
@@ -37,8 +43,8 @@ __all__ = [
 SLOW = 7e-9  # seconds that a link takes for the bytes of an element; computing takes 1e-9 to 5e-9
 MOST = 8  # pieces that are chosen
 UNDER_WAY = 16  # pieces, whoever chose them: each may have a thread
-LEAST = 32 << 10  # bytes of a piece's message
-SHORTEST = 2.5e-3  # seconds that it takes; less, and its rounds and calls take longer than what they hide
+LEAST = 30 << 10  # bytes of a piece's message
+SHORTEST = 2.4e-3  # seconds that it takes; less, and its rounds and calls take longer than what they hide
 
 
 class Slice(NamedTuple):
@@ -248,6 +254,7 @@ def gathered(
     compress: Callable[[Piece], Tensor],
     catch_up: Callable[[Started], None],
     decoding: Decoding,
+    nbytes: Callable[[Piece], int] | None = None,
 ) -> None:
     """Runs every piece through one phase, likewise: compress and gather, then decode.
 
@@ -255,19 +262,29 @@ def gathered(
         compress: makes a piece's message.
         catch_up: does what `compress` has left for when the message is under way, if anything.
         decoding: takes what all-gathers returned.
+        nbytes: of a piece's message, which peers may send as soon as they have it. None: they may wait until
+            this rank has its own, and an error before it sends leaves the group in use.
     """
     gathers: deque[Started] = deque()
+    expected: deque[Callable[[Tensor], Started]] = deque()
     try:
         for some, more in _batches(pieces):
+            if nbytes is not None:
+                expected.extend(expect_all_gathers(transport, [nbytes(piece) for piece in some]))
             for piece in some:
                 if len(gathers) == 1:
                     await_peers(gathers[0])
-                gathers.append(start_all_gather(transport, compress(piece)))
+                body = compress(piece)
+                gathers.append(expected.popleft()(body) if expected else start_all_gather(transport, body))
                 with _or_abort(transport, "residuals were updated"):
                     catch_up(gathers[-1])
             _decode(transport, some, gathers, more, decoding)
     except BaseException as error:
-        _settle(transport, gathers, error)
+        if expected:
+            # What comes for them would be taken for that of the next call.
+            transport.abort(f"{type(error).__name__} between pieces")
+        else:
+            _settle(transport, gathers, error)
         raise
 
 

@@ -107,6 +107,7 @@ def measure(assignment: Assignment, method: Method, numel: int, repeats: int, ev
     time.sleep(0.05)  # the last rank's words of the barrier are not counted
     sent = read_counters(assignment.interface).tx_bytes
     for _ in range(repeats):
+        dist.barrier()  # who copies for the next repeat takes the processor from those who have not ended
         grad.copy_(source)
         start_together()
         seconds.append(run(grad))

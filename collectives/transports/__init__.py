@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -22,6 +22,7 @@ __all__ = [
     "Transport",
     "await_peers",
     "check_timeout",
+    "expect_all_gathers",
     "resolve",
     "start_all_gather",
     "start_all_to_all",
@@ -131,6 +132,18 @@ def start_all_gather(transport: Transport, send: Tensor) -> Started:
     start = getattr(transport, "start_all_gather_bytes", None)
     started: Started = Done(transport.all_gather_bytes(send)) if start is None else start(send)
     return started
+
+
+def expect_all_gathers(transport: Transport, sizes: Sequence[int]) -> list[Callable[[Tensor], Started]]:
+    """`start_all_gather` of each message to come, of so many bytes on the host; none where it cannot be.
+
+    What peers will send is asked for now, so that they need not wait until this rank has something to send,
+    and nobody has to ask while messages come. They must be started one after the other, with no other
+    all-gather between them, or the group be given up: what was asked for is there to stay.
+    """
+    expect = getattr(transport, "expect_all_gathers", None)
+    expected: list[Callable[[Tensor], Started]] = [] if expect is None else expect(sizes)
+    return expected
 
 
 def start_all_to_all(transport: Transport, send: Tensor) -> Started:

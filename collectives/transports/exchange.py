@@ -40,7 +40,7 @@ class Exchange(ABC):
     `start` starts it.
 
     Args:
-        send, recv: this rank's messages, and where those of others go.
+        send, recv: this rank's messages, if they are known, and where those of others go.
         timeout: seconds that each wait may take.
         after: one that sends everything first.
     """
@@ -48,7 +48,7 @@ class Exchange(ABC):
     def __init__(
         self,
         group: dist.ProcessGroup,
-        send: Tensor,
+        send: Tensor | None,
         recv: Tensor,
         rank: int,
         timeout: float,
@@ -173,12 +173,11 @@ class Exchange(ABC):
         return not self._stopped and not self._ended and (after is None or after.is_near())
 
     def _receive_from(self, source: int, message: Parts) -> list[Any]:
-        return self._keep(
-            dist.irecv(part, group=self._group, tag=tag, group_src=source) for tag, part in message
-        )
+        # Not by dist.irecv and dist.isend, which take as long again as the calls themselves.
+        return self._keep(self._group.recv([part], source, tag) for tag, part in message)
 
     def _send_to(self, to: int, message: Parts) -> list[Any]:
-        return self._keep(dist.isend(part, group=self._group, tag=tag, group_dst=to) for tag, part in message)
+        return self._keep(self._group.send([part], to, tag) for tag, part in message)
 
     def _keep(self, works: Iterable[Any]) -> list[Any]:
         kept = []

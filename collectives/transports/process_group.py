@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -30,6 +30,7 @@ from gck.errors import CollectiveMismatchError, GroupUnusableError
 
 __all__ = ["ProcessGroupTransport"]
 
+_HOST = torch.device("cpu")
 INTERRUPTIBLE = 0.25  # seconds that Ctrl-C may have to wait for
 # all_gather_into_tensor was renamed; the old name warns where the new one exists.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -115,16 +116,21 @@ class ProcessGroupTransport:
         group = self._group("all_gather")
         if self._world_size == 1 or send.numel() == 0:
             return Done(send.expand(self._world_size, -1).clone())
+        if self._is_long(send.device, send.numel()):
+            return self._expect_ring(group, send.numel())(send.contiguous())
         local = _onto(group, send)
         recv = local.new_empty(self._world_size * local.numel())
         rows = recv.view(self._world_size, -1)
         operation = Operation(self, "all_gather", (local, recv), lambda: rows.to(send.device))
-        if self._is_long(local):
-            ends = ring.part_ends(local.numel())
-            operation.receiving(rows, ends)
-            return operation.start(partial(self._ring, group, local, rows, operation.check_part))
         operation.receiving(rows, [local.numel()])
         return operation.start(lambda: _all_gather(recv, local, group=group, async_op=True))
+
+    def expect_all_gathers(self, sizes: Sequence[int]) -> list[Callable[[Tensor], Started]]:
+        """See `gck.collectives.transports.expect_all_gathers`; where these go in rings."""
+        if self._world_size == 1 or not all(self._is_long(_HOST, nbytes) for nbytes in sizes):
+            return []
+        group = self._group("all_gather")
+        return [self._expect_ring(group, nbytes, now=True) for nbytes in sizes]
 
     def start_all_to_all_bytes(self, send: Tensor) -> Started:
         group = self._group("all_to_all")
@@ -133,7 +139,7 @@ class ProcessGroupTransport:
         local = _onto(group, send)
         recv = torch.empty_like(local)
         operation = Operation(self, "all_to_all", (local, recv), lambda: recv.to(send.device))
-        if self._is_long(local[0]):
+        if self._is_long(local.device, local.shape[1]):
             operation.receiving(recv, rotation.part_ends(local.shape[1]))
             return operation.start(partial(self._rotation, group, local, recv))
         operation.receiving(recv, [local.shape[1]])
@@ -141,7 +147,7 @@ class ProcessGroupTransport:
 
     def start_all_to_all_as_made(self, send: Tensor, make: Callable[[int], None]) -> Started:
         """See `gck.collectives.transports.start_all_to_all_as_made`; where the all-to-all goes in rounds."""
-        if self._world_size == 1 or not send.numel() or not self._is_long(send[0]):
+        if self._world_size == 1 or not send.numel() or not self._is_long(send.device, send.shape[1]):
             for row in range(len(send)):
                 make(row)
             return self.start_all_to_all_bytes(send)
@@ -215,9 +221,9 @@ class ProcessGroupTransport:
             group.abort()
         self.calls.queue.end()
 
-    def _is_long(self, message: Tensor) -> bool:
-        """Whether it is worth an exchange of our own. gloo's sends and receives take host memory alone."""
-        return self._gloo and message.device.type == "cpu" and message.numel() >= rotation.ROTATE_FROM
+    def _is_long(self, device: torch.device, nbytes: int) -> bool:
+        """Whether a message is worth an exchange of our own. gloo's sends and receives take host memory alone."""
+        return self._gloo and device.type == "cpu" and nbytes >= rotation.ROTATE_FROM
 
     def _rotation(
         self,
@@ -229,17 +235,28 @@ class ProcessGroupTransport:
         ends = group, send, recv, self._rank, self._timeout, self._state.rotation
         # `abort` finds it before it starts, so that nothing can leave it waiting for rows.
         self._state.rotation = rounds = rotation.Rotation(*ends, as_made)
-        return self._started(rounds)
+        return self._started(rounds, rounds.start)
 
-    def _ring(
-        self, group: dist.ProcessGroup, send: Tensor, rows: Tensor, check: Callable[[int, int], None]
-    ) -> Ring:
-        ends = group, send, rows, self._rank, self._timeout, self._state.ring
-        self._state.ring = made = Ring(*ends, check)
-        return self._started(made)
+    def _expect_ring(
+        self, group: dist.ProcessGroup, nbytes: int, now: bool = False
+    ) -> Callable[[Tensor], Started]:
+        """An all-gather in a ring, of host memory, which what is returned starts; `now`: asks for what comes."""
+        rows = torch.empty(self._world_size, nbytes, dtype=torch.uint8)
+        operation = Operation(self, "all_gather", (rows,), lambda: rows)
+        operation.receiving(rows, ring.part_ends(nbytes))
+        ends = group, rows, self._rank, self._timeout, self._state.ring
+        self._state.ring = made = Ring(*ends, operation.check_part)
+        if now:
+            operation.post(made.expect)
 
-    def _started(self, exchange: E) -> E:
-        exchange.start()
+        def send(message: Tensor) -> Started:
+            operation.tensors = message, rows
+            return operation.start(lambda: self._started(made, partial(made.send, message)))
+
+        return send
+
+    def _started(self, exchange: E, start: Callable[[], None]) -> E:
+        start()
         # Another thread may have given the group up, and not have seen this one.
         if self._state.unusable is not None:
             exchange.stop()

@@ -2,10 +2,13 @@
 
 gloo has a ring of its own, which asks for a message when the one before has come, and waits for each in
 turn. Here all are asked for as it starts: at 100 Mbit/s four ranks with 320 kB each take 84.4 ms by it and
-80.9 by this one, with 32 kB each 8.0 and 5.6 (medians of 15; ranks end 5.2 and 1.2 ms apart).
+80.9 by this one, with 32 kB each 8.0 and 5.6 (medians of 15; ranks end 5.2 and 1.2 ms apart). Or earlier:
+gloo's thread polls without end while another thread is in a call on the connection by which something comes,
+and where they share a processor that other thread has to wait for the end of its time slice.
 
 Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH" (2005),
-section 4.1, the ring algorithm; each message in two halves, so that one is passed on while the other comes.
+section 4.1, the ring algorithm; each long message in two halves, so that one is passed on while the other
+comes.
 """
 
 from __future__ import annotations
@@ -22,19 +25,18 @@ from gck.collectives.transports.exchange import Exchange, Parts, parts
 __all__ = ["Ring", "part_ends"]
 
 TAG = 0x67636C << 4  # and numbers after it: apart from what the group's user may send
+HALVE_FROM = 48 << 10  # bytes of a message; calls for halves of a shorter one cost more than they save
 
 
 def part_ends(nbytes: int) -> list[int]:
     """Where the parts of a message end; the first one of two at a multiple of 16."""
-    half = nbytes // 32 * 16
-    return [half, nbytes] if half else [nbytes]
+    return [nbytes // 32 * 16, nbytes] if nbytes >= HALVE_FROM else [nbytes]
 
 
 class Ring(Exchange):
-    """The whole all-gather, under way.
+    """The whole all-gather: `expect` it, if there is time, and `send`.
 
     Args:
-        send: (nbytes,) uint8.
         recv: (W, nbytes) uint8; row s becomes what rank s sends.
         after: the one before it: between two ranks messages of one tag are told apart by their order. What is
             decoded of one ring hides behind the next; those that shared the links would all end at once.
@@ -45,14 +47,13 @@ class Ring(Exchange):
     def __init__(
         self,
         group: dist.ProcessGroup,
-        send: Tensor,
         recv: Tensor,
         rank: int,
         timeout: float,
         after: Exchange | None,
         check: Callable[[int, int], None],
     ) -> None:
-        super().__init__(group, send, recv, rank, timeout, after)
+        super().__init__(group, None, recv, rank, timeout, after)
         world_size = len(recv)
         self._next, self._last = (rank + 1) % world_size, (rank - 1) % world_size
         # Whose messages come, in order.
@@ -61,6 +62,17 @@ class Ring(Exchange):
         self._receiving: list[list[Any]] = []
         self._sending: list[Any] = []
         self._coming = threading.Event()
+
+    def expect(self) -> None:
+        """Asks for what will come, once; rings of a group in the order in which they will send."""
+        for j in range(len(self._receiving), len(self._sources)):
+            parts_of = self._parts(j, self._recv[self._sources[j]])
+            self._receiving.append(self._receive_from(self._last, parts_of))
+
+    def send(self, message: Tensor) -> None:
+        """Starts it: (nbytes,) uint8."""
+        self._send = message
+        self.start()
 
     def await_peers(self) -> None:
         self._coming.wait()
@@ -71,8 +83,7 @@ class Ring(Exchange):
         return list(parts(message, ends, TAG + j * len(ends)))
 
     def _post(self) -> None:
-        for j, source in enumerate(self._sources):
-            self._receiving.append(self._receive_from(self._last, self._parts(j, self._recv[source])))
+        self.expect()
         with self._lock:
             if self._may_send():
                 self._pass_on(self._parts(0, self._send))

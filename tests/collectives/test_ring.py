@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from gck.collectives.transports import exchange, ring
+from gck.collectives.transports import ring
 from gck.errors import CollectiveMismatchError, GroupUnusableError
 
-WORLD_SIZE, RANK, NBYTES = 4, 1, 64
+WORLD_SIZE, RANK, NBYTES = 4, 1, ring.HALVE_FROM
 
 
 class Work:
@@ -28,23 +28,17 @@ class Work:
 
 
 class Network:
-    """Stands in for torch.distributed: everything that is posted, in order."""
+    """Everything that is posted, in order."""
 
     def __init__(self) -> None:
         self.posted: list[Work] = []
         self.changed = threading.Condition()
 
-    def _post(self, kind: str, tensor: Any, peer: int, tag: int) -> Work:
+    def post(self, kind: str, tensor: Any, peer: int, tag: int) -> Work:
         with self.changed:
             self.posted.append(Work(kind, peer, tag - ring.TAG, int(tensor[0])))
             self.changed.notify_all()
             return self.posted[-1]
-
-    def irecv(self, tensor: Any, group: Any, tag: int, group_src: int) -> Work:
-        return self._post("recv", tensor, group_src, tag)
-
-    def isend(self, tensor: Any, group: Any, tag: int, group_dst: int) -> Work:
-        return self._post("send", tensor, group_dst, tag)
 
     def until(self, count: int) -> list[Work]:
         with self.changed:
@@ -53,31 +47,47 @@ class Network:
 
 
 class Group:
-    """Something that can be forgotten."""
+    """Stands in for a process group; one that can be forgotten."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def recv(self, tensors: list[Any], source: int, tag: int) -> Work:
+        return self.network.post("recv", *tensors, source, tag)
+
+    def send(self, tensors: list[Any], to: int, tag: int) -> Work:
+        return self.network.post("send", *tensors, to, tag)
+
+
+class Broken(Group):
+    def send(self, tensors: list[Any], to: int, tag: int) -> Work:
+        raise RuntimeError("Connection closed by peer")
 
 
 @pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Network:
-    made = Network()
-    monkeypatch.setattr(exchange, "dist", made)
-    return made
+def network() -> Network:
+    return Network()
 
 
-def start(
+SEND = torch.full((NBYTES,), 9, dtype=torch.uint8)
+
+
+def make(
     group: Any, after: ring.Ring | None = None, check: Any = lambda source, part: None
 ) -> tuple[ring.Ring, Any]:
-    send, rows = (
-        torch.full((NBYTES,), 9, dtype=torch.uint8),
-        torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8),
-    )
-    made = ring.Ring(group, send, rows, RANK, 20.0, after, check)
-    made.start()
+    rows = torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8)
+    return ring.Ring(group, rows, RANK, 20.0, after, check), rows
+
+
+def start(group: Any, after: ring.Ring | None = None, check: Any = None) -> tuple[ring.Ring, Any]:
+    made, rows = make(group, after, check or (lambda source, part: None))
+    made.send(SEND)
     return made, rows
 
 
 def test_parts_are_passed_on_as_they_come(network: Network) -> None:
     checked: list[tuple[int, int]] = []
-    made, rows = start(Group(), check=lambda source, part: checked.append((source, part)))
+    made, rows = start(Group(network), check=lambda source, part: checked.append((source, part)))
     posted = network.until(8)
     # All that will come from the rank before it, and its own message to the one after it.
     assert [work.name for work in posted] == [("recv", 0, tag) for tag in range(6)] + [
@@ -103,8 +113,8 @@ def test_parts_are_passed_on_as_they_come(network: Network) -> None:
 
 
 def test_a_ring_sends_when_the_one_before_it_has_sent_everything(network: Network) -> None:
-    first, _ = start(Group())
-    second, _ = start(Group(), first)
+    first, _ = start(Group(network))
+    second, _ = start(Group(network), first)
     posted = network.until(14)
     assert [work.name[0] for work in posted] == ["recv"] * 6 + ["send"] * 2 + ["recv"] * 6
     for number in range(4):
@@ -124,8 +134,30 @@ def test_a_ring_sends_when_the_one_before_it_has_sent_everything(network: Networ
     assert len(network.posted) == 24
 
 
+def test_what_will_come_is_asked_for_once(network: Network) -> None:
+    """By several rings, before any of them has something to send."""
+    rings: list[ring.Ring] = []
+    for _ in range(2):
+        made, _ = make(Group(network), rings[-1] if rings else None)
+        made.expect()
+        rings.append(made)
+    asked = [("recv", 0, tag) for tag in range(6)]
+    assert [work.name for work in network.posted] == asked * 2
+    for made in rings:
+        made.send(SEND)
+    assert [work.name for work in network.until(14)[12:]] == [("send", 2, 0), ("send", 2, 1)]
+    done = 0
+    while not all(made.is_completed() for made in rings):
+        for work in network.posted[done:]:
+            work.ends.set()
+            done += 1
+    for made in rings:
+        made.wait()
+    assert len(network.posted) == 24
+
+
 def test_it_stops(network: Network) -> None:
-    group = Group()
+    group = Group(network)
     alive = weakref.ref(group)
     made, _ = start(group)
     del group
@@ -148,7 +180,7 @@ def test_what_is_refused_is_not_passed_on(network: Network) -> None:
     def check(source: int, part: int) -> None:
         raise CollectiveMismatchError(f"{source} {part}")
 
-    made, _ = start(Group(), check=check)
+    made, _ = start(Group(network), check=check)
     network.until(8)[0].ends.set()
     with pytest.raises(CollectiveMismatchError, match="0 0"):
         made.wait()
@@ -158,16 +190,16 @@ def test_what_is_refused_is_not_passed_on(network: Network) -> None:
 
 
 def test_part_ends() -> None:
-    for nbytes in (0, 1, 16, 31, 32, 33, 100, 1 << 20):
+    for nbytes in (0, 1, 16, 100, ring.HALVE_FROM - 1, ring.HALVE_FROM, ring.HALVE_FROM + 9, 1 << 20):
         ends = ring.part_ends(nbytes)
         assert ends[-1] == nbytes
-        assert len(ends) == (1 if nbytes < 32 else 2)
+        assert len(ends) == (1 if nbytes < ring.HALVE_FROM else 2)
         assert all(end % 16 == 0 for end in ends[:-1])
 
 
 def test_a_wait_that_is_too_short(network: Network) -> None:
     """Whoever waits looks whether the group was given up, and waits on."""
-    made, _ = start(Group())
+    made, _ = start(Group(network))
     with pytest.raises(RuntimeError, match="timed out"):
         made.wait(timedelta(seconds=0.01))
     made.stop()
@@ -177,22 +209,17 @@ def test_a_wait_that_is_too_short(network: Network) -> None:
         made.wait(timedelta(seconds=20))
 
 
-def test_a_start_that_fails(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: Any, **options: Any) -> None:
-        raise RuntimeError("Connection closed by peer")
-
-    monkeypatch.setattr(network, "isend", broken)
-    group = Group()
+def test_a_start_that_fails(network: Network) -> None:
+    group = Broken(network)
     alive = weakref.ref(group)
-    send, rows = torch.zeros(NBYTES, dtype=torch.uint8), torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8)
-    made = ring.Ring(group, send, rows, RANK, 20.0, None, lambda source, part: None)
+    made, _ = make(group)
     del group
     with pytest.raises(RuntimeError, match="closed by peer"):
-        made.start()
+        made.send(SEND)
     network.posted.clear()
     gc.collect()
     assert alive() is None
-    after, _ = start(Group(), made)
+    after, _ = start(Broken(network), made)
     for failed in (made, after):
         failed.await_peers()
         with pytest.raises(RuntimeError, match="closed by peer"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gck.collectives.transports import exchange, rotation
+from gck.collectives.transports import rotation
 from gck.errors import GroupUnusableError
 
 WORLD_SIZE = 4
@@ -28,30 +28,37 @@ class Round:
 
 
 class Network:
-    """Stands in for torch.distributed: each round waits until the test lets it go on."""
+    """Each round waits until the test lets it go on."""
 
     def __init__(self) -> None:
         self.rounds: list[Any] = []
         self.sent: list[int] = []
         self.begun, self.arrives = threading.Semaphore(0), threading.Semaphore(0)
 
-    def irecv(self, tensor: Any, group: Any, tag: int, group_src: int) -> Round:
+    def recv(self, group: Any, source: int, tag: int) -> Round:
         self.rounds.append(group)
         return Round(self.begun, self.arrives)
 
-    def isend(self, tensor: Any, group: Any, tag: int, group_dst: int) -> None:
-        self.sent.append(group_dst)
+    def send(self, to: int, tag: int) -> None:
+        self.sent.append(to)
 
 
 class Group:
-    """Something that can be forgotten."""
+    """Stands in for a process group; one that can be forgotten."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def recv(self, tensors: list[Any], source: int, tag: int) -> Any:
+        return self.network.recv(self, source, tag)
+
+    def send(self, tensors: list[Any], to: int, tag: int) -> Any:
+        return self.network.send(to, tag)
 
 
 @pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Network:
-    made = Network()
-    monkeypatch.setattr(exchange, "dist", made)
-    return made
+def network() -> Network:
+    return Network()
 
 
 def start(
@@ -64,8 +71,8 @@ def start(
 
 
 def test_it_stops_between_rounds(network: Network) -> None:
-    first = start(Group())
-    second = start(Group(), first)
+    first = start(Group(network))
+    second = start(Group(network), first)
     assert network.begun.acquire(timeout=20)
     second.stop()  # of the one before it, too
     network.arrives.release()
@@ -77,7 +84,7 @@ def test_it_stops_between_rounds(network: Network) -> None:
 
 
 def test_it_keeps_its_group_until_its_end(network: Network) -> None:
-    group = Group()
+    group = Group(network)
     alive = weakref.ref(group)
     started = start(group)
     del group
@@ -93,7 +100,7 @@ def test_it_keeps_its_group_until_its_end(network: Network) -> None:
 
 
 def test_rows_that_are_never_made_keep_nobody_waiting(network: Network) -> None:
-    started = start(Group(), as_made=True)
+    started = start(Group(network), as_made=True)
     started.made(2)
     assert network.begun.acquire(timeout=20)  # the first round
     network.arrives.release()
@@ -106,7 +113,7 @@ def test_rows_that_are_never_made_keep_nobody_waiting(network: Network) -> None:
 
 
 def test_rows_are_sent_as_they_are_made(network: Network) -> None:
-    started = start(Group(), as_made=True)
+    started = start(Group(network), as_made=True)
     for _ in range(WORLD_SIZE - 1):
         network.arrives.release()
     order = list(rotation.order_of_rows(1, WORLD_SIZE))
@@ -145,7 +152,7 @@ class Part:
 
 
 class Parts:
-    """Stands in for torch.distributed: everything that is posted, in order."""
+    """Everything that is posted, in order."""
 
     def __init__(self) -> None:
         self.posted: list[Part] = []
@@ -157,11 +164,11 @@ class Parts:
             self.changed.notify_all()
             return self.posted[-1]
 
-    def irecv(self, tensor: Any, group: Any, tag: int, group_src: int) -> Part:
-        return self._post("recv", group_src, tag)
+    def recv(self, group: Any, source: int, tag: int) -> Part:
+        return self._post("recv", source, tag)
 
-    def isend(self, tensor: Any, group: Any, tag: int, group_dst: int) -> Part:
-        return self._post("send", group_dst, tag)
+    def send(self, to: int, tag: int) -> Part:
+        return self._post("send", to, tag)
 
     def until(self, count: int) -> list[tuple[str, int, int]]:
         """What was posted, once it is so much."""
@@ -174,13 +181,10 @@ class Parts:
             self.posted[number].ends.set()
 
 
-def test_a_round_does_not_wait_for_the_last_part_before_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_round_does_not_wait_for_the_last_part_before_it() -> None:
     network = Parts()
-    monkeypatch.setattr(exchange, "dist", network)
-    first = start(Group(), nbytes=rotation.DIVIDE_FROM)
-    second = start(Group(), first, nbytes=rotation.DIVIDE_FROM)
+    first = start(Group(network), nbytes=rotation.DIVIDE_FROM)
+    second = start(Group(network), first, nbytes=rotation.DIVIDE_FROM)
 
     def round_of(to: int, source: int) -> list[tuple[str, int, int]]:
         return [(kind, peer, i) for kind, peer in (("recv", source), ("send", to)) for i in (1, 2, 3)]
