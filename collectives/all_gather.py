@@ -7,7 +7,7 @@ cut into shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -152,8 +152,12 @@ def one_phase(
     ahead = piece_numel and transport.world_size > 1 and hasattr(transport, "start_all_gather_bytes")
     late: list[Callable[[], None]] = []
 
+    @cache
+    def body_nbytes(numel: int) -> int:
+        return compressor.layout(numel).nbytes
+
     def sizes(piece: Piece) -> list[int]:
-        return [compressor.layout(part.numel).nbytes for part in piece]
+        return [body_nbytes(part.numel) for part in piece]
 
     def compress(piece: Piece) -> Tensor:
         send = memory.zeros((1, sum(sizes(piece))), torch.uint8, grads[0].device)

@@ -222,7 +222,7 @@ class ProcessGroupTransport:
         self.calls.queue.end()
 
     def _is_long(self, device: torch.device, nbytes: int) -> bool:
-        """Whether a message is worth an exchange of our own. gloo's sends and receives take host memory alone."""
+        """Whether a message is worth an exchange of our own; gloo sends and receives host memory alone."""
         return self._gloo and device.type == "cpu" and nbytes >= rotation.ROTATE_FROM
 
     def _rotation(
@@ -240,7 +240,7 @@ class ProcessGroupTransport:
     def _expect_ring(
         self, group: dist.ProcessGroup, nbytes: int, now: bool = False
     ) -> Callable[[Tensor], Started]:
-        """An all-gather in a ring, of host memory, which what is returned starts; `now`: asks for what comes."""
+        """An all-gather in a ring, of host memory: what starts it. `now`: what will come is asked for."""
         rows = torch.empty(self._world_size, nbytes, dtype=torch.uint8)
         operation = Operation(self, "all_gather", (rows,), lambda: rows)
         operation.receiving(rows, ring.part_ends(nbytes))

@@ -40,7 +40,7 @@ def test_bad_piece_numel(piece_numel: Any, error: type[Exception], text: str) ->
         (Quantize(8), 1 << 20, 4, 1e9, 1),  # they take 2.2 ms
         (Quantize(8), 4 << 20, 4, 1e9, 3),
         (Quantize(8), 25_000_000, 4, 1e9, 8),
-        (ChunkTopK(k=64, chunk_size=4096, value_bits=2), 4 << 20, 4, 1e8, 3),
+        (ChunkTopK(k=64, chunk_size=4096, value_bits=2), 4 << 20, 4, 1e8, 4),
         (TopK(ratio=0.01, decay=0.9), 25_000_000, 4, 1e8, 1),
         (Sign(256), 25_000_000, 1, 1e8, 1),
         (Sign(256), 0, 4, 1e8, 1),
