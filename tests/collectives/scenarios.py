@@ -116,6 +116,12 @@ def _scenarios(
             call(all_reduce_many_, grads, states, compressor, group, **options)
         yield f"pieces {compressor.name}", grads.copy, states
 
+    grads = [gradient(rank, n) for n in SIZES]
+    states = [ErrorFeedback() for _ in SIZES]
+    for _ in range(2):
+        call(all_reduce_many_, grads, states, Sign(32), group, algorithm="one_phase", piece_numel=200)
+    yield "pieces of one phase", grads.copy, states
+
     whole = torch.arange(1001).float() * (rank + 1)  # integers, exact in any order
     call(all_reduce_, whole, None, Sign(32), group, "sum", "dense")
     yield "dense", [whole].copy, []

@@ -33,6 +33,17 @@ def test_ranks_that_fail_end(tmp_path: Path) -> None:
     assert max(result["seconds"] for result in results) < 10
 
 
+@pytest.mark.parametrize("when", ["early", "first"])
+def test_a_rank_that_cannot_compress_what_peers_wait_for(when: str, tmp_path: Path) -> None:
+    """They hear of it at once: what it has asked for would else come in the next call, and be taken for it."""
+    results = run_ranks("tests.collectives.given_up_worker", 3, tmp_path, "fail", when, timeout=30)
+    assert [result["error"] for result in results] == ["MemoryError", "PeerLostError", "PeerLostError"]
+    for result in results:
+        assert result["seconds"] < 10  # the group's timeout is 60
+        assert result["unchanged"]
+        assert result["after"] == "GroupUnusableError"
+
+
 @pytest.mark.parametrize(("numel", "piece_numel"), [(1000, 0), (4_000_000, 0), (8_000_000, 2_000_000)])
 def test_a_survivor_ends_while_its_peer_is_stopped(numel: int, piece_numel: int, tmp_path: Path) -> None:
     """As a whole process, with what gloo does at its end."""
