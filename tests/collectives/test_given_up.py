@@ -35,7 +35,7 @@ def test_ranks_that_fail_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["early", "first"])
 def test_a_rank_that_cannot_compress_what_peers_wait_for(when: str, tmp_path: Path) -> None:
-    """They hear of it at once: what it has asked for would else come in the next call, and be taken for it."""
+    """Peers hear of it at once: what it has asked for would else be taken for that of the next call."""
     results = run_ranks("tests.collectives.given_up_worker", 3, tmp_path, "fail", when, timeout=30)
     assert [result["error"] for result in results] == ["MemoryError", "PeerLostError", "PeerLostError"]
     for result in results:
