@@ -21,7 +21,8 @@ def load() -> Any:
     torch brought, and the process has one thread pool.
 
     Raises:
-        BackendUnavailableError: the package was not built; says how to build it.
+        BackendUnavailableError: the package was not built, or GCK_ISA names no instruction set that this
+            machine has; says what to do.
     """
     try:
         native = import_module("gck._C")
@@ -30,6 +31,12 @@ def load() -> Any:
             f"gck._C: the compiled module cannot be loaded ({error}). Install the package with "
             "`pip install .`, or build it in place with `cmake -S . -B build/local && "
             "cmake --build build/local && cmake --install build/local --prefix .`"
+        ) from error
+    try:
+        native.isa()
+    except RuntimeError as error:
+        raise BackendUnavailableError(
+            f"gck._C: {error}. Unset this environment variable, and the best set is taken"
         ) from error
     return native
 

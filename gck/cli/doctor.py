@@ -92,7 +92,7 @@ def _compiled_module() -> Iterator[Finding]:
     try:
         isa = load().isa()
     except BackendUnavailableError as error:
-        yield Finding("CPU kernels", False, str(error), "build the package as said", required=True)
+        yield Finding("CPU kernels", False, str(error), "do as it says", required=True)
         return
     detail = f"instruction set {isa}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
     advice = ""

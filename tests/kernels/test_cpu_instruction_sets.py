@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,7 +64,11 @@ def test_the_best_set_is_chosen() -> None:
 def test_an_unknown_set_is_an_error() -> None:
     done = run("sse9", "-c", "import torch, gck; gck.topk(torch.ones(4), k=1)")
     assert done.returncode != 0
-    assert "GCK_ISA must be avx512, avx2 or portable, got sse9" in done.stderr
+    text = "GCK_ISA must be avx512, avx2 or portable, got sse9. Unset this environment variable"
+    assert f"BackendUnavailableError: gck._C: {text}" in done.stderr
+    seen = json.loads(run("sse9", "-m", "gck", "doctor", "--json").stdout)
+    assert not seen["cpu_path_works"]
+    assert [text in f["detail"] for f in seen["findings"] if f["name"] == "CPU kernels"] == [True]
 
 
 @pytest.mark.parametrize("n", [1000, 100_003], ids=["small", "sampled"])
