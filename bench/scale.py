@@ -131,7 +131,7 @@ def measure(name: str, world_size: int, numel: int, steps: int) -> Record:
         "algorithm": algorithm,
         "nbytes": group.bytes_sent[0] // steps,
         "predicted_nbytes": cost.nbytes,
-        "messages": cost.messages,
+        "messages": group.messages_sent[0] // steps,
         "rounds": cost.rounds,
         "same_bits": same,
         "error_of_first": _error(results[0], given[0]),
@@ -179,10 +179,11 @@ def draw(records: Sequence[Record], numel: int, steps: int, path: Path) -> None:
     panels = {
         f"MB that a rank sends, {numel:,} elements": lambda r: r["nbytes"] / 1e6,
         f"predicted for {LARGE:,} elements": lambda r: r["large_nbytes"] / 1e6,
+        "messages that a rank sends": lambda r: r["messages"],
         f"error of the sum of {steps} steps, relative": lambda r: max(r["error_of_sum"], 1e-8),
     }
-    figure, grid = plt.subplots(1, len(panels), figsize=(14, 4.2), layout="constrained")
-    for axes, (title, value) in zip(grid, panels.items(), strict=True):
+    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    for axes, (title, value) in zip(grid.flat, panels.items(), strict=True):
         for name in dict.fromkeys(r["name"] for r in records):
             chosen = [r for r in records if r["name"] == name]
             # One phase and dense: dotted; two phases and seeded: solid.
@@ -201,7 +202,7 @@ def draw(records: Sequence[Record], numel: int, steps: int, path: Path) -> None:
         axes.set_xlabel("ranks")
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

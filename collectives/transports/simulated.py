@@ -80,7 +80,7 @@ class SimulatedGroup:
         self._rounds: dict[int, _Round] = {}
         self._departed: dict[int, str] = {}
         self._unusable: dict[int, str] = {}  # by rank: each learns of a failure in its own call
-        self._bytes_sent = [0] * world_size
+        self._bytes_sent, self._messages_sent = [0] * world_size, [0] * world_size
         self._splits: dict[tuple[int, int], SimulatedGroup] = {}
         self._children: list[tuple[list[int], SimulatedGroup]] = []  # with the ranks that are in them
         self.members: Sequence[SimulatedMember] = tuple(
@@ -91,6 +91,15 @@ class SimulatedGroup:
     def bytes_sent(self) -> tuple[int, ...]:
         """Bytes that each rank has sent to others so far; a dense all-reduce counts as a ring."""
         return tuple(self._bytes_sent)
+
+    @property
+    def messages_sent(self) -> tuple[int, ...]:
+        """Messages that each rank has sent to others so far; a dense all-reduce counts as a ring."""
+        return tuple(self._messages_sent)
+
+    def _sent(self, rank: int, messages: int, nbytes: int) -> None:
+        self._messages_sent[rank] += messages
+        self._bytes_sent[rank] += nbytes
 
     def run(self, fn: Callable[..., T], *args: Any) -> list[T]:
         """Calls fn(member, *args) on every rank's thread; the results, in rank order.
@@ -282,7 +291,8 @@ class SimulatedMember:
 
     def start_all_gather_bytes(self, send: Tensor) -> Started:
         def gathered(rows: Tensor) -> Tensor:
-            self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.numel()
+            peers = self.world_size - 1
+            self.group._sent(self._rank, peers, peers * send.numel())
             return rows if self.group.shared_gathers else rows.clone()
 
         return self._start("all_gather", send, gathered)
@@ -294,15 +304,17 @@ class SimulatedMember:
             )
 
         def swapped(rows: Tensor) -> Tensor:
-            self.group._bytes_sent[self._rank] += (self.world_size - 1) * send.shape[1]
+            peers = self.world_size - 1
+            self.group._sent(self._rank, peers, peers * send.shape[1])
             return rows[:, self._rank].clone()
 
         return self._start("all_to_all", send, swapped)
 
     def all_reduce(self, tensor: Tensor) -> None:
         current = self.group._collect(self, self.group._post(self, "all_reduce", tensor))
-        sent = 2 * tensor.numel() * tensor.element_size() * (self.world_size - 1) // self.world_size
-        self.group._bytes_sent[self._rank] += sent
+        peers = self.world_size - 1
+        nbytes = 2 * tensor.numel() * tensor.element_size() * peers // self.world_size
+        self.group._sent(self._rank, 2 * peers, nbytes)
         tensor.copy_(current.join(_sum))
 
     def barrier(self) -> None:
