@@ -201,5 +201,6 @@ def one_phase(
         return ((i, start, start + numel) for i, start, numel in piece)
 
     decoding = Decoding(decode, places, results, keep)
-    gathered(transport, pieces, compress, catch_up, decoding, nbytes if ahead else None)
+    asks = ahead and all(grad.device.type == "cpu" for grad in grads)
+    gathered(transport, pieces, compress, catch_up, decoding, nbytes if asks else None)
     return decoding.finish

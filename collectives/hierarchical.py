@@ -204,7 +204,7 @@ class HierarchicalGroup:
 
     @contextmanager
     def both_or_none(self) -> Iterator[None]:
-        """A failure of one tier within the block is one of both: who waits in the other one is released."""
+        """A failure within the block is one of both tiers: who waits in either of them is released."""
         try:
             yield
         except (CollectiveError, CorruptPayloadError) as error:
@@ -212,6 +212,10 @@ class HierarchicalGroup:
                 error.on_all_ranks = False  # of one tier's group alone: the others cannot follow
             with suppress(GckError):
                 self.abort(f"the other tier failed: {error}")
+            raise
+        except BaseException as error:  # such as one for want of memory
+            with suppress(GckError):
+                self.abort(f"{type(error).__name__} between tiers")
             raise
 
     def _compare_topologies(self) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 __all__ = ["carries_cpu_tensors", "close_connections"]
 
-TAG = 0x67636E << 4  # and the numbers after it, of messages that nobody sends
+TAG = 0x67636A << 4  # and the numbers after it, below those of rounds and rings: of messages nobody sends
 AT_ONCE = timedelta(milliseconds=1)
 
 

@@ -116,9 +116,9 @@ class ProcessGroupTransport:
         group = self._group("all_gather")
         if self._world_size == 1 or send.numel() == 0:
             return Done(send.expand(self._world_size, -1).clone())
-        if self._is_long(send.device, send.numel()):
-            return self._expect_ring(group, send.numel())(send.contiguous())
         local = _onto(group, send)
+        if self._is_long(local.device, local.numel()):
+            return self._expect_ring(group, local.numel())(local)
         recv = local.new_empty(self._world_size * local.numel())
         rows = recv.view(self._world_size, -1)
         operation = Operation(self, "all_gather", (local, recv), lambda: rows.to(send.device))
@@ -129,8 +129,15 @@ class ProcessGroupTransport:
         """See `gck.collectives.transports.expect_all_gathers`; where these go in rings."""
         if self._world_size == 1 or not all(self._is_long(_HOST, nbytes) for nbytes in sizes):
             return []
-        group = self._group("all_gather")
-        return [self._expect_ring(group, nbytes, now=True) for nbytes in sizes]
+        group, expected = self._group("all_gather"), []
+        try:
+            for nbytes in sizes:
+                expected.append(self._expect_ring(group, nbytes, now=True))
+        except BaseException as error:
+            # What comes for those before it would be taken for that of the next all-gather.
+            self.abort(f"{type(error).__name__} in all_gather")
+            raise
+        return expected
 
     def start_all_to_all_bytes(self, send: Tensor) -> Started:
         group = self._group("all_to_all")
@@ -151,7 +158,7 @@ class ProcessGroupTransport:
             for row in range(len(send)):
                 make(row)
             return self.start_all_to_all_bytes(send)
-        group, recv = self._group("all_to_all"), torch.empty(send.shape, dtype=send.dtype)
+        group, recv = self._group("all_to_all"), torch.empty(send.shape, dtype=send.dtype, device=_HOST)
         operation = Operation(self, "all_to_all", (send, recv), lambda: recv)
         operation.receiving(recv, rotation.part_ends(send.shape[1]))
         try:
@@ -241,17 +248,18 @@ class ProcessGroupTransport:
         self, group: dist.ProcessGroup, nbytes: int, now: bool = False
     ) -> Callable[[Tensor], Started]:
         """An all-gather in a ring, of host memory: what starts it. `now`: what will come is asked for."""
-        rows = torch.empty(self._world_size, nbytes, dtype=torch.uint8)
+        rows = torch.empty(self._world_size, nbytes, dtype=torch.uint8, device=_HOST)
         operation = Operation(self, "all_gather", (rows,), lambda: rows)
         operation.receiving(rows, ring.part_ends(nbytes))
-        ends = group, rows, self._rank, self._timeout, self._state.ring
-        self._state.ring = made = Ring(*ends, operation.check_part)
+        made = Ring(group, rows, self._rank, self._timeout, operation.check_part)
         if now:
             operation.post(made.expect)
 
         def send(message: Tensor) -> Started:
-            operation.tensors = message, rows
-            return operation.start(lambda: self._started(made, partial(made.send, message)))
+            operation.tensors, operation.began = (message, rows), time.monotonic()
+            # `abort` finds it before it starts.
+            before, self._state.ring = self._state.ring, made
+            return operation.start(lambda: self._started(made, partial(made.send, message, before)))
 
         return send
 

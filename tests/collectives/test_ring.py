@@ -72,16 +72,14 @@ def network() -> Network:
 SEND = torch.full((NBYTES,), 9, dtype=torch.uint8)
 
 
-def make(
-    group: Any, after: ring.Ring | None = None, check: Any = lambda source, part: None
-) -> tuple[ring.Ring, Any]:
+def make(group: Any, check: Any = lambda source, part: None) -> tuple[ring.Ring, Any]:
     rows = torch.zeros(WORLD_SIZE, NBYTES, dtype=torch.uint8)
-    return ring.Ring(group, rows, RANK, 20.0, after, check), rows
+    return ring.Ring(group, rows, RANK, 20.0, check), rows
 
 
 def start(group: Any, after: ring.Ring | None = None, check: Any = None) -> tuple[ring.Ring, Any]:
-    made, rows = make(group, after, check or (lambda source, part: None))
-    made.send(SEND)
+    made, rows = make(group, check or (lambda source, part: None))
+    made.send(SEND, after)
     return made, rows
 
 
@@ -138,13 +136,13 @@ def test_what_will_come_is_asked_for_once(network: Network) -> None:
     """By several rings, before any of them has something to send."""
     rings: list[ring.Ring] = []
     for _ in range(2):
-        made, _ = make(Group(network), rings[-1] if rings else None)
+        made, _ = make(Group(network))
         made.expect()
         rings.append(made)
     asked = [("recv", 0, tag) for tag in range(6)]
     assert [work.name for work in network.posted] == asked * 2
-    for made in rings:
-        made.send(SEND)
+    for made, after in zip(rings, [None, *rings], strict=False):
+        made.send(SEND, after)
     assert [work.name for work in network.until(14)[12:]] == [("send", 2, 0), ("send", 2, 1)]
     done = 0
     while not all(made.is_completed() for made in rings):
@@ -215,11 +213,11 @@ def test_a_start_that_fails(network: Network) -> None:
     made, _ = make(group)
     del group
     with pytest.raises(RuntimeError, match="closed by peer"):
-        made.send(SEND)
+        made.send(SEND, None)
     network.posted.clear()
     gc.collect()
     assert alive() is None
-    after, _ = start(Broken(network), made)
+    after, _ = start(Group(network), made)  # which waits for it, and learns of it
     for failed in (made, after):
         failed.await_peers()
         with pytest.raises(RuntimeError, match="closed by peer"):
