@@ -1,7 +1,8 @@
 """One rank of test_asked.py: all-gathers whose messages are asked for before there is something to send.
 
 argv: device: new tensors are on another device by default; asking: rank 0 has no memory for the third of what
-it asks for; forgotten: none to compress with, after which the group is forgotten.
+it asks for; forgotten: none to compress with, after which the group is forgotten; tiers: likewise, in two
+nodes of two ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gck import HierarchicalGroup
 from gck.collectives import all_reduce_
 from gck.collectives.transports import process_group, ring
 from gck.errors import GckError
@@ -46,13 +48,13 @@ class Third(ring.Ring):
         super().__init__(*args)
 
 
-def outcome(compressor: Any) -> dict[str, Any]:
+def outcome(compressor: Any, group: Any = None) -> dict[str, Any]:
     """A call, and the one after it."""
     result: dict[str, Any] = {}
     for name in ("error", "after"):
         began = time.monotonic()
         try:
-            all_reduce_(torch.ones(NUMEL), None, compressor, **PIECES)
+            all_reduce_(torch.ones(NUMEL), None, compressor, group, **PIECES)
         except (GckError, MemoryError) as error:
             result[name] = type(error).__name__
         result[f"seconds of {name}"] = time.monotonic() - began
@@ -89,6 +91,8 @@ if __name__ == "__main__":
     elif sys.argv[2] == "asking":
         process_group.Ring = Third  # type: ignore[misc]
         report = outcome(Sign(64))
+    elif sys.argv[2] == "tiers":
+        report = outcome(Unable(64), HierarchicalGroup.from_group(local_world_size=2))
     else:
         report = outcome(Unable(64))
         report["forgotten"] = rank != 0 or is_forgotten()

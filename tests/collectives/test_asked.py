@@ -27,6 +27,15 @@ def test_a_rank_without_memory(mode: str, tmp_path: Path) -> None:
         assert report.get("forgotten", True)
 
 
+def test_a_rank_without_memory_between_tiers(tmp_path: Path) -> None:
+    """Who waits for it in its node hears of it, and who waits across nodes, and who waits for these."""
+    reports = run_ranks("tests.collectives.asked_worker", 4, tmp_path, "tiers", timeout=50)
+    assert [report["error"] for report in reports] == ["MemoryError", *["PeerLostError"] * 3]
+    for report in reports:
+        assert report["after"] == "GroupUnusableError"
+        assert max(report["seconds of error"], report["seconds of after"]) < 10  # the groups' timeout is 60
+
+
 def test_tensors_are_on_the_host_whatever_the_default(tmp_path: Path) -> None:
     assert run_ranks("tests.collectives.asked_worker", 2, tmp_path, "device", timeout=50) == [[1.5] * 3] * 2
 
