@@ -41,7 +41,8 @@ def test_records() -> None:
         "wire_bytes": 7.0,
         "compute": 0.5,
     }
-    record = record_of(event, 4, network, 0.25)
+    record = record_of(event, 4, network, 0.25, burst=1000)
+    assert record["burst"] == 1000
     assert record["nbytes"] == 6000  # of 4,000 three quarters, twice
     assert record["seconds"] == 2.0
     assert record["ideal_seconds"] == pytest.approx(6000 / (10**8 / 8 * 1448 / 1514))
@@ -50,8 +51,12 @@ def test_records() -> None:
         "latency": 1.5,  # a ring of four, twice
         "bytes": pytest.approx(6000 / (10**8 / 8 * 1448 / 1547)),
         "compute": 0.5,
-        "seconds": pytest.approx(2.0 + 6000 / (10**8 / 8 * 1448 / 1547)),
+        "at_once": pytest.approx(1000 / (10**8 / 8 * 1448 / 1547)),
+        "seconds": pytest.approx(2.0 + 5000 / (10**8 / 8 * 1448 / 1547)),
     }
+    # What the bytes of 4 ms are, and no more than there are.
+    assert record_of(event, 4, network, 0.25)["predicted"]["seconds"] == pytest.approx(2.0)
+    assert record_of(event, 4, network, 0.25)["burst"] == 50_000
     assert record["algbw"] == 2000.0
     assert record["busbw"] == 3000.0
 

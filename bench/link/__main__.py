@@ -41,6 +41,9 @@ def main(
     ] = None,
     numel: Annotated[list[int] | None, typer.Option(help="Elements; may be given again.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Part of a method's name; default: all.")] = None,
+    burst: Annotated[
+        int | None, typer.Option(help="Bytes that a link lets through at once; default: those of 4 ms.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="For the timed repeats of one case.")] = 5,
     limit: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 300,
     out: Annotated[Path, typer.Option(help="Folder for link.json and link.png.")] = ROOT / "results/link",
@@ -52,7 +55,7 @@ def main(
     console, records = Console(width=150), []
     for rate_name in rate or ["100mbit", "1gbit", LOOPBACK]:
         for count in workers or [4]:
-            with join(count, None if rate_name == LOOPBACK else rate_name) as network:
+            with join(count, None if rate_name == LOOPBACK else rate_name, burst=burst) as network:
                 if network.reason:
                     console.print(f"bare loopback, not {rate_name}: {network.reason}")
                 cases = [
@@ -60,7 +63,7 @@ def main(
                     for n in numel or [1 << 20, 1 << 22, 25_000_000]
                     for title in titles
                 ]
-                found = list(_measure(count, network, cases, limit, console))
+                found = list(_measure(count, network, cases, limit, console, burst))
             title = format_rate(network.nodes[0].bits_per_second or 0) if network.nodes else LOOPBACK
             show(found, f"{count} workers, {title}", console)
             records += found
@@ -80,7 +83,7 @@ def _repeats(title: str, numel: int, workers: int, network: Network, seconds: fl
 
 
 def _measure(
-    workers: int, network: Network, cases: list[Case], limit: float, console: Console
+    workers: int, network: Network, cases: list[Case], limit: float, console: Console, burst: int | None
 ) -> Iterator[Record]:
     columns = (
         TextColumn("{task.description}"),
@@ -118,7 +121,7 @@ def _measure(
                     progress.update(task, description=f"{event['method']}, {event['numel']:,}")
                 elif event["event"] == "done":
                     progress.advance(task)
-                    yield record_of(event, workers, network, latency)
+                    yield record_of(event, workers, network, latency, burst)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.link.methods import BASELINE, METHODS
-from gck.cli.links import format_rate, parse_rate
+from gck.cli.links import default_burst, format_rate, parse_rate
 from gck.cli.network import Network
 from gck.collectives import Link, all_reduce_cost, choose_piece_numel
 
@@ -32,7 +32,9 @@ def goodput(network: Network) -> float:
     return (network.nodes[0].bits_per_second or 0) / 8 * TCP_SHARE
 
 
-def record_of(event: Record, workers: int, network: Network, latency: float) -> Record:
+def record_of(
+    event: Record, workers: int, network: Network, latency: float, burst: int | None = None
+) -> Record:
     """What is known of one case.
 
     algbw and busbw are those of nccl-tests: bytes of the fp32 gradient over the time, and that times
@@ -40,7 +42,10 @@ def record_of(event: Record, workers: int, network: Network, latency: float) -> 
 
     Args:
         latency: seconds of a round of small messages, measured on the same links.
+        burst: bytes that a link lets through at once. None: as many as links have by default.
     """
+    if network.nodes and burst is None:
+        burst = default_burst(network.nodes[0].bits_per_second or 0)
     numel, seconds = event["numel"], statistics.median(event["seconds"])
     nbytes = METHODS[event["method"]].nbytes(numel, workers)
     return {
@@ -53,15 +58,17 @@ def record_of(event: Record, workers: int, network: Network, latency: float) -> 
         "all_seconds": event["seconds"],
         "nbytes": nbytes,
         "wire_bytes": event["wire_bytes"],
+        "burst": burst,
         "ideal_seconds": nbytes / goodput(network) if network.nodes else None,
-        "predicted": predicted(event, workers, network, latency),
+        "predicted": predicted(event, workers, network, latency, burst or 0),
         "algbw": 4 * numel / seconds,
         "busbw": 4 * numel / seconds * 2 * (workers - 1) / workers,
     }
 
 
-def predicted(event: Record, workers: int, network: Network, latency: float) -> Record | None:
-    """The terms of the cost model, in seconds, and their sum; None where there is no link, or no model."""
+def predicted(event: Record, workers: int, network: Network, latency: float, burst: int) -> Record | None:
+    """The terms of the cost model, in seconds, and their sum, less what a link that has rested lets pass at
+    once; None where there is no link, or no model."""
     method = METHODS[event["method"]]
     if not network.nodes or method.compressor is None:
         return None
@@ -71,12 +78,14 @@ def predicted(event: Record, workers: int, network: Network, latency: float) -> 
     pieces = 1
     if piece := choose_piece_numel(method.compressor, numel, workers, link=link, algorithm=cost.algorithm):
         pieces = -(-numel // piece)
+    at_once = min(burst, cost.nbytes) / link.bandwidth
     return {
         "latency": cost.rounds * latency,
         "bytes": cost.nbytes / link.bandwidth,
         "compute": event["compute"],
+        "at_once": at_once,
         "pieces": pieces,
-        "seconds": cost.seconds(link, event["compute"], pieces),
+        "seconds": cost.seconds(link, event["compute"], pieces) - at_once,
     }
 
 

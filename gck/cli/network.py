@@ -28,17 +28,20 @@ class Network:
 
 
 @contextmanager
-def join(workers: int, rate: str | None, reason: str | None = None) -> Iterator[Network]:
+def join(
+    workers: int, rate: str | None, reason: str | None = None, *, burst: int | None = None
+) -> Iterator[Network]:
     """A network of `workers` nodes, in one way or the other.
 
     Args:
         rate: of each direction of each link, "100mbit"; None: no links, for that `reason`.
+        burst: bytes that a link may send at once; see `gck.cli.links.links`.
     """
     with ExitStack() as stack:
         network = Network([], None, reason)
         if rate is not None:
             try:
-                network = Network(stack.enter_context(links(workers, rate)), rate, None)
+                network = Network(stack.enter_context(links(workers, rate, burst=burst)), rate, None)
             except LinksUnavailableError as error:
                 network = Network([], None, str(error))
         yield network
