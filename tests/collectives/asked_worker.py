@@ -1,8 +1,8 @@
 """One rank of test_asked.py: all-gathers whose messages are asked for before there is something to send.
 
-argv: device: new tensors are on another device by default; asking: rank 0 has no memory for the third of what
-it asks for; forgotten: none to compress with, after which the group is forgotten; tiers: likewise, in two
-nodes of two ranks.
+argv: batches: of more pieces than are under way together, the last of them short; device: new tensors are on
+another device by default; asking: rank 0 has no memory for the third of what it asks for; forgotten: none to
+compress with, after which the group is forgotten; tiers: likewise, in two nodes of two ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch.distributed as dist
 from gck import HierarchicalGroup
 from gck.collectives import all_reduce_
 from gck.collectives.transports import process_group, ring
+from gck.error_feedback import ErrorFeedback
 from gck.errors import GckError
 from gck.kernels.sign import Sign
+from tests.cases import same_bytes
 from tests.collectives import launcher
 
 NUMEL = 1 << 20
@@ -61,6 +63,24 @@ def outcome(compressor: Any, group: Any = None) -> dict[str, Any]:
     return result
 
 
+def in_batches(rank: int) -> bool:
+    """Whether gradients and residuals are those of a call without pieces, at every step."""
+    numel, piece_numel = 17 * (1 << 17) + 1000, 1 << 17  # messages of 24 KiB, and one of 188 bytes
+    generator = torch.Generator().manual_seed(rank)
+    states = ErrorFeedback(), ErrorFeedback()
+    same = True
+    for _ in range(3):
+        grad = torch.randn(numel, generator=generator)
+        grads = grad, grad.clone()
+        for each, state, size in zip(grads, states, (piece_numel, 0), strict=True):
+            all_reduce_(each, state, Sign(64), algorithm="one_phase", piece_numel=size)
+        pieces, whole = states
+        assert pieces.worker is not None
+        assert whole.worker is not None
+        same = same and same_bytes(*grads) and same_bytes(pieces.worker, whole.worker)
+    return same
+
+
 def on_another_device(rank: int) -> list[float]:
     """The means of what comes back."""
     torch.set_default_device("meta")
@@ -86,8 +106,10 @@ def is_forgotten() -> bool:
 
 if __name__ == "__main__":
     directory, rank, _ = launcher.init(60, "gloo")
-    if sys.argv[2] == "device":
-        report: Any = on_another_device(rank)
+    if sys.argv[2] == "batches":
+        report: Any = in_batches(rank)
+    elif sys.argv[2] == "device":
+        report = on_another_device(rank)
     elif sys.argv[2] == "asking":
         process_group.Ring = Third  # type: ignore[misc]
         report = outcome(Sign(64))

@@ -36,6 +36,11 @@ def test_a_rank_without_memory_between_tiers(tmp_path: Path) -> None:
         assert max(report["seconds of error"], report["seconds of after"]) < 10  # the groups' timeout is 60
 
 
+def test_batches_of_pieces_and_a_short_one(tmp_path: Path) -> None:
+    """Where a batch has a message that goes by gloo's own all-gather, none of it is asked for."""
+    assert run_ranks("tests.collectives.asked_worker", 3, tmp_path, "batches", timeout=50) == [True] * 3
+
+
 def test_tensors_are_on_the_host_whatever_the_default(tmp_path: Path) -> None:
     assert run_ranks("tests.collectives.asked_worker", 2, tmp_path, "device", timeout=50) == [[1.5] * 3] * 2
 
