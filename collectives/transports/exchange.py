@@ -173,7 +173,7 @@ class Exchange(ABC):
         return not self._stopped and not self._ended and (after is None or after.is_near())
 
     def _receive_from(self, source: int, message: Parts) -> list[Any]:
-        # Not by dist.irecv and dist.isend, which take as long again as the calls themselves.
+        # Not by dist.irecv, which takes as long again as the call itself.
         return self._keep(self._group.recv([part], source, tag) for tag, part in message)
 
     def _send_to(self, to: int, message: Parts) -> list[Any]:
