@@ -63,7 +63,8 @@ def main(
                     for n in numel or [1 << 20, 1 << 22, 25_000_000]
                     for title in titles
                 ]
-                found = list(_measure(count, network, cases, limit, console, burst))
+                tcp = network.nodes[0].congestion_control() if network.nodes else None
+                found = [{**r, "tcp": tcp} for r in _measure(count, network, cases, limit, console, burst)]
             title = format_rate(network.nodes[0].bits_per_second or 0) if network.nodes else LOOPBACK
             show(found, f"{count} workers, {title}", console)
             records += found

@@ -6,9 +6,9 @@
 
 Every node is a namespace with one interface, `eth0`, whose peer is a port of a bridge that has a
 namespace of its own. A token bucket on either end limits both directions of every link; its queue holds
-what the link carries in 50 ms, and no less than a switch has room for. TCP is CUBIC, where the machine has
-it, also where it is set to another one. Nothing is visible from outside: addresses, routes and listening
-ports exist in these namespaces only.
+what the link carries in 50 ms, and no less than a switch has room for. Which TCP it is does not depend on the
+machine's settings: CUBIC, or Reno where the kernel keeps namespaces from it. Nothing is visible from outside:
+addresses, routes and listening ports exist in these namespaces only.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ SUBNET = "10.77.0"
 MAX_NODES = 254
 NETNS_DIRECTORY = Path("/run/netns")
 QUEUE = 256 << 10  # bytes, at least, for what meets in a link
+FRAME, MAX_PACKET = 1514, 64 << 10  # bytes: of Ethernet; that the kernel makes at most, to cut them late
 COMMAND_TIMEOUT = 20.0  # seconds; `ip` and `tc` answer in milliseconds
 
 # gck-<pid>-<start time of that process>-<node>: the pair names one process for as long as the
@@ -56,6 +57,7 @@ COMMAND_TIMEOUT = 20.0  # seconds; `ip` and `tc` answer in milliseconds
 _NAME = re.compile(r"gck-(\d+)-(\d+)-(\w+)")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 _CLONE_NEWNET = 0x40000000
 
 
@@ -104,6 +106,10 @@ class Node:
         """Puts the cable into the switch, or pulls it out: nothing is delivered, and nobody is told."""
         switch = self.namespace.rpartition("-")[0] + "-switch"
         _run("ip", "-n", switch, "link", "set", f"port{self.index}", "up" if plugged else "down")
+
+    def congestion_control(self) -> str:
+        """The TCP of the node's connections: "cubic" or "reno"."""
+        return _run("ip", "netns", "exec", self.namespace, "cat", _CONGESTION_CONTROL).strip()
 
     def tcp_socket(self) -> socket.socket:
         """A TCP socket that lives in this namespace; the calling thread does not move there."""
@@ -262,10 +268,7 @@ def _build(switch: str, nodes: list[Node], burst: int | None) -> None:
     for node in nodes:
         port = f"port{node.index}"
         _run("ip", "netns", "add", node.namespace)
-        # What machines have by default differs, and with it how TCP fills a link and what it does about loss.
-        with suppress(LinksUnavailableError):
-            setting = "echo cubic > /proc/sys/net/ipv4/tcp_congestion_control"
-            _run("ip", "netns", "exec", node.namespace, "sh", "-c", setting)
+        _set_congestion_control(node.namespace)
         ends = ("netns", node.namespace, "type", "veth", "peer", "name", port, "netns", switch)
         _run("ip", "link", "add", node.interface, *ends)
         for namespace, interface in ((node.namespace, node.interface), (switch, port)):
@@ -277,10 +280,24 @@ def _build(switch: str, nodes: list[Node], burst: int | None) -> None:
                 limit = size + max(QUEUE, node.bits_per_second // 8 // 20)
                 bucket = ("rate", f"{node.bits_per_second}bit", "burst", f"{size}b", "limit", f"{limit}b")
                 _run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *bucket)
+                # A packet beyond the burst would be cut into frames by tbf: more work, and more answers.
+                with suppress(LinksUnavailableError):  # iproute2 before 4.15
+                    largest = str(min(MAX_PACKET, max(size // 2, FRAME)))
+                    _run("ip", "-n", namespace, "link", "set", interface, "gso_max_size", largest)
         _run("ip", "-n", switch, "link", "set", port, "master", "switch", "up")
         _run("ip", "-n", node.namespace, "addr", "add", f"{node.address}/24", "dev", node.interface)
         _run("ip", "-n", node.namespace, "link", "set", "lo", "up")
         _run("ip", "-n", node.namespace, "link", "set", node.interface, "up")
+
+
+def _set_congestion_control(namespace: str) -> None:
+    """CUBIC, Linux's own, or Reno where the kernel refuses it to namespaces, but never a machine's default.
+
+    Defaults differ, and BBR, which some machines have, leaves up to a fifth of a slow link unused.
+    """
+    # Reno is in every kernel, and none refuses it.
+    script = f"echo cubic 2> /dev/null > {_CONGESTION_CONTROL} || echo reno > {_CONGESTION_CONTROL}"
+    _run("ip", "netns", "exec", namespace, "sh", "-c", script)
 
 
 def _remove(prefix: str) -> None:

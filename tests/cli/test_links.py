@@ -1,4 +1,5 @@
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_default_burst_is_four_milliseconds() -> None:
 def test_wrong_arguments(count: int, rate: str | list[str | None]) -> None:
     with pytest.raises(ArgumentError, match="links: "), links(count, rate):
         pass
+
+
+@needs_links
+def test_tcp_is_never_the_machines_default() -> None:
+    with links(2, "10mbit") as nodes, nodes[0].tcp_socket() as source:
+        used = source.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+        assert used == nodes[0].congestion_control()
+        assert {node.congestion_control() for node in nodes} <= {"cubic", "reno"}
 
 
 @needs_links
