@@ -90,6 +90,16 @@ void Communicator::all_to_all_rows(const void* send, void* recv, size_t row_byte
   all_to_all(peers, stream, timeout);
 }
 
+void Communicator::packed_all_reduce(const void* send, void* recv, size_t row_bytes,
+                                     const std::function<Gather()>& reduce, abi::Stream stream,
+                                     double timeout) {
+  if (!elsewhere() && grouped())
+    throw Failure("ArgumentError", "packed_all_reduce: a group is open, in which nothing comes before its end");
+  all_to_all_rows(send, recv, row_bytes, stream, timeout);
+  const Gather reduced = reduce();
+  if (reduced.bytes > 0) all_gather({reduced}, stream, timeout);
+}
+
 void Communicator::all_reduce(const void* send, void* recv, size_t count, abi::DataType dtype, abi::RedOp op,
                               abi::Stream stream, double timeout) {
   launch("all_reduce", timeout,

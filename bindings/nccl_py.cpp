@@ -121,6 +121,17 @@ void all_to_all_rows(Communicator& self, Address send, Address recv, size_t row_
   self.all_to_all_rows(at(send), at(recv), row_bytes, at(stream), timeout);
 }
 
+// `reduce` is called with the interpreter's lock and returns (send, recv, bytes) of the all-gather.
+void packed_all_reduce(Communicator& self, Address send, Address recv, size_t row_bytes, py::function reduce,
+                       Address stream, double timeout) {
+  const auto locked = [&reduce] {
+    const py::gil_scoped_acquire lock;
+    const auto [from, to, bytes] = reduce().cast<std::tuple<Address, Address, size_t>>();
+    return Gather{at(from), at(to), bytes};
+  };
+  without_lock([&] { self.packed_all_reduce(at(send), at(recv), row_bytes, locked, at(stream), timeout); });
+}
+
 void all_reduce(Communicator& self, Address send, Address recv, size_t count, int dtype, int op,
                 Address stream, double timeout) {
   self.all_reduce(at(send), at(recv), count, abi::DataType{dtype}, abi::RedOp{op}, at(stream), timeout);
@@ -171,6 +182,7 @@ void bind_nccl(py::module_& m) {
       .def("all_gather", unlocked(all_gather))
       .def("all_to_all", unlocked(all_to_all))
       .def("all_to_all_rows", unlocked(all_to_all_rows))
+      .def("packed_all_reduce", packed_all_reduce)
       .def("all_reduce", unlocked(all_reduce))
       .def("reduce_scatter", unlocked(reduce_scatter))
       .def("broadcast", unlocked(broadcast))

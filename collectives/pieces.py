@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "choose_piece_numel",
     "cut",
     "gathered",
+    "in_one_call",
     "piece_numel_of",
     "pipelined",
 ]
@@ -246,6 +248,35 @@ def pipelined(
     except BaseException as error:
         _settle(transport, [*swaps, *gathers], error)
         raise
+
+
+def in_one_call(
+    transport: Transport,
+    pieces: Sequence[Piece],
+    compress: Callable[[Piece], Tensor],
+    reduce: Callable[[Piece, Tensor], Tensor],
+    decoding: Decoding,
+) -> bool:
+    """`pipelined` where the transport takes both phases of a piece at once, in the order of its stream.
+
+    Args:
+        compress: makes a piece's message, with a row for each owner.
+
+    Returns:
+        whether it does; else nothing has happened.
+    """
+    exchange = getattr(transport, "reduce_bytes", None)
+    if exchange is None:
+        return False
+    try:
+        for number, piece in enumerate(pieces, 1):
+            rows = exchange(compress(piece), partial(reduce, piece))
+            with _or_abort(transport, "results were decoded"):
+                decoding(piece, rows, last=number == len(pieces))
+    except BaseException as error:
+        _settle(transport, (), error)
+        raise
+    return True
 
 
 def gathered(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, pipelined
+from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, in_one_call, pipelined
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import (
     Started,
@@ -114,7 +114,8 @@ def two_phase(
     cuts_short = compressor_at(compressor, 0) is not None
     job = _Job(compressor, rank, world_size, shards, grads, residuals, results, divisor, cuts_short, memory)
     decoding = Decoding(job.decode, job.places, results, keep)
-    pipelined(transport, pieces, partial(job.start, transport), job.reduce, decoding)
+    if not in_one_call(transport, pieces, job.compress, job.reduce, decoding):
+        pipelined(transport, pieces, partial(job.start, transport), job.reduce, decoding)
     return decoding.finish
 
 
@@ -157,14 +158,23 @@ class _Job(NamedTuple):
         return nbytes >= rotation.ROTATE_FROM
 
     def start(self, transport: Transport, piece: Piece) -> Started:
-        """Steps 1 and 2 of a piece, whose message has a row for each owner."""
+        """Steps 1 and 2 of a piece."""
+        if self._rows_pay(piece):
+            send, bodies = self._message(piece)
+            return start_all_to_all_as_made(transport, send, partial(self._compress_row, bodies))
+        return start_all_to_all(transport, self.compress(piece))
+
+    def compress(self, piece: Piece) -> Tensor:
+        """Step 1 of a piece."""
+        send, bodies = self._message(piece)
+        self._compress(bodies)
+        return send
+
+    def _message(self, piece: Piece) -> tuple[Tensor, Message]:
+        """Room for what a piece sends: a row for each owner, and in it a body for each part."""
         sizes = [self.compressor.layout(part.numel).nbytes for part in piece]
         send = self._zeros(self.world_size, sum(sizes))
-        bodies = list(zip(piece, send.split(sizes, 1), strict=True))
-        if self._rows_pay(piece):
-            return start_all_to_all_as_made(transport, send, partial(self._compress_row, bodies))
-        self._compress(bodies)
-        return start_all_to_all(transport, send)
+        return send, list(zip(piece, send.split(sizes, 1), strict=True))
 
     def _compress(self, message: Message) -> None:
         for part, bodies in message:

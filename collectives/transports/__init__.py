@@ -57,7 +57,8 @@ class Transport(Protocol):
     unusable, and every later call raises GroupUnusableError, which says why.
 
     A transport may also have `start_all_gather_bytes` and `start_all_to_all_bytes`, which return a `Started`
-    at once: see `start_all_gather`; and `expect_all_gathers`, see there.
+    at once: see `start_all_gather`; `expect_all_gathers`, see there; and `reduce_bytes`: see
+    `pieces.in_one_call`.
     """
 
     @property

@@ -1,7 +1,7 @@
 """NCCL as a transport, and NCCL's own operations on tensors, through `gck._C`.
 
-Operations are ordered on torch's current stream and return once the library has taken them;
-`synchronize` waits, within the timeout, for what was started. A library that works on host memory, as the
+Operations are ordered on torch's current stream, or one that is given, and return once the library has taken
+them; `synchronize` waits, within the timeout, for what was started. A library that works on host memory, as the
 tests' does, has moved the bytes when an operation returns.
 """
 
@@ -11,7 +11,7 @@ import copy
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gck._native import load
 from gck.collectives.transports import CallLog, check_timeout, resolve
-from gck.collectives.transports.nccl_operations import Operations, Shared, orphans
+from gck.collectives.transports.nccl_operations import Operations, Shared, Stream
 from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchange_by_store, wheels
 from gck.collectives.work.queue import TurnLimit
 from gck.errors import ArgumentError, CollectiveError, GckError
@@ -181,6 +181,27 @@ class NcclCommunicator(Operations):
     def all_to_all_bytes(self, send: Tensor) -> Tensor:
         return self._returned(self.all_to_all(self._here(send)), send)
 
+    def reduce_bytes(self, send: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """`all_to_all_bytes`, `reduce` of what came, and `all_gather_bytes`: one call into C++, one stream."""
+        if send.device != self.device:
+            return self.all_gather_bytes(reduce(self.all_to_all_bytes(send)))
+        send = send.contiguous()
+        received, made = torch.empty_like(send), []
+
+        def reduced() -> tuple[int, int, int]:
+            message = reduce(received).contiguous()
+            rows = message.new_empty(self.world_size, len(message))
+            made.extend((message, rows))
+            return message.data_ptr(), rows.data_ptr(), len(message)
+
+        row = send.nbytes // self.world_size
+        try:
+            self._run("packed_all_reduce", (send.data_ptr(), received.data_ptr(), row, reduced), send, received)
+        except BaseException:
+            self._shared.keep(made)
+            raise
+        return made[1]
+
     def barrier(self) -> None:
         """Returns once every rank has called it, and what was started before has ended."""
         self.all_reduce(torch.zeros(1, dtype=torch.int32, device=self.device))
@@ -209,11 +230,12 @@ class NcclCommunicator(Operations):
         else:
             self.abort(f"{kind.__name__} left its block")
 
-    def sparse_all_gather(self, payload: P) -> list[P]:
+    def sparse_all_gather(self, payload: P, *, stream: Stream = None) -> list[P]:
         """Every rank's payload, values and indices in one launch; for payloads of one layout on all ranks.
 
         Where `gck.sparse_all_gather` compares layouts and waits for the result, this does neither: the host
-        never waits, and it may be captured in a CUDA graph. The result is in the order of the current stream.
+        never waits, and it may be captured in a CUDA graph. The result is in the order of the current stream, or
+        of `stream`: see `Operations`.
         Of a payload on another device than the communicator's the host does wait.
 
         Returns:
@@ -231,7 +253,8 @@ class NcclCommunicator(Operations):
         for index, field in enumerate(fields):
             checks.check_tensor("sparse_all_gather", f"tensor {index}", field)
             checks.check_device("sparse_all_gather", f"tensor {index}", field, "the first one", fields[0])
-        return payloads_of(payload, self.all_gather_bodies(fields))
+        with self._on_stream("sparse_all_gather", stream):
+            return payloads_of(payload, self.all_gather_bodies(fields))
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -262,8 +285,7 @@ class NcclCommunicator(Operations):
             for stream in shared.streams:
                 shared.mark(stream)
             shared.streams.clear()
-            if not shared.native.quiescent:
-                orphans.extend(held)
+            shared.keep(held)
 
     def split(self, color: int | None, key: int = 0) -> NcclCommunicator | None:
         """A communicator of the ranks that give the same colour, ordered by key, then by rank.

@@ -1,4 +1,4 @@
-"""NCCL's operations on tensors, on torch's current stream."""
+"""NCCL's operations on tensors, on torch's current stream or one that is given."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gck.errors import (
 from gck.interop import borrowed
 from gck.kernels.common import checks
 
-__all__ = ["Operations", "Shared", "orphans"]
+__all__ = ["Operations", "Shared", "Stream", "orphans"]
 
 # ncclDataType_t and ncclRedOp_t
 DTYPES = {
@@ -32,6 +32,7 @@ DTYPES = {
     torch.float64: 8, torch.bfloat16: 9,
 }  # fmt: skip
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
+Stream = Any  # see Operations; None: torch's current one
 # Buffers that an abort which did not end may still write to: never freed.
 orphans: list[Tensor] = []
 
@@ -48,6 +49,11 @@ class Shared:
     events: dict[int, torch.cuda.Event] = field(default_factory=dict)
     streams: list[torch.cuda.Stream] = field(default_factory=list)  # of the open group's operations
 
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Of an operation that has failed: for ever, where the library may still write to them."""
+        if not self.native.quiescent:
+            orphans.extend(tensors)
+
     def mark(self, stream: torch.cuda.Stream) -> None:
         """An operation went to `stream`; a group's go there when it ends."""
         if self.grouped is not None:
@@ -59,9 +65,12 @@ class Shared:
 class Operations:
     """What a communicator does with tensors of its `device`.
 
-    Operations are ordered on torch's current stream and return once the library has taken them;
-    `synchronize` waits, within the timeout, for what was started. A library that works on host memory, as
-    the tests' does, has moved the bytes when an operation returns.
+    Operations are ordered on torch's current stream, or on `stream`: one of torch's, anything else with a
+    `ptr`, as CuPy's have, or a cudaStream_t as an int. There everything about the operation happens, what is
+    returned is allocated too; what made the tensors is for the caller to order before it, and what uses them
+    after, as between any two streams. Operations return once the library has taken them; `synchronize` waits,
+    within the timeout, for what was started. A library that works on host memory, as the tests' does, has
+    moved the bytes when an operation returns.
 
     Arrays of CuPy, NumPy and whatever speaks DLPack are taken as tensors are, CuPy's on CuPy's current
     stream; what is new is returned as a tensor. Every operation raises DtypeError, LayoutError,
@@ -86,14 +95,14 @@ class Operations:
         """Where its tensors live."""
         return self._shared.device
 
-    def all_gather(self, send: Tensor) -> Tensor:
+    def all_gather(self, send: Tensor, *, stream: Stream = None) -> Tensor:
         """`send` of every rank, all of one shape: a new (world_size, *send.shape) tensor."""
-        return self.all_gather_many([send])[0]
+        return self.all_gather_many([send], stream=stream)[0]
 
-    def all_gather_many(self, sends: Sequence[Tensor]) -> list[Tensor]:
+    def all_gather_many(self, sends: Sequence[Tensor], *, stream: Stream = None) -> list[Tensor]:
         """`all_gather` of several tensors in one launch: values and indices, say."""
         named = {f"sends[{i}]": send for i, send in enumerate(sends)}
-        with self._taken("all_gather", (), **named) as tensors:
+        with self._taken("all_gather", (), stream, **named) as tensors:
             recvs = [send.new_empty(self.world_size, *send.shape) for send in tensors]
             pairs = [(send, recv) for send, recv in zip(tensors, recvs, strict=True) if send.numel()]
             fields = [(send.data_ptr(), recv.data_ptr(), send.nbytes) for send, recv in pairs]
@@ -106,6 +115,8 @@ class Operations:
         send: Tensor,
         send_counts: Sequence[int] | None = None,
         recv_counts: Sequence[int] | None = None,
+        *,
+        stream: Stream = None,
     ) -> Tensor:
         """Part r of `send` goes to rank r; returned are the parts for this rank, in the order of ranks.
 
@@ -114,7 +125,7 @@ class Operations:
             send_counts, recv_counts: elements of each part; rank s sends to rank r what r expects from s.
         """
         size = self.world_size
-        with self._taken("all_to_all", (), send=send) as [send]:
+        with self._taken("all_to_all", (), stream, send=send) as [send]:
             if (send_counts is None) != (recv_counts is None):
                 raise ArgumentError("all_to_all: send_counts and recv_counts must both be given, or neither")
             if send_counts is None or recv_counts is None:
@@ -144,10 +155,10 @@ class Operations:
             self._run("all_to_all", (peers,), send, recv)
             return recv
 
-    def reduce_scatter(self, send: Tensor, op: str = "sum") -> Tensor:
+    def reduce_scatter(self, send: Tensor, op: str = "sum", *, stream: Stream = None) -> Tensor:
         """Row r of `send`, (world_size, ...), reduced over ranks goes to rank r: a new tensor."""
         code = _op("reduce_scatter", op)
-        with self._taken("reduce_scatter", (), send=send) as [send]:
+        with self._taken("reduce_scatter", (), stream, send=send) as [send]:
             if send.dim() == 0 or send.shape[0] != self.world_size:
                 raise ShapeMismatchError(
                     f"reduce_scatter: send must have {self.world_size} rows, got {tuple(send.shape)}"
@@ -158,30 +169,31 @@ class Operations:
                 self._run("reduce_scatter", arguments, send, recv)
             return recv
 
-    def broadcast(self, tensor: Tensor, root: int = 0) -> None:
+    def broadcast(self, tensor: Tensor, root: int = 0, *, stream: Stream = None) -> None:
         """`tensor` of rank `root` to all others', in place."""
         self._check_peer("broadcast", "root", root)
-        with self._taken("broadcast", ("tensor",), tensor=tensor) as [tensor]:
+        with self._taken("broadcast", ("tensor",), stream, tensor=tensor) as [tensor]:
             if tensor.numel():
                 address = tensor.data_ptr()
                 self._run("broadcast", (address, address, tensor.nbytes, root), tensor)
 
-    def send(self, tensor: Tensor, peer: int) -> None:
+    def send(self, tensor: Tensor, peer: int, *, stream: Stream = None) -> None:
         """To `peer`, which must call `recv` with as many bytes."""
         self._check_peer("send", "peer", peer)
-        with self._taken("send", (), tensor=tensor) as [tensor]:
+        with self._taken("send", (), stream, tensor=tensor) as [tensor]:
             self._run("all_to_all", ([(peer, tensor.data_ptr(), tensor.nbytes, 0, 0)],), tensor)
 
-    def recv(self, tensor: Tensor, peer: int) -> None:
+    def recv(self, tensor: Tensor, peer: int, *, stream: Stream = None) -> None:
         """From `peer`, into `tensor`."""
         self._check_peer("recv", "peer", peer)
-        with self._taken("recv", ("tensor",), tensor=tensor) as [tensor]:
+        with self._taken("recv", ("tensor",), stream, tensor=tensor) as [tensor]:
             self._run("all_to_all", ([(peer, 0, 0, tensor.data_ptr(), tensor.nbytes)],), tensor)
 
-    def all_reduce(self, tensor: Tensor, op: str = "sum") -> None:
+    def all_reduce(self, tensor: Tensor, op: str = "sum", *, stream: Stream = None) -> None:
         """Reduces in place; op "sum", "prod", "max", "min" or "avg". The same bits on every rank."""
         code = _op("all_reduce", op)
-        with borrowed("all_reduce", ("tensor",), tensor=tensor) as [tensor]:
+        on = self._on_stream("all_reduce", stream)
+        with borrowed("all_reduce", ("tensor",), tensor=tensor) as [tensor], on:
             checks.check_tensor("all_reduce", "tensor", tensor)
             # What a group returns elsewhere could only be copied back once it has ended.
             local = tensor if self._shared.grouped is not None else self._here(tensor)
@@ -271,17 +283,38 @@ class Operations:
                     if cuda:
                         self._shared.mark(current)
             except BaseException:
-                if not native.quiescent:
-                    orphans.extend(tensors)
+                self._shared.keep(tensors)
                 raise
 
     @contextmanager
-    def _taken(self, operation: str, mutable: tuple[str, ...], **arrays: Any) -> Iterator[list[Tensor]]:
-        """The arrays as tensors that NCCL can take, by name."""
-        with borrowed(operation, mutable, **arrays) as tensors:
+    def _taken(
+        self, operation: str, mutable: tuple[str, ...], stream: Stream, **arrays: Any
+    ) -> Iterator[list[Tensor]]:
+        """The arrays as tensors that NCCL can take, by name; inside, `stream` is the current one if given."""
+        on = self._on_stream(operation, stream)
+        with borrowed(operation, mutable, **arrays) as tensors, on:
             for name, tensor in zip(arrays, tensors, strict=True):
                 self._check(operation, name, tensor)
             yield tensors
+
+    def _on_stream(self, operation: str, stream: Stream) -> AbstractContextManager[Any]:
+        """Within it, `stream` is torch's current one of the communicator's device; None changes nothing."""
+        if stream is None:
+            return nullcontext()
+        if self.device.type == "cpu":
+            raise ArgumentError(
+                f"{operation}: stream must be None where ranks exchange host memory, got {stream!r}"
+            )
+        if not isinstance(stream, torch.cuda.Stream):
+            handle = getattr(stream, "ptr", stream)
+            if isinstance(handle, bool) or not isinstance(handle, int) or handle < 0:
+                raise ArgumentError(f"{operation}: stream must be a stream or a cudaStream_t, got {stream!r}")
+            stream = torch.cuda.ExternalStream(handle, device=self.device)
+        if stream.device != self.device:
+            raise DeviceMismatchError(
+                f"{operation}: stream must be one of the communicator's device {self.device}, got {stream!r}"
+            )
+        return torch.cuda.stream(stream)
 
     def _check(self, operation: str, name: str, tensor: Tensor) -> None:
         checks.check_tensor(operation, name, tensor)

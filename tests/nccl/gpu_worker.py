@@ -91,6 +91,12 @@ def operations(comm: gck.NcclCommunicator) -> None:
         comm.all_reduce(total, "avg")
         comm.synchronize()
     assert (total == sum(range(size))).all()
+    for stream in (side, side.cuda_stream):
+        side.wait_stream(torch.cuda.current_stream())
+        comm.all_reduce(total, "avg", stream=stream)
+        rows = comm.all_gather(total, stream=stream)
+        comm.synchronize()
+        assert (rows == sum(range(size))).all()
     comm.barrier()
 
     captured = torch.ones(1000, device=device)
@@ -101,6 +107,21 @@ def operations(comm: gck.NcclCommunicator) -> None:
         graph.replay()
     comm.synchronize()
     assert (captured == size**3).all()
+
+
+def both_in_flight(comm: gck.NcclCommunicator, other: gck.NcclCommunicator) -> None:
+    """Operations of two communicators, each on a stream of its own; the same order on all ranks."""
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    totals = [torch.full((1 << 20,), float(comm.rank), device=comm.device) for _ in streams]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # cycles; both are in their streams before either begins
+    for one, stream, total in zip((comm, other), streams, totals, strict=True):
+        one.all_reduce(total, stream=stream)
+    for one, total in zip((comm, other), totals, strict=True):
+        one.synchronize()
+        assert (total == sum(range(comm.world_size))).all()
 
 
 def kept_until_used(comm: gck.NcclCommunicator) -> None:
@@ -187,6 +208,7 @@ if __name__ == "__main__":
             assert comm.device == device
             operations(comm)
             operations(other)
+            both_in_flight(comm, other)
             kept_until_used(comm)
             without_a_wait(comm)
             result = {

@@ -1,4 +1,4 @@
-"""Ranks of a communicator as threads of this process."""
+"""Ranks of a communicator as threads of this process, and what is expected of those that do not belong together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import gck
+from tests.nccl.stranger_worker import TIMEOUT
 
 T = TypeVar("T")
 
@@ -41,3 +42,14 @@ def on_threads(world_size: int, rank_main: Callable[[int], T]) -> list[T]:
     if errors:
         raise errors[0]
     return results
+
+
+def assert_refused(reports: list[dict[str, tuple[str, str, float]]]) -> None:
+    """Of `stranger_worker`: each rank had an error of a type that says what happened, in time."""
+    cases = {"other ids", "other sizes", "the same rank", "no id", "used before"}
+    for report in reports:
+        assert report.keys() == cases
+        for case, (kind, text, seconds) in report.items():
+            assert kind in ("CollectiveError", "PeerLostError", "CollectiveTimeoutError"), (case, kind, text)
+            assert text.startswith("init "), (case, text)
+            assert seconds < TIMEOUT + 2, (case, text)

@@ -12,6 +12,7 @@ import torch
 from gck.collectives import SimulatedGroup
 from tests.collectives import launcher, scenarios
 from tests.nccl.gpu_worker import KILL_TIMEOUT, on_device
+from tests.nccl.ranks import assert_refused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("nccl")]
 
@@ -71,3 +72,7 @@ def test_a_killed_rank(own: bool, tmp_path: Path) -> None:
         assert report["seconds"] < KILL_TIMEOUT + 2, report
         assert report["unchanged"]
         assert "the group cannot be used any more" in report["after"]
+
+
+def test_two_that_do_not_belong_together(tmp_path: Path) -> None:
+    assert_refused(launcher.run_ranks("tests.nccl.stranger_worker", 2, tmp_path, "real", timeout=240))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.collectives import launcher
 from tests.nccl.library import ROOT, fake_library
+from tests.nccl.ranks import assert_refused
 
 TIMEOUT = 2.0
 
@@ -129,3 +130,7 @@ def test_the_interpreter_ends_well(name: str) -> None:
     assert done.returncode == 0, done.stderr
     for word in ("Fatal", "terminate called", "Segmentation", "Traceback"):
         assert word not in done.stderr
+
+
+def test_two_that_do_not_belong_together(tmp_path: Path) -> None:
+    assert_refused(launcher.run_ranks("tests.nccl.stranger_worker", 2, tmp_path))
