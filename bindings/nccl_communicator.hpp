@@ -69,8 +69,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Both phases of a packed all-reduce: `all_to_all_rows`, then `reduce`, which puts into `stream` what makes
   // one message of what has come, and an `all_gather` of that. Not within a group, where nothing comes before
   // its end.
-  void packed_all_reduce(const void* send, void* recv, size_t row_bytes, const std::function<Gather()>& reduce,
-                         abi::Stream stream, double timeout);
+  void packed_all_reduce(const void* send, void* recv, size_t row_bytes,
+                         const std::function<Gather()>& reduce, abi::Stream stream, double timeout);
   void all_reduce(const void* send, void* recv, size_t count, abi::DataType dtype, abi::RedOp op,
                   abi::Stream stream, double timeout);
   void reduce_scatter(const void* send, void* recv, size_t recv_count, abi::DataType dtype, abi::RedOp op,

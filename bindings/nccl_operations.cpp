@@ -94,7 +94,8 @@ void Communicator::packed_all_reduce(const void* send, void* recv, size_t row_by
                                      const std::function<Gather()>& reduce, abi::Stream stream,
                                      double timeout) {
   if (!elsewhere() && grouped())
-    throw Failure("ArgumentError", "packed_all_reduce: a group is open, in which nothing comes before its end");
+    throw Failure("ArgumentError",
+                  "packed_all_reduce: a group is open, in which nothing comes before its end");
   all_to_all_rows(send, recv, row_bytes, stream, timeout);
   const Gather reduced = reduce();
   if (reduced.bytes > 0) all_gather({reduced}, stream, timeout);

@@ -1,8 +1,8 @@
 """NCCL as a transport, and NCCL's own operations on tensors, through `gck._C`.
 
-Operations are ordered on torch's current stream, or one that is given, and return once the library has taken
-them; `synchronize` waits, within the timeout, for what was started. A library that works on host memory, as the
-tests' does, has moved the bytes when an operation returns.
+Operations are ordered on torch's current stream, or one that is given, and return once the library has
+taken them; `synchronize` waits, within the timeout, for what was started. A library that works on host
+memory, as the tests' does, has moved the bytes when an operation returns.
 """
 
 from __future__ import annotations
@@ -182,11 +182,12 @@ class NcclCommunicator(Operations):
         return self._returned(self.all_to_all(self._here(send)), send)
 
     def reduce_bytes(self, send: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """`all_to_all_bytes`, `reduce` of what came, and `all_gather_bytes`: one call into C++, one stream."""
+        """`all_to_all_bytes`, `reduce` of what came, and `all_gather_bytes`, in one call into C++."""
         if send.device != self.device:
             return self.all_gather_bytes(reduce(self.all_to_all_bytes(send)))
         send = send.contiguous()
-        received, made = torch.empty_like(send), []
+        received = torch.empty_like(send)
+        made: list[Tensor] = []
 
         def reduced() -> tuple[int, int, int]:
             message = reduce(received).contiguous()
@@ -194,9 +195,9 @@ class NcclCommunicator(Operations):
             made.extend((message, rows))
             return message.data_ptr(), rows.data_ptr(), len(message)
 
-        row = send.nbytes // self.world_size
+        fields = (send.data_ptr(), received.data_ptr(), send.nbytes // self.world_size, reduced)
         try:
-            self._run("packed_all_reduce", (send.data_ptr(), received.data_ptr(), row, reduced), send, received)
+            self._run("packed_all_reduce", fields, send, received)
         except BaseException:
             self._shared.keep(made)
             raise
@@ -234,8 +235,8 @@ class NcclCommunicator(Operations):
         """Every rank's payload, values and indices in one launch; for payloads of one layout on all ranks.
 
         Where `gck.sparse_all_gather` compares layouts and waits for the result, this does neither: the host
-        never waits, and it may be captured in a CUDA graph. The result is in the order of the current stream, or
-        of `stream`: see `Operations`.
+        never waits, and it may be captured in a CUDA graph. The result is in the order of the current stream,
+        or of `stream`: see `Operations`.
         Of a payload on another device than the communicator's the host does wait.
 
         Returns:

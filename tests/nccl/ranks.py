@@ -1,4 +1,4 @@
-"""Ranks of a communicator as threads of this process, and what is expected of those that do not belong together."""
+"""Ranks of a communicator as threads of this process; what is expected of two that do not belong together."""
 
 from __future__ import annotations
 

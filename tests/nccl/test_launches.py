@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import gck
-from gck.collectives import SimulatedGroup, packed_all_reduce_, sparse_all_gather
+from gck.collectives import SimulatedGroup, packed_all_reduce_, sparse_all_gather, two_phase
 from gck.collectives.transports.nccl_operations import orphans
 from gck.compressor import shard_numel
-from gck.errors import ArgumentError, CollectiveError, GroupUnusableError, LayoutError
+from gck.errors import ArgumentError, CollectiveError, GroupUnusableError, LayoutError, PeerLostError
 from gck.payload import SparseGrad
 from tests.cases import same_bytes
 from tests.collectives.scenarios import gradient
@@ -111,6 +112,100 @@ def test_a_packed_all_reduce_is_two_launches(numel: int) -> None:
     assert counts == Counts(launches=2 * 3, sends=3 * 3, gathers=3)
     for ours, theirs in zip(found, SimulatedGroup(3).run(rank_main), strict=True):
         assert all(same_bytes(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def operations_of(comm: Any) -> list[str]:
+    """What is asked of the native communicator from now on."""
+    asked: list[str] = []
+    run = comm._run
+
+    def noted(operation: str, *arguments: Any) -> None:
+        asked.append(operation)
+        run(operation, *arguments)
+
+    comm._run = noted
+    return asked
+
+
+@pytest.mark.parametrize("piece_numel", [None, 320])
+def test_both_phases_are_one_call(piece_numel: int | None) -> None:
+    """Into C++, of each piece; with the bytes that two calls give."""
+
+    def rank_main(comm: Any) -> tuple[list[torch.Tensor], list[str]]:
+        asked = operations_of(comm) if isinstance(comm, gck.NcclCommunicator) else []
+        grad, state = gradient(comm.rank, 1001), gck.ErrorFeedback()
+        gck.all_reduce_(
+            grad,
+            state,
+            gck.ChunkTopK(k=4, chunk_size=32, value_bits=2),
+            comm,
+            algorithm="two_phase",
+            piece_numel=piece_numel,
+            validate="off",
+        )
+        assert state.worker is not None
+        assert state.server is not None
+        return [grad, state.worker, state.server], asked
+
+    for (ours, asked), (theirs, _) in zip(
+        run_ranks(3, rank_main), SimulatedGroup(3).run(rank_main), strict=True
+    ):
+        assert asked == ["packed_all_reduce"] * (1 if piece_numel is None else 3)
+        assert all(same_bytes(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_an_owner_that_cannot_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of Python's between the launches comes through C++ as it is; peers hear of it."""
+
+    def full(*arguments: Any, **options: Any) -> None:
+        if threading.current_thread() is short:
+            raise MemoryError("no room for a sum")
+        reduce(*arguments, **options)
+
+    def rank_main(comm: Any) -> str:
+        nonlocal short
+        if comm.rank == 1:
+            short = threading.current_thread()
+        comm.barrier()
+        buffers = gradient(comm.rank, 900), gradient(comm.rank, 900, step=1), torch.ones(512)
+        before = [buffer.clone() for buffer in buffers]
+        with pytest.raises((MemoryError, PeerLostError)) as caught:
+            packed_all_reduce_(*buffers, 64, comm, validate="off")
+        assert all(same_bytes(a, b) for a, b in zip(buffers, before, strict=True))
+        return f"{caught.type.__name__}: {caught.value}"
+
+    short: threading.Thread | None = None
+    reduce = two_phase.reduce_
+    monkeypatch.setattr(two_phase, "reduce_", full)
+    texts = run_ranks(2, rank_main)
+    assert texts[1] == "MemoryError: no room for a sum"
+    assert texts[0].startswith("PeerLostError: "), texts
+
+
+def test_nothing_can_be_reduced_within_a_group() -> None:
+    with gck.NcclCommunicator(gck.NcclCommunicator.create_unique_id(), 0, 1, timeout=20) as comm:
+        send = torch.ones(1, 8, dtype=torch.uint8)
+        with pytest.raises(ArgumentError, match="packed_all_reduce: a group is open"), comm.group():
+            comm.reduce_bytes(send, lambda rows: rows[0])
+
+
+@pytest.mark.parametrize("stream", [0, 12345, object()])
+def test_streams_are_of_devices(stream: object) -> None:
+    with gck.NcclCommunicator(gck.NcclCommunicator.create_unique_id(), 0, 1, timeout=20) as comm:
+        mine = torch.ones(1, 2)
+        for name, call in {
+            "all_gather": lambda: comm.all_gather(mine, stream=stream),
+            "all_to_all": lambda: comm.all_to_all(mine, stream=stream),
+            "reduce_scatter": lambda: comm.reduce_scatter(mine, stream=stream),
+            "broadcast": lambda: comm.broadcast(mine, stream=stream),
+            "send": lambda: comm.send(mine, 0, stream=stream),
+            "recv": lambda: comm.recv(mine, 0, stream=stream),
+            "all_reduce": lambda: comm.all_reduce(mine, stream=stream),
+            "sparse_all_gather": lambda: comm.sparse_all_gather((mine.view(-1),), stream=stream),
+        }.items():
+            with pytest.raises(ArgumentError, match=f"{name}: stream must be None where ranks exchange host"):
+                call()
+        assert comm.all_gather(mine, stream=None).tolist() == [[[1, 1]]]
 
 
 @pytest.mark.parametrize(
