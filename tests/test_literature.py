@@ -80,6 +80,48 @@ def test_chunk_top_k_is_a_contraction_in_every_chunk(v: Tensor, shape: tuple[int
         assert square(x - y) <= (1 - min(1, k / x.numel())) * square(x) * (1 + 1e-12)
 
 
+@given(vectors, st.sampled_from([8, 4, 2]), st.sampled_from([32, 256]))
+def test_the_nearest_code_is_no_farther_than_zero(v: Tensor, bits: int, chunk_size: int) -> None:
+    """Element by element |C(v) - v| <= |v|: what lies between 0 and a step goes to the nearer one. At the
+    middle the quotient (two roundings), the scale (one) and err itself (two) may be off by U of v each."""
+    err = torch.zeros_like(v)
+    gck.quantize_ef_(v, err, bits=bits, chunk_size=chunk_size)
+    assert bool((err.double().abs() <= v.double().abs() * (1 + 16 * U)).all())
+
+
+@pytest.mark.parametrize(("bits", "chunk_size"), [(8, 32), (8, 8192), (4, 32), (4, 128)])
+def test_random_codes_are_no_farther_than_zero_on_average(bits: int, chunk_size: int) -> None:
+    """E|C(v) - v|^2 <= sqrt(n) / (2 q) |v|^2 of a chunk of n with codes up to q, in the worst case.
+
+    A fraction f of a step s adds f (1 - f) s^2; one element of the chunk is q steps. The quotient of
+    m f (1 - f) and q^2 + m f^2 is at most that of m f and it, which is largest at f = q / sqrt(m). Of T seeds,
+    whose squares lie in [0, `most`], the mean is off by `slack` once in 10^9 at most (Hoeffding).
+    """
+    q, steps, trials = 2 ** (bits - 1) - 1, 1.0, 400
+    f = min(0.5, q / math.sqrt(chunk_size))
+    v = torch.full((chunk_size,), f * steps)
+    v[chunk_size // 3] = q * steps
+    squares = []
+    for seed in range(trials):
+        err = torch.zeros_like(v)
+        gck.quantize_ef_(v, err, bits=bits, chunk_size=chunk_size, rounding="stochastic", seed=seed)
+        squares.append(square(err))
+    mean, most = sum(squares) / trials, chunk_size * max(f, 1 - f) ** 2
+    slack = most * math.sqrt(math.log(1e9) / (2 * trials))
+    assert abs(mean - (chunk_size - 1) * f * (1 - f)) < slack
+    assert (chunk_size - 1) * f * (1 - f) <= math.sqrt(chunk_size) / (2 * q) * square(v) < square(v)
+
+
+@pytest.mark.parametrize(("rounding", "least", "most"), [("nearest", 1.0, 1.6), ("stochastic", 4.0, 9.0)])
+def test_residuals_of_two_bits(rounding: str, least: float, most: float) -> None:
+    """In gradients: what docs/kernels/quantize.md says of chunks of 256."""
+    generator, err = torch.Generator().manual_seed(1), torch.zeros(8192)
+    for seed in range(300):
+        grad = torch.randn(8192, generator=generator)
+        gck.quantize_ef_(grad, err, bits=2, chunk_size=256, rounding=rounding, seed=seed)
+    assert least < float(err.norm() / grad.norm()) < most
+
+
 def bounded(delta: float) -> float:
     """The largest |err| / max |grad| that a delta-contraction allows.
 

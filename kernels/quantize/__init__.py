@@ -43,7 +43,8 @@ class Quantize(KernelCompressor):
         chunk_size: elements a scale, a power of two in [32, 8192].
         rounding: "nearest" (ties to even), or "stochastic": up or down at random, so that the expectation is
             the element. Element i of the vector rounds by a function of (seed, i) alone: the same on every
-            device, for any number of threads or shards; no generator of torch is read or changed.
+            device, for any number of threads or shards; no generator of torch is read or changed. With 2 bits
+            it is for use without a residual, which grows to several gradients and may let training diverge.
         seed: of stochastic rounding, in [-2**63, 2**63). What travels is decoded without it: compressors
             that differ in their seed alone are equal, and ranks may differ in it.
         scale: "max": codes are multiples of the chunk's largest magnitude / (2**(bits - 1) - 1). "mean", for
