@@ -94,8 +94,8 @@ def test_random_codes_are_no_farther_than_zero_on_average(bits: int, chunk_size:
     """E|C(v) - v|^2 <= sqrt(n) / (2 q) |v|^2 of a chunk of n with codes up to q, in the worst case.
 
     A fraction f of a step s adds f (1 - f) s^2; one element of the chunk is q steps. The quotient of
-    m f (1 - f) and q^2 + m f^2 is at most that of m f and it, which is largest at f = q / sqrt(m). Of T seeds,
-    whose squares lie in [0, `most`], the mean is off by `slack` once in 10^9 at most (Hoeffding).
+    m f (1 - f) and q^2 + m f^2 is at most that of m f and it, which is largest at f = q / sqrt(m). Of T
+    seeds, whose squares lie in [0, `most`], the mean is off by `slack` once in 10^9 at most (Hoeffding).
     """
     q, steps, trials = 2 ** (bits - 1) - 1, 1.0, 400
     f = min(0.5, q / math.sqrt(chunk_size))
