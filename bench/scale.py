@@ -67,10 +67,10 @@ def main(
     console = Console(width=150)
     cases = [(name, world) for world in WORLDS if world <= largest for name in COMPRESSORS]
     cases = [case for case in cases if held(*case, numel) <= MEMORY]
+    about = {"machine": describe(torch.device("cpu")), "numel": numel, "large_numel": LARGE, "steps": steps}
     records = [measure(*case, numel, steps) for case in track(cases, "worlds", console=console)]
     show(records, numel, steps, console)
     out.mkdir(parents=True, exist_ok=True)
-    about = {"machine": describe(torch.device("cpu")), "numel": numel, "large_numel": LARGE, "steps": steps}
     (out / "scale.json").write_text(json.dumps({**about, "records": records}, indent=1) + "\n")
     draw(records, numel, steps, out / "scale.png")
     console.print(f"wrote {out}/scale.json and scale.png", highlight=False)

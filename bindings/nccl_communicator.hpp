@@ -59,6 +59,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Between these two, the calling thread's operations are collected and start as one. Nothing else waits.
   void group_start(const char* operation, double timeout);
   void group_end(double timeout);
+  // Raises where the calling thread has a group open, for what needs its results before the group's end.
+  void refuse_group(const char* operation) const;
 
   // Each returns once the library has taken the operation into `stream`; counts are elements.
   void all_gather(const std::vector<Gather>& fields, abi::Stream stream, double timeout);
@@ -66,11 +68,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Row r of `send` goes to rank r, whose row comes into row r of `recv`; rows of one size, one after
   // another.
   void all_to_all_rows(const void* send, void* recv, size_t row_bytes, abi::Stream stream, double timeout);
-  // Both phases of a packed all-reduce: `all_to_all_rows`, then `reduce`, which puts into `stream` what makes
-  // one message of what has come, and an `all_gather` of that. Not within a group, where nothing comes before
-  // its end.
-  void packed_all_reduce(const void* send, void* recv, size_t row_bytes,
-                         const std::function<Gather()>& reduce, abi::Stream stream, double timeout);
   void all_reduce(const void* send, void* recv, size_t count, abi::DataType dtype, abi::RedOp op,
                   abi::Stream stream, double timeout);
   void reduce_scatter(const void* send, void* recv, size_t recv_count, abi::DataType dtype, abi::RedOp op,

@@ -21,6 +21,12 @@ bool Communicator::grouped() const {
   return depth_ > 0 && holder_ == std::this_thread::get_id();
 }
 
+void Communicator::refuse_group(const char* operation) const {
+  if (!elsewhere() && grouped())
+    throw Failure("ArgumentError",
+                  std::string(operation) + ": a group is open, in which nothing comes before its end");
+}
+
 void Communicator::group_start(const char* operation, double timeout) {
   take_turn(operation, timeout);
   group_result_ = abi::Result::Success;
@@ -88,17 +94,6 @@ void Communicator::all_to_all_rows(const void* send, void* recv, size_t row_byte
         {peer, static_cast<const char*>(send) + row, row_bytes, static_cast<char*>(recv) + row, row_bytes});
   }
   all_to_all(peers, stream, timeout);
-}
-
-void Communicator::packed_all_reduce(const void* send, void* recv, size_t row_bytes,
-                                     const std::function<Gather()>& reduce, abi::Stream stream,
-                                     double timeout) {
-  if (!elsewhere() && grouped())
-    throw Failure("ArgumentError",
-                  "packed_all_reduce: a group is open, in which nothing comes before its end");
-  all_to_all_rows(send, recv, row_bytes, stream, timeout);
-  const Gather reduced = reduce();
-  if (reduced.bytes > 0) all_gather({reduced}, stream, timeout);
 }
 
 void Communicator::all_reduce(const void* send, void* recv, size_t count, abi::DataType dtype, abi::RedOp op,

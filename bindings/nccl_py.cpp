@@ -121,15 +121,16 @@ void all_to_all_rows(Communicator& self, Address send, Address recv, size_t row_
   self.all_to_all_rows(at(send), at(recv), row_bytes, at(stream), timeout);
 }
 
-// `reduce` is called with the interpreter's lock and returns (send, recv, bytes) of the all-gather.
-void packed_all_reduce(Communicator& self, Address send, Address recv, size_t row_bytes, py::function reduce,
-                       Address stream, double timeout) {
-  const auto locked = [&reduce] {
-    const py::gil_scoped_acquire lock;
-    const auto [from, to, bytes] = reduce().cast<std::tuple<Address, Address, size_t>>();
-    return Gather{at(from), at(to), bytes};
-  };
-  without_lock([&] { self.packed_all_reduce(at(send), at(recv), row_bytes, locked, at(stream), timeout); });
+// Both phases of a packed all-reduce: row r of `send` goes to rank r; `reduce` puts into `stream` what makes
+// one message of the rows that came, and returns (send, recv, bytes) of an all-gather of it. Python runs with
+// no frame of ours below it that could catch: the end of the interpreter unwinds threads that come back to
+// it.
+void packed_all_reduce(Communicator& self, Address send, Address recv, size_t row_bytes,
+                       const py::function& reduce, Address stream, double timeout) {
+  without_lock([&] { self.all_to_all_rows(at(send), at(recv), row_bytes, at(stream), timeout); });
+  const auto [from, to, bytes] = reduce().cast<std::tuple<Address, Address, size_t>>();
+  if (bytes == 0) return;
+  without_lock([&] { self.all_gather({{at(from), at(to), bytes}}, at(stream), timeout); });
 }
 
 void all_reduce(Communicator& self, Address send, Address recv, size_t count, int dtype, int op,
@@ -178,6 +179,8 @@ void bind_nccl(py::module_& m) {
       .def_property_readonly("reason", &Communicator::reason)
       .def_property_readonly("quiescent", &Communicator::quiescent)
       .def("group_start", unlocked(group_start))
+      .def("refuse_group",
+           [](Communicator& self, const std::string& operation) { self.refuse_group(operation.c_str()); })
       .def("group_end", unlocked(&Communicator::group_end))
       .def("all_gather", unlocked(all_gather))
       .def("all_to_all", unlocked(all_to_all))

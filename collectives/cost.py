@@ -7,10 +7,10 @@ three terms, of which a caller knows what its links and processors are:
     nbytes / bandwidth      payloads, at what a link has left when headers are paid: see `Link.ethernet`
     compute                 compressing, reducing and decoding: `gck.collectives.measure_compute`
 
-They add up, because the steps of an all-reduce in one piece wait for one another: a rank can't send what it
-has not compressed. In pieces, compute and bytes overlap. Left out: what a group agrees on once (the handshake
-of a new configuration, connections), what TCP does until it knows the link, packets that are lost, and ranks
-that start late.
+A link that has rested may let some bytes pass at once: `Link.burst`. The terms add up, because the steps of
+an all-reduce in one piece wait for one another: a rank can't send what it has not compressed. In pieces,
+compute and bytes overlap. Left out: what a group agrees on once (the handshake of a new configuration,
+connections), what TCP does until it knows the link, packets that are lost, and ranks that start late.
 
 Source: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH"
 (2005), section 3, for the model of latency and bandwidth; Chan, Heimlich, Purkayastha and van de Geijn,
@@ -51,22 +51,28 @@ class Link:
         latency: seconds from the start of a message to its arrival, beside its bytes: as good as always that
             of the software, which wakes threads on either side. Measure it: a round of small messages.
         bandwidth: bytes a second, in each direction, of what is sent; not of packets with their headers.
+        burst: bytes that pass at once after a rest, as a token bucket (tc's tbf, a cloud's limit) lets them.
 
     Raises:
-        ArgumentError: latency below 0, or bandwidth not above 0.
+        ArgumentError: latency or burst below 0, or bandwidth not above 0.
     """
 
     latency: float
     bandwidth: float
+    burst: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.burst >= 0:
+            raise ArgumentError(f"Link: burst must be at least 0 bytes, got {self.burst}")
         if not self.latency >= 0:
             raise ArgumentError(f"Link: latency must be at least 0 seconds, got {self.latency}")
         if not self.bandwidth > 0:
             raise ArgumentError(f"Link: bandwidth must be above 0 bytes a second, got {self.bandwidth}")
 
     @classmethod
-    def ethernet(cls, bits_per_second: float, latency: float = 0.0, mtu: int = 1500) -> Link:
+    def ethernet(
+        cls, bits_per_second: float, latency: float = 0.0, mtu: int = 1500, burst: float = 0.0
+    ) -> Link:
         """A link of Ethernet, over which TCP sends as much as it receives: 1448 of 1547 bytes are payload.
 
         That is where mtu is 1500: a frame has 14 bytes besides its packet, a packet 20 of IPv4 and 32 of TCP
@@ -82,7 +88,7 @@ class Link:
             raise ArgumentError(f"Link.ethernet: mtu must be above {TCP_HEADERS} bytes, got {mtu}")
         acknowledgement = (FRAME_HEADER + TCP_HEADERS) / 2  # for each packet its half
         share = (mtu - TCP_HEADERS) / (mtu + FRAME_HEADER + acknowledgement)
-        return cls(latency, bits_per_second / 8 * share)
+        return cls(latency, bits_per_second / 8 * share, burst)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Cost:
     rounds: int
 
     def seconds(self, link: Link, compute: float = 0.0, pieces: int = 1) -> float:
-        """rounds * latency + nbytes / bandwidth + compute, of which pieces overlap.
+        """rounds * latency + nbytes / bandwidth + compute, of which pieces overlap, less the link's burst.
 
         Args:
             compute: seconds that a rank takes to compress, reduce and decode; 0: nothing but the link is in
@@ -116,7 +122,8 @@ class Cost:
         if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1:
             raise ArgumentError(f"Cost.seconds: pieces must be a positive int, got {pieces!r}")
         sent = self.nbytes / link.bandwidth
-        return self.rounds * link.latency + max(sent, compute) + min(sent, compute) / pieces
+        at_once = min(link.burst, self.nbytes) / link.bandwidth
+        return self.rounds * link.latency + max(sent, compute) + min(sent, compute) / pieces - at_once
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from gck.collectives.transports import (
     start_all_gather,
 )
 from gck.compressor import Compressor, compressor_at, previews, shard_numel
-from gck.errors import ArgumentError, CollectiveError, CorruptPayloadError, DtypeError
+from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 
 __all__ = [
     "Decoding",
@@ -37,6 +37,7 @@ __all__ = [
     "cut",
     "gathered",
     "in_one_call",
+    "or_abort",
     "piece_numel_of",
     "pipelined",
 ]
@@ -228,7 +229,9 @@ def pipelined(
         2. For every piece: wait for its all-to-all, reduce what came and start its all-gather.
         3. For every piece: wait for its all-gather and decode it.
 
-    After an error nothing is under way, or the group is given up.
+    After an error that came before anything was sent the group is in use, and peers wait for another try.
+    Later it is given up: what this rank sends next they would take for the rest of this. Only corrupt
+    payloads, which all ranks have, leave it in use; then nothing is under way.
 
     Args:
         start: compresses a piece and starts its all-to-all.
@@ -237,16 +240,18 @@ def pipelined(
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
+    sent = False
     try:
         for some, more in _batches(pieces):
             for piece in some:
                 swaps.append(start(piece))
+                sent = True
             for piece in some:
                 reduced = reduce(piece, swaps.popleft().wait())
                 gathers.append(start_all_gather(transport, reduced))
             _decode(transport, some, gathers, more, decoding)
     except BaseException as error:
-        _settle(transport, [*swaps, *gathers], error)
+        _settle(transport, [*swaps, *gathers], error, sent)
         raise
 
 
@@ -268,13 +273,16 @@ def in_one_call(
     exchange = getattr(transport, "reduce_bytes", None)
     if exchange is None:
         return False
+    sent = False
     try:
         for number, piece in enumerate(pieces, 1):
-            rows = exchange(compress(piece), partial(reduce, piece))
-            with _or_abort(transport, "results were decoded"):
+            body = compress(piece)
+            sent = True
+            rows = exchange(body, partial(reduce, piece))
+            with or_abort(transport, "results were decoded"):
                 decoding(piece, rows, last=number == len(pieces))
     except BaseException as error:
-        _settle(transport, (), error)
+        _settle(transport, (), error, sent)
         raise
     return True
 
@@ -298,6 +306,7 @@ def gathered(
     """
     gathers: deque[Started] = deque()
     expected: deque[Callable[[Tensor], Started]] = deque()
+    sent = False
     try:
         for some, more in _batches(pieces):
             if nbytes is not None:
@@ -307,15 +316,13 @@ def gathered(
                     await_peers(gathers[0])
                 body = compress(piece)
                 gathers.append(expected.popleft()(body) if expected else start_all_gather(transport, body))
-                with _or_abort(transport, "residuals were updated"):
+                sent = True
+                with or_abort(transport, "residuals were updated"):
                     catch_up(gathers[-1])
             _decode(transport, some, gathers, more, decoding)
     except BaseException as error:
-        if expected:
-            # What comes for them would be taken for that of the next call.
-            transport.abort(f"{type(error).__name__} between pieces")
-        else:
-            _settle(transport, gathers, error)
+        # What comes for those that are expected would be taken for that of the next call.
+        _settle(transport, gathers, error, sent or bool(expected))
         raise
 
 
@@ -330,13 +337,13 @@ def _decode(
 ) -> None:
     for piece in pieces:
         rows = gathers.popleft().wait()
-        with _or_abort(transport, "results were decoded"):
+        with or_abort(transport, "results were decoded"):
             decoding(piece, rows, last=not gathers and not more)
 
 
 @contextmanager
-def _or_abort(transport: Transport, when: str) -> Iterator[None]:
-    """After an error in it peers have, or will have, what this rank has not."""
+def or_abort(transport: Transport, when: str) -> Iterator[None]:
+    """After an error in it peers have, or will have, or wait for, what this rank has not."""
     try:
         yield
     except CorruptPayloadError:
@@ -346,11 +353,15 @@ def _or_abort(transport: Transport, when: str) -> Iterator[None]:
         raise
 
 
-def _settle(transport: Transport, started: Sequence[Started], error: BaseException) -> None:
-    """Waits for operations that nobody wants any more; where that is no use, gives the group up."""
-    interrupted = not isinstance(error, Exception)  # perhaps between a start and the list of what was started
-    if interrupted or (started and isinstance(error, CollectiveError)):
-        # The group failed, or somebody pressed Ctrl-C: whatever is under way may never end.
+def _settle(transport: Transport, started: Sequence[Started], error: BaseException, sent: bool) -> None:
+    """After an error: waits for operations that nobody wants any more, or gives the group up.
+
+    Args:
+        sent: whether peers may have something of this call.
+    """
+    interrupted = not isinstance(error, Exception)  # perhaps between a start and the note of it
+    if interrupted or (sent and not isinstance(error, CorruptPayloadError)):
+        # Peers wait for what will not come, and would take what comes next for it.
         transport.abort(f"{type(error).__name__} between pieces")
         return
     try:

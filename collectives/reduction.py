@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from gck.collectives.cost import Link, choose_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
-from gck.collectives.pieces import check_piece_numel, choose_piece_numel, piece_numel_of
+from gck.collectives.pieces import check_piece_numel, choose_piece_numel, or_abort, piece_numel_of
 from gck.collectives.scratch import Scratch, scratch
 from gck.collectives.seeded import seeded
 from gck.collectives.transports import Transport
@@ -217,11 +218,15 @@ class Reduction:
         memory: Scratch,
     ) -> list[Tensor]:
         """The reduced `grads`, flat, in their order; those that are in no plan as they are."""
-        results = list(grads)
+        results, sent = list(grads), False
         for chosen, members in plan.items():
             if members:
                 some = [(grads[i], self.states[i], places[i], undo[i]) for i in members]
-                for i, result in zip(members, self._by(chosen, transport, some, memory), strict=True):
+                # Peers go on to these from those before, which another try would begin with.
+                with or_abort(transport, "other tensors were reduced") if sent else nullcontext():
+                    made = self._by(chosen, transport, some, memory)
+                sent = True
+                for i, result in zip(members, made, strict=True):
                     results[i] = result
         return results
 

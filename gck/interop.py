@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gck.errors import DtypeError, LayoutError
 
-__all__ = ["borrowed"]
+__all__ = ["borrowed", "stream_at"]
 
 
 @contextmanager
@@ -41,7 +41,15 @@ def _stream_of(*arrays: Any) -> Any:
     cupy = sys.modules.get("cupy")
     if cupy is None or not any(isinstance(array, cupy.ndarray) for array in arrays):
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr))
+    return torch.cuda.stream(stream_at(cupy.cuda.get_current_stream().ptr))
+
+
+def stream_at(handle: int, device: Any = None) -> torch.cuda.Stream:
+    """torch's stream for a cudaStream_t of `device`, default: the current one; 0 is the default stream.
+
+    Not ExternalStream(0), for which torch takes a stream of its own.
+    """
+    return torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
 
 
 def _as_tensor(function: str, name: str, array: Any, mutable: bool) -> Tensor:

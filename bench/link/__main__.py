@@ -42,7 +42,8 @@ def main(
     numel: Annotated[list[int] | None, typer.Option(help="Elements; may be given again.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Part of a method's name; default: all.")] = None,
     burst: Annotated[
-        int | None, typer.Option(help="Bytes that a link lets through at once; default: those of 4 ms.")
+        int | None,
+        typer.Option(help="Bytes that a link lets through at once; default: of 4 ms, at least 8 KiB."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="For the timed repeats of one case.")] = 5,
     limit: Annotated[float, typer.Option(help="Seconds that one case may take.")] = 300,

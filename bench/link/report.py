@@ -67,25 +67,23 @@ def record_of(
 
 
 def predicted(event: Record, workers: int, network: Network, latency: float, burst: int) -> Record | None:
-    """The terms of the cost model, in seconds, and their sum, less what a link that has rested lets pass at
-    once; None where there is no link, or no model."""
+    """The terms of the cost model, in seconds, and its time; None where there is no link, or no model."""
     method = METHODS[event["method"]]
     if not network.nodes or method.compressor is None:
         return None
-    link = Link.ethernet(network.nodes[0].bits_per_second or 0, latency)
+    link = Link.ethernet(network.nodes[0].bits_per_second or 0, latency, burst=burst)
     numel = event["numel"]
     cost = all_reduce_cost(method.compressor, [numel], workers, method.algorithm)
     pieces = 1
     if piece := choose_piece_numel(method.compressor, numel, workers, link=link, algorithm=cost.algorithm):
         pieces = -(-numel // piece)
-    at_once = min(burst, cost.nbytes) / link.bandwidth
     return {
         "latency": cost.rounds * latency,
         "bytes": cost.nbytes / link.bandwidth,
         "compute": event["compute"],
-        "at_once": at_once,
+        "at_once": min(burst, cost.nbytes) / link.bandwidth,
         "pieces": pieces,
-        "seconds": cost.seconds(link, event["compute"], pieces) - at_once,
+        "seconds": cost.seconds(link, event["compute"], pieces),
     }
 
 

@@ -58,7 +58,8 @@ class Transport(Protocol):
 
     A transport may also have `start_all_gather_bytes` and `start_all_to_all_bytes`, which return a `Started`
     at once: see `start_all_gather`; `expect_all_gathers`, see there; and `reduce_bytes`: see
-    `pieces.in_one_call`.
+    `pieces.in_one_call`. One that wraps another and passes on what it has not passes these on, too: then
+    bytes go by them, and not by the methods below.
     """
 
     @property

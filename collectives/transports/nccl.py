@@ -169,6 +169,7 @@ class NcclCommunicator(Operations):
         same, whether it is or not.
         """
         layout, body = layout_of(*fields), body_in_place(*fields)
+        _use(fields)
         rows = torch.empty((self.world_size, layout.nbytes), dtype=torch.uint8, device=self.device)
         if body is None:
             body = rows[self.rank]
@@ -183,6 +184,7 @@ class NcclCommunicator(Operations):
 
     def reduce_bytes(self, send: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         """`all_to_all_bytes`, `reduce` of what came, and `all_gather_bytes`, in one call into C++."""
+        self._shared.native.refuse_group("packed_all_reduce")
         if send.device != self.device:
             return self.all_gather_bytes(reduce(self.all_to_all_bytes(send)))
         send = send.contiguous()
@@ -302,6 +304,13 @@ class NcclCommunicator(Operations):
         child = object.__new__(NcclCommunicator)
         child._take(native, self._timeout)
         return child
+
+
+def _use(tensors: Sequence[Tensor]) -> None:
+    """Their memory goes to nobody else before the current stream has come as far as this."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _on(device: torch.device | int | str | None) -> AbstractContextManager[Any]:

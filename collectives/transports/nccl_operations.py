@@ -21,7 +21,7 @@ from gck.errors import (
     DtypeError,
     ShapeMismatchError,
 )
-from gck.interop import borrowed
+from gck.interop import borrowed, stream_at
 from gck.kernels.common import checks
 
 __all__ = ["Operations", "Shared", "Stream", "orphans"]
@@ -309,7 +309,7 @@ class Operations:
             handle = getattr(stream, "ptr", stream)
             if isinstance(handle, bool) or not isinstance(handle, int) or handle < 0:
                 raise ArgumentError(f"{operation}: stream must be a stream or a cudaStream_t, got {stream!r}")
-            stream = torch.cuda.ExternalStream(handle, device=self.device)
+            stream = stream_at(handle, self.device)
         if stream.device != self.device:
             raise DeviceMismatchError(
                 f"{operation}: stream must be one of the communicator's device {self.device}, got {stream!r}"

@@ -6,9 +6,9 @@
 
 Every node is a namespace with one interface, `eth0`, whose peer is a port of a bridge that has a
 namespace of its own. A token bucket on either end limits both directions of every link; its queue holds
-what the link carries in 50 ms, and no less than a switch has room for. Which TCP it is does not depend on the
-machine's settings: CUBIC, or Reno where the kernel keeps namespaces from it. Nothing is visible from outside:
-addresses, routes and listening ports exist in these namespaces only.
+what the link carries in 50 ms, and no less than a switch has room for. TCP is CUBIC where the kernel lets
+namespaces have it, and else Reno, but no other that the machine may be set to. Nothing is visible from
+outside: addresses, routes and listening ports exist in these namespaces only.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class LinksUnavailableError(BackendUnavailableError):
 
 @dataclass(frozen=True)
 class Counters:
-    """What an interface has sent and received since it came up, link-layer headers included."""
+    """What an interface has sent and received since it came up, with the headers of packets.
+
+    These are the kernel's, which are cut into frames with headers of their own only as they leave.
+    """
 
     tx_bytes: int
     rx_bytes: int
@@ -295,7 +298,7 @@ def _set_congestion_control(namespace: str) -> None:
 
     Defaults differ, and BBR, which some machines have, leaves up to a fifth of a slow link unused.
     """
-    # Reno is in every kernel, and none refuses it.
+    # Reno is in every kernel, and allowed unless somebody has taken it from tcp_allowed_congestion_control.
     script = f"echo cubic 2> /dev/null > {_CONGESTION_CONTROL} || echo reno > {_CONGESTION_CONTROL}"
     _run("ip", "netns", "exec", namespace, "sh", "-c", script)
 

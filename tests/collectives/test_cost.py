@@ -39,7 +39,8 @@ COMPRESSORS = [
         for c in COMPRESSORS
         for a in ("auto", "dense", "one_phase", "two_phase")
         if a != "two_phase" or c.shard_unit is not None
-    ],
+    ]
+    + [(gck.RandomK(ratio=0.1), a) for a in ("auto", "one_phase", "seeded")],
     ids=str,
 )
 def test_bytes_and_messages_are_those_that_are_sent(compressor: Any, algorithm: str) -> None:
@@ -87,6 +88,17 @@ def test_pieces_hide_the_shorter_of_bytes_and_compute() -> None:
     for pieces in (0, True, 1.5):
         with pytest.raises(ArgumentError, match=f"pieces must be a positive int, got {pieces}"):
             cost.seconds(link, 1.0, pieces=pieces)  # type: ignore[arg-type]
+
+
+def test_a_burst_is_taken_off() -> None:
+    """Of bytes that there are."""
+    bucket = Link(latency=0.001, bandwidth=1e6, burst=50_000)
+    for nbytes, at_once in ((4_000_000, 0.05), (20_000, 0.02)):
+        cost = Cost("one_phase", nbytes=nbytes, messages=3, rounds=3)
+        assert cost.seconds(bucket, 0.5) == pytest.approx(0.503 + nbytes / 1e6 - at_once)
+    assert Link.ethernet(1e8, burst=8192).burst == 8192
+    with pytest.raises(ArgumentError, match="Link: burst must be at least 0 bytes, got -1"):
+        Link(0.001, 1e6, burst=-1)
 
 
 def test_terms_of_the_time() -> None:

@@ -92,11 +92,20 @@ def operations(comm: gck.NcclCommunicator) -> None:
         comm.synchronize()
     assert (total == sum(range(size))).all()
     for stream in (side, side.cuda_stream):
-        side.wait_stream(torch.cuda.current_stream())
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)  # cycles
         comm.all_reduce(total, "avg", stream=stream)
         rows = comm.all_gather(total, stream=stream)
+        assert torch.cuda.current_stream().query()
+        assert not side.query()
         comm.synchronize()
         assert (rows == sum(range(size))).all()
+    torch.cuda._sleep(50_000_000)
+    total.fill_(rank + 1)
+    comm.all_reduce(total, stream=0)  # the default stream, which has been the current one
+    comm.synchronize()
+    assert (total == sum(range(1, size + 1))).all()
     comm.barrier()
 
     captured = torch.ones(1000, device=device)
@@ -119,6 +128,7 @@ def both_in_flight(comm: gck.NcclCommunicator, other: gck.NcclCommunicator) -> N
             torch.cuda._sleep(50_000_000)  # cycles; both are in their streams before either begins
     for one, stream, total in zip((comm, other), streams, totals, strict=True):
         one.all_reduce(total, stream=stream)
+    assert not any(stream.query() for stream in streams)
     for one, total in zip((comm, other), totals, strict=True):
         one.synchronize()
         assert (total == sum(range(comm.world_size))).all()
@@ -138,6 +148,23 @@ def kept_until_used(comm: gck.NcclCommunicator) -> None:
     assert address not in [other.data_ptr() for other in others]
     torch.cuda.synchronize()
     assert (gathered == ranks[:, None]).all()
+
+
+def packed_on_another_stream(comm: gck.NcclCommunicator) -> None:
+    """Fields that are no body yet are packed there, and may be freed at once."""
+    side = torch.cuda.Stream()
+    payload = gck.topk(scenarios.gradient(comm.rank, NUMEL).to(comm.device), 0.01)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # cycles
+    apart = payload._replace(values=payload.values.clone())
+    side.wait_stream(torch.cuda.current_stream())
+    gathered = comm.sparse_all_gather(apart, stream=side)
+    del apart
+    others = [torch.full_like(payload.values, -1) for _ in range(8)]
+    comm.synchronize()
+    assert others[0][0] == -1
+    assert torch.equal(gathered[comm.rank].values, payload.values)
 
 
 def without_a_wait(comm: gck.NcclCommunicator) -> None:
@@ -210,6 +237,7 @@ if __name__ == "__main__":
             operations(other)
             both_in_flight(comm, other)
             kept_until_used(comm)
+            packed_on_another_stream(comm)
             without_a_wait(comm)
             result = {
                 "scenarios": scenarios.run(rank, world_size, comm),

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import gck
-from tests.nccl.stranger_worker import TIMEOUT
 
 T = TypeVar("T")
 
@@ -44,7 +43,7 @@ def on_threads(world_size: int, rank_main: Callable[[int], T]) -> list[T]:
     return results
 
 
-def assert_refused(reports: list[dict[str, tuple[str, str, float]]]) -> None:
+def assert_refused(reports: list[dict[str, tuple[str, str, float]]], timeout: float, late: float) -> None:
     """Of `stranger_worker`: each rank had an error of a type that says what happened, in time."""
     cases = {"other ids", "other sizes", "the same rank", "no id", "used before"}
     for report in reports:
@@ -52,4 +51,4 @@ def assert_refused(reports: list[dict[str, tuple[str, str, float]]]) -> None:
         for case, (kind, text, seconds) in report.items():
             assert kind in ("CollectiveError", "PeerLostError", "CollectiveTimeoutError"), (case, kind, text)
             assert text.startswith("init "), (case, text)
-            assert seconds < TIMEOUT + 2, (case, text)
+            assert seconds < timeout + late, (case, text)

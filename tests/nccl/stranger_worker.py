@@ -1,6 +1,6 @@
 """One of two ranks that do not belong together: with NCCL's real library, or the tests' own.
 
-usage: stranger_worker DIRECTORY [real]; real: with a GPU, of which each rank claims to have one of its own
+usage: stranger_worker DIRECTORY TIMEOUT [real]; real: on a GPU, of which each rank claims to have one
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from bench.nccl.one_device import environment
 
 # What NCCL reads when it starts.
-if __name__ == "__main__" and sys.argv[2:] == ["real"]:
+if __name__ == "__main__" and sys.argv[3:] == ["real"]:
     os.environ |= environment(int(os.environ["RANK"]))
 
 import torch
@@ -22,8 +22,6 @@ import torch.distributed as dist
 import gck
 from gck.errors import GckError
 from tests.collectives import launcher
-
-TIMEOUT = 6.0
 
 
 def outcome(join: Callable[[], gck.NcclCommunicator]) -> tuple[str, str, float]:
@@ -43,7 +41,7 @@ def unique_ids() -> list[bytes]:
     return ids
 
 
-def main(rank: int) -> dict[str, tuple[str, str, float]]:
+def main(rank: int, timeout: float) -> dict[str, tuple[str, str, float]]:
     found = {}
     wrong: dict[str, Callable[[list[bytes]], tuple[bytes, int, int]]] = {
         "other ids": lambda ids: (ids[rank], rank, 2),
@@ -53,13 +51,13 @@ def main(rank: int) -> dict[str, tuple[str, str, float]]:
     }
     for name, arguments in wrong.items():
         taken = arguments(unique_ids())
-        found[name] = outcome(lambda taken=taken: gck.NcclCommunicator(*taken, timeout=TIMEOUT))  # type: ignore[misc]
+        found[name] = outcome(lambda taken=taken: gck.NcclCommunicator(*taken, timeout=timeout))  # type: ignore[misc]
         dist.barrier()
     used = unique_ids()[0]
     with gck.NcclCommunicator(used, rank, 2, timeout=60) as comm:
         comm.barrier()
     dist.barrier()
-    found["used before"] = outcome(lambda: gck.NcclCommunicator(used, rank, 2, timeout=TIMEOUT))
+    found["used before"] = outcome(lambda: gck.NcclCommunicator(used, rank, 2, timeout=timeout))
     dist.barrier()
     # After all that, those that belong together still meet.
     with gck.NcclCommunicator(unique_ids()[0], rank, 2, timeout=60) as comm:
@@ -71,5 +69,6 @@ if __name__ == "__main__":
     directory, rank, _ = launcher.init(timeout=120)
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    launcher.report(directory, rank, main(rank))
+        torch.zeros(1, device="cuda")  # what a context takes is not what refusing takes
+    launcher.report(directory, rank, main(rank, float(sys.argv[2])))
     launcher.leave()

@@ -75,4 +75,5 @@ def test_a_killed_rank(own: bool, tmp_path: Path) -> None:
 
 
 def test_two_that_do_not_belong_together(tmp_path: Path) -> None:
-    assert_refused(launcher.run_ranks("tests.nccl.stranger_worker", 2, tmp_path, "real", timeout=240))
+    reports = launcher.run_ranks("tests.nccl.stranger_worker", 2, tmp_path, "10", "real", timeout=240)
+    assert_refused(reports, timeout=10, late=4)

@@ -154,8 +154,10 @@ def test_both_phases_are_one_call(piece_numel: int | None) -> None:
         assert all(same_bytes(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_an_owner_that_cannot_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of Python's between the launches comes through C++ as it is; peers hear of it."""
+@pytest.mark.parametrize("generic", [False, True])
+def test_an_owner_that_cannot_reduce(generic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of Python's between the launches comes through C++ as it is. Peers hear of it at once, and
+    what this rank would send next is not taken for what they wait for."""
 
     def full(*arguments: Any, **options: Any) -> None:
         if threading.current_thread() is short:
@@ -171,13 +173,22 @@ def test_an_owner_that_cannot_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
         before = [buffer.clone() for buffer in buffers]
         with pytest.raises((MemoryError, PeerLostError)) as caught:
             packed_all_reduce_(*buffers, 64, comm, validate="off")
+        if comm.rank == 0:
+            heard.set()
+        else:
+            assert heard.wait(10), "the peer still waits"
         assert all(same_bytes(a, b) for a, b in zip(buffers, before, strict=True))
+        with pytest.raises(GroupUnusableError):
+            packed_all_reduce_(*buffers, 64, comm, validate="off")
         return f"{caught.type.__name__}: {caught.value}"
 
     short: threading.Thread | None = None
+    heard = threading.Event()
     reduce = two_phase.reduce_
     monkeypatch.setattr(two_phase, "reduce_", full)
-    texts = run_ranks(2, rank_main)
+    if generic:
+        monkeypatch.setattr(two_phase, "in_one_call", lambda *arguments: False)
+    texts = run_ranks(2, rank_main, timeout=30)
     assert texts[1] == "MemoryError: no room for a sum"
     assert texts[0].startswith("PeerLostError: "), texts
 

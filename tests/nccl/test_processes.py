@@ -107,6 +107,17 @@ comm = join()
 threading.Thread(target=wait, args=[comm], daemon=True).start()
 time.sleep(0.3)
 """,
+    "a thread reduces": """
+from gck.collectives import two_phase
+def busy(*arguments, **options):
+    end = time.monotonic() + 6
+    while time.monotonic() < end:
+        pass
+two_phase.reduce_ = busy
+comm, state = join(), gck.ErrorFeedback()
+work = gck.all_reduce_(torch.ones(1000), state, gck.Sign(64), comm, algorithm="two_phase", async_op=True)
+time.sleep(0.3)
+""",
     "an abort hangs": """
 os.environ["FAKE_NCCL_ABORT_HANGS"] = "1"
 comm = join()
@@ -133,4 +144,7 @@ def test_the_interpreter_ends_well(name: str) -> None:
 
 
 def test_two_that_do_not_belong_together(tmp_path: Path) -> None:
-    assert_refused(launcher.run_ranks("tests.nccl.stranger_worker", 2, tmp_path))
+    reports = launcher.run_ranks("tests.nccl.stranger_worker", 2, tmp_path, "2")
+    assert_refused(reports, timeout=2, late=2)
+    for report in reports:
+        assert {report[case][0] for case in ("no id", "other sizes")} == {"CollectiveError"}

@@ -205,7 +205,7 @@ def _caption(report: Report) -> str:
     if report.rate is None:
         caption = "Sent: traffic of the whole loopback interface, divided by the workers"
     else:
-        caption = "Sent: by each worker, from its interface's counter, headers included"
+        caption = "Sent: by each worker, from its interface's counter, most headers left out"
     caption += "; mean over all steps"
     if any(result.name == "powersgd" for result in report.results):
         caption += f", of which PowerSGD's first {report.settings.powersgd_start} are dense"
