@@ -230,8 +230,8 @@ def pipelined(
         3. For every piece: wait for its all-gather and decode it.
 
     After an error that came before anything was sent the group is in use, and peers wait for another try.
-    Later it is given up: what this rank sends next they would take for the rest of this. Only corrupt
-    payloads, which all ranks have, leave it in use; then nothing is under way.
+    Later it is given up: what this rank sends next they would take for the rest of this. Only what all ranks
+    find corrupt leaves it in use; then nothing is under way.
 
     Args:
         start: compresses a piece and starts its all-to-all.
@@ -240,18 +240,20 @@ def pipelined(
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
-    sent = False
+    sent = decoding_now = False
     try:
         for some, more in _batches(pieces):
+            decoding_now = False
             for piece in some:
                 swaps.append(start(piece))
                 sent = True
             for piece in some:
                 reduced = reduce(piece, swaps.popleft().wait())
                 gathers.append(start_all_gather(transport, reduced))
-            _decode(transport, some, gathers, more, decoding)
+            decoding_now = True
+            _decode(some, gathers, more, decoding)
     except BaseException as error:
-        _settle(transport, [*swaps, *gathers], error, sent)
+        _settle(transport, [*swaps, *gathers], error, sent, decoding_now)
         raise
 
 
@@ -273,16 +275,17 @@ def in_one_call(
     exchange = getattr(transport, "reduce_bytes", None)
     if exchange is None:
         return False
-    sent = False
+    sent = decoding_now = False
     try:
         for number, piece in enumerate(pieces, 1):
+            decoding_now = False
             body = compress(piece)
             sent = True
             rows = exchange(body, partial(reduce, piece))
-            with or_abort(transport, "results were decoded"):
-                decoding(piece, rows, last=number == len(pieces))
+            decoding_now = True
+            decoding(piece, rows, last=number == len(pieces))
     except BaseException as error:
-        _settle(transport, (), error, sent)
+        _settle(transport, (), error, sent, decoding_now)
         raise
     return True
 
@@ -306,9 +309,10 @@ def gathered(
     """
     gathers: deque[Started] = deque()
     expected: deque[Callable[[Tensor], Started]] = deque()
-    sent = False
+    sent = decoding_now = False
     try:
         for some, more in _batches(pieces):
+            decoding_now = False
             if nbytes is not None:
                 expected.extend(expect_all_gathers(transport, [nbytes(piece) for piece in some]))
             for piece in some:
@@ -317,12 +321,12 @@ def gathered(
                 body = compress(piece)
                 gathers.append(expected.popleft()(body) if expected else start_all_gather(transport, body))
                 sent = True
-                with or_abort(transport, "residuals were updated"):
-                    catch_up(gathers[-1])
-            _decode(transport, some, gathers, more, decoding)
+                catch_up(gathers[-1])
+            decoding_now = True
+            _decode(some, gathers, more, decoding)
     except BaseException as error:
         # What comes for those that are expected would be taken for that of the next call.
-        _settle(transport, gathers, error, sent or bool(expected))
+        _settle(transport, gathers, error, sent or bool(expected), decoding_now)
         raise
 
 
@@ -332,13 +336,9 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[tuple[Sequence[Piece], bool]]:
         yield pieces[first : first + UNDER_WAY], first + UNDER_WAY < len(pieces)
 
 
-def _decode(
-    transport: Transport, pieces: Sequence[Piece], gathers: deque[Started], more: bool, decoding: Decoding
-) -> None:
+def _decode(pieces: Sequence[Piece], gathers: deque[Started], more: bool, decoding: Decoding) -> None:
     for piece in pieces:
-        rows = gathers.popleft().wait()
-        with or_abort(transport, "results were decoded"):
-            decoding(piece, rows, last=not gathers and not more)
+        decoding(piece, gathers.popleft().wait(), last=not gathers and not more)
 
 
 @contextmanager
@@ -353,14 +353,18 @@ def or_abort(transport: Transport, when: str) -> Iterator[None]:
         raise
 
 
-def _settle(transport: Transport, started: Sequence[Started], error: BaseException, sent: bool) -> None:
+def _settle(
+    transport: Transport, started: Sequence[Started], error: BaseException, sent: bool, decoding: bool
+) -> None:
     """After an error: waits for operations that nobody wants any more, or gives the group up.
 
     Args:
         sent: whether peers may have something of this call.
+        decoding: whether it came with what all ranks have.
     """
     interrupted = not isinstance(error, Exception)  # perhaps between a start and the note of it
-    if interrupted or (sent and not isinstance(error, CorruptPayloadError)):
+    shared = isinstance(error, CorruptPayloadError) and (decoding or error.on_all_ranks)
+    if interrupted or (sent and not shared):
         # Peers wait for what will not come, and would take what comes next for it.
         transport.abort(f"{type(error).__name__} between pieces")
         return

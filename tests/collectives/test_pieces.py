@@ -21,7 +21,7 @@ from gck.collectives.pieces import Decoding, Slice, cut, pipelined
 from gck.collectives.transports import Started, start_all_to_all
 from gck.compressor import Compressor, compressor_at
 from gck.error_feedback import ErrorFeedback
-from gck.errors import CollectiveMismatchError, PeerLostError
+from gck.errors import CollectiveMismatchError, CorruptPayloadError, PeerLostError
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
@@ -210,7 +210,13 @@ def test_cut_by_hand() -> None:
     assert cut([0], 32, 2, 0) == cut([0], 32, 2, 5) == [[]]
 
 
-DECODED = "abort: MemoryError as results were decoded"
+SHORT = "abort: MemoryError between pieces"
+
+
+def corrupt(on_all_ranks: bool) -> CorruptPayloadError:
+    error = CorruptPayloadError("it is damaged")
+    error.on_all_ranks = on_all_ranks
+    return error
 
 
 class Wire:
@@ -273,15 +279,22 @@ def test_pieces_are_under_way_while_one_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("fails", "error", "tail"),
     [
-        ("compress 1", MemoryError(), ["wait swap 0"]),
-        ("reduce 1", MemoryError(), ["wait swap 2", "wait gather 0"]),
-        ("decode 0", MemoryError(), [DECODED, "wait gather 1", "wait gather 2"]),
-        ("decode 2", MemoryError(), [DECODED]),
+        ("compress 0", MemoryError(), []),  # peers wait for another try
+        ("compress 1", MemoryError(), [SHORT]),
+        ("reduce 0", MemoryError(), [SHORT]),
+        ("reduce 2", MemoryError(), [SHORT]),
+        ("decode 0", MemoryError(), [SHORT]),
+        ("decode 2", MemoryError(), [SHORT]),
+        ("reduce 1", corrupt(False), ["abort: CorruptPayloadError between pieces"]),  # the owner alone has it
+        ("reduce 1", corrupt(True), ["wait swap 2", "wait gather 0"]),
+        ("decode 0", corrupt(False), ["wait gather 1", "wait gather 2"]),  # of bytes that all ranks have
         ("reduce 1", KeyboardInterrupt(), ["abort: KeyboardInterrupt between pieces"]),
         ("reduce 1", PeerLostError(), ["abort: PeerLostError between pieces"]),
     ],
 )
-def test_nothing_stays_under_way(fails: str, error: BaseException, tail: list[str]) -> None:
+def test_after_an_error_nothing_is_under_way_or_the_group_is_given_up(
+    fails: str, error: BaseException, tail: list[str]
+) -> None:
     wire = Wire()
     with pytest.raises(type(error)):
         run_on(wire, fails, error)
