@@ -125,6 +125,26 @@ def test_public_functions_take_cupy_arrays_on_their_stream() -> None:
     assert same_bytes(torch.from_numpy(residual), err)
 
 
+def test_cupys_null_stream_is_torchs_default() -> None:
+    """What is written there late is waited for, and what reads the result there comes after it."""
+    cupy = pytest.importorskip("cupy")
+    grad = torch.randn(100_000, generator=torch.Generator().manual_seed(3))
+    expected_err = torch.zeros_like(grad)
+    gck.topk_ef_(grad, expected_err, 0.01)
+    cuda_grad = grad.cuda()
+    gck.topk_ef_(cuda_grad, torch.zeros_like(cuda_grad), 0.01)  # compiles
+    source, late = cupy.asarray(cuda_grad), cupy.zeros(100_000, dtype="float32")
+    err = cupy.zeros_like(late)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()), cupy.cuda.Stream.null:
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            torch.cuda._sleep(100_000_000)  # cycles
+        cupy.copyto(late, source)
+        gck.topk_ef_(late, err, 0.01)
+        residual = err.get()
+    assert same_bytes(torch.from_numpy(residual), expected_err)
+
+
 def test_public_devices_must_agree() -> None:
     (grad, err), (cuda_grad, cuda_err) = on_both()
     before = err.clone()

@@ -1,0 +1,47 @@
+"""Which stream of torch's a CuPy array is worked on in."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gck.interop import borrowed
+
+
+@pytest.mark.parametrize(("handle", "expected"), [(0, "default"), (2, "external 2"), (77, "external 77")])
+def test_streams_by_their_handles(handle: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 is the default stream: ExternalStream(0) would be one of torch's own, out of order with it."""
+
+    class Array:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.tensor.__dlpack__()
+
+        def __dlpack_device__(self) -> Any:
+            return self.tensor.__dlpack_device__()
+
+    entered: list[str] = []
+
+    def enter(stream: str) -> Any:
+        entered.append(stream)
+        return nullcontext()
+
+    streams = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=handle))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array, cuda=streams))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: f"external {ptr}")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    array = Array(torch.ones(3))
+    with borrowed("test", ("x",), x=array) as [tensor]:
+        assert entered == [expected]
+        tensor.fill_(2)
+    assert array.tensor.tolist() == [2, 2, 2]
+    with borrowed("test", (), x=torch.ones(3)):  # of torch alone: its own current stream
+        assert entered == [expected]
