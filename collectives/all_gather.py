@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
+from gck.collectives.failure import give_up
 from gck.collectives.handshake import Signature, agree, check_validate
 from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, gathered
 from gck.collectives.scratch import Scratch
@@ -104,9 +105,7 @@ def sparse_all_gather(
             transport.synchronize()
             return payloads_of(payload, rows)
         except BaseException as error:
-            if not isinstance(error, Exception):
-                # Ctrl-C: peers may wait for what would else be this rank's next payload.
-                transport.abort(f"{type(error).__name__} in sparse_all_gather")
+            give_up(transport, "sparse_all_gather", error)
             raise
 
     return perform(transport, "sparse_all_gather", run, tensors[0].device, async_op)

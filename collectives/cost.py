@@ -109,7 +109,7 @@ class Cost:
     rounds: int
 
     def seconds(self, link: Link, compute: float = 0.0, pieces: int = 1) -> float:
-        """rounds * latency + nbytes / bandwidth + compute, of which pieces overlap, less the link's burst.
+        """rounds * latency + (nbytes - burst) / bandwidth + compute, of which pieces overlap.
 
         Args:
             compute: seconds that a rank takes to compress, reduce and decode; 0: nothing but the link is in
@@ -121,9 +121,8 @@ class Cost:
         """
         if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1:
             raise ArgumentError(f"Cost.seconds: pieces must be a positive int, got {pieces!r}")
-        sent = self.nbytes / link.bandwidth
-        at_once = min(link.burst, self.nbytes) / link.bandwidth
-        return self.rounds * link.latency + max(sent, compute) + min(sent, compute) / pieces - at_once
+        sent = max(0.0, self.nbytes - link.burst) / link.bandwidth
+        return self.rounds * link.latency + max(sent, compute) + min(sent, compute) / pieces
 
 
 @dataclass(frozen=True)

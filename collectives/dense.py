@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gck.average import average_
-from gck.collectives.pieces import or_abort
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
@@ -49,12 +48,11 @@ def dense(
             part = shards.part(acc, transport.rank)
             server = residual_of(server_of(compressor, transport.world_size), server)
             part.add_(server, alpha=divisor)
-    with or_abort(transport, "sums were divided"):
-        transport.all_reduce(flat)
-        if divisor != 1:
-            average_(flat, divisor)
-        for state in states:
-            for residual in (state.worker, state.server) if state is not None else ():
-                if residual is not None:
-                    residual.zero_()
+    transport.all_reduce(flat)
+    if divisor != 1:
+        average_(flat, divisor)
+    for state in states:
+        for residual in (state.worker, state.server) if state is not None else ():
+            if residual is not None:
+                residual.zero_()
     return results

@@ -199,8 +199,10 @@ class HierarchicalGroup:
             self.cross.synchronize()
 
     def abort(self, reason: str) -> None:
-        self.local.abort(reason)
-        self.cross.abort(reason)
+        try:
+            self.local.abort(reason)
+        finally:
+            self.cross.abort(reason)
 
     @contextmanager
     def both_or_none(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gck.collectives.cost import Link, all_reduce_cost
+from gck.collectives.failure import give_up, on_all_ranks
 from gck.collectives.transports import (
     Started,
     Transport,
@@ -25,7 +25,7 @@ from gck.collectives.transports import (
     start_all_gather,
 )
 from gck.compressor import Compressor, compressor_at, previews, shard_numel
-from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
+from gck.errors import ArgumentError, DtypeError
 
 __all__ = [
     "Decoding",
@@ -37,7 +37,6 @@ __all__ = [
     "cut",
     "gathered",
     "in_one_call",
-    "or_abort",
     "piece_numel_of",
     "pipelined",
 ]
@@ -229,9 +228,7 @@ def pipelined(
         2. For every piece: wait for its all-to-all, reduce what came and start its all-gather.
         3. For every piece: wait for its all-gather and decode it.
 
-    After an error that came before anything was sent the group is in use, and peers wait for another try.
-    Later it is given up: what this rank sends next they would take for the rest of this. Only what all ranks
-    find corrupt leaves it in use; then nothing is under way.
+    After an error nothing is under way, or the group is given up.
 
     Args:
         start: compresses a piece and starts its all-to-all.
@@ -240,20 +237,16 @@ def pipelined(
     """
     swaps: deque[Started] = deque()
     gathers: deque[Started] = deque()
-    sent = decoding_now = False
     try:
         for some, more in _batches(pieces):
-            decoding_now = False
             for piece in some:
                 swaps.append(start(piece))
-                sent = True
             for piece in some:
                 reduced = reduce(piece, swaps.popleft().wait())
                 gathers.append(start_all_gather(transport, reduced))
-            decoding_now = True
             _decode(some, gathers, more, decoding)
     except BaseException as error:
-        _settle(transport, [*swaps, *gathers], error, sent, decoding_now)
+        _settle(transport, [*swaps, *gathers], error)
         raise
 
 
@@ -275,18 +268,9 @@ def in_one_call(
     exchange = getattr(transport, "reduce_bytes", None)
     if exchange is None:
         return False
-    sent = decoding_now = False
-    try:
-        for number, piece in enumerate(pieces, 1):
-            decoding_now = False
-            body = compress(piece)
-            sent = True
-            rows = exchange(body, partial(reduce, piece))
-            decoding_now = True
-            decoding(piece, rows, last=number == len(pieces))
-    except BaseException as error:
-        _settle(transport, (), error, sent, decoding_now)
-        raise
+    for number, piece in enumerate(pieces, 1):
+        rows = exchange(compress(piece), partial(reduce, piece))
+        decoding(piece, rows, last=number == len(pieces))
     return True
 
 
@@ -305,14 +289,12 @@ def gathered(
         catch_up: does what `compress` has left for when the message is under way, if anything.
         decoding: takes what all-gathers returned.
         nbytes: of a piece's message, which peers may send as soon as they have it. None: they may wait until
-            this rank has its own, and an error before it sends leaves the group in use.
+            this rank has its own.
     """
     gathers: deque[Started] = deque()
     expected: deque[Callable[[Tensor], Started]] = deque()
-    sent = decoding_now = False
     try:
         for some, more in _batches(pieces):
-            decoding_now = False
             if nbytes is not None:
                 expected.extend(expect_all_gathers(transport, [nbytes(piece) for piece in some]))
             for piece in some:
@@ -320,13 +302,10 @@ def gathered(
                     await_peers(gathers[0])
                 body = compress(piece)
                 gathers.append(expected.popleft()(body) if expected else start_all_gather(transport, body))
-                sent = True
                 catch_up(gathers[-1])
-            decoding_now = True
             _decode(some, gathers, more, decoding)
     except BaseException as error:
-        # What comes for those that are expected would be taken for that of the next call.
-        _settle(transport, gathers, error, sent or bool(expected), decoding_now)
+        _settle(transport, gathers, error, awaited=bool(expected))
         raise
 
 
@@ -341,32 +320,18 @@ def _decode(pieces: Sequence[Piece], gathers: deque[Started], more: bool, decodi
         decoding(piece, gathers.popleft().wait(), last=not gathers and not more)
 
 
-@contextmanager
-def or_abort(transport: Transport, when: str) -> Iterator[None]:
-    """After an error in it peers have, or will have, or wait for, what this rank has not."""
-    try:
-        yield
-    except CorruptPayloadError:
-        raise  # all ranks have the same bytes
-    except BaseException as error:
-        transport.abort(f"{type(error).__name__} as {when}")
-        raise
-
-
 def _settle(
-    transport: Transport, started: Sequence[Started], error: BaseException, sent: bool, decoding: bool
+    transport: Transport, started: Sequence[Started], error: BaseException, awaited: bool = False
 ) -> None:
-    """After an error: waits for operations that nobody wants any more, or gives the group up.
+    """After an error: gives the group up, or, where it stays in use, waits for what nobody wants any more.
 
     Args:
-        sent: whether peers may have something of this call.
-        decoding: whether it came with what all ranks have.
+        awaited: whether messages were asked for that this rank has not begun to answer: they would be taken
+            for those of the next call.
     """
-    interrupted = not isinstance(error, Exception)  # perhaps between a start and the note of it
-    shared = isinstance(error, CorruptPayloadError) and (decoding or error.on_all_ranks)
-    if interrupted or (sent and not shared):
-        # Peers wait for what will not come, and would take what comes next for it.
-        transport.abort(f"{type(error).__name__} between pieces")
+    give_up(transport, "a piece", error)
+    alone = transport.world_size == 1 and isinstance(error, Exception)
+    if not (alone or on_all_ranks(error)):
         return
     try:
         for operation in started:
@@ -375,3 +340,5 @@ def _settle(
         transport.abort(f"{type(another).__name__} after {type(error).__name__} between pieces")
         if not isinstance(another, Exception):
             raise
+    if awaited:
+        transport.abort(f"{type(error).__name__} between pieces")

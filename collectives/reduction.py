@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +13,10 @@ from gck.collectives.all_gather import one_phase
 from gck.collectives.arguments import check_call, check_states
 from gck.collectives.cost import Link, choose_algorithm
 from gck.collectives.dense import dense
+from gck.collectives.failure import give_up
 from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
-from gck.collectives.pieces import check_piece_numel, choose_piece_numel, or_abort, piece_numel_of
+from gck.collectives.pieces import check_piece_numel, choose_piece_numel, piece_numel_of
 from gck.collectives.scratch import Scratch, scratch
 from gck.collectives.seeded import seeded
 from gck.collectives.transports import Transport
@@ -26,7 +26,7 @@ from gck.collectives.undo import Undo
 from gck.collectives.work import check_async_op
 from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
-from gck.errors import CorruptPayloadError, DtypeError
+from gck.errors import DtypeError
 from gck.memory import copy_
 
 __all__ = ["Reduction", "prepare"]
@@ -92,6 +92,8 @@ class Reduction:
     """A call that was checked.
 
     Attributes:
+        begun: other ranks may know of it.
+        spoilt: gradients may be half written, for want of memory.
         written: gradients and states are those of afterwards, even where Ctrl-C came in that moment.
         plan: which tensors go by which algorithm.
         cuts: how the ranks of a node share each tensor.
@@ -110,6 +112,8 @@ class Reduction:
     signature: Signature
     validate: str
     checksum: bool
+    begun: bool = False
+    spoilt: bool = False
     written: bool = False
 
     def __call__(self) -> None:
@@ -119,9 +123,8 @@ class Reduction:
         try:
             self._run()
         except BaseException as error:
-            if not isinstance(error, Exception) and not self.written:
-                # Ctrl-C: peers may wait for what this rank will never send.
-                self.transport.abort(f"{type(error).__name__} in {self.function}")
+            if not self.written and (self.begun or not isinstance(error, Exception)):
+                give_up(self.transport, self.function, error, even_alone=self.spoilt)
             raise
 
     def _run(self) -> None:
@@ -131,6 +134,7 @@ class Reduction:
         # The states once more: what was in flight may have used them since `prepare`.
         bindings = check_states(self.states, self.cuts, self.shards, self.compressor, tier)
         places = list(zip(self.shards, bindings, strict=True))
+        self.begun = True
         agree(self.transport, self.function, self.signature, self.validate, self.checksum)
         if self.checksum:
             sequence = self.transport.calls.sequence
@@ -150,10 +154,7 @@ class Reduction:
                     failed = _to_the_end(finish)  # what may be half written is written once more
                     if failed is None:
                         raise
-                if self.written and not isinstance(failed, CorruptPayloadError):
-                    # For want of memory. Peers then have what this rank has not.
-                    self.transport.abort(f"{type(failed).__name__} as results were written")
-                self.written = False
+                self.spoilt, self.written = self.written, False
                 for each in undo:
                     each.restore()
                 raise
@@ -218,15 +219,11 @@ class Reduction:
         memory: Scratch,
     ) -> list[Tensor]:
         """The reduced `grads`, flat, in their order; those that are in no plan as they are."""
-        results, sent = list(grads), False
+        results = list(grads)
         for chosen, members in plan.items():
             if members:
                 some = [(grads[i], self.states[i], places[i], undo[i]) for i in members]
-                # Peers go on to these from those before, which another try would begin with.
-                with or_abort(transport, "other tensors were reduced") if sent else nullcontext():
-                    made = self._by(chosen, transport, some, memory)
-                sent = True
-                for i, result in zip(members, made, strict=True):
+                for i, result in zip(members, self._by(chosen, transport, some, memory), strict=True):
                     results[i] = result
         return results
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gck.average import average_
 from gck.collectives.hierarchical import all_gather, cut, reduce_scatter
-from gck.collectives.pieces import or_abort
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
 from gck.compressor import Compressor, summed_of
@@ -45,19 +44,6 @@ def seeded(
         if grad.numel():
             compressor.compress_(grad, err, body, nonfinite=counter)
         values += layout.views(body[0])
-    with or_abort(transport, "values were added up"):
-        return _summed(transport, compressor, grads, values, divisor, memory)
-
-
-def _summed(
-    transport: Transport,
-    compressor: Compressor,
-    grads: Sequence[Tensor],
-    values: Sequence[Tensor],
-    divisor: int,
-    memory: Scratch,
-) -> list[Tensor]:
-    """Steps 2 to 4."""
     cuts = cut([each.numel() for each in values], None, transport.world_size)
     # One rank's own, too, are new tensors, and added to zeros.
     sums = [part.float().add(0.0) for part in reduce_scatter(transport, values, cuts)]

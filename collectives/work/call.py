@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from gck.errors import ArgumentError, CollectiveMismatchError, CorruptPayloadError, GckError
+from gck.collectives.failure import give_up
+from gck.errors import ArgumentError
 
 if TYPE_CHECKING:
     from gck.collectives.transports import Transport
@@ -76,14 +77,8 @@ class Call(Generic[T]):
         try:
             with self.caller.here():
                 return self.run(), None
-        except CollectiveMismatchError as error:
-            return None, error
         except BaseException as error:
-            if isinstance(error, CorruptPayloadError) and error.on_all_ranks:
-                return None, error
-            reason = f"{self.function} failed: {error}" if isinstance(error, GckError) else repr(error)
-            with suppress(Exception):
-                self.transport.abort(reason)
+            give_up(self.transport, self.function, error, even_alone=True)
             return None, error
 
 

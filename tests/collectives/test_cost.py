@@ -96,6 +96,7 @@ def test_a_burst_is_taken_off() -> None:
     for nbytes, at_once in ((4_000_000, 0.05), (20_000, 0.02)):
         cost = Cost("one_phase", nbytes=nbytes, messages=3, rounds=3)
         assert cost.seconds(bucket, 0.5) == pytest.approx(0.503 + nbytes / 1e6 - at_once)
+        assert cost.seconds(bucket, 0.5, pieces=8) >= 0.5
     assert Link.ethernet(1e8, burst=8192).burst == 8192
     with pytest.raises(ArgumentError, match="Link: burst must be at least 0 bytes, got -1"):
         Link(0.001, 1e6, burst=-1)
