@@ -108,8 +108,9 @@ def all_reduce_(
         CorruptPayloadError: a message, or a handshake, was damaged; with `checksum` on all ranks, and the
             group stays usable.
         BackendUnavailableError: `checksum`, and xxhash is not installed.
-        PeerLostError, CollectiveTimeoutError: a peer died or did not answer; the group is unusable.
+        PeerLostError, CollectiveTimeoutError: a peer died, failed or did not answer; the group is unusable.
         GroupUnusableError: an earlier failure spoilt the group.
+        MemoryError, and what else a compressor raises: on this rank alone; the group is unusable.
 
         Whatever is raised, grad and state are as they were; only Ctrl-C (KeyboardInterrupt) in the moment in
         which results are written lets that come to its end first: all or nothing. Ctrl-C before that gives

@@ -39,13 +39,16 @@ def borrowed(function: str, mutable: tuple[str, ...], **arrays: Any) -> Iterator
 
 def _stream_of(*arrays: Any) -> Any:
     cupy = sys.modules.get("cupy")
-    if cupy is None or not any(isinstance(array, cupy.ndarray) for array in arrays):
+    if cupy is None:
         return nullcontext()
-    return torch.cuda.stream(stream_at(cupy.cuda.get_current_stream().ptr))
+    devices = [array.device.id for array in arrays if isinstance(array, cupy.ndarray)]
+    if not devices:
+        return nullcontext()
+    return torch.cuda.stream(stream_at(cupy.cuda.get_current_stream().ptr, torch.device("cuda", devices[0])))
 
 
-def stream_at(handle: int, device: Any = None) -> torch.cuda.Stream:
-    """torch's stream for a cudaStream_t of `device`, default: the current one; 0 is the default stream.
+def stream_at(handle: int, device: torch.device) -> torch.cuda.Stream:
+    """torch's stream for a cudaStream_t of a device; 0 is its default stream.
 
     Not ExternalStream(0), for which torch takes a stream of its own.
     """

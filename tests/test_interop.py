@@ -13,11 +13,13 @@ import torch
 from gck.interop import borrowed
 
 
-@pytest.mark.parametrize(("handle", "expected"), [(0, "default"), (2, "external 2"), (77, "external 77")])
+@pytest.mark.parametrize(("handle", "expected"), [(0, "default of cuda:3"), (2, "external 2 of cuda:3")])
 def test_streams_by_their_handles(handle: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """0 is the default stream: ExternalStream(0) would be one of torch's own, out of order with it."""
 
     class Array:
+        device = SimpleNamespace(id=3)
+
         def __init__(self, tensor: torch.Tensor) -> None:
             self.tensor = tensor
 
@@ -35,8 +37,8 @@ def test_streams_by_their_handles(handle: int, expected: str, monkeypatch: pytes
 
     streams = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=handle))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array, cuda=streams))
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: f"external {ptr}")
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr, device: f"external {ptr} of {device}")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
     monkeypatch.setattr(torch.cuda, "stream", enter)
     array = Array(torch.ones(3))
     with borrowed("test", ("x",), x=array) as [tensor]:

@@ -1,4 +1,4 @@
-"""An error that one rank has alone, anywhere in a collective: what it sends next is not taken for the rest."""
+"""An error that one rank has alone, anywhere in a collective: what it sends next is not taken for more."""
 
 from __future__ import annotations
 
