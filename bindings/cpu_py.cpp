@@ -229,10 +229,10 @@ void bind_cpu(py::module_& m) {
   m.def(
       "random_k_compress",
       [](Address grad, int grad_dtype, Address err, int64_t numel, int64_t k, int64_t seed, float factor,
-         Address values, int value_dtype, int threads) {
+         Address values, int value_dtype, int threads, const Options& options) {
         return random_k_compress(
             {at<void>(grad), Dtype{grad_dtype}, at<float>(err), factor, at<void>(values), Dtype{value_dtype}},
-            {numel, k, static_cast<uint64_t>(seed)}, threads);
+            {numel, k, static_cast<uint64_t>(seed)}, residual_of(options), threads);
       },
       nogil);
 

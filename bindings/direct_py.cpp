@@ -148,7 +148,7 @@ Direct random_k(int64_t numel, const BodyLayout& layout, int value_dtype) {
   return {numel, layout,
           [=](const Inputs& in, char* body, int64_t seed, int threads) {
             random_k_compress({in.grad, in.dtype, in.err, 1.0f, body, dtype},
-                              {numel, k, static_cast<uint64_t>(seed)}, threads);
+                              {numel, k, static_cast<uint64_t>(seed)}, {}, threads);
           },
           [=](const Fields& fields, const DecodeInto& into, int64_t seed, int threads) {
             random_k_decompress({fields[0], 1, 0, dtype, into.out, into.alpha, into.clear, into.add},

@@ -184,6 +184,7 @@ def random_k_compress(
     values: int,
     value_dtype: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def random_k_decompress(
     values: int,

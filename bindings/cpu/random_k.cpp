@@ -69,6 +69,11 @@ void for_each_batch(const Strata& s, Range part, F f) {
 
 // A part's work on its elements, and what it must leave to others.
 struct Part {
+  explicit Part(Range mine) : elements(mine), read(mine.begin), left(mine.begin) {}
+
+  Range elements;
+  // With options: up to where err has been read, and up to where what stays has been added up.
+  int64_t read, left;
   int64_t cleared = 0;
   // Strata with something that is not finite here, and the pick elsewhere: at most the first and the last of
   // each side.
@@ -80,9 +85,29 @@ template <Dtype D>
 struct Compress {
   const RandomKJob& job;
   const Strata& strata;
+  ResidualPass& residual;
 
-  void run(Range elements, Part& part) const {
-    for_each_batch(strata, elements, [&](const Batch& b) { batch(b, part); });
+  void run(Part& part) const {
+    for_each_batch(strata, part.elements, [&](const Batch& b) { batch(b, part); });
+  }
+
+  // Before elements up to `stop` are added, in whole blocks: they stay in the cache until they are.
+  void read(Part& part, int64_t stop) const {
+    const int64_t width = job.grad_dtype == Dtype::fp32 ? 4 : 2;
+    while (!residual.idle() && part.read < stop) {
+      const int64_t at = part.read, count = std::min(kResidualTile, part.elements.end - at);
+      residual.before(static_cast<const char*>(job.grad) + at * width, job.grad_dtype, job.err + at, at,
+                      count);
+      part.read += count;
+    }
+  }
+
+  // When those up to `stop` are done, but for entries that are spoilt later.
+  void leave(Part& part, int64_t stop) const {
+    const int64_t upto = stop == part.elements.end ? stop : stop / kBlock * kBlock;
+    if (!residual.measures() || upto <= part.left) return;
+    residual.after(job.err + part.left, part.left, upto - part.left);
+    part.left = upto;
   }
 
   void batch(const Batch& b, Part& part) const {
@@ -92,26 +117,29 @@ struct Compress {
     int64_t c = 0;
     for (int64_t at = b.elements.begin, stop; at < b.elements.end; at = stop) {
       stop = tile_end(at, b);
+      read(part, stop);
       const bool finite = isa.random_k_add(job.grad, job.grad_dtype, job.err, at, stop);
       const int64_t first = c;
       for (; c < b.count && b.picks[c] < stop; ++c) acc[c - first] = job.err[b.picks[c]];
       part.cleared += isa.random_k_send(acc, c - first, job.factor, job.values, D, b.rank + first);
       for (int64_t j = first; j < c; ++j) job.err[b.picks[j]] = acc[j - first];
-      if (finite) continue;
-      if (!any_bad) std::fill_n(bad, b.strata, false);
-      any_bad = true;
-      for (int64_t x = at; x < stop; ++x) {
-        if (key_of(job.err[x]) < kInfKey) continue;
-        job.err[x] = 0.0f;
-        ++part.cleared;
-        bad[strata.of(x + b.ring) - b.stratum] = true;
+      if (!finite) {
+        if (!any_bad) std::fill_n(bad, b.strata, false);
+        any_bad = true;
+        for (int64_t x = at; x < stop; ++x) {
+          if (key_of(job.err[x]) < kInfKey) continue;
+          job.err[x] = 0.0f;
+          ++part.cleared;
+          bad[strata.of(x + b.ring) - b.stratum] = true;
+        }
       }
+      leave(part, stop);
     }
     for (int64_t i = 0; any_bad && i < b.strata; ++i) {
       if (!bad[i]) continue;
       const int64_t j = i - b.skipped;
       if (j >= 0 && j < b.count) {
-        part.cleared += spoil(b.picks[j], b.rank + j);
+        part.cleared += spoil(b.picks[j], b.rank + j, part.left);
       } else {
         part.spoilt[part.spoilt_count++] = b.stratum + i;
       }
@@ -119,30 +147,35 @@ struct Compress {
   }
 
   // Sends element x as NaN, unless what it was sent as is not finite; returns whether its residual was
-  // cleared.
-  bool spoil(int64_t x, int64_t rank) const {
+  // cleared. What stays has been added up as far as `left`.
+  bool spoil(int64_t x, int64_t rank, int64_t left) const {
     if (key_of(load_widened(job.values, D, rank)) >= kInfKey) return false;
     store_rounded(job.values, D, rank, float_of(kNanKey));
     job.err[x] = 0.0f;
+    const int64_t block = x / kBlock * kBlock;
+    if (block < left) residual.after(job.err + block, block, std::min(kBlock, strata.numel - block));
     return true;
   }
 };
 
 template <Dtype D>
-int64_t compress(const RandomKJob& job, const Strata& strata, int threads) {
-  const Compress<D> work{job, strata};
-  std::vector<Part> parts(static_cast<size_t>(parts_for(strata.numel, threads)));
-  const auto count = static_cast<int>(parts.size());
-  for_each_part(count,
-                [&](int t) { work.run(part_of(strata.numel, count, t, 16), parts[static_cast<size_t>(t)]); });
+int64_t compress(const RandomKJob& job, const Strata& strata, const ResidualOptions& options, int threads) {
+  ResidualPass residual(strata.numel, options);
+  const Compress<D> work{job, strata, residual};
+  const int count = parts_for(strata.numel, threads);
+  const int64_t unit = residual.idle() ? 16 : kBlock;
+  std::vector<Part> parts;
+  for (int t = 0; t < count; ++t) parts.emplace_back(part_of(strata.numel, count, t, unit));
+  for_each_part(count, [&](int t) { work.run(parts[static_cast<size_t>(t)]); });
   int64_t cleared = 0;
   for (const Part& part : parts) {
     cleared += part.cleared;
     for (int i = 0; i < part.spoilt_count; ++i) {
       const int64_t stratum = part.spoilt[i], x = strata.element(chosen(strata, stratum));
-      cleared += work.spoil(x, strata.rank(stratum));
+      cleared += work.spoil(x, strata.rank(stratum), strata.numel);
     }
   }
+  residual.finish(strata.k);
   return cleared;
 }
 
@@ -184,14 +217,15 @@ Strata::Strata(int64_t numel_, int64_t k_, uint64_t seed_)
   first = chosen(*this, cut) >= start ? cut : cut + 1;
 }
 
-int64_t random_k_compress(const RandomKJob& job, const Strata& strata, int threads) {
+int64_t random_k_compress(const RandomKJob& job, const Strata& strata, const ResidualOptions& options,
+                          int threads) {
   switch (job.value_dtype) {
     case Dtype::bf16:
-      return compress<Dtype::bf16>(job, strata, threads);
+      return compress<Dtype::bf16>(job, strata, options, threads);
     case Dtype::fp16:
-      return compress<Dtype::fp16>(job, strata, threads);
+      return compress<Dtype::fp16>(job, strata, options, threads);
     default:
-      return compress<Dtype::fp32>(job, strata, threads);
+      return compress<Dtype::fp32>(job, strata, options, threads);
   }
 }
 

@@ -1,6 +1,7 @@
 // Entries at places that a seed says, with error feedback, on the CPU.
 #pragma once
 
+#include "cpu/residual.hpp"
 #include "cpu/types.hpp"
 
 namespace gck {
@@ -40,7 +41,8 @@ struct RandomKJob {
 
 // Fills job.values and leaves acc - decoded in err; returns the number of residuals cleared because not
 // finite. A stratum that holds something not finite is sent as not finite.
-int64_t random_k_compress(const RandomKJob& job, const Strata& strata, int threads);
+int64_t random_k_compress(const RandomKJob& job, const Strata& strata, const ResidualOptions& options,
+                          int threads);
 
 struct RandomKDecode {
   // Values of the first rank; those of the others follow, each rank_stride bytes further.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from gck.kernels.topk import check_options, resolve_k
 from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import SeededValues
+from gck.statistics import Statistics
 
 __all__ = ["random_k", "random_k_ef_"]
 
@@ -27,6 +28,9 @@ def random_k_ef_(
     k: int | None = None,
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
+    stats: Statistics | None = None,
 ) -> SeededValues:
     """Sends k entries of acc = grad + err from places that follow from the seed; the rest stays in err.
 
@@ -46,6 +50,7 @@ def random_k_ef_(
         value_dtype: float32, bfloat16 or float16 for the values that travel (rounded to nearest even);
             the rounding error stays in err.
         nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
+        decay, clip, stats: as for `topk_ef_`.
 
     Returns:
         SeededValues(values (k,), seed, numel).
@@ -57,21 +62,26 @@ def random_k_ef_(
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1 with the
     random-k operator of Definition 2.1.
     """
-    if nonfinite is None:
+    if nonfinite is None and decay == 1 and clip is None and stats is None:
         fields = direct.compress(RandomK, grad, err, ratio, k, 0, value_dtype, seed=seed)
         if fields is not None:
             return SeededValues(fields[0], seed, cast(Tensor, grad).numel())
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("random_k_ef_", ("err",), grad=grad, err=err) as (g, e):
-            return random_k_ef_(g, e, ratio, seed=seed, k=k, value_dtype=value_dtype, nonfinite=nonfinite)
+            options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
+            return random_k_ef_(g, e, ratio, seed=seed, k=k, value_dtype=value_dtype, **options)
     check_options("random_k_ef_", ratio, k, value_dtype)
     checks.check_seed("random_k_ef_", seed)
     checks.check_grad("random_k_ef_", grad)
     count = resolve_k("random_k_ef_", grad.numel(), ratio, k)
-    compressor = _compressor(count, seed, value_dtype)
+    beta, limit, measured = checks.residual_options("random_k_ef_", grad, decay, clip, stats)
+    compressor = _compressor(count, seed, value_dtype, beta)
     compressor.check_inputs("random_k_ef_", grad, err, nonfinite)
-    call = _random_k_ef if plain(grad, err, nonfinite) else torch.ops.gck.random_k_ef_
-    body = call(grad, err, count, seed, value_dtype, nonfinite)
+    if plain(grad, err, nonfinite, limit, measured):
+        body = compress("random_k_ef_", compressor, grad, err, nonfinite, limit, stats=measured)
+    else:
+        given: Any = (grad, err, count, seed, value_dtype, nonfinite, beta, limit, measured)
+        body = torch.ops.gck.random_k_ef_(*given)
     (values,) = compressor.layout(grad.numel()).views(body)
     return SeededValues(values, seed, grad.numel())
 
@@ -106,15 +116,24 @@ def random_k(
     return SeededValues(values, seed, x.numel())
 
 
-def _compressor(k: int, seed: int, value_dtype: torch.dtype) -> RandomK:
+def _compressor(k: int, seed: int, value_dtype: torch.dtype, decay: float = 1.0) -> RandomK:
     # Of an empty vector nothing is sent.
-    return RandomK(k=max(1, k), seed=seed, value_dtype=value_dtype)
+    return RandomK(k=max(1, k), seed=seed, value_dtype=value_dtype, decay=decay)
 
 
 def _random_k_ef(
-    grad: Tensor, err: Tensor, k: int, seed: int, value_dtype: torch.dtype, nonfinite: Tensor | None
+    grad: Tensor,
+    err: Tensor,
+    k: int,
+    seed: int,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
-    return compress("random_k_ef_", _compressor(k, seed, value_dtype), grad, err, nonfinite)
+    compressor = _compressor(k, seed, value_dtype, decay)
+    return compress("random_k_ef_", compressor, grad, err, nonfinite, clip, stats=stats)
 
 
 def _random_k(x: Tensor, k: int, seed: int, value_dtype: torch.dtype) -> Tensor:
@@ -122,7 +141,15 @@ def _random_k(x: Tensor, k: int, seed: int, value_dtype: torch.dtype) -> Tensor:
 
 
 def _fake_random_k_ef(
-    grad: Tensor, err: Tensor, k: int, seed: int, value_dtype: torch.dtype, nonfinite: Tensor | None
+    grad: Tensor,
+    err: Tensor,
+    k: int,
+    seed: int,
+    value_dtype: torch.dtype,
+    nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     return fake_body(_compressor(k, 0, value_dtype), grad)
 
@@ -133,7 +160,7 @@ def _fake_random_k(x: Tensor, k: int, seed: int, value_dtype: torch.dtype) -> Te
 
 register(
     "random_k_ef_(Tensor grad, Tensor(a!) err, SymInt k, SymInt seed, ScalarType value_dtype,"
-    " Tensor(b!)? nonfinite) -> Tensor",
+    " Tensor(b!)? nonfinite, float decay=1.0, Tensor? clip=None, Tensor(c!)? stats=None) -> Tensor",
     _random_k_ef,
     _fake_random_k_ef,
 )

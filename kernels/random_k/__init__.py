@@ -48,6 +48,7 @@ class RandomK(KernelCompressor):
         k: entries sent, in [1, numel].
         seed: of the choice, in [-2**63, 2**63). No generator of torch is read or changed.
         value_dtype: dtype of the values that travel; their rounding error stays in the residual.
+        decay, clip: of residuals, as they are read; see `gck.random_k_ef_`.
 
     Raises:
         ArgumentError: ratio, k or seed out of range, both or neither of ratio and k given.
@@ -58,6 +59,8 @@ class RandomK(KernelCompressor):
     k: int | None = None
     seed: int = field(default=0, metadata={"of_a_step": True})
     value_dtype: torch.dtype = torch.float32
+    decay: float = 1.0
+    clip: float | None = None
 
     name: ClassVar[str] = "random_k"
     package: ClassVar[str] = __name__
@@ -66,6 +69,7 @@ class RandomK(KernelCompressor):
     def __post_init__(self) -> None:
         check_options("RandomK", self.ratio, self.k, self.value_dtype)
         checks.check_seed("RandomK", self.seed)
+        checks.check_residual("RandomK", self.decay, self.clip)
 
     @property
     def shard_unit(self) -> int | None:

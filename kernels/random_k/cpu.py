@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gck._native import load, num_threads
-from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.native import DTYPE_CODE, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.random_k import RandomK
@@ -22,7 +22,13 @@ def direct(compressor: RandomK, numel: int) -> Any:
 
 
 def compress_(
-    compressor: RandomK, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None
+    compressor: RandomK,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
 ) -> None:
     (values,) = compressor.layout(grad.numel()).fields
     cleared = load().random_k_compress(
@@ -36,6 +42,7 @@ def compress_(
         bodies.data_ptr(),
         DTYPE_CODE[values.dtype],
         num_threads(),
+        residual_options(compressor, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared

@@ -2,7 +2,9 @@
 
 A program adds its tile to err and then takes the entries chosen in it, which it finds by their numbers
 alone. What is not finite and not chosen must spoil the entry of its stratum, which may lie in another
-program's tile: the entry is marked, and a second, small kernel looks through the marks.
+program's tile: the entry is marked, and a second, small kernel looks through the marks. Its residual is what
+rounding has left of it, nothing in fp32; of 16-bit values statistics add up residuals after that kernel, in
+one more read of err.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gck.kernels.common.gpu_statistics import finish, partial_sums
 from gck.kernels.common.keys import (
     INFINITY,
     QUIET_NAN,
@@ -26,6 +29,8 @@ from gck.kernels.common.keys import (
     widen,
 )
 from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.common.residual import read_residual, residual_arguments
+from gck.kernels.common.statistics import sum_read, sum_stored
 from gck.kernels.common.tiles import load_tile, tile_offsets
 from gck.kernels.random_k.gpu_ring import (
     RING,
@@ -67,14 +72,18 @@ def _compress_tile(
     p_nonfinite,
     ring,
     factor,
+    decay,
+    p_clip,
     TILE: tl.constexpr,
     SLOTS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     base = tl.program_id(0).to(tl.int64) * TILE
     b_offset = tile_offsets(tl.program_id(0), TILE)
     b_grad = load_tile(p_grad, b_offset, ring[0], WHOLE)
-    b_acc = accumulate(b_grad, load_tile(p_err, b_offset, ring[0], WHOLE))
+    b_err = read_residual(load_tile(p_err, b_offset, ring[0], WHOLE), decay, p_clip, RESIDUAL)
+    b_acc = accumulate(b_grad, b_err)
     if WHOLE:
         tl.store(p_err + b_offset, b_acc)
     else:
@@ -104,6 +113,7 @@ def compress_kernel(
     p_values,
     p_spoilt,
     p_nonfinite,
+    p_sums,
     numel,
     k,
     size,
@@ -113,16 +123,26 @@ def compress_kernel(
     key_0,
     key_1,
     factor,
+    decay,
+    p_clip,
     TILE: tl.constexpr,
     SLOTS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """p_spoilt: (k,) uint8, zeros; 1 where an entry's stratum holds something not finite."""
     ring = widened((numel, k, size, longer, rotation, first, key_0, key_1))
-    pointers = (p_grad, p_err, p_values, p_spoilt, p_nonfinite)
-    if (tl.program_id(0).to(tl.int64) + 1) * TILE <= ring[0]:
-        _compress_tile(*pointers, ring, factor, TILE, SLOTS, True)
+    base = tl.program_id(0).to(tl.int64) * TILE
+    if STATS:
+        sum_read(p_grad, p_err, p_sums, ring[0], base, ring[0], decay, p_clip, TILE, RESIDUAL)
+    given = (p_grad, p_err, p_values, p_spoilt, p_nonfinite, ring, factor, decay, p_clip)
+    if base + TILE <= ring[0]:
+        _compress_tile(*given, TILE, SLOTS, RESIDUAL, True)
     else:
-        _compress_tile(*pointers, ring, factor, TILE, SLOTS, False)
+        _compress_tile(*given, TILE, SLOTS, RESIDUAL, False)
+    if STATS and p_values.dtype.element_ty == tl.float32:
+        left = tl.minimum(ring[0] - base, TILE).to(tl.int32)
+        sum_stored(p_err + base, p_sums, ring[0], base, left, False)
 
 
 @triton.jit(do_not_specialize=RING)
@@ -154,6 +174,14 @@ def spoil_kernel(
         tl.store(p_values + b_rank, round_to(b_nan, p_values.dtype.element_ty), mask=b_spoilt)
         tl.store(p_err + entry_of(b_stratum, ring), 0.0, mask=b_spoilt)
         count_cleared(p_nonfinite, b_spoilt)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def left_kernel(p_err, p_sums, numel, TILE: tl.constexpr):
+    """The partial sums of what stays."""
+    n = tl.cast(numel, tl.int64)
+    base = tl.program_id(0).to(tl.int64) * TILE
+    sum_stored(p_err + base, p_sums, n, base, tl.minimum(n - base, TILE).to(tl.int32), False)
 
 
 @triton.jit(do_not_specialize=[*RING, "ranks", "row_units"])
@@ -205,7 +233,15 @@ def decompress_kernel(
         tl.store(p_out + b_element, b_sum, mask=b_here)
 
 
-def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfinite: Tensor | None) -> None:
+def compress_(
+    compressor: Any,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
     n = grad.numel()
     layout = compressor.layout(n)
     (values,) = layout.views(bodies if bodies.dim() == 1 else bodies[0])
@@ -213,6 +249,8 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
     spoilt = torch.zeros(ring.k, dtype=torch.uint8, device=grad.device)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
+    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    sums = partial_sums(err, stats)
     with launching_on(grad):
         compress_kernel[(triton.cdiv(n, TILE),)](
             grad,
@@ -220,16 +258,25 @@ def compress_(compressor: Any, grad: Tensor, err: Tensor, bodies: Tensor, nonfin
             values,
             spoilt,
             nonfinite,
+            sums,
             *ring,
             compressor.factor(n),
+            decay,
+            p_clip,
             TILE=TILE,
             SLOTS=SLOTS,
+            RESIDUAL=residual,
+            STATS=stats is not None,
             num_warps=WARPS,
             **EXACT,
         )
         spoil_kernel[(triton.cdiv(ring.k, SPOIL_BLOCK),)](
             err, values, spoilt, nonfinite, *ring, BLOCK=SPOIL_BLOCK, num_warps=4, **EXACT
         )
+        if stats is not None and values.dtype != torch.float32:
+            left_kernel[(triton.cdiv(n, TILE),)](err, sums, n, TILE=TILE, num_warps=WARPS, **EXACT)
+    if stats is not None:
+        finish(sums, stats, ring.k)
 
 
 def decompress_(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from gck.kernels.random_k import gpu
 from gck.kernels.random_k.gpu_ring import RING
-from tests.kernels.aot_variant import Variant
+from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
 def variants() -> list[Variant]:
     types = {"p_err": "*fp32", "p_out": "*fp32", "p_spoilt": "*u8", "p_nonfinite": "*i64"}
     types |= dict.fromkeys((*RING, "ranks", "row_units"), "i32")
-    types |= {"factor": "fp32", "alpha": "fp32"}
+    types |= {"factor": "fp32", "alpha": "fp32", **RESIDUAL_TYPES}
     # As beyond 2^31 - 1 elements.
     wide = types | dict.fromkeys(("numel", "k", "rotation", "first"), "i64")
     made = []
@@ -20,9 +20,13 @@ def variants() -> list[Variant]:
 
     for grad, value in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32")):
         held = types | {"p_grad": f"*{grad}", "p_values": f"*{value}"}
-        add("compress_kernel", f"{grad}, {value}", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS)
+        for options in ("", ", clip", ", clip, stats") if grad == value else ("",):
+            constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS, **residual_constants(options)}
+            add("compress_kernel", f"{grad}, {value}{options}", held, **constants)
     held = wide | {"p_grad": "*fp32", "p_values": "*bf16"}
-    add("compress_kernel", "fp32, bf16, i64", held, TILE=gpu.TILE, SLOTS=gpu.SLOTS)
+    constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS, **residual_constants("")}
+    add("compress_kernel", "fp32, bf16, i64", held, **constants)
+    add("left_kernel", "", types, TILE=gpu.TILE)
     for value in ("fp32", "bf16", "fp16"):
         add("spoil_kernel", value, types | {"p_values": f"*{value}"}, BLOCK=gpu.SPOIL_BLOCK)
         for clear, adds in ((True, False), (True, True), (False, True)):

@@ -42,6 +42,10 @@ COMPRESSORS = [
     gck.Quantize(4),
     gck.Quantize(8, 64, "stochastic", seed=-3),
     gck.Quantize(2, 1024, scale="mean"),
+    gck.RandomK(ratio=0.01, seed=3),
+    gck.RandomK(ratio=0.3, seed=-7, value_dtype=torch.bfloat16),
+    gck.RandomK(k=1, seed=2**40, value_dtype=torch.float16),
+    gck.RandomK(ratio=1.0, value_dtype=torch.bfloat16),
 ]
 OPTIONS: list[tuple[float, float | None]] = [(0.9, None), (0.5, 0.3), (1.0, 0.01), (1.0, -1.0), (1.0, None)]
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -49,6 +53,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sign": lambda g, e, **o: gck.sign_ef_(g, e, 64, **o),
     "chunk_topk": lambda g, e, **o: gck.chunk_topk_ef_(g, e, 64, 4, value_bits=2, **o),
     "quantize": lambda g, e, **o: gck.quantize_ef_(g, e, 4, 64, "stochastic", 5, **o),
+    "random_k": lambda g, e, **o: gck.random_k_ef_(g, e, 0.01, seed=9, **o),
 }
 
 
@@ -67,6 +72,8 @@ def oracle(compressor: Any, grad: Tensor, err: Tensor, clip: Tensor | None) -> E
     n, sent = grad.numel(), None
     if compressor.name == "topk":
         selected, sent = len(fields[0]), fields
+    elif compressor.name == "random_k":
+        selected = len(fields[0])
     elif compressor.name == "chunk_topk":
         starts = torch.arange(0, n, compressor.chunk_size)
         selected = int((n - starts).clamp(max=compressor.chunk_size).clamp(max=compressor.k).sum())
@@ -243,7 +250,7 @@ def test_statistics_are_those_of_exact_sums(name: str, case: str) -> None:
     allowed = (2 * bound + 2.0**-51) * sq if name == "topk" else bound * left
     assert abs(float(stats.err_sq) - left) <= allowed
     assert int(stats.nonfinite) == int((~acc.isfinite()).sum())
-    selected = {"topk": 3001, "chunk_topk": (n // 64) * 4 + 4}.get(name, n)
+    selected = {"topk": 3001, "random_k": 3001, "chunk_topk": (n // 64) * 4 + 4}.get(name, n)
     assert int(stats.selected) == selected
     assert payload.numel == n
     density = float(stats.density(n))
