@@ -25,6 +25,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "quantize_ef_": partial(gck.quantize_ef_, bits=8),
     "chunk_topk_ef_": partial(gck.chunk_topk_ef_, chunk_size=4096, k=64),
     "topk_ef_": partial(gck.topk_ef_, ratio=RATIO),
+    "random_k_ef_": partial(gck.random_k_ef_, ratio=RATIO, seed=1),
 }
 
 
@@ -68,7 +69,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _selected(kernel: str, numel: int) -> int:
-    if kernel == "topk_ef_":
+    if kernel in ("topk_ef_", "random_k_ef_"):
         return resolve_k("bench", numel, RATIO, None)
     if kernel == "chunk_topk_ef_":
         return numel // 4096 * 64 + min(numel % 4096, 64)

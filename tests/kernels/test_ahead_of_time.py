@@ -48,6 +48,7 @@ BUDGETS = {
     "quantize.reduce_kernel": (96, 96),
     "random_k.compress_kernel": (80, 48),
     "random_k.spoil_kernel": (40, 32),
+    "random_k.left_kernel": (40, 32),
     "random_k.decompress_kernel": (40, 40),
     "index_codecs.low_kernel": (40, 32),
     "index_codecs.high_kernel": (48, 40),
@@ -66,6 +67,7 @@ RARE |= {"topk.sum_kernel[fp16, i64, few]": 80}
 RARE |= {"quantize.compress_kernel[fp32, 2 bits, mean, 8192]": 128}
 # Statistics are summed before and after.
 RARE |= {"quantize.compress_kernel[fp32, 4 bits, nearest, 256, clip, stats]": 72}
+RARE |= {"random_k.compress_kernel[fp32, fp32, clip, stats]": 52}
 # Chunks of 65,536 that are added to: one program has them on their way.
 RARE |= {"chunk_topk.decompress_kernel[fp32, 1024 of 65536, 2 bits, add]": 176}
 RARE |= {f"chunk_topk.compress_kernel[fp32, 64 of 4096, 2 bits{o}]": 180 for o in (", clip", ", clip, stats")}
