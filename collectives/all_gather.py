@@ -23,6 +23,7 @@ from gck.collectives.work import Work, check_async_op, perform
 from gck.compressor import Compressor, compressor_at, decompress_mean_, preview_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
+from gck.values import shown
 from gck.wire import body_of, payloads_of
 
 __all__ = ["one_phase", "sparse_all_gather"]
@@ -75,12 +76,12 @@ def sparse_all_gather(
     """
     names = getattr(payload, "_fields", None)
     if not isinstance(payload, tuple) or names is None:
-        raise ArgumentError(
-            f"sparse_all_gather: payload must be a payload NamedTuple, got {type(payload).__name__}"
-        )
+        raise ArgumentError(f"sparse_all_gather: payload must be a payload NamedTuple, got {shown(payload)}")
     tensors = [value for value in payload if isinstance(value, Tensor)]
     if not tensors:
-        raise ArgumentError(f"sparse_all_gather: {type(payload).__name__} holds no tensors")
+        raise ArgumentError(
+            f"sparse_all_gather: {type(payload).__name__} holds no tensors, got {shown(payload)}"
+        )
     for name, value in zip(names, payload, strict=True):
         if isinstance(value, Tensor):
             checks.check_tensor("sparse_all_gather", name, value)

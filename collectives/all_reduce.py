@@ -19,6 +19,7 @@ from gck.errors import ArgumentError, ShapeMismatchError
 from gck.interop import borrowed
 from gck.kernels.common import checks
 from gck.ops.registration import Array
+from gck.values import shown
 
 __all__ = ["all_reduce_", "all_reduce_many_", "packed_all_reduce_"]
 
@@ -293,8 +294,7 @@ def _is_array(grad: object) -> bool:
 def _borrowed(function: str, async_op: object, **arrays: Any) -> AbstractContextManager[list[Tensor]]:
     """The arrays as tensors that will be written to, see `gck.interop.borrowed`."""
     if async_op:
-        kind = type(arrays["grad"]).__name__
-        raise ArgumentError(f"{function}: async_op=True takes tensors, got an array, {kind}")
+        raise ArgumentError(f"{function}: async_op=True takes tensors, got {shown(arrays['grad'])}")
     return borrowed(function, tuple(arrays), **arrays)
 
 

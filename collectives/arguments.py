@@ -13,6 +13,7 @@ from gck.compressor import Compressor, is_seeded, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import ArgumentError, AutogradError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
+from gck.values import shown
 
 __all__ = ["check_algorithm", "check_call", "check_states"]
 
@@ -30,10 +31,9 @@ def check_algorithm(function: str, compressor: object, algorithm: object) -> Non
     if algorithm not in ALGORITHMS:
         names = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
-    if isinstance(compressor, type):  # a class has what its instances have
-        raise DtypeError(f"{function}: compressor must be a Compressor, got the class {compressor.__name__}")
-    if not isinstance(compressor, Compressor):
-        raise DtypeError(f"{function}: compressor must be a Compressor, got {type(compressor).__name__}")
+    if isinstance(compressor, type) or not isinstance(compressor, Compressor):
+        # A class has what its instances have.
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {shown(compressor)}")
     if algorithm == "two_phase" and compressor.shard_unit is None:
         raise ArgumentError(
             f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'
@@ -72,7 +72,7 @@ def check_call(
         if state is None:
             continue
         if not isinstance(state, ErrorFeedback):
-            raise DtypeError(f"{function}: state must be an ErrorFeedback, got {type(state).__name__}")
+            raise DtypeError(f"{function}: state must be an ErrorFeedback, got {shown(state)}")
         if state.worker is not None:
             memory[f"the worker residual of grads[{i}]"] = state.worker
         if state.server is not None:

@@ -38,6 +38,7 @@ from gck.errors import (
     DtypeError,
     GckError,
 )
+from gck.values import shown
 
 __all__ = ["HierarchicalGroup", "all_gather", "bindings_of", "cut", "reduce_scatter"]
 
@@ -92,9 +93,7 @@ class HierarchicalGroup:
         """
         function = "HierarchicalGroup.from_group"
         if isinstance(local_world_size, bool) or not isinstance(local_world_size, int):
-            raise DtypeError(
-                f"{function}: local_world_size must be an int, got {type(local_world_size).__name__}"
-            )
+            raise DtypeError(f"{function}: local_world_size must be an int, got {shown(local_world_size)}")
         if not 1 <= local_world_size < 2**31:
             raise ArgumentError(f"{function}: local_world_size must be at least 1, got {local_world_size}")
         transport = resolve(group, timeout)
@@ -127,7 +126,7 @@ class HierarchicalGroup:
 
         function = "HierarchicalGroup.from_mesh"
         if not isinstance(mesh, DeviceMesh):
-            raise DtypeError(f"{function}: mesh must be a DeviceMesh, got {type(mesh).__name__}")
+            raise DtypeError(f"{function}: mesh must be a DeviceMesh, got {shown(mesh)}")
         if mesh.ndim != 2:
             raise ArgumentError(
                 f"{function}: mesh must have two dimensions, nodes and local, got {tuple(mesh.mesh.shape)}"

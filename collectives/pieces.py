@@ -26,6 +26,7 @@ from gck.collectives.transports import (
 )
 from gck.compressor import Compressor, compressor_at, previews, shard_numel
 from gck.errors import ArgumentError, DtypeError
+from gck.values import shown
 
 __all__ = [
     "Decoding",
@@ -76,7 +77,7 @@ def check_piece_numel(function: str, piece_numel: object) -> None:
     if piece_numel is None:
         return
     if isinstance(piece_numel, bool) or not isinstance(piece_numel, int):
-        raise DtypeError(f"{function}: piece_numel must be an int or None, got {type(piece_numel).__name__}")
+        raise DtypeError(f"{function}: piece_numel must be an int or None, got {shown(piece_numel)}")
     if piece_numel < 0:
         raise ArgumentError(f"{function}: piece_numel must be at least 0, got {piece_numel}")
 
@@ -110,15 +111,14 @@ def choose_piece_numel(
     """
     function = "choose_piece_numel"
     if isinstance(compressor, type) or not isinstance(compressor, Compressor):
-        name = compressor.__name__ if isinstance(compressor, type) else type(compressor).__name__
-        raise DtypeError(f"{function}: compressor must be a Compressor, got {name}")
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {shown(compressor)}")
     for name, value, least in (("numel", numel, 0), ("world_size", world_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+            raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
         if value < least:
             raise ArgumentError(f"{function}: {name} must be at least {least}, got {value}")
     if link is not None and not isinstance(link, Link):
-        raise DtypeError(f"{function}: link must be a Link or None, got {type(link).__name__}")
+        raise DtypeError(f"{function}: link must be a Link or None, got {shown(link)}")
     if link is None or world_size == 1 or device_type != "cpu" or not numel:
         return 0
     unit, cost = compressor.shard_unit, all_reduce_cost(compressor, [numel], world_size, algorithm)

@@ -28,6 +28,7 @@ from gck.compressor import Compressor, decodes_anything, server_of, sums_or_rais
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import DtypeError
 from gck.memory import copy_
+from gck.values import shown
 
 __all__ = ["Reduction", "prepare"]
 
@@ -61,7 +62,7 @@ def prepare(
     check_call(function, grads, states, compressor, op, algorithm)
     check_piece_numel(function, piece_numel)
     if not isinstance(checksum, bool):
-        raise DtypeError(f"{function}: checksum must be a bool, got {type(checksum).__name__}")
+        raise DtypeError(f"{function}: checksum must be a bool, got {shown(checksum)}")
     if checksum:
         Checked(transport)  # for what it raises: here, and not once peers wait for messages
     tiers = transport if isinstance(transport, HierarchicalGroup) else None

@@ -16,6 +16,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from gck.errors import DtypeError, LayoutError
+from gck.values import shown
 
 __all__ = ["borrowed", "stream_at"]
 
@@ -74,5 +75,5 @@ def _as_tensor(function: str, name: str, array: Any, mutable: bool) -> Tensor:
         kind = DtypeError if isinstance(error, TypeError) else LayoutError
         raise kind(f"{function}: {name} cannot be used as a tensor: {error}") from error
     raise DtypeError(
-        f"{function}: {name} must be a tensor or an array (NumPy, CuPy, DLPack), got {type(array).__name__}"
+        f"{function}: {name} must be a tensor or an array (NumPy, CuPy, DLPack), got {shown(array)}"
     )

@@ -86,7 +86,7 @@ def test_wrong_body(compressor: Any) -> None:
     for nothing in (torch.zeros(0, nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)):
         with pytest.raises(gck.errors.ShapeMismatchError, match="at least one row"):
             compressor.compress_(torch.ones(300), err, nothing)
-    with pytest.raises(gck.errors.DtypeError, match="bodies must be a tensor, got list"):
+    with pytest.raises(gck.errors.DtypeError, match=r"bodies must be a tensor, got \[0, 0, .* \(list\)"):
         compressor.compress_(torch.ones(300), err, [0] * nbytes)
     body = torch.zeros(1, nbytes, dtype=torch.uint8)
     with pytest.raises(gck.errors.LayoutError, match="overlap"):

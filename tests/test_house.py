@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -59,6 +60,13 @@ def test_triton_and_cupy_are_imported_by_gpu_modules_alone(path: Path) -> None:
     assert "cupy" not in top_level
     if "triton" in top_level:
         assert path.name.startswith("gpu") or path.parent.name == "common"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_errors_quote_the_value_and_not_its_type_alone(path: Path) -> None:
+    """See `gck.values.shown`. But never a communicator's unique_id, which would let others in."""
+    refused = re.findall(r"\bgot [^\n]*\{type\((\w+)\)\.__name__\}", path.read_text())
+    assert refused == (["unique_id"] if path.name == "nccl.py" else [])
 
 
 def test_links() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gck.collectives.transports import forked as forked  # early: it looks on when the process is forked
 from gck.collectives.work import WorkQueue
 from gck.errors import ArgumentError
+from gck.values import shown
 
 __all__ = [
     "CallLog",
@@ -227,7 +228,7 @@ def resolve(group: Any = None, timeout: float | None = None) -> Transport:
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise ArgumentError(
             "group must be None, a torch.distributed ProcessGroup, an NcclCommunicator or a member of a "
-            f"SimulatedGroup, got {type(group).__name__}"
+            f"SimulatedGroup, got {shown(group)}"
         )
     from gck.collectives.transports.process_group import ProcessGroupTransport
 

@@ -25,6 +25,7 @@ from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchan
 from gck.collectives.work.queue import TurnLimit
 from gck.errors import ArgumentError, CollectiveError, GckError
 from gck.kernels.common import checks
+from gck.values import shown
 from gck.wire import body_in_place, layout_of, payloads_of
 
 __all__ = ["NcclCommunicator"]
@@ -252,7 +253,7 @@ class NcclCommunicator(Operations):
             [value for value in payload if isinstance(value, Tensor)] if isinstance(payload, tuple) else []
         )
         if not fields:
-            raise ArgumentError(f"sparse_all_gather: payload must be a payload, got {type(payload).__name__}")
+            raise ArgumentError(f"sparse_all_gather: payload must be a payload, got {shown(payload)}")
         for index, field in enumerate(fields):
             checks.check_tensor("sparse_all_gather", f"tensor {index}", field)
             checks.check_device("sparse_all_gather", f"tensor {index}", field, "the first one", fields[0])

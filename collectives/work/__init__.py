@@ -27,6 +27,7 @@ from torch import Tensor
 from gck.collectives.work.handle import Work
 from gck.collectives.work.queue import WorkQueue
 from gck.errors import DtypeError
+from gck.values import shown
 
 if TYPE_CHECKING:
     from gck.collectives.transports import Transport
@@ -83,4 +84,4 @@ def perform(
 def check_async_op(function: str, async_op: object) -> None:
     """Raises DtypeError unless `async_op` is a bool."""
     if not isinstance(async_op, bool):
-        raise DtypeError(f"{function}: async_op must be a bool, got {type(async_op).__name__}")
+        raise DtypeError(f"{function}: async_op must be a bool, got {shown(async_op)}")

@@ -19,6 +19,7 @@ from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune
 from gck.compressor import Compressor, describe
 from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
+from gck.values import shown
 
 __all__ = ["Loaded", "load_state", "save_state", "saved_steps"]
 
@@ -292,9 +293,7 @@ def _states(function: str, state: object) -> dict[str, ErrorFeedback]:
         return {"": state}
     if isinstance(state, ErrorFeedbackMap):
         return dict(state.items())
-    raise DtypeError(
-        f"{function}: state must be an ErrorFeedback or an ErrorFeedbackMap, got {type(state).__name__}"
-    )
+    raise DtypeError(f"{function}: state must be an ErrorFeedback or an ErrorFeedbackMap, got {shown(state)}")
 
 
 def _check_owner(name: str, state: Mapping[str, Any], rank: int, world_size: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.errors import ArgumentError, StateMismatchError
+from gck.values import shown
 
 __all__ = [
     "STATE_VERSION",
@@ -35,7 +36,7 @@ def check_factor(function: str, factor: object, name: str = "factor") -> None:
 def check_version(function: str, state: Any) -> None:
     """Raises StateMismatchError unless `state` is a dict of the version that this code writes."""
     if not isinstance(state, Mapping):
-        raise StateMismatchError(f"{function}: state must be a dict, got {type(state).__name__}")
+        raise StateMismatchError(f"{function}: state must be a dict, got {shown(state)}")
     if state.get("version") != STATE_VERSION:
         raise StateMismatchError(
             f"{function}: state must have version {STATE_VERSION}, got {state.get('version')!r}"
@@ -64,9 +65,8 @@ def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
     if value is not None and (
         not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1
     ):
-        what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise StateMismatchError(
-            f"load_state_dict: the saved {name} residual must be flat float32, got {what}"
+            f"load_state_dict: the saved {name} residual must be flat float32, got {shown(value)}"
         )
     if value is not None and not is_finite(value):
         raise StateMismatchError(f"load_state_dict: the saved {name} residual must be finite")

@@ -8,6 +8,7 @@ from typing import Any
 from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
 from gck.error_feedback.state import ErrorFeedback
 from gck.errors import StateMismatchError
+from gck.values import shown
 
 __all__ = ["ErrorFeedbackMap"]
 
@@ -74,7 +75,7 @@ class ErrorFeedbackMap:
         check_version("ErrorFeedbackMap.load_state_dict", state)
         tensors = state.get("tensors")
         if not isinstance(tensors, Mapping):
-            raise StateMismatchError(f"load_state_dict: tensors must be a dict, got {type(tensors).__name__}")
+            raise StateMismatchError(f"load_state_dict: tensors must be a dict, got {shown(tensors)}")
         fresh: dict[str, ErrorFeedback] = {}
         for name, saved in tensors.items():
             if numels is not None and name not in numels:

@@ -30,6 +30,7 @@ from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError
 from gck.integrations.hook_state import HookState
+from gck.values import shown
 
 __all__ = ["HookState", "hook", "register"]
 
@@ -144,9 +145,7 @@ def register(
         GroupUnusableError: the group was destroyed, or an earlier failure spoilt it.
     """
     if not isinstance(model, DistributedDataParallel):
-        raise DtypeError(
-            f"gck.ddp.register: model must be a DistributedDataParallel, got {type(model).__name__}"
-        )
+        raise DtypeError(f"gck.ddp.register: model must be a DistributedDataParallel, got {shown(model)}")
     state = HookState(
         compressor,
         warmup_steps,

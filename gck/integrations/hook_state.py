@@ -21,6 +21,7 @@ from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.nonfinite import StepGuard
+from gck.values import shown
 
 __all__ = ["HookState"]
 
@@ -89,9 +90,9 @@ class HookState:
             check_timeout(timeout)
         for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap), ("checksum", checksum)):
             if not isinstance(value, bool):
-                raise DtypeError(f"HookState: {name} must be a bool, got {type(value).__name__}")
+                raise DtypeError(f"HookState: {name} must be a bool, got {shown(value)}")
         if link is not None and not isinstance(link, Link):
-            raise DtypeError(f"HookState: link must be a Link or None, got {type(link).__name__}")
+            raise DtypeError(f"HookState: link must be a Link or None, got {shown(link)}")
         if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
             raise DtypeError(f"HookState: scaler must have a get_scale, got {scaler!r}")
         self.compressor = compressor
@@ -343,7 +344,7 @@ class HookState:
 
 def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DtypeError(f"HookState: {name} must be an int, got {type(value).__name__}")
+        raise DtypeError(f"HookState: {name} must be an int, got {shown(value)}")
     if value < 0:
         raise ArgumentError(f"HookState: {name} must be at least 0, got {value}")
     return value

@@ -25,6 +25,7 @@ from gck.message.contents import check_padding, with_clear_padding
 from gck.message.formats import OPTIONS, Format, checked, format_of
 from gck.message.header import CHECKSUM, HEADER_NBYTES, MOST_NUMEL, VERSION, Header, parse
 from gck.payload import Payload
+from gck.values import shown
 from gck.wire import Layout, body_of, memory_of
 
 __all__ = ["HEADER_NBYTES", "VERSION", "Header", "from_bytes", "read_header", "to_buffers", "to_bytes"]
@@ -139,7 +140,7 @@ def read_header(data: Bytes, *, max_numel: int | None = None) -> Header:
 
 def _read_header(function: str, view: memoryview, max_numel: int | None) -> tuple[Header, Format, Layout]:
     if max_numel is not None and (isinstance(max_numel, bool) or not isinstance(max_numel, int)):
-        raise DtypeError(f"{function}: max_numel must be an int or None, got {type(max_numel).__name__}")
+        raise DtypeError(f"{function}: max_numel must be an int or None, got {shown(max_numel)}")
     if max_numel is not None and max_numel < 0:
         raise ArgumentError(f"{function}: max_numel must be at least 0, got {max_numel}")
     header = parse(function, view)
@@ -153,7 +154,7 @@ def _read_header(function: str, view: memoryview, max_numel: int | None) -> tupl
 def _buffers(function: str, payload: Payload, checksum: bool) -> tuple[bytes, Tensor]:
     format_ = format_of(payload)
     if format_ is None:
-        raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
+        raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}")
     _check_types(function, payload)
     with _naming(function):
         options = dict.fromkeys(OPTIONS, 0) | format_.options(payload)
@@ -183,14 +184,12 @@ def _check_types(function: str, payload: Payload) -> None:
                 raise LayoutError(f"{function}: payload.{name} must be contiguous, got {tuple(value.shape)}")
         elif name in ("scale", "index_codec"):
             if not isinstance(value, str):
-                raise DtypeError(f"{function}: payload.{name} must be a str, got {type(value).__name__}")
+                raise DtypeError(f"{function}: payload.{name} must be a str, got {shown(value)}")
         elif isinstance(value, bool) or not isinstance(value, int):
-            raise DtypeError(
-                f"{function}: payload.{name} must be a tensor or an int, got {type(value).__name__}"
-            )
+            raise DtypeError(f"{function}: payload.{name} must be a tensor or an int, got {shown(value)}")
     for field in payload.fields:
         if not isinstance(field, Tensor):
-            raise DtypeError(f"{function}: fields of a payload must be tensors, got {type(field).__name__}")
+            raise DtypeError(f"{function}: fields of a payload must be tensors, got {shown(field)}")
 
 
 def _check(function: str, header: Header, format_: Format, layout: Layout, body: Tensor) -> None:
@@ -242,8 +241,7 @@ def _viewed(function: str, data: Any) -> Iterator[memoryview]:
         whole = memoryview(data)
     except TypeError:
         raise DtypeError(
-            f"{function}: data must be bytes, bytearray, memoryview or a uint8 tensor, "
-            f"got {type(data).__name__}"
+            f"{function}: data must be bytes, bytearray, memoryview or a uint8 tensor, got {shown(data)}"
         ) from None
     with whole:
         if not whole.c_contiguous:

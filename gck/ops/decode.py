@@ -20,6 +20,7 @@ from gck.memory import empty
 from gck.ops import direct
 from gck.ops.registration import Array, plain, register
 from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.values import shown
 from gck.wire import ALIGNMENT, body_of, layout_of
 
 __all__ = ["decompress", "decompress_add_"]
@@ -103,12 +104,12 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
         name, fields, options = "random_k", [payload.values], [payload.seed]
         checks.check_seed(function, payload.seed)
     else:
-        raise DtypeError(f"{function}: payload must be a payload of gck, got {type(payload).__name__}")
+        raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}")
     for index, field in enumerate(fields):
         checks.check_tensor(function, f"payload field {index}", field)
         checks.check_not_recorded(function, f"payload field {index}", field)
     if isinstance(payload.numel, bool) or not isinstance(payload.numel, (int, torch.SymInt)):
-        raise DtypeError(f"{function}: payload.numel must be an int, got {type(payload.numel).__name__}")
+        raise DtypeError(f"{function}: payload.numel must be an int, got {shown(payload.numel)}")
     if payload.numel < 0:
         raise ArgumentError(f"{function}: payload.numel must be at least 0, got {payload.numel}")
     return name, fields, options
@@ -118,7 +119,7 @@ def _coded(function: str, payload: CodedSparse) -> tuple[list[Tensor], list[int]
     check_index_codec(function, payload.index_codec)
     for name, value in (("k", payload.k), ("value_bits", payload.value_bits)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise DtypeError(f"{function}: payload.{name} must be an int, got {type(value).__name__}")
+            raise DtypeError(f"{function}: payload.{name} must be an int, got {shown(value)}")
     if payload.k < 0 or payload.value_bits not in (0, 4, 8):
         raise ArgumentError(
             f"{function}: payload.k must be at least 0 and payload.value_bits 0, 4 or 8, got {payload.k} and "

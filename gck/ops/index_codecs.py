@@ -8,6 +8,7 @@ from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels import index_codecs
 from gck.kernels.common import checks
 from gck.payload import CodedSparse, SparseGrad
+from gck.values import shown
 
 __all__ = ["encode_indices"]
 
@@ -30,7 +31,7 @@ def encode_indices(payload: SparseGrad, index_codec: str = "elias_fano") -> Code
     """
     function = "encode_indices"
     if not isinstance(payload, SparseGrad):
-        raise DtypeError(f"{function}: payload must be a SparseGrad, got {type(payload).__name__}")
+        raise DtypeError(f"{function}: payload must be a SparseGrad, got {shown(payload)}")
     index_codecs.check_index_codec(function, index_codec)
     if index_codec == "int32":
         raise ArgumentError(

@@ -18,6 +18,7 @@ from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
 from gck.statistics import Statistics
+from gck.values import shown
 from gck.wire import Layout
 
 __all__ = ["topk", "topk_ef_"]
@@ -138,7 +139,7 @@ def topk_ef_(
         g, e = cast(Sequence[Array], grad), cast(Sequence[Array], err)
         return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
     if flat:
-        raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {type(grad).__name__}")
+        raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {shown(grad)}")
     if decay != 1 or clip is not None or stats is not None:
         given: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint, decay, clip, stats)
         return _topk_ef_with(*given)

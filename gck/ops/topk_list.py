@@ -17,6 +17,7 @@ from gck.kernels.topk.lists import bodies_of
 from gck.memory import empty
 from gck.ops.registration import Array, plain, register
 from gck.payload import SparseGrad
+from gck.values import shown
 
 __all__ = ["topk_ef_list_"]
 
@@ -36,9 +37,7 @@ def topk_ef_list_(
     """What `gck.topk_ef_` does with lists; see there."""
     for name, value in (("grad", grads), ("err", errs)):
         if not isinstance(value, (list, tuple)):
-            raise DtypeError(
-                f"{FUNCTION}: grad and err must both be lists, got {name} of type {type(value).__name__}"
-            )
+            raise DtypeError(f"{FUNCTION}: grad and err must both be lists, got {name} as {shown(value)}")
     if len(grads) != len(errs):
         raise ShapeMismatchError(
             f"{FUNCTION}: lists must be of one length, got {len(grads)} gradients and {len(errs)} residuals"

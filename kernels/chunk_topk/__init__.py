@@ -16,6 +16,7 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
+from gck.values import shown
 from gck.wire import Layout
 
 __all__ = ["VALUE_BITS", "ChunkTopK", "Row", "check_options"]
@@ -151,13 +152,13 @@ def check_options(
     size = checks.check_power_of_two(function, "chunk_size", chunk_size, 32, 65536)
     _check_k(function, "k", k, size)
     if isinstance(value_bits, bool) or not isinstance(value_bits, int):
-        raise DtypeError(f"{function}: value_bits must be an int, got {type(value_bits).__name__}")
+        raise DtypeError(f"{function}: value_bits must be an int, got {shown(value_bits)}")
     if value_bits not in VALUE_BITS:
         raise ArgumentError(f"{function}: value_bits must be one of 32, 16, 8, 4, 2, got {value_bits}")
     if index_bits is None:
         return
     if isinstance(index_bits, bool) or not isinstance(index_bits, int):
-        raise DtypeError(f"{function}: index_bits must be an int or None, got {type(index_bits).__name__}")
+        raise DtypeError(f"{function}: index_bits must be an int or None, got {shown(index_bits)}")
     if index_bits not in ((12, 16) if size <= MAX_CHUNK_OF_12_BITS else (16,)):
         raise ArgumentError(
             f"{function}: index_bits must be 16, or 12 where chunk_size is at most {MAX_CHUNK_OF_12_BITS}, "
@@ -167,6 +168,6 @@ def check_options(
 
 def _check_k(function: str, name: str, k: object, chunk_size: int) -> None:
     if isinstance(k, bool) or not isinstance(k, int):
-        raise DtypeError(f"{function}: {name} must be an int, got {type(k).__name__}")
+        raise DtypeError(f"{function}: {name} must be an int, got {shown(k)}")
     if not 1 <= k <= chunk_size // 2:
         raise ArgumentError(f"{function}: {name} must be in [1, chunk_size / 2 = {chunk_size // 2}], got {k}")

@@ -20,6 +20,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.statistics import FIELDS, Statistics
+from gck.values import shown
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
@@ -28,7 +29,7 @@ _FP32, _STRIDED = torch.float32, torch.strided
 
 def check_tensor(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise DtypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+        raise DtypeError(f"{function}: {name} must be a tensor, got {shown(value)}")
     if value.layout is not torch.strided or not value.is_contiguous():
         raise LayoutError(
             f"{function}: {name} must be contiguous, got shape {tuple(value.shape)} "
@@ -209,7 +210,7 @@ def check_elements(
 def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "grad") -> int:
     """`bodies` must be rows of bytes, usable as words, on the device of `like`; returns how many."""
     if not isinstance(bodies, Tensor):
-        raise DtypeError(f"{function}: bodies must be a tensor, got {type(bodies).__name__}")
+        raise DtypeError(f"{function}: bodies must be a tensor, got {shown(bodies)}")
     if bodies.dtype != torch.uint8 or bodies.dim() != 2 or bodies.shape[0] < 1:
         raise ShapeMismatchError(
             f"{function}: bodies must be (shards, nbytes) uint8 with at least one row, "
@@ -229,7 +230,7 @@ def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "
 
 def check_ratio(function: str, ratio: object) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise DtypeError(f"{function}: ratio must be a number, got {type(ratio).__name__}")
+        raise DtypeError(f"{function}: ratio must be a number, got {shown(ratio)}")
     if not 0 < ratio <= 1:  # False for NaN
         hint = "; a number of entries is given as k=" if ratio > 1 else ""
         raise ArgumentError(f"{function}: ratio must be in (0, 1], got {ratio}{hint}")
@@ -238,7 +239,7 @@ def check_ratio(function: str, ratio: object) -> float:
 
 def check_seed(function: str, seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise DtypeError(f"{function}: seed must be an int, got {type(seed).__name__}")
+        raise DtypeError(f"{function}: seed must be an int, got {shown(seed)}")
     if not -(2**63) <= seed < 2**63:
         raise ArgumentError(f"{function}: seed must be in [-2**63, 2**63), got {seed}")
 
@@ -255,13 +256,13 @@ def check_residual(function: str, decay: object, clip: object) -> None:
     if clip is None and type(decay) is float and decay == 1:  # by far the most calls
         return
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise DtypeError(f"{function}: decay must be a number, got {type(decay).__name__}")
+        raise DtypeError(f"{function}: decay must be a number, got {shown(decay)}")
     if not 0 < decay <= 1:  # False for NaN
         raise ArgumentError(f"{function}: decay must be in (0, 1], got {decay}")
     if clip is None:
         return
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-        raise DtypeError(f"{function}: clip must be a number or a tensor, got {type(clip).__name__}")
+        raise DtypeError(f"{function}: clip must be a number or a tensor, got {shown(clip)}")
     if not clip > 0:
         raise ArgumentError(f"{function}: clip must be above 0, got {clip}")
 
@@ -284,7 +285,7 @@ def residual_options(
     if stats is None:
         return float(cast(float, decay)), cast(Tensor | None, clip), None
     if not isinstance(stats, Statistics):
-        raise DtypeError(f"{function}: stats must be a gck.Statistics, got {type(stats).__name__}")
+        raise DtypeError(f"{function}: stats must be a gck.Statistics, got {shown(stats)}")
     values = stats.values
     check_written(function, "stats", values, torch.float64, len(FIELDS), grad)
     check_not_recorded(function, "stats", values)
@@ -293,7 +294,7 @@ def residual_options(
 
 def check_power_of_two(function: str, name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+        raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
     if not low <= value <= high or value & (value - 1):
         raise ArgumentError(f"{function}: {name} must be a power of two in [{low}, {high}], got {value}")
     return value

@@ -9,6 +9,7 @@ from torch import Tensor
 from gck.compressor import Compressor, server_of
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
+from gck.values import shown
 from gck.wire import Layout
 
 MOST_DIVISOR = 1 << 24  # up to which every integer is an fp32 number
@@ -51,7 +52,7 @@ def checked_reduction(
     """These arguments, if nothing is wrong with them that can be said without looking at memory."""
     for name, value in (("numel", numel), ("capacity", capacity), ("divisor", divisor)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise DtypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+            raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
     if not 0 <= numel <= capacity:
         raise ArgumentError(f"{function}: numel must be in [0, capacity], got {numel} and {capacity}")
     if not 1 <= divisor <= MOST_DIVISOR:

@@ -20,6 +20,7 @@ from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, ShapeMism
 from gck.kernels.common import checks
 from gck.kernels.common.base import backend
 from gck.payload import index_dtype
+from gck.values import shown
 
 __all__ = ["check_index_codec", "decode", "encode"]
 
@@ -81,7 +82,7 @@ def decode(codec: str, fields: Sequence[Tensor], numel: int, k: int) -> Tensor:
     function = "index_codecs.decode"
     _check(function, codec, numel)
     if isinstance(k, bool) or not isinstance(k, int):
-        raise DtypeError(f"{function}: k must be an int, got {type(k).__name__}")
+        raise DtypeError(f"{function}: k must be an int, got {shown(k)}")
     if not 0 <= k <= numel:
         raise ArgumentError(f"{function}: k must be in [0, numel = {numel}], got {k}")
     wanted = index_fields(codec, numel, k)
@@ -98,7 +99,7 @@ def decode(codec: str, fields: Sequence[Tensor], numel: int, k: int) -> Tensor:
 def _check(function: str, codec: object, numel: object) -> None:
     check_index_codec(function, codec)
     if isinstance(numel, bool) or not isinstance(numel, int):
-        raise DtypeError(f"{function}: numel must be an int, got {type(numel).__name__}")
+        raise DtypeError(f"{function}: numel must be an int, got {shown(numel)}")
     if numel < 0:
         raise ArgumentError(f"{function}: numel must be at least 0, got {numel}")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
+from gck.values import shown
 from gck.wire import Layout
 
 __all__ = ["BITS", "ROUNDINGS", "SCALES", "Quantize", "check_format", "check_options"]
@@ -76,7 +77,7 @@ class Quantize(KernelCompressor):
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)
         checks.check_residual("Quantize", self.decay, self.clip)
         if isinstance(self.first, bool) or not isinstance(self.first, int):
-            raise DtypeError(f"Quantize: first must be an int, got {type(self.first).__name__}")
+            raise DtypeError(f"Quantize: first must be an int, got {shown(self.first)}")
         if not 0 <= self.first < 2**62 or self.first % self.chunk_size:
             raise ArgumentError(
                 f"Quantize: first must be a multiple of chunk_size {self.chunk_size} in [0, 2**62), "
@@ -132,7 +133,7 @@ class Quantize(KernelCompressor):
 def check_format(function: str, bits: object, chunk_size: object, scale: object) -> None:
     """Raises unless the options that a receiver needs are in range."""
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise DtypeError(f"{function}: bits must be an int, got {type(bits).__name__}")
+        raise DtypeError(f"{function}: bits must be an int, got {shown(bits)}")
     if bits not in BITS:
         raise ArgumentError(f"{function}: bits must be one of 8, 4, 2, got {bits}")
     checks.check_power_of_two(function, "chunk_size", chunk_size, 32, 8192)

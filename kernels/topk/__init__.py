@@ -22,6 +22,7 @@ from gck.kernels.common.base import KernelCompressor, backend
 from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import Quantize
 from gck.payload import CodedSparse, SparseGrad
+from gck.values import shown
 from gck.wire import Layout
 
 __all__ = ["VALUE_DTYPES", "TopK", "resolve_k"]
@@ -195,7 +196,7 @@ def _value_format(
     if value_bits is None:
         return value_dtype, None
     if isinstance(value_bits, bool) or not isinstance(value_bits, int):
-        raise DtypeError(f"{function}: value_bits must be an int or None, got {type(value_bits).__name__}")
+        raise DtypeError(f"{function}: value_bits must be an int or None, got {shown(value_bits)}")
     if value_bits not in VALUE_BITS:
         raise ArgumentError(f"{function}: value_bits must be one of 32, 16, 8, 4, got {value_bits}")
     if value_bits == 16:
@@ -215,7 +216,7 @@ def check_options(
         checks.check_ratio(function, ratio)
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-            raise DtypeError(f"{function}: k must be an int, got {type(k).__name__}")
+            raise DtypeError(f"{function}: k must be an int, got {shown(k)}")
         if k < 1:
             raise ArgumentError(f"{function}: k must be at least 1, got {k}")
     if value_dtype not in VALUE_DTYPES:

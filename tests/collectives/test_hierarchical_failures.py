@@ -167,14 +167,14 @@ def test_wrong_arguments() -> None:
         member = SimulatedGroup(1).members[0]
         for size, error, text in (
             (0, ArgumentError, "at least 1, got 0"),
-            (2.0, DtypeError, "an int, got float"),
-            (True, DtypeError, "an int, got bool"),
+            (2.0, DtypeError, r"an int, got 2.0 \(float\)"),
+            (True, DtypeError, r"an int, got True \(bool\)"),
         ):
             with pytest.raises(error, match=f"from_group: local_world_size must be {text}"):
                 HierarchicalGroup.from_group(member, local_world_size=size)  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="a HierarchicalGroup cannot be split"):
             HierarchicalGroup.from_group(group, local_world_size=1)
-        with pytest.raises(DtypeError, match="mesh must be a DeviceMesh, got str"):
+        with pytest.raises(DtypeError, match=r"mesh must be a DeviceMesh, got 'mesh' \(str\)"):
             HierarchicalGroup.from_mesh("mesh")
         with pytest.raises(ArgumentError, match="packed_all_reduce_: group must be flat, got <Hier"):
             packed_all_reduce_(torch.ones(9), torch.zeros(9), torch.zeros(9), group=group)

@@ -344,13 +344,13 @@ def test_wrong_arguments() -> None:
         index_codecs.encode("elias_fano", indices, 9)
     with pytest.raises(LayoutError, match="contiguous"):
         index_codecs.encode("elias_fano", indices[::2], 1000)
-    with pytest.raises(DtypeError, match="numel must be an int, got float"):
+    with pytest.raises(DtypeError, match=r"numel must be an int, got 1000.0 \(float\)"):
         index_codecs.encode("elias_fano", indices, 1e3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="numel must be at least 0, got -1"):
         index_codecs.decode("elias_fano", fields, -1, 0)
     with pytest.raises(ArgumentError, match=r"k must be in \[0, numel = 1000\], got 1001"):
         index_codecs.decode("elias_fano", fields, 1000, 1001)
-    with pytest.raises(DtypeError, match="k must be an int, got bool"):
+    with pytest.raises(DtypeError, match=r"k must be an int, got True \(bool\)"):
         index_codecs.decode("elias_fano", fields, 1000, True)
     with pytest.raises(CorruptPayloadError, match="fields of 11 indices must be"):
         index_codecs.decode("elias_fano", fields, 1000, 11)

@@ -314,10 +314,10 @@ BAD: dict[str, tuple[type[GckError], str, dict[str, Any]]] = {
     "no decay": (ArgumentError, r"decay must be in \(0, 1\], got 0", {"decay": 0}),
     "growth": (ArgumentError, r"decay must be in \(0, 1\], got 1.5", {"decay": 1.5}),
     "nan": (ArgumentError, r"decay must be in \(0, 1\], got nan", {"decay": math.nan}),
-    "decay type": (DtypeError, "decay must be a number, got str", {"decay": "1"}),
+    "decay type": (DtypeError, r"decay must be a number, got '1' \(str\)", {"decay": "1"}),
     "clip": (ArgumentError, r"clip must be above 0, got -0\.5", {"clip": -0.5}),
     "clip nan": (ArgumentError, "clip must be above 0, got nan", {"clip": math.nan}),
-    "clip type": (DtypeError, "clip must be a number or a tensor, got str", {"clip": "1"}),
+    "clip type": (DtypeError, r"clip must be a number or a tensor, got '1' \(str\)", {"clip": "1"}),
     "clip dtype": (DtypeError, r"clip must be float32, got torch\.float64", {"clip": torch.ones(1).double()}),
     "clip size": (
         ShapeMismatchError,
@@ -326,7 +326,11 @@ BAD: dict[str, tuple[type[GckError], str, dict[str, Any]]] = {
     ),
     "clip device": (DeviceMismatchError, "clip must be on", {"clip": torch.ones(1, device="meta")}),
     "clip recorded": (AutogradError, "clip requires grad", {"clip": torch.ones(1, requires_grad=True)}),
-    "stats type": (DtypeError, "stats must be a gck.Statistics, got Tensor", {"stats": torch.zeros(5)}),
+    "stats type": (
+        DtypeError,
+        r"stats must be a gck.Statistics, got a tensor of shape \(5,\), torch.float32, cpu",
+        {"stats": torch.zeros(5)},
+    ),
     "stats dtype": (DtypeError, "stats must be float64", {"stats": gck.Statistics(torch.zeros(5))}),
     "stats size": (
         ShapeMismatchError,

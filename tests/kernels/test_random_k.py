@@ -258,9 +258,9 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ratio": 0.1, "k": 3}, ArgumentError, "exactly one of ratio and k must be given"),
     ({"ratio": 0.0}, ArgumentError, r"ratio must be in \(0, 1\], got 0.0"),
     ({"k": 0}, ArgumentError, "k must be at least 1, got 0"),
-    ({"k": 2.0}, DtypeError, "k must be an int, got float"),
-    ({"k": 2, "seed": None}, DtypeError, "seed must be an int, got NoneType"),
-    ({"k": 2, "seed": True}, DtypeError, "seed must be an int, got bool"),
+    ({"k": 2.0}, DtypeError, r"k must be an int, got 2.0 \(float\)"),
+    ({"k": 2, "seed": None}, DtypeError, "seed must be an int, got None"),
+    ({"k": 2, "seed": True}, DtypeError, r"seed must be an int, got True \(bool\)"),
     (
         {"k": 2, "seed": -(2**63) - 1},
         ArgumentError,

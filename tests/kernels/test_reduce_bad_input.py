@@ -22,7 +22,7 @@ from tests.kernels.reductions import payloads
 GOOD_N = 300
 BAD: dict[str, tuple[type[GckError], str, dict[str, Any]]] = {
     "numel": (ArgumentError, r"numel must be in \[0, capacity\], got 301 and 300", {"numel": 301}),
-    "float numel": (DtypeError, "numel must be an int, got float", {"numel": 300.0}),
+    "float numel": (DtypeError, r"numel must be an int, got 300.0 \(float\)", {"numel": 300.0}),
     "divisor": (ArgumentError, r"divisor must be in \[1, 16777216\], got 0", {"divisor": 0}),
     "bodies": (CorruptPayloadError, "bodies must be", {"bodies": torch.zeros(2, 16, dtype=torch.uint8)}),
     "err": (ShapeMismatchError, "err must have 300 elements, got 299", {"err": torch.zeros(299)}),

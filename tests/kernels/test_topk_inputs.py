@@ -117,7 +117,7 @@ def test_a_hint_lives_from_step_to_step() -> None:
 
 
 BAD_HINTS: dict[str, tuple[type[Exception], str, Any]] = {
-    "no tensor": (DtypeError, "must be a tensor, got int", 3),
+    "no tensor": (DtypeError, "must be a tensor, got 3 (int)", 3),
     "dtype": (DtypeError, "must be int32, got torch.int64", torch.zeros(1, dtype=torch.int64)),
     "float": (DtypeError, "must be int32, got torch.float32", torch.zeros(1)),
     "two": (ShapeMismatchError, "must have one element, got shape (2,)", torch.zeros(2, dtype=torch.int32)),

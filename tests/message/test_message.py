@@ -282,7 +282,7 @@ def test_numel_is_bounded_by_the_receiver() -> None:
         message.read_header(data[:64], max_numel=1000)
     with pytest.raises(ArgumentError, match="max_numel must be at least 0, got -1"):
         gck.from_bytes(data, max_numel=-1)
-    with pytest.raises(DtypeError, match="max_numel must be an int or None, got float"):
+    with pytest.raises(DtypeError, match=r"max_numel must be an int or None, got 1000000.0 \(float\)"):
         gck.from_bytes(data, max_numel=1e6)  # type: ignore[arg-type]
 
 
@@ -295,8 +295,8 @@ def test_what_is_not_finite_passes() -> None:
 @pytest.mark.parametrize(
     ("data", "error", "text"),
     [
-        (5, DtypeError, "got int"),
-        ("text", DtypeError, "got str"),
+        (5, DtypeError, r"got 5 \(int\)"),
+        ("text", DtypeError, r"got 'text' \(str\)"),
         (torch.zeros(64), DtypeError, r"got \(64,\) of torch.float32"),
         (torch.zeros(2, 64, dtype=torch.uint8), DtypeError, r"got \(2, 64\)"),
         (memoryview(bytes(128))[::2], LayoutError, r"got strides \(2,\)"),
@@ -313,16 +313,20 @@ GOOD = gck.SparseGrad(torch.ones(2), torch.tensor([1, 3], dtype=torch.int32), 5)
 SIGNS = gck.PackedSigns(torch.zeros(1, dtype=torch.int32).view(torch.uint32), torch.ones(1), 20, 32)
 BLOCK16 = gck.encode_indices(GOOD, "block16")
 BAD_PAYLOADS: list[tuple[Any, type[Exception], str]] = [
-    ([GOOD], DtypeError, "payload must be a payload of gck, got list"),
-    (GOOD._replace(values=[1.0]), DtypeError, r"payload.values must be a tensor or an int, got list"),
-    (GOOD._replace(values=5), DtypeError, "fields of a payload must be tensors, got int"),
+    ([GOOD], DtypeError, r"payload must be a payload of gck, got \[.* \(list\)"),
+    (
+        GOOD._replace(values=[1.0]),
+        DtypeError,
+        r"payload.values must be a tensor or an int, got \[1.0\] \(list\)",
+    ),
+    (GOOD._replace(values=5), DtypeError, r"fields of a payload must be tensors, got 5 \(int\)"),
     (GOOD._replace(values=torch.ones(4)[::2]), LayoutError, "payload.values must be contiguous"),
     (
         GOOD._replace(values=torch.ones(2).double()),
         DtypeError,
         "payload.values must be one of .* got torch.float64",
     ),
-    (GOOD._replace(numel=5.0), DtypeError, "payload.numel must be a tensor or an int, got float"),
+    (GOOD._replace(numel=5.0), DtypeError, r"payload.numel must be a tensor or an int, got 5.0 \(float\)"),
     (GOOD._replace(numel=-1), CorruptPayloadError, r"payload.numel must be in \[0, 2\*\*63\), got -1"),
     (
         GOOD._replace(numel=3),
@@ -343,7 +347,7 @@ BAD_PAYLOADS: list[tuple[Any, type[Exception], str]] = [
         "bits from 20 on",
     ),
     (BLOCK16._replace(index_codec="gap"), CorruptPayloadError, "payload.index_codec must be one of .*'gap'"),
-    (BLOCK16._replace(index_codec=6), DtypeError, "payload.index_codec must be a str, got int"),
+    (BLOCK16._replace(index_codec=6), DtypeError, r"payload.index_codec must be a str, got 6 \(int\)"),
     (BLOCK16._replace(value_bits=2), CorruptPayloadError, "bits of a CodedSparse must be one of"),
     (BLOCK16._replace(value_bits=8), CorruptPayloadError, "body_nbytes|fields of this CodedSparse must be"),
     (BLOCK16._replace(k=-1), CorruptPayloadError, r"k of a CodedSparse must be in \[1, 5\], got -1"),

@@ -1,0 +1,80 @@
+"""Values that callers give, as errors quote them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from reprlib import Repr
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["shown"]
+
+MOST = 80  # characters of a value's text
+
+
+def shown(value: Any) -> str:
+    """How an error quotes a value that it refuses: as Python writes it, cut short, and of which type it is.
+
+    Of tensors and of other libraries' arrays never the contents: they may be on a device, and would be waited
+    for. Never raises.
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    try:
+        if isinstance(value, Tensor):
+            return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+        if _is_array(value):
+            return f"an array of shape {tuple(value.shape)}, {value.dtype} ({kind})"
+        text = _SHORT.repr(value)
+    except Exception:  # its repr is the caller's, as are those of what it holds
+        return f"an object that cannot be shown ({kind})"
+    if len(text) > MOST:
+        text = f"{text[: MOST - 3]}..."
+    return f"{text} ({kind})"
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is memory that may be on a device, with a shape and a dtype."""
+    shared = hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    return shared and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+class _Short(Repr):
+    """Short texts, of tensors and arrays without what is in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxlong = self.maxother = MOST
+
+    def repr1(self, x: Any, level: int) -> str:
+        name = type(x).__name__
+        if isinstance(x, Tensor) or _is_array(x):
+            return f"<{name} of shape {tuple(x.shape)}>"
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return self._named(name, dict(zip(x._fields, x, strict=True)), level)
+        if is_dataclass(x):
+            return self._named(name, {f.name: getattr(x, f.name) for f in fields(x) if f.repr}, level)
+        for kind in (dict, list, tuple):  # also classes made of these
+            if isinstance(x, kind):
+                text: str = getattr(self, f"repr_{kind.__name__}")(x, level)
+                return text
+        if isinstance(x, bytes | bytearray):
+            return repr(x[:MOST])
+        written: Any = type(x).__repr__
+        if written is object.__repr__:  # an address, which is another one in every process
+            return f"<{name} object>"
+        return super().repr1(x, level)
+
+    def _named(self, name: str, values: dict[str, Any], level: int) -> str:
+        if level <= 0:
+            return f"{name}(...)"
+        parts = (f"{key}={self.repr1(value, level - 1)}" for key, value in values.items())
+        return f"{name}({', '.join(parts)})"
+
+
+_SHORT = _Short()
