@@ -19,7 +19,7 @@ from gck.errors import ArgumentError, ShapeMismatchError
 from gck.interop import borrowed
 from gck.kernels.common import checks
 from gck.ops.registration import Array
-from gck.values import shown
+from gck.values import plain_int, shown
 
 __all__ = ["all_reduce_", "all_reduce_many_", "packed_all_reduce_"]
 
@@ -261,6 +261,7 @@ def packed_all_reduce_(
                 timeout=timeout,
             )
         return grad
+    chunk_size = plain_int(chunk_size)
     # By name: this function is the sign format's own, and collectives do not import kernels.
     compressor: Compressor = compressor_class("sign")(chunk_size=chunk_size)
     transport = resolve(group, timeout)

@@ -27,6 +27,7 @@ import torch
 from gck.collectives.transports.rotation import ROTATE_FROM
 from gck.compressor import Compressor, is_seeded, server_of, shard_numel
 from gck.errors import ArgumentError
+from gck.values import make_plain, plain_int, plain_real
 from gck.wire import Layout
 
 __all__ = [
@@ -62,6 +63,7 @@ class Link:
     burst: float = 0.0
 
     def __post_init__(self) -> None:
+        make_plain(self, (), ("latency", "bandwidth", "burst"))
         if not self.burst >= 0:
             raise ArgumentError(f"Link: burst must be at least 0 bytes, got {self.burst}")
         if not self.latency >= 0:
@@ -82,6 +84,7 @@ class Link:
         Raises:
             ArgumentError: bits_per_second is no number; mtu of 52 bytes or less; those of `Link`.
         """
+        bits_per_second, mtu = plain_real(bits_per_second), plain_int(mtu)
         if not isinstance(bits_per_second, int | float):
             raise ArgumentError(f"Link.ethernet: bits_per_second must be a number, got {bits_per_second!r}")
         if mtu <= TCP_HEADERS:
@@ -155,6 +158,7 @@ def all_reduce_cost(
             numels is a number.
     """
     _check_numels("all_reduce_cost", numels)
+    world_size = plain_int(world_size)
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ArgumentError(f"all_reduce_cost: world_size must be a positive int, got {world_size!r}")
     if algorithm == "auto":

@@ -38,7 +38,7 @@ from gck.errors import (
     DtypeError,
     GckError,
 )
-from gck.values import shown
+from gck.values import plain_int, shown
 
 __all__ = ["HierarchicalGroup", "all_gather", "bindings_of", "cut", "reduce_scatter"]
 
@@ -92,6 +92,7 @@ class HierarchicalGroup:
             CollectiveMismatchError: ranks give different ones; on all ranks, and the group stays usable.
         """
         function = "HierarchicalGroup.from_group"
+        local_world_size = plain_int(local_world_size)
         if isinstance(local_world_size, bool) or not isinstance(local_world_size, int):
             raise DtypeError(f"{function}: local_world_size must be an int, got {shown(local_world_size)}")
         if not 1 <= local_world_size < 2**31:

@@ -26,7 +26,7 @@ from gck.collectives.transports import (
 )
 from gck.compressor import Compressor, compressor_at, previews, shard_numel
 from gck.errors import ArgumentError, DtypeError
-from gck.values import shown
+from gck.values import plain_int, shown
 
 __all__ = [
     "Decoding",
@@ -112,6 +112,7 @@ def choose_piece_numel(
     function = "choose_piece_numel"
     if isinstance(compressor, type) or not isinstance(compressor, Compressor):
         raise DtypeError(f"{function}: compressor must be a Compressor, got {shown(compressor)}")
+    numel, world_size = plain_int(numel), plain_int(world_size)
     for name, value, least in (("numel", numel, 0), ("world_size", world_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")

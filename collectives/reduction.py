@@ -28,7 +28,7 @@ from gck.compressor import Compressor, decodes_anything, server_of, sums_or_rais
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import DtypeError
 from gck.memory import copy_
-from gck.values import shown
+from gck.values import plain_int, shown
 
 __all__ = ["Reduction", "prepare"]
 
@@ -60,6 +60,7 @@ def prepare(
     check_async_op(function, async_op)
     check_validate(function, validate)
     check_call(function, grads, states, compressor, op, algorithm)
+    piece_numel = plain_int(piece_numel)
     check_piece_numel(function, piece_numel)
     if not isinstance(checksum, bool):
         raise DtypeError(f"{function}: checksum must be a bool, got {shown(checksum)}")

@@ -1,16 +1,49 @@
-"""Values that callers give, as errors quote them."""
+"""Values that callers give: numbers of other libraries made plain, and how errors quote what they refuse."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from reprlib import Repr
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["shown"]
+__all__ = ["make_plain", "plain_int", "plain_real", "shown"]
 
 MOST = 80  # characters of a value's text
+
+
+def plain_int(value: Any) -> Any:
+    """The plain int of a whole number of another class, such as NumPy's; anything else is returned as it is,
+    for the caller to check: also a bool, which is no number here."""
+    if type(value) is int or value is None:  # by far the most calls
+        return value
+    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+
+
+def plain_real(value: Any) -> Any:
+    """The plain float of a real number of another class, such as NumPy's, or the int of a whole one; anything
+    else is returned as it is, see `plain_int`."""
+    if type(value) is float or type(value) is int or value is None:
+        return value
+    if isinstance(value, Integral):
+        return plain_int(value)
+    try:
+        return float(value) if isinstance(value, Real) else value
+    except OverflowError:  # of a fraction
+        return value
+
+
+def make_plain(options: object, wholes: Iterable[str], reals: Iterable[str]) -> None:
+    """Makes these fields of a frozen dataclass plain: it then compares, prints and is saved as if it had been
+    given plain numbers."""
+    for kind, convert, names in ((int, plain_int, wholes), (float, plain_real, reals)):
+        for name in names:
+            given = getattr(options, name)
+            if given is not None and type(given) is not kind:
+                object.__setattr__(options, name, convert(given))
 
 
 def shown(value: Any) -> str:

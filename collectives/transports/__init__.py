@@ -14,7 +14,7 @@ from torch import Tensor
 from gck.collectives.transports import forked as forked  # early: it looks on when the process is forked
 from gck.collectives.work import WorkQueue
 from gck.errors import ArgumentError
-from gck.values import shown
+from gck.values import plain_real, shown
 
 __all__ = [
     "CallLog",
@@ -186,6 +186,7 @@ def check_timeout(seconds: object) -> float:
     Raises:
         ArgumentError: it is not.
     """
+    seconds = plain_real(seconds)
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
         raise ArgumentError(f"timeout must be a positive number of seconds, got {seconds!r}")
     return float(seconds)

@@ -25,7 +25,7 @@ from gck.collectives.transports.nccl_rendezvous import exchange_by_group, exchan
 from gck.collectives.work.queue import TurnLimit
 from gck.errors import ArgumentError, CollectiveError, GckError
 from gck.kernels.common import checks
-from gck.values import shown
+from gck.values import plain_int, shown
 from gck.wire import body_in_place, layout_of, payloads_of
 
 __all__ = ["NcclCommunicator"]
@@ -67,6 +67,7 @@ class NcclCommunicator(Operations):
         device: torch.device | int | str | None = None,
     ) -> None:
         function = "NcclCommunicator"
+        rank, world_size = plain_int(rank), plain_int(world_size)
         if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
             raise ArgumentError(f"{function}: world_size must be a positive int, got {world_size!r}")
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
@@ -296,6 +297,7 @@ class NcclCommunicator(Operations):
 
         All ranks call it; one without a colour gets None.
         """
+        color, key = plain_int(color), plain_int(key)
         if color is not None and (isinstance(color, bool) or not isinstance(color, int) or color < 0):
             raise ArgumentError(f"split: color must be None or an int of at least 0, got {color!r}")
         with self.turn("split"), _on(self.device if self.device.type == "cuda" else None):

@@ -20,6 +20,7 @@ from gck.errors import (
     GroupUnusableError,
     PeerLostError,
 )
+from gck.values import plain_int
 
 __all__ = ["SimulatedGroup", "SimulatedMember"]
 
@@ -72,6 +73,7 @@ class SimulatedGroup:
     """
 
     def __init__(self, world_size: int, timeout: float = 60.0, *, shared_gathers: bool = False) -> None:
+        world_size = plain_int(world_size)
         if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
             raise ArgumentError(f"SimulatedGroup: world_size must be a positive int, got {world_size!r}")
         self.world_size = world_size

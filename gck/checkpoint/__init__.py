@@ -19,7 +19,7 @@ from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune
 from gck.compressor import Compressor, describe
 from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
-from gck.values import shown
+from gck.values import plain_int, shown
 
 __all__ = ["Loaded", "load_state", "save_state", "saved_steps"]
 
@@ -82,8 +82,8 @@ def save_state(
         OSError: the file cannot be written; the older ones are as they were.
     """
     function = "save_state"
-    _check_place(function, rank, world_size, step)
-    check_factor(function, scale, "scale")
+    rank, world_size, step = _checked_place(function, rank, world_size, step)
+    scale, keep = check_factor(function, scale, "scale"), plain_int(keep)
     least = 1 if shared else 2
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < least:
         raise ArgumentError(f"{function}: keep must be at least {least} with shared={shared}, got {keep!r}")
@@ -96,7 +96,7 @@ def save_state(
     for parent in made:
         sync_directory(parent.parent)
     path = path_of(folder, step, rank, world_size)
-    header = Header(step, rank, world_size, _text(compressor), float(scale), isinstance(state, ErrorFeedback))
+    header = Header(step, rank, world_size, _text(compressor), scale, isinstance(state, ErrorFeedback))
     write(path, header, states)
     prune(folder, rank, world_size, keep, shared)
     return path
@@ -157,9 +157,10 @@ def load_state(
         files, which comes last.
     """
     function = "load_state"
-    _check_place(function, rank, world_size, 0 if step is None else step)
+    rank, world_size, asked = _checked_place(function, rank, world_size, 0 if step is None else step)
+    step = None if step is None else asked
     if scale is not None:
-        check_factor(function, scale, "scale")
+        scale = check_factor(function, scale, "scale")
     for name, value, allowed in (("op", op, ("avg", "sum")), ("server", server, SERVER)):
         if value not in allowed:
             raise ArgumentError(f"{function}: {name} must be one of {', '.join(allowed)}, got {value!r}")
@@ -216,7 +217,7 @@ def saved_steps(
         world_size: count what so many ranks have saved. Default: any number.
     """
     if rank is not None:
-        _check_place("saved_steps", rank, world_size, 0)
+        rank, world_size, _ = _checked_place("saved_steps", rank, world_size, 0)
     return sorted(
         {
             found.step
@@ -310,10 +311,13 @@ def _text(compressor: Compressor | None) -> str | None:
     return None if compressor is None else describe(compressor, of_a_step=False)
 
 
-def _check_place(function: str, rank: object, world_size: object, step: object) -> None:
+def _checked_place(function: str, rank: Any, world_size: Any, step: Any) -> tuple[int, int, int]:
+    """All three as plain ints, if they are in range."""
+    rank, world_size, step = plain_int(rank), plain_int(world_size), plain_int(step)
     for name, value, least in (("world_size", world_size, 1), ("rank", rank, 0), ("step", step, 0)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise DtypeError(f"{function}: {name} must be an int, got {value!r}")
         if value < least or (name == "rank" and isinstance(world_size, int) and value >= world_size):
             of = f" of world size {world_size}" if name == "rank" else ""
             raise ArgumentError(f"{function}: {name} out of range, got {value}{of}")
+    return rank, world_size, step

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.errors import ArgumentError, StateMismatchError
-from gck.values import shown
+from gck.values import plain_real, shown
 
 __all__ = [
     "STATE_VERSION",
@@ -27,10 +27,12 @@ STATE_VERSION = 1
 B = TypeVar("B", ServerBinding, ShardBinding)
 
 
-def check_factor(function: str, factor: object, name: str = "factor") -> None:
-    """Raises ArgumentError unless `factor` is a positive, finite number."""
+def check_factor(function: str, factor: object, name: str = "factor") -> float:
+    """`factor` as a float. Raises ArgumentError unless it is a positive, finite number."""
+    factor = plain_real(factor)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ArgumentError(f"{function}: {name} must be positive and finite, got {factor!r}")
+    return float(factor)
 
 
 def check_version(function: str, state: Any) -> None:

@@ -44,7 +44,7 @@ class ErrorFeedbackMap:
 
     def rescale_(self, factor: float) -> None:
         """`ErrorFeedback.rescale_` of all."""
-        check_factor("ErrorFeedbackMap.rescale_", factor)
+        factor = check_factor("ErrorFeedbackMap.rescale_", factor)
         for state in self._states.values():
             state.rescale_(factor)
 

@@ -160,7 +160,7 @@ class ErrorFeedback:
         Raises:
             ArgumentError: it is not; nothing was changed.
         """
-        check_factor("ErrorFeedback.rescale_", factor)
+        factor = check_factor("ErrorFeedback.rescale_", factor)
         for residual in (self.worker, self.server):
             if residual is not None:
                 residual.mul_(factor)

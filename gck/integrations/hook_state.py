@@ -21,7 +21,7 @@ from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.nonfinite import StepGuard
-from gck.values import shown
+from gck.values import plain_int, shown
 
 __all__ = ["HookState"]
 
@@ -165,11 +165,11 @@ class HookState:
         Raises:
             ArgumentError: it is not positive and finite.
         """
-        check_factor("HookState.set_scale", scale, "scale")
+        scale = check_factor("HookState.set_scale", scale, "scale")
         self._settle()
         if scale != self.scale:
             self.residuals.rescale_(scale / self.scale)
-            self.scale = float(scale)
+            self.scale = scale
 
     def save(self, directory: str | os.PathLike[str], *, keep: int = 2, shared: bool = True) -> Path:
         """Writes this rank's residuals, as of `step`, to `directory`; see `gck.save_state`.
@@ -343,6 +343,7 @@ class HookState:
 
 
 def _count(name: str, value: object) -> int:
+    value = plain_int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"HookState: {name} must be an int, got {shown(value)}")
     if value < 0:

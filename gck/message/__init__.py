@@ -25,7 +25,7 @@ from gck.message.contents import check_padding, with_clear_padding
 from gck.message.formats import OPTIONS, Format, checked, format_of
 from gck.message.header import CHECKSUM, HEADER_NBYTES, MOST_NUMEL, VERSION, Header, parse
 from gck.payload import Payload
-from gck.values import shown
+from gck.values import plain_int, shown
 from gck.wire import Layout, body_of, memory_of
 
 __all__ = ["HEADER_NBYTES", "VERSION", "Header", "from_bytes", "read_header", "to_buffers", "to_bytes"]
@@ -139,6 +139,7 @@ def read_header(data: Bytes, *, max_numel: int | None = None) -> Header:
 
 
 def _read_header(function: str, view: memoryview, max_numel: int | None) -> tuple[Header, Format, Layout]:
+    max_numel = plain_int(max_numel)
     if max_numel is not None and (isinstance(max_numel, bool) or not isinstance(max_numel, int)):
         raise DtypeError(f"{function}: max_numel must be an int or None, got {shown(max_numel)}")
     if max_numel is not None and max_numel < 0:

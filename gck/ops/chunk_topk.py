@@ -14,6 +14,7 @@ from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import ChunkSparse
 from gck.statistics import Statistics
+from gck.values import plain_int
 
 __all__ = ["chunk_topk", "chunk_topk_ef_"]
 
@@ -76,6 +77,7 @@ def chunk_topk_ef_(
         with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
             return chunk_topk_ef_(g, e, chunk_size, k, value_bits=value_bits, **named)
+    k, chunk_size, value_bits = plain_int(k), plain_int(chunk_size), plain_int(value_bits)
     check_options("chunk_topk_ef_", k, chunk_size, value_bits)
     beta, limit, values = checks.residual_options("chunk_topk_ef_", grad, decay, clip, stats)
     compressor = _compressor(chunk_size, k, value_bits, beta)
@@ -96,6 +98,7 @@ def chunk_topk(x: Array, chunk_size: int = 4096, k: int = 64, *, value_bits: int
     if not isinstance(x, Tensor):
         with interop.borrowed("chunk_topk", (), x=x) as (tensor,):
             return chunk_topk(tensor, chunk_size, k, value_bits=value_bits)
+    k, chunk_size, value_bits = plain_int(k), plain_int(chunk_size), plain_int(value_bits)
     check_options("chunk_topk", k, chunk_size, value_bits)
     checks.check_grad("chunk_topk", x, "x")
     call = _chunk_topk if plain(x) else torch.ops.gck.chunk_topk

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from math import isfinite
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -76,6 +77,8 @@ def _native(kind: Any, numel: Any, *options: Any) -> Any:
     """`kind(*options)` for vectors of `numel` elements, in the compiled module; None where it cannot."""
     if type(numel) is not int or numel < 1 or not sees_tensors():
         return None
+    if any(type(option) is not int and isinstance(option, Integral) for option in options):
+        return None  # payloads hold plain ints
     compressor = kind(*options)
     return backend("direct", kind.package, CPU).direct(compressor, numel)
 

@@ -14,6 +14,7 @@ from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import Quantized
 from gck.statistics import Statistics
+from gck.values import plain_int
 
 __all__ = ["quantize", "quantize_ef_"]
 
@@ -78,6 +79,7 @@ def quantize_ef_(
         with interop.borrowed("quantize_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
             return quantize_ef_(g, e, bits, chunk_size, rounding, seed, scale, **named)
+    bits, chunk_size, seed = plain_int(bits), plain_int(chunk_size), plain_int(seed)
     check_options("quantize_ef_", bits, chunk_size, rounding, seed, scale)
     beta, limit, values = checks.residual_options("quantize_ef_", grad, decay, clip, stats)
     compressor = Quantize(bits, chunk_size, rounding, seed, scale, beta)
@@ -105,6 +107,7 @@ def quantize(
     if not isinstance(x, Tensor):
         with interop.borrowed("quantize", (), x=x) as (tensor,):
             return quantize(tensor, bits, chunk_size, rounding, seed, scale)
+    bits, chunk_size, seed = plain_int(bits), plain_int(chunk_size), plain_int(seed)
     check_options("quantize", bits, chunk_size, rounding, seed, scale)
     checks.check_grad("quantize", x, "x")
     call = _quantize if plain(x) else torch.ops.gck.quantize

@@ -15,6 +15,7 @@ from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import SeededValues
 from gck.statistics import Statistics
+from gck.values import plain_int, plain_real
 
 __all__ = ["random_k", "random_k_ef_"]
 
@@ -70,6 +71,7 @@ def random_k_ef_(
         with interop.borrowed("random_k_ef_", ("err",), grad=grad, err=err) as (g, e):
             options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
             return random_k_ef_(g, e, ratio, seed=seed, k=k, value_dtype=value_dtype, **options)
+    ratio, k, seed = plain_real(ratio), plain_int(k), plain_int(seed)
     check_options("random_k_ef_", ratio, k, value_dtype)
     checks.check_seed("random_k_ef_", seed)
     checks.check_grad("random_k_ef_", grad)
@@ -106,6 +108,7 @@ def random_k(
     if not isinstance(x, Tensor):
         with interop.borrowed("random_k", (), x=x) as (tensor,):
             return random_k(tensor, ratio, seed=seed, k=k, value_dtype=value_dtype)
+    ratio, k, seed = plain_real(ratio), plain_int(k), plain_int(seed)
     check_options("random_k", ratio, k, value_dtype)
     checks.check_seed("random_k", seed)
     checks.check_grad("random_k", x, "x")

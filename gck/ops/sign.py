@@ -14,6 +14,7 @@ from gck.ops import direct
 from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.payload import PackedSigns
 from gck.statistics import Statistics
+from gck.values import plain_int
 
 __all__ = ["sign_ef_"]
 
@@ -63,6 +64,7 @@ def sign_ef_(
         with interop.borrowed("sign_ef_", ("err",), grad=grad, err=err) as (g, e):
             options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}
             return sign_ef_(g, e, chunk_size, **options)
+    chunk_size = plain_int(chunk_size)
     check_chunk_size("sign_ef_", chunk_size)
     beta, limit, values = checks.residual_options("sign_ef_", grad, decay, clip, stats)
     compressor = Sign(chunk_size, beta)

@@ -18,7 +18,7 @@ from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
 from gck.statistics import Statistics
-from gck.values import shown
+from gck.values import plain_int, plain_real, shown
 from gck.wire import Layout
 
 __all__ = ["topk", "topk_ef_"]
@@ -160,6 +160,7 @@ def _topk_ef_one(
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             return _topk_ef_one(g, e, ratio, k, value_dtype, nonfinite, hint)
+    ratio, k = plain_real(ratio), plain_int(k)
     is_plain = plain(grad, err, nonfinite, hint)
     if not (is_plain and checks.acceptable(grad, err)):
         check_options("topk_ef_", ratio, k, value_dtype)
@@ -195,6 +196,7 @@ def _topk_ef_with(
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed(function, ("err",), grad=grad, err=err) as (g, e):
             return _topk_ef_with(g, e, ratio, k, value_dtype, nonfinite, hint, decay, clip, stats)
+    ratio, k = plain_real(ratio), plain_int(k)
     check_options(function, ratio, k, value_dtype)
     checks.check_pair(function, grad, err)
     layout = _compressor(resolve_k(function, grad.numel(), ratio, k), value_dtype).layout(grad.numel())
@@ -217,6 +219,7 @@ def topk(
     if not isinstance(x, Tensor):
         with interop.borrowed("topk", (), x=x) as (tensor,):
             return topk(tensor, ratio, k=k, value_dtype=value_dtype)
+    ratio, k = plain_real(ratio), plain_int(k)
     check_options("topk", ratio, k, value_dtype)
     checks.check_grad("topk", x, "x")
     is_plain = plain(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gck.kernels.topk.lists import bodies_of
 from gck.memory import empty
 from gck.ops.registration import Array, plain, register
 from gck.payload import SparseGrad
-from gck.values import shown
+from gck.values import plain_int, plain_real, shown
 
 __all__ = ["topk_ef_list_"]
 
@@ -92,14 +92,15 @@ def _counts(
     value_dtype: torch.dtype,
 ) -> list[int]:
     """How many entries each payload keeps: one number where they are selected together, else one a tensor."""
+    ratio = plain_real(ratio)
     if isinstance(k, (list, tuple)):
         if flat or len(k) != len(sizes) or ratio is not None:
             wanted = "one int for a flat list" if flat else f"an int or {len(sizes)} ints, without a ratio"
             raise ArgumentError(f"{FUNCTION}: k must be {wanted}, got {list(k)}")
         check_options(FUNCTION, None, 1, value_dtype)
-        each: list[int | None] = list(k)
+        each: list[int | None] = [plain_int(count) for count in k]
     else:
-        one = None if k is None else cast(int, k)
+        one: int | None = plain_int(k)
         check_options(FUNCTION, ratio, one, value_dtype)
         if flat:
             return [resolve_k(FUNCTION, sum(sizes), ratio, one)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
-from gck.values import shown
+from gck.values import make_plain, shown
 from gck.wire import Layout
 
 __all__ = ["VALUE_BITS", "ChunkTopK", "Row", "check_options"]
@@ -73,6 +73,7 @@ class ChunkTopK(KernelCompressor):
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
+        make_plain(self, ("k", "chunk_size", "value_bits", "index_bits", "server_k"), ("decay", "clip"))
         check_options("ChunkTopK", self.k, self.chunk_size, self.value_bits, self.index_bits)
         if self.server_k is not None:
             _check_k("ChunkTopK", "server_k", self.server_k, self.chunk_size)

@@ -20,7 +20,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.statistics import FIELDS, Statistics
-from gck.values import shown
+from gck.values import plain_real, shown
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
@@ -245,6 +245,7 @@ def check_seed(function: str, seed: object) -> None:
 
 
 def check_alpha(function: str, alpha: object) -> float:
+    alpha = plain_real(alpha)
     # torch.compile cannot trace math.isfinite of a default argument that it made symbolic.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -math.inf < alpha < math.inf:
         raise ArgumentError(f"{function}: alpha must be a finite number, got {alpha!r}")
@@ -276,6 +277,7 @@ def residual_options(
     """
     if clip is None and stats is None and type(decay) is float and decay == 1:
         return decay, None, None
+    decay, clip = plain_real(decay), plain_real(clip)
     check_residual(function, decay, None if isinstance(clip, Tensor) else clip)
     if isinstance(clip, Tensor):
         check_elements(function, "clip", clip, torch.float32, 1, grad)

@@ -18,7 +18,7 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
-from gck.values import shown
+from gck.values import make_plain, shown
 from gck.wire import Layout
 
 __all__ = ["BITS", "ROUNDINGS", "SCALES", "Quantize", "check_format", "check_options"]
@@ -74,6 +74,7 @@ class Quantize(KernelCompressor):
     decodes_anything: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        make_plain(self, ("bits", "chunk_size", "seed", "first"), ("decay", "clip"))
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)
         checks.check_residual("Quantize", self.decay, self.clip)
         if isinstance(self.first, bool) or not isinstance(self.first, int):

@@ -20,6 +20,7 @@ from gck.errors import CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
 from gck.kernels.topk import VALUE_DTYPES, check_options, resolve_k
+from gck.values import make_plain
 from gck.wire import Layout
 
 __all__ = ["RandomK", "Unbiased"]
@@ -67,6 +68,7 @@ class RandomK(KernelCompressor):
     rescale: ClassVar[bool] = False  # values by numel / k
 
     def __post_init__(self) -> None:
+        make_plain(self, ("k", "seed"), ("ratio",))
         check_options("RandomK", self.ratio, self.k, self.value_dtype)
         checks.check_seed("RandomK", self.seed)
         checks.check_residual("RandomK", self.decay, self.clip)

@@ -15,6 +15,7 @@ from torch import Tensor
 from gck.errors import CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
+from gck.values import make_plain
 from gck.wire import Layout
 
 __all__ = ["Sign", "check_chunk_size"]
@@ -45,6 +46,7 @@ class Sign(KernelCompressor):
     decodes_anything: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        make_plain(self, ("chunk_size",), ("decay", "clip"))
         check_chunk_size("Sign", self.chunk_size)
         checks.check_residual("Sign", self.decay, self.clip)
 

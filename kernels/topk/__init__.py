@@ -22,7 +22,7 @@ from gck.kernels.common.base import KernelCompressor, backend
 from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import Quantize
 from gck.payload import CodedSparse, SparseGrad
-from gck.values import shown
+from gck.values import make_plain, shown
 from gck.wire import Layout
 
 __all__ = ["VALUE_DTYPES", "TopK", "resolve_k"]
@@ -66,6 +66,7 @@ class TopK(KernelCompressor):
     package: ClassVar[str] = __name__
 
     def __post_init__(self) -> None:
+        make_plain(self, ("k", "value_bits"), ("ratio", "decay", "clip"))
         check_options("TopK", self.ratio, self.k, self.value_dtype)
         checks.check_residual("TopK", self.decay, self.clip)
         check_index_codec("TopK", self.index_codec)
