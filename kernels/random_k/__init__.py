@@ -68,7 +68,7 @@ class RandomK(KernelCompressor):
     rescale: ClassVar[bool] = False  # values by numel / k
 
     def __post_init__(self) -> None:
-        make_plain(self, ("k", "seed"), ("ratio",))
+        make_plain(self, ("k", "seed"), ("ratio", "decay", "clip"))
         check_options("RandomK", self.ratio, self.k, self.value_dtype)
         checks.check_seed("RandomK", self.seed)
         checks.check_residual("RandomK", self.decay, self.clip)
