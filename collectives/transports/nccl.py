@@ -67,17 +67,17 @@ class NcclCommunicator(Operations):
         device: torch.device | int | str | None = None,
     ) -> None:
         function = "NcclCommunicator"
+        if not isinstance(unique_id, bytes) or len(unique_id) != 128:
+            # Not its value, which would let others in; and first, since texts of the others quote theirs.
+            size = f" of {len(unique_id)}" if isinstance(unique_id, bytes) else ""
+            raise ArgumentError(
+                f"{function}: unique_id must be 128 bytes, got {type(unique_id).__name__}{size}"
+            )
         rank, world_size = plain_int(rank), plain_int(world_size)
         if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
             raise ArgumentError(f"{function}: world_size must be a positive int, got {world_size!r}")
         if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
             raise ArgumentError(f"{function}: rank must be an int in [0, {world_size}), got {rank!r}")
-        if not isinstance(unique_id, bytes) or len(unique_id) != 128:
-            # Not its value, which would let others in.
-            size = f" of {len(unique_id)}" if isinstance(unique_id, bytes) else ""
-            raise ArgumentError(
-                f"{function}: unique_id must be 128 bytes, got {type(unique_id).__name__}{size}"
-            )
         seconds = check_timeout(timeout)
         with _on(device):
             native = load().NcclCommunicator(wheels(), unique_id, rank, world_size, seconds)

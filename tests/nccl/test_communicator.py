@@ -264,6 +264,7 @@ def test_wrong_arguments(call: Any, error: type[Exception], text: str) -> None:
     [
         ((b"short", 0, 1), "unique_id must be 128 bytes, got bytes of 5"),
         (("x" * 128, 0, 1), "unique_id must be 128 bytes, got str"),
+        ((0, 1, bytes(128)), "unique_id must be 128 bytes, got int"),
         ((bytes(128), 2, 2), r"rank must be an int in \[0, 2\), got 2"),
         ((bytes(128), 0, 0), "world_size must be a positive int, got 0"),
     ],
