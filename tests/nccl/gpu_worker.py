@@ -6,7 +6,6 @@ usage: gpu_worker DIRECTORY collectives | kill [own]; own: there is a GPU for ea
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from gck.collectives import all_reduce_, sparse_all_gather
 from gck.error_feedback import ErrorFeedback
 from gck.errors import CollectiveError, GroupUnusableError
 from tests.collectives import launcher, scenarios
+from tests.collectives.fault_worker import Deadly
 from tests.kernels.test_gpu import synchronisation_is_an_error
 
 KILL_TIMEOUT = 5.0
@@ -198,17 +198,15 @@ def libraries() -> list[str]:
 
 
 def killed(comm: gck.NcclCommunicator) -> dict[str, Any]:
-    """The last rank dies while all of them are inside all-reduces."""
-    grad, state = torch.ones(1_000_000, device=comm.device), ErrorFeedback()
+    """The last rank dies inside an all-reduce, between its phases."""
+    grad, state = torch.ones(3 * 320_000, device=comm.device), ErrorFeedback()  # shards are whole
     state.worker_for(grad).fill_(3.0)
-    all_reduce_(grad.clone(), ErrorFeedback(), gck.Sign(256), comm)
+    all_reduce_(grad.clone(), ErrorFeedback(), gck.Sign(32), comm, algorithm="two_phase")
     comm.barrier()
-    if comm.rank == comm.world_size - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
     result: dict[str, Any] = {"error": "none"}
     began = time.monotonic()
     try:
-        all_reduce_(grad, state, gck.Sign(256), comm)
+        all_reduce_(grad, state, Deadly(2), comm, algorithm="two_phase")
     except CollectiveError as error:
         result = {"error": type(error).__name__, "text": str(error)}
     result["seconds"] = time.monotonic() - began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,19 +73,27 @@ def test_a_library_without_what_is_needed() -> None:
     assert "lacks ncclCommAbort" in done.stderr
 
 
-def test_what_is_missing_fails_when_it_is_used() -> None:
-    code = """
-import gck
+@pytest.mark.parametrize(
+    ("macro", "call", "function"),
+    [
+        ("SPLIT", "comm.split(0)", "ncclCommSplit"),
+        ("BROADCAST", "comm.broadcast(torch.ones(2))", "ncclBroadcast"),
+        ("REDUCE_SCATTER", "comm.reduce_scatter(torch.ones(1, 2))", "ncclReduceScatter"),
+    ],
+)
+def test_what_is_missing_fails_when_it_is_used(macro: str, call: str, function: str) -> None:
+    code = f"""
+import gck, torch
 with gck.NcclCommunicator(gck.NcclCommunicator.create_unique_id(), 0, 1, timeout=10) as comm:
     try:
-        comm.split(0)
+        {call}
     except gck.errors.BackendUnavailableError as error:
         print(error)
     comm.barrier()
     print("usable")
 """
-    done = run(code, GCK_NCCL_LIBRARY=fake_library("FAKE_NCCL_WITHOUT_SPLIT"))
-    assert "lacks ncclCommSplit" in done.stdout, done.stderr
+    done = run(code, GCK_NCCL_LIBRARY=fake_library(f"FAKE_NCCL_WITHOUT_{macro}"))
+    assert f"lacks {function}" in done.stdout, done.stderr
     assert "usable" in done.stdout
 
 
@@ -95,10 +104,33 @@ def test_none_at_all() -> None:
     assert "pip install nvidia-nccl-cu12" in done.stderr
 
 
-@pytest.mark.parametrize("broken", [True, False])
-def test_doctor_says_what_it_found(broken: bool) -> None:
-    code = "from gck.cli.doctor import examine; print([f for f in examine() if f.name == 'NCCL'][0])"
-    library = Path("/nowhere/libnccl.so") if broken else fake_library()
-    done = run(code, GCK_NCCL_LIBRARY=library)
-    assert f"works={not broken}" in done.stdout, done.stderr
-    assert ("cannot be opened" if broken else "2.32.3, chosen by GCK_NCCL_LIBRARY") in done.stdout
+DOCTOR = "from gck.cli.doctor import examine; print(*(f for f in examine() if 'NCCL' in f.name), sep='\\n')"
+
+
+@pytest.mark.parametrize(
+    ("macros", "variables", "text"),
+    [
+        ((), {}, "2.32.3, chosen by GCK_NCCL_LIBRARY"),
+        ((), {"GCK_NCCL_LIBRARY": "/nowhere/libnccl.so"}, "cannot be opened"),
+        ((), {"FAKE_NCCL_VERSION": "21403"}, "is NCCL 2.14.3, older than 2.18.1"),
+        (("FAKE_NCCL_WITHOUT_ABORT",), {}, "lacks ncclCommAbort"),
+    ],
+)
+def test_doctor_says_what_it_found(macros: tuple[str, ...], variables: dict[str, str], text: str) -> None:
+    done = run(DOCTOR, **({"GCK_NCCL_LIBRARY": fake_library(*macros)} | variables))
+    assert f"works={text.startswith('2.32.3')}" in done.stdout, done.stderr
+    assert text in done.stdout
+
+
+@pytest.mark.skipif(bool(wheels()), reason="NCCL is installed here")
+def test_doctor_says_that_there_is_none() -> None:
+    done = run(DOCTOR)
+    assert "works=False" in done.stdout, done.stderr
+    assert "NCCL is not installed" in done.stdout
+
+
+def test_doctor_counts_copies(tmp_path: Path) -> None:
+    copy = Path(shutil.copy(fake_library(), tmp_path / "libnccl.so.2"))
+    done = run(f"import ctypes; ctypes.CDLL({str(copy)!r}); {DOCTOR}", GCK_NCCL_LIBRARY=fake_library())
+    assert "several in the process" in done.stdout, done.stderr
+    assert str(copy) in done.stdout

@@ -233,6 +233,7 @@ ncclResult_t ncclAllGather(const void* send, void* recv, size_t count, ncclDataT
   return add(comm, std::move(task));
 }
 
+#ifndef FAKE_NCCL_WITHOUT_BROADCAST
 ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t dtype, int root,
                            ncclComm_t comm, cudaStream_t) {
   Task task;
@@ -242,6 +243,7 @@ ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataT
     task.out.push_back({peer, bytes(send), size});
   return add(comm, std::move(task));
 }
+#endif
 
 // Every rank has count elements for each of `shards`, of which this one gets its own.
 static ncclResult_t reduce_shards(const void* send, void* recv, size_t count, ncclDataType_t dtype,
@@ -264,9 +266,11 @@ ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataT
   return reduce_shards(send, recv, count, dtype, op, comm, false);
 }
 
+#ifndef FAKE_NCCL_WITHOUT_REDUCE_SCATTER
 ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t count, ncclDataType_t dtype,
                                ncclRedOp_t op, ncclComm_t comm, cudaStream_t) {
   return reduce_shards(send, recv, count, dtype, op, comm, true);
 }
+#endif
 
 }  // extern "C"

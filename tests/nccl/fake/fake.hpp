@@ -15,6 +15,7 @@
 //   FAKE_NCCL_STALL_AT          it never ends
 //   FAKE_NCCL_HANG_AT           the call that starts it does not return before an abort
 //   FAKE_NCCL_ERROR_AFTER       the n-th group succeeds, and then an asynchronous error follows
+//   FAKE_NCCL_ERROR_LATER       the same half a second later, when nobody waits
 //   FAKE_NCCL_ABORT_HANGS       ncclCommAbort does not return
 #pragma once
 
