@@ -10,7 +10,7 @@ nothing waits for the host. Atomic additions of integers place and count; no res
 because a tile's candidates are in order, and tiles are read in the order of the vector.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,6 +38,7 @@ from gck.kernels.topk.gpu_bracket import (
 )
 from gck.kernels.topk.gpu_control import (
     BINS,
+    MOST_IN_HALF,
     NONFINITE,
     WORDS,
 )
@@ -53,17 +54,25 @@ from gck.kernels.topk.gpu_refine import (
     RESTORE,
     TOGETHER,
 )
-from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS
-from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE
+from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS
+from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE, TILE_WORDS
 
 __all__ = ["compress_", "compress_flat_", "compress_list_", "decompress_", "decompress_sum_"]
 
-# By the entries of most rows of the list: rows and entries of them that fit into the registers of `refine`,
-# and of `emit`, together.
-SHAPES = {32: ((64, 32), (8, 32)), 64: ((32, 64), (4, 64)), 128: ((32, 64), (4, 128))}
+# Entries of a row at a time, and rows, that fit into the registers of a program: of `refine`, which reads the
+# bracket, and of `emit`, which reads the list.
+REFINE_SHAPES = {16: 64, 32: 32}
+EMIT_SHAPES = {32: 4, 64: 4, 128: 2}
+BRACKET_SHARE = 2  # of the list, the part from which to search the bracket by itself would not help
 FEWEST_RUNS = 128  # where there are as many tiles: programs for every processor
-# Entries of room from which all programs have several tiles of a level, however large they are.
-LONG_LIST = 1 << 22
+LONG = 8  # turns of `emit` from which a tile is long: programs share such tiles out anew
+
+
+class Shape(NamedTuple):
+    """Tiles of a run, a row each, and entries of a row at a time."""
+
+    rows: int
+    block: int
 
 
 def sampled_lines(n: int, k: int) -> int:
@@ -71,20 +80,25 @@ def sampled_lines(n: int, k: int) -> int:
     return sample_shape(n, k, LINES, CANDIDATES)[0]
 
 
-def run_shapes(n: int, k: int) -> list[tuple[int, int, int]]:
-    """(tiles of a run, its rows, entries of a row at a time) of `refine` and of `emit`.
+def run_shapes(n: int, k: int) -> tuple[Shape, Shape]:
+    """The shapes of `refine` and of `emit`.
 
-    A row of the list is a tile, of which as many entries are looked at together as it has in all likelihood:
-    then a program is done with a run in one turn. Without a list, a run is a tile.
+    A row is a tile, of which as many entries are looked at together as it has in all likelihood: then a
+    program is done with a run in one turn. Without a list, tiles are read by themselves.
     """
     if not gpu_guess.listing(n, k):
-        return [(1, ROWS, BLOCK)] * 2
+        return Shape(1, BLOCK), Shape(1, BLOCK)
     expected = k / n * sampled_lines(n, k) * LINE
-    listed = TILE * k / n * (expected + 5 * expected**0.5 + 8) / expected
-    entries = min(max(triton.next_power_of_2(int(1.2 * listed) + 4), min(SHAPES)), max(SHAPES))
-    for_all = 1 << (triton.cdiv(n, TILE) // FEWEST_RUNS).bit_length() >> 1
-    shapes = [(max(1, min(most, for_all)), block) for most, block in SHAPES[entries]]
-    return [(rows, rows, block) for rows, block in shapes]
+    of_tile = TILE * k / n / expected  # entries, for each of the sample's
+    listed = of_tile * (expected + 5 * expected**0.5 + 8)
+    close = min(listed, of_tile * (8 * expected**0.5 + 8))
+    for_all = max(1 << (triton.cdiv(n, TILE) // FEWEST_RUNS).bit_length() >> 1, 1)
+    return _shape(REFINE_SHAPES, close, for_all), _shape(EMIT_SHAPES, listed, for_all)
+
+
+def _shape(shapes: dict[int, int], entries: float, most: int) -> Shape:
+    block = min(max(triton.next_power_of_2(int(1.2 * entries) + 4), min(shapes)), max(shapes))
+    return Shape(min(shapes[block], most), block)
 
 
 def compress_(
@@ -114,13 +128,12 @@ def compress_(
     listing = gpu_guess.listing(n, k)
     lines = sampled_lines(n, k) if listing else 0
     capacity = gpu_guess.list_capacity(n, k, lines, LINES) if listing else 0
-    shapes = [
-        {"TILE": TILE, "ROWS": rows, "BLOCK": block, "GROUP": GROUP, **EXACT}
-        for _, rows, block in run_shapes(n, k)
-    ]
-    run_tiles = [count for count, _, _ in run_shapes(n, k)]
-    runs = [triton.cdiv(tiles, count) for count in run_tiles]
-    rows = runs[0] * shapes[0]["ROWS"]
+    bracket_capacity = capacity // BRACKET_SHARE
+    shapes = run_shapes(n, k)
+    runs = [triton.cdiv(tiles, shape.rows) for shape in shapes]
+    rows = max(count * shape.rows for count, shape in zip(runs, shapes, strict=True))
+    bracket = {"BRACKET": listing and n < MOST_IN_HALF}
+    long = LONG * shapes[1].block if bracket["BRACKET"] else TILE
 
     def scratch(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(count, dtype=dtype, device=grad.device)
@@ -128,8 +141,11 @@ def compress_(
     words = WORDS + 2 * triton.cdiv(rows, GROUP)
     control = torch.zeros(words, dtype=torch.int64, device=grad.device)
     list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
-    near = scratch(2 * NEAR_ROOM, torch.int32)
-    tile_words = scratch(tiles * listing)
+    bracketed, near = (
+        scratch(bracket_capacity + TILE * listing, torch.float32),
+        scratch(2 * NEAR_ROOM, torch.int32),
+    )
+    tile_words = scratch((TILE_WORDS.value + 1) * tiles * listing)  # and the numbers of long tiles
     counts = scratch(rows, torch.int32), control[WORDS:]
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
@@ -157,8 +173,8 @@ def compress_(
         for first, count in ((0, fours), (fours, tiles - fours)):
             if count:
                 stream_kernel[(count,)](
-                    *(grad, err, list_, locals_, tile_words, control, n, capacity, first),
-                    *(decay, p_clip, sums),
+                    *(grad, err, list_, locals_, bracketed, tile_words, control, n, capacity),
+                    *(bracket_capacity, first, decay, p_clip, sums),
                     TILE=TILE,
                     LISTING=listing,
                     FOURS=first < fours,
@@ -166,27 +182,35 @@ def compress_(
                     STATS=stats is not None,
                     num_warps=STREAM_WARPS,
                     **registers(STREAM_REGISTERS),
+                    **bracket,
                     **EXACT,
                 )
         programs = most_together(grad)
         for step in (TOGETHER.value,) if programs else range(RESTORE.value, COUNT.value + 1):
             refine_kernel[(min(tiles, programs or INTERPRETED_PROGRAMS),)](
-                *(err, list_, locals_, tile_words, *counts, control, near),
-                *(n, k, capacity, tiles, runs[0], run_tiles[0], step),
+                *(err, list_, locals_, bracketed, tile_words, *counts, control, near),
+                *(n, k, capacity, bracket_capacity, tiles, runs[0], shapes[0].rows, long, step),
                 LISTING=listing,
                 BINS=BINS,
-                LEVEL_TILE=min(LEVEL_TILE, TILE) if capacity < LONG_LIST else TILE,
+                LEVEL_TILE=min(LEVEL_TILE, TILE),
                 ROOM=NEAR_ROOM,
                 num_warps=REFINE_WARPS,
                 **(registers(TOGETHER_REGISTERS) | TOGETHER_LAUNCH if programs else {}),
-                **shapes[0],
+                **_options(shapes[0]),
+                **bracket,
             )
         emit_kernel[(runs[1],)](
             *(err, list_, locals_, tile_words, *counts, control),
-            *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, run_tiles[1]),
+            *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, shapes[1].rows, long),
             num_warps=EMIT_WARPS,
             **registers(EMIT_REGISTERS),
-            **(hinting | shapes[1]),
+            **_options(shapes[1]),
+            **hinting,
+            **bracket,
         )
     if stats is not None:
         finish_sent(sums, stats, values, indices, err)
+
+
+def _options(shape: Shape) -> dict[str, Any]:
+    return {"TILE": TILE, "ROWS": shape.rows, "BLOCK": shape.block, "GROUP": GROUP, **EXACT}

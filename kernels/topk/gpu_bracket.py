@@ -21,6 +21,7 @@ from gck.kernels.common.residual import read_residual
 from gck.kernels.topk.gpu_control import (
     BRACKET_BITS,
     BRACKET_STOP,
+    CLUSTERED,
     EXPECTED,
     GUESS,
     OVERFLOWN,
@@ -52,6 +53,12 @@ MIDDLE_BITS = tl.constexpr(18)  # that the expected key may lack: what follows o
 MIDDLE_WIDTH = tl.constexpr(1 << MIDDLE_BITS.value)
 GUESS_BITS = tl.constexpr(15)  # that the guess may lack: 1/256 octave
 GUESS_WIDTH = tl.constexpr(1 << GUESS_BITS.value)
+# Three sums over all parts in one word: of squared hits, 2^21 at most, of hits, and of keys offered.
+HITS_AT = tl.constexpr(24)
+KEYS_AT = tl.constexpr(44)
+SQUARES_MASK = tl.constexpr((1 << 24) - 1)
+HITS_MASK = tl.constexpr((1 << 20) - 1)
+CLUSTERS = tl.constexpr(2.0)  # times as many squared hits as by chance
 SURE = tl.constexpr(12)  # ranks: that fewer are found than one in so many expected hardly happens
 
 
@@ -76,8 +83,10 @@ def sample_shape(n: int, k: int, lines: int, candidates: int) -> tuple[int, int,
 @triton.jit
 def _squares(b_key, middle):
     """(how many keys are at least `middle`; their squared numbers a line, summed)"""
-    b_hits = tl.sum(tl.where(b_key >= middle, 1.0, 0.0), 1)
-    return tl.sum(b_hits, 0).to(tl.int32), tl.sum(b_hits * b_hits, 0).to(tl.int32)
+    tl.static_assert(b_key.shape[0] * b_key.shape[1] <= 2**12)
+    b_hits = tl.sum(tl.where(b_key >= middle, 1, 0), 1)
+    both = tl.sum((b_hits << 18) + b_hits * b_hits, 0)  # squares need no more bits, if a line has 16 keys
+    return both >> 18, both & 0x3FFFF
 
 
 @triton.jit
@@ -106,7 +115,6 @@ def _store(p_control, guess, expected, tie, stop):
     bits = tl.cast(0, tl.int32)
     while (stop - guess - 1) >> bits > 0:
         bits += 1
-    stop = tl.minimum(guess + (tl.cast(1, tl.int64) << bits), INFINITY)  # what so many bits reach anyway
     tl.store(p_control + GUESS, tl.minimum(guess, INFINITY).to(tl.int64))
     tl.store(p_control + EXPECTED, tl.minimum(tl.maximum(guess, expected), INFINITY).to(tl.int64))
     tl.store(p_control + TIE, tie.to(tl.int64))
@@ -115,24 +123,32 @@ def _store(p_control, guess, expected, tie, stop):
 
 
 @triton.jit
-def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sampled, zeros):
-    """Decides on the bracket by the keys of a sample of so many that reach the guess, or more; `stop` is past
-    the largest, and `middle` the key of rank `expected`, roughly; whether keys that are 0 are missing."""
+def _bracket(b_key, p_control, n, capacity, expected, middle, hits, squares, stop, sampled, keys, zeros):
+    """Decides on the bracket by so many keys, which are all of `sampled` ones that reach the guess, or more.
+
+    `squares` are those of so many `hits`, line by line; `stop` is past the largest, `middle` roughly the key
+    of rank `expected`; `zeros`: zeros are missing.
+    """
     margin = margin_of(squares)
     # Past all keys that there are, the others are zeros, or there was no room for them.
-    most = tl.where(zeros, sampled, reach(b_key, 0))
+    most = tl.where(zeros, sampled, keys)
     rank = tl.minimum(expected + margin, most)
     # Of few expected keys none is surely among the winners: the bracket ends after the sample's largest.
     upper = (margin - 8) // 5 * 3
     last = tl.where(expected > upper, expected - upper, 1)
-    low = tl.maximum(middle - OCTAVE // 4, 0)
+    low = tl.maximum(middle - OCTAVE // 4, 0) >> GUESS_BITS << GUESS_BITS
     high = tl.minimum(middle + OCTAVE // 4, stop)
     below, above = reach_both(b_key, low, high)
     low = tl.where(below >= rank, low, 0)
+    reached = tl.where(below >= rank, below, keys)
     high = tl.where(above < last, high, stop)
-    guess, last_key = keys_of_ranks(b_key, rank, low, middle + MIDDLE_WIDTH, last, middle, high, GUESS_BITS)
+    guess, reached, last_key = keys_of_ranks(
+        b_key, rank, low, middle + MIDDLE_WIDTH, reached, last, middle, high, GUESS_BITS
+    )
+    about = middle + MIDDLE_WIDTH // 2
     if expected > upper:
         stop = last_key + GUESS_WIDTH
+        about = guess + (stop - guess) // 8 * 5  # five deviations from the one, three from the other
     elif expected < SURE:
         stop = tl.minimum(stop, INFINITY - 2 * OCTAVE) + 2 * OCTAVE
 
@@ -140,8 +156,9 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     # With so many keys the list would overflow: the guess lacks too many bits, or one key is very common.
     # Then the exact keys are worth their time, and where the ties are the many, what is above them is listed.
     room = tl.cast(capacity, tl.int64) * sampled
-    if reach(b_key, guess).to(tl.int64) * n > room:
+    if reached.to(tl.int64) * n > room:
         middle = key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
+        about = middle
         guess = key_of_rank(b_key, rank, 0, middle + 1, 0)
         # Infinities must be listed, for what is not stays in err.
         if (reach(b_key, guess).to(tl.int64) * n > room) & (guess < INFINITY):
@@ -150,7 +167,11 @@ def _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, sam
     if guess == 0:  # zeros are never listed
         guess += 1
         tie = guess
-    _store(p_control, guess, middle + MIDDLE_WIDTH // 2, tie, stop)
+    # More squares than as many hits would have that know nothing of each other: 1 + 15 densities for each.
+    chance = hits.to(tl.float32) * (sampled + 15.0 * expected)
+    if squares.to(tl.float32) * sampled > CLUSTERS * chance:
+        tl.store(p_control + CLUSTERED, 1)
+    _store(p_control, guess, about, tie, stop)
 
 
 @triton.jit
@@ -208,7 +229,7 @@ def bracket_by_sample(
     hits, squares = _squares(b_key, middle)
     if hits > 2 * expected:  # keys so close that they need all their bits
         middle = key_of_rank(b_key, expected, middle, middle + MIDDLE_WIDTH, 0)
-        _hits, squares = _squares(b_key, middle)
+        hits, squares = _squares(b_key, middle)
     alone = parts == 1
     decides = alone
     if parts > 1:
@@ -222,23 +243,29 @@ def bracket_by_sample(
             tl.atomic_add(p_control + OVERFLOWN, 1, sem="relaxed")
         if cutoff == 0:
             tl.atomic_add(p_control + ZEROS, 1, sem="relaxed")
-        tl.atomic_add(p_control + SQUARES, squares.to(tl.int64), sem="relaxed")
+        sums = (offered.to(tl.int64) << KEYS_AT) | (hits.to(tl.int64) << HITS_AT) | squares
+        tl.atomic_add(p_control + SQUARES, sums, sem="relaxed")
         decides = arrive(p_control + SAMPLED)
         alone = tl.load(p_control + OVERFLOWN, cache_modifier=".cg") > 0
     if decides & alone:
-        _bracket(b_key, p_control, n, capacity, expected, middle, squares, stop, own, False)
+        of_part = (hits, squares, stop, own, own, False)
+        _bracket(b_key, p_control, n, capacity, expected, middle, *of_part)
     elif decides:
         b_slot = tl.arange(0, CANDIDATES // LINE)[:, None] * LINE + b_element
         b_offered = tl.load(
             p_candidates + b_slot, mask=b_slot < parts * SHARE, other=-1, cache_modifier=".cg"
         )
-        all_squares = tl.load(p_control + SQUARES, cache_modifier=".cg").to(tl.int32)
+        sums = tl.load(p_control + SQUARES, cache_modifier=".cg")
+        all_squares = (sums & SQUARES_MASK).to(tl.int32)
+        all_hits = ((sums >> HITS_AT) & HITS_MASK).to(tl.int32)
+        keys = (sums >> KEYS_AT).to(tl.int32)
         zeros = tl.load(p_control + ZEROS, cache_modifier=".cg") > 0
         sampled = lines * LINE
         expected = _expected(density, sampled)
         stop = tl.max(tl.max(b_offered, 1), 0) + 1
         middle = _middle_near(b_offered, expected, middle, stop)
-        _bracket(b_offered, p_control, n, capacity, expected, middle, all_squares, stop, sampled, zeros)
+        of_all = (all_hits, all_squares, stop, sampled, keys, zeros)
+        _bracket(b_offered, p_control, n, capacity, expected, middle, *of_all)
 
 
 @triton.jit

@@ -25,8 +25,11 @@ BINS = 256
 # Words of the control block, int64, all zero before the first kernel.
 GUESS = tl.constexpr(0)  # the stream lists the keys from this one on; at least 1
 TIE = tl.constexpr(1)  # the key that the stream counts, plus 1; 0: none
-LISTED = tl.constexpr(2)  # keys that reached the guess; more than the list's capacity: it overflowed
-TIES = tl.constexpr(3)
+# Keys that reached the guess; more than the list's capacity: it overflowed. Where one word can count both,
+# its high half counts the ties, or, where there is no tie to count, what lies in the bracket, which then has
+# a list of its own.
+LISTED = tl.constexpr(2)
+TIES = tl.constexpr(3)  # where one word is too short for both
 # A (key prefix, winners still to find among the keys that begin with it) pair after each digit; the last
 # one is the k-th key itself and the number of its ties that win.
 DECISIONS = tl.constexpr(4)
@@ -40,12 +43,21 @@ ARRIVED = tl.constexpr(16)  # programs that are done with their part
 PASSED = tl.constexpr(17)  # programs that came to a barrier, each of them counted every time
 EXPECTED = tl.constexpr(18)  # about the k-th key: what reaches it probably wins; at least the guess
 SAMPLED = tl.constexpr(19)  # programs of the guess that are done with their part
-SQUARES = tl.constexpr(20)  # of the sample's hits a line
+SQUARES = tl.constexpr(
+    20
+)  # of the sample's hits a line; above them these hits, and the keys that are offered
 OVERFLOWN = tl.constexpr(21)  # programs of the guess that have more to offer than there is room for
 ZEROS = tl.constexpr(22)  # programs of the guess that offer all they have but zeros
-HISTOGRAMS = tl.constexpr(24)
+CLUSTERED = tl.constexpr(23)  # whether some tiles may have many times the candidates of others
+LONG_TILES = tl.constexpr(24)  # how many have so many that programs share them out anew
+HISTOGRAMS = tl.constexpr(26)
 LEVELS = 5  # of the search in a single vector: the bracket, and all keys in as many steps as there are digits
 WORDS = HISTOGRAMS.value + LEVELS * BINS
+
+LAST_KEY = tl.constexpr(0x7FFFFFFF)  # past any key
+HALF = tl.constexpr(32)  # bits of a word with two counts
+HALF_MASK = tl.constexpr(0xFFFFFFFF)
+MOST_IN_HALF = (1 << 31) - (1 << 16)  # elements that are fewer can be counted in either half, with padding
 
 SCAN = tl.constexpr(0)
 LIST = tl.constexpr(1)
@@ -62,10 +74,25 @@ def arrive(p_arrived):
 
 
 @triton.jit
-def mode_of(p_control, k, capacity):
-    """LIST, KNOWN or SCAN, once the stream has ended."""
+def counted(p_control, BRACKET: tl.constexpr):
+    """(how many keys reached the guess, how many are ties, how many lie in the bracket's own list, which is
+    empty where there is a tie to count), once the stream has ended.
+
+    Where zeros are tied, what the last tile lacks is counted with them. That changes nothing: whatever is not
+    listed is a zero then, and there are more than enough.
+    """
     listed = tl.load(p_control + LISTED)
-    ties = tl.load(p_control + TIES)
+    if BRACKET:
+        other = listed >> HALF
+        tied = tl.load(p_control + TIE) > 0
+        return listed & HALF_MASK, tl.where(tied, other, 0), tl.where(tied, 0, other)
+    else:
+        return listed, tl.load(p_control + TIES), tl.cast(0, tl.int64)
+
+
+@triton.jit
+def mode_by(listed, ties, k, capacity):
+    """LIST, KNOWN or SCAN."""
     short = tl.where(listed + ties >= k, KNOWN, SCAN)
     return tl.where(listed < k, short, tl.where(listed <= capacity, LIST, SCAN))
 

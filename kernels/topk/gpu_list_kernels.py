@@ -19,16 +19,18 @@ from gck.kernels.topk.gpu_control import (
     QUOTA,
     THRESHOLD,
     WORDS,
+    counted,
     decide,
     last_decision,
-    mode_of,
+    mode_by,
     note,
 )
-from gck.kernels.topk.gpu_emit import EMIT_SEARCH, emit_listed, emit_scanned
+from gck.kernels.topk.gpu_emit import emit_listed, emit_scanned
 from gck.kernels.topk.gpu_guess import guess_by_sample, place_of_line, sample_block
 from gck.kernels.topk.gpu_select import count_run, refine_part
-from gck.kernels.topk.gpu_stream import key_as_number, restore_run, stream_tile
+from gck.kernels.topk.gpu_stream import TILE_WORDS, key_as_number, restore_run, stream_tile
 
+SCANNED = tl.constexpr(128)  # elements at a time of what is emitted from err: more would take registers
 CONTROL = tl.constexpr(WORDS)  # words of a selection's control block
 
 
@@ -64,7 +66,8 @@ def _tensor_of(p_tensors, p_choices, p_control, p_owners, i_program):
 @triton.jit
 def _mode_of(p_choice, p_control):
     k = tl.load(p_choice + gpu_tables.K)
-    return k, mode_of(p_control, k, tl.load(p_choice + gpu_tables.CAPACITY))
+    listed, ties, _close = counted(p_control, False)
+    return k, mode_by(listed, ties, k, tl.load(p_choice + gpu_tables.CAPACITY))
 
 
 @triton.jit
@@ -187,7 +190,8 @@ def list_stream_kernel(
             _err_of(p_tensor, ALIGNED),
             p_list,
             p_locals,
-            p_tile + first,
+            p_list,
+            p_tile + first * TILE_WORDS,
             p_control,
             i_tile,
             left,
@@ -219,10 +223,10 @@ def list_restore_kernel(
     if mode != LIST:
         first, stop, _run_tiles, _n = _run_of(p_tensor, i_run, TILE)
         list_at = tl.load(p_choice + gpu_tables.LIST_AT)
-        p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE)
+        p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE) * TILE_WORDS
         restore_run(
             *(_err_of(p_tensor, ALIGNED), p_list + list_at, p_locals + list_at, p_tile),
-            *(first, stop - first, TILE, ROWS, BLOCK),
+            *(first, stop - first, TILE, ROWS, BLOCK, False),
         )
 
 
@@ -298,7 +302,7 @@ def list_count_kernel(
     count_run(
         p_list + tl.load(p_choice + gpu_tables.LIST_AT),
         _err_of(p_tensor, ALIGNED),
-        p_tile + tl.load(p_tensor + gpu_tables.FIRST_TILE),
+        p_tile + tl.load(p_tensor + gpu_tables.FIRST_TILE) * TILE_WORDS,
         p_rows + first_run * ROWS,
         p_groups + tl.load(p_choice + gpu_tables.S_FIRST_GROUP) * 2,
         *(i_run, first, stop, run_tiles, n, mode == LIST, threshold, TILE, ROWS, BLOCK, GROUP),
@@ -343,14 +347,14 @@ def list_emit_kernel(
     p_indices = _at(indices, p_indices.dtype.element_ty, False)
     origin = tl.load(p_tensor + gpu_tables.ORIGIN)
     if mode == LIST:
-        p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE)
+        p_tile += tl.load(p_tensor + gpu_tables.FIRST_TILE) * TILE_WORDS
         emit_listed(
             *(p_list + list_at, p_locals + list_at, p_err, p_tile, p_rows, p_groups, p_values, p_indices),
             *(p_nonfinite, i_run, first, stop, origin, threshold, quota, key_as_number(p_control + EXPECTED)),
-            *(TILE, ROWS, BLOCK, GROUP),
+            *(TILE, TILE, ROWS, BLOCK, GROUP, False),
         )
     else:
         emit_scanned(
             *(p_err, p_rows, p_groups, p_values, p_indices, p_nonfinite, i_run, first, run_tiles, n),
-            *(origin, threshold, quota, TILE, ROWS, EMIT_SEARCH // ROWS, GROUP),
+            *(origin, threshold, quota, TILE, ROWS, GROUP, SCANNED),
         )

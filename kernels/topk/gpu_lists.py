@@ -33,7 +33,7 @@ from gck.kernels.topk.gpu_list_kernels import (
     list_stream_kernel,
 )
 from gck.kernels.topk.gpu_select import BLOCK, GROUP, REFINE_WARPS, ROWS, RUN_WARPS
-from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE
+from gck.kernels.topk.gpu_stream import STREAM_REGISTERS, STREAM_WARPS, TILE, TILE_WORDS
 from gck.kernels.topk.gpu_tables import Choice, plan_for
 from gck.kernels.topk.lists import Bodies
 from gck.payload import index_dtype
@@ -130,7 +130,7 @@ def _compress(
     bins = bins.view(torch.int32)
     keys = scratch(blocks * BLOCK_LINES * LINE, torch.int32)
     list_, locals_ = scratch(plan.listed, torch.float32), scratch(plan.listed, torch.int16)
-    tile_words, rows = scratch(tiles), scratch(runs * ROWS, torch.int32)
+    tile_words, rows = scratch(tiles * TILE_WORDS.value), scratch(runs * ROWS, torch.int32)
     if nonfinite is None:
         nonfinite = control[NONFINITE.value :]
     tables = (plan.tensors, plan.choices, control)

@@ -13,25 +13,23 @@ is searched instead.
 import triton
 import triton.language as tl
 
-from gck.kernels.common.keys import canonical, magnitude_key
-from gck.kernels.common.tiles import load_tile, tile_offsets
+from gck.kernels.common.keys import INFINITY, QUIET_NAN, canonical, magnitude_key
 from gck.kernels.topk.gpu_control import (
     HISTOGRAMS,
+    LAST_KEY,
     LEVELS,
-    NEAR,
     PASSED,
-    QUOTA,
-    THRESHOLD,
 )
-from gck.kernels.topk.gpu_select import shares_of_run, store_counts
-from gck.kernels.topk.gpu_stream import listed_rows, restore_run
+from gck.kernels.topk.gpu_stream import restore_run
 
-NEAR_ROOM = 8192  # keys that are set apart at most, which one program looks through
+NEAR_ROOM = 2048  # keys that are set apart at most, which one program looks through
 LEVEL_TILE = 1024  # keys that a program counts at a time: a short list is enough for all programs
-SEARCH = tl.constexpr(512)  # elements at a time where speed matters less than registers
-LAST_KEY = tl.constexpr(0x7FFFFFFF)  # past any key
+LONG_SOURCE = tl.constexpr(1 << 20)  # keys from which it is a whole tile: there are enough for all of them
+RESTORED = tl.constexpr(4)  # tiles that are put back together
+RESTORED_BLOCK = tl.constexpr(512)  # entries of each at a time
 ALL_BITS = tl.constexpr(31)  # tell all keys apart
 BIN_BITS = tl.constexpr(8)  # of them, those that a level's bins do
+FRACTION_BITS = tl.constexpr(22)  # below which infinity and NaN differ
 # Steps of the kernel, for where programs run one after another: a launch each, the levels in between.
 TOGETHER, RESTORE, COUNT = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(LEVELS + 1)
 
@@ -51,35 +49,12 @@ def wait_for_all(p_control, times):
 
 
 @triton.jit
-def restore_runs(
-    p_err, p_list, p_locals, p_tile, tiles, runs, run_tiles, TILE: tl.constexpr, ROWS: tl.constexpr
-):
-    """Puts the list back into err, this program's share of the runs."""
-    for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
-        first = i_run * run_tiles
-        count = tl.minimum(tiles - first, run_tiles)
-        restore_run(p_err, p_list, p_locals, p_tile, first, count, TILE, ROWS, SEARCH // ROWS)
-
-
-@triton.jit
-def _counts_of_tile(
-    p_source,
-    i_tile,
-    length,
-    first_key,
-    stop_key,
-    shift,
-    TILE: tl.constexpr,
-    BINS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    b_offset = tile_offsets(i_tile, TILE)
-    b_key = magnitude_key(canonical(load_tile(p_source, b_offset, length, WHOLE)))
-    b_bin = (b_key - first_key) >> shift
-    b_inside = (b_key >= first_key) & (b_key < stop_key) & (b_bin < BINS)
-    if not WHOLE:
-        b_inside &= b_offset < length
-    return tl.histogram(b_bin & (BINS - 1), BINS, mask=b_inside)
+def restore_tiles(p_err, p_list, p_locals, p_tile, tiles, TILE: tl.constexpr, BRACKET: tl.constexpr):
+    """Puts the list back into err, this program's share of the tiles."""
+    for i_part in range(tl.program_id(0), tl.cdiv(tiles, RESTORED), tl.num_programs(0)):
+        first = i_part * RESTORED
+        count = tl.minimum(tiles - first, RESTORED)
+        restore_run(p_err, p_list, p_locals, p_tile, first, count, TILE, RESTORED, RESTORED_BLOCK, BRACKET)
 
 
 @triton.jit
@@ -97,15 +72,27 @@ def count_level(
     """Counts the keys of the interval that has first_key, so many bits, and no key from stop_key on."""
     shift = tl.maximum(bits - BIN_BITS, 0)
     b_count = tl.zeros((BINS,), tl.int32)
-    whole = tl.cast(length, tl.int64) // TILE
-    part = tl.program_id(0).to(tl.int64)
-    parts = tl.num_programs(0).to(tl.int64)
-    for i_tile in range(part, whole, parts):
-        b_count += _counts_of_tile(p_source, i_tile, length, first_key, stop_key, shift, TILE, BINS, True)
-    if (whole % parts == part) & (whole * TILE < length):
-        b_count += _counts_of_tile(p_source, whole, length, first_key, stop_key, shift, TILE, BINS, False)
+    tiles = tl.cdiv(tl.cast(length, tl.int64), TILE)
+    for i_tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0).to(tl.int64)):
+        left = tl.minimum(length - i_tile * TILE, TILE).to(tl.int32)
+        b_entry = tl.arange(0, TILE)
+        b_valid = b_entry < left
+        b_acc = tl.load(p_source + i_tile * TILE + b_entry, mask=b_valid, other=0.0)
+        b_key = magnitude_key(canonical(b_acc))
+        b_bin = (b_key - first_key) >> shift
+        b_inside = b_valid & (b_key >= first_key) & (b_key < stop_key) & (b_bin < BINS)
+        b_count += tl.histogram(b_bin & (BINS - 1), BINS, mask=b_inside)
     p_histogram = p_control + HISTOGRAMS + level * BINS + tl.arange(0, BINS)
     tl.atomic_add(p_histogram, b_count.to(tl.int64), mask=b_count > 0, sem="relaxed")
+
+
+@triton.jit
+def bits_from(first_key):
+    """How many bits tell the keys from this one on apart."""
+    bits = tl.cast(0, tl.int32)
+    while (LAST_KEY - first_key) >> bits > 0:
+        bits += 1
+    return bits
 
 
 @triton.jit
@@ -127,126 +114,9 @@ def narrow(p_control, level, total, wanted, first_key, stop_key, bits, BINS: tl.
     wanted -= tl.where(missed, 0, tl.sum(tl.where(b_bin == bin, b_at_least - b_count, 0), 0))
     next_key = tl.where(missed, stop_key, first_key + (bin << shift))
     stop_key = tl.where(missed, LAST_KEY, stop_key)
-    return count, wanted, next_key, stop_key, tl.where(missed, ALL_BITS, shift)
-
-
-@triton.jit
-def count_rows(
-    p_list,
-    p_err,
-    p_tile,
-    p_rows,
-    p_groups,
-    p_control,
-    p_near,
-    first_key,
-    stop_key,
-    apart,
-    tiles,
-    runs,
-    run_tiles,
-    n,
-    LISTED: tl.constexpr,
-    TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    """Counts the keys from stop_key on, by row and by group of rows, of this program's share of the runs.
-    Keys from first_key on that are below it are set apart with their rows, or else are counted as ties."""
-    p_taken = (p_control + NEAR).to(tl.pointer_type(tl.int32)) + tl.zeros((ROWS, BLOCK), tl.int32)
-    tie = tl.where(apart, 0, 65536)
-    apart_key = tl.where(apart, first_key, LAST_KEY)
-    for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
-        # Not asked for a run ahead: of a block that a loop carries, Triton 3.6 reduces what it was at first.
-        first = i_run * run_tiles
-        if LISTED:
-            p_source = p_list
-            b_base, b_length = listed_rows(p_tile, first, tl.minimum(tiles - first, run_tiles), ROWS)
-        else:
-            p_source = p_err + tl.cast(first, tl.int64) * TILE
-            b_base, b_length = shares_of_run(first, run_tiles, n, TILE, ROWS)
-        b_row = i_run * ROWS + tl.arange(0, ROWS)
-        b_both = tl.zeros((ROWS,), tl.int32)
-        longest = tl.max(b_length, 0)
-        for done in range(0, longest, BLOCK):
-            b_entry = done + tl.arange(0, BLOCK)
-            b_valid = b_entry[None, :] < b_length[:, None]
-            b_acc = tl.load((p_source + b_base)[:, None] + b_entry[None, :], mask=b_valid, other=0.0)
-            b_key = magnitude_key(canonical(b_acc))
-            b_near = b_valid & (b_key >= first_key) & (b_key < stop_key)
-            b_class = tl.where(b_valid & (b_key >= stop_key), 1, tl.where(b_near, tie, 0))
-            b_both += tl.sum(b_class, 1)
-            b_apart = b_near & (b_key >= apart_key)
-            b_slot = tl.atomic_add(p_taken, tl.full(b_key.shape, 1, tl.int32), mask=b_apart, sem="relaxed")
-            tl.store(p_near + b_slot, b_key, mask=b_apart)
-            tl.store(p_near + ROOM + b_slot, tl.zeros_like(b_key) + b_row[:, None], mask=b_apart)
-        store_counts(p_rows, p_groups, i_run, b_both, ROWS, GROUP)
-
-
-@triton.jit
-def _add_winners(
-    p_rows,
-    p_groups,
-    p_near,
-    first,
-    count,
-    threshold,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    PART: tl.constexpr,
-):
-    b_slot = first + tl.arange(0, PART)
-    b_inside = b_slot < count
-    b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
-    b_row = tl.load(p_near + SIZE + b_slot, mask=b_inside, other=0, cache_modifier=".cg")
-    b_wins = b_key >= threshold
-    b_tie = (b_key == threshold).to(tl.int32)
-    tl.atomic_add(p_rows + b_row, tl.where(b_tie > 0, 65536, 1), mask=b_wins, sem="relaxed")
-    b_one = tl.full((PART,), 1, tl.int64)
-    tl.atomic_add(p_groups + 2 * (b_row // GROUP) + b_tie, b_one, mask=b_wins, sem="relaxed")
-
-
-@triton.jit
-def _threshold(p_near, first_key, stop_key, count, wanted, SIZE: tl.constexpr):
-    """(the `wanted`-th of the `count` keys set apart, how many lie above it)"""
-    b_slot = tl.arange(0, SIZE)
-    b_inside = b_slot < count
-    b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
-    low, high, reach = first_key, stop_key, count.to(tl.int32)
-    while (high - low > 1) & (reach > wanted):
-        middle = low + (high - low) // 2
-        there = tl.sum(tl.where(b_key >= middle, 1, 0), 0)
-        up = there >= wanted
-        low = tl.where(up, middle, low)
-        reach = tl.where(up, there, reach)
-        high = tl.where(up, high, middle)
-    # Exactly as many as are wanted may have been found before the interval closed.
-    threshold = tl.min(tl.where(b_key >= low, b_key, LAST_KEY), 0)
-    return threshold, tl.sum((b_key > threshold).to(tl.int32), 0)
-
-
-@triton.jit
-def pick_threshold(
-    p_rows,
-    p_groups,
-    p_control,
-    p_near,
-    first_key,
-    stop_key,
-    count,
-    wanted,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Picks the `wanted`-th of the keys set apart, and adds those that win, and tie, to the counts."""
-    PART: tl.constexpr = SIZE // 4
-    if count <= PART:  # a search through few takes half the time
-        threshold, above = _threshold(p_near, first_key, stop_key, count, wanted, PART)
-    else:
-        threshold, above = _threshold(p_near, first_key, stop_key, count, wanted, SIZE)
-    tl.store(p_control + THRESHOLD, threshold.to(tl.int64))
-    tl.store(p_control + QUOTA, wanted - above)
-    for first in range(0, count.to(tl.int32), PART):  # anew, because all of them take all registers
-        _add_winners(p_rows, p_groups, p_near, first, count, threshold, GROUP, SIZE, PART)
+    bits = tl.where(missed, ALL_BITS, shift)
+    # There are but two keys from infinity on: its own, and that of NaN.
+    if (next_key >= INFINITY) & (missed == 0) & ((shift <= FRACTION_BITS) & (count > 0)):
+        next_key = tl.where(next_key > INFINITY, QUIET_NAN, next_key)
+        bits = tl.cast(0, tl.int32)
+    return count, wanted, next_key, stop_key, bits

@@ -22,21 +22,23 @@ def reach_both(b_key, key, other_key):
 @triton.jit
 def key_of_rank(b_key, rank, low, high, BITS: tl.constexpr):
     """The largest key that `rank` keys reach, without its BITS lowest bits; `rank` of them reach `low`, and
-    fewer `high`."""
+    fewer `high`. A step looks at two keys, which takes little longer than one, and leaves a third."""
     low >>= BITS
     high = ((high - 1) >> BITS) + 1
     while high - low > 1:
-        middle = low + (high - low) // 2
-        if reach(b_key, middle << BITS) >= rank:
-            low = middle
-        else:
-            high = middle
+        third = tl.maximum((high - low) // 3, 1)
+        lower, upper = low + third, high - third
+        there, above = reach_both(b_key, lower << BITS, upper << BITS)
+        up, far_up = there >= rank, above >= rank
+        high = tl.where(far_up, high, tl.where(up, upper, lower))
+        low = tl.where(far_up, upper, tl.where(up, lower, low))
     return low << BITS
 
 
 @triton.jit
-def keys_of_ranks(b_key, rank, low, high, other_rank, other_low, other_high, BITS: tl.constexpr):
-    """`key_of_rank` of two ranks, side by side: a step of the one does not wait for the other's."""
+def keys_of_ranks(b_key, rank, low, high, reached, other_rank, other_low, other_high, BITS: tl.constexpr):
+    """`key_of_rank` of two ranks, side by side: a step of the one does not wait for the other's. And how many
+    keys reach the first of them; so many reach `low`."""
     low >>= BITS
     high = ((high - 1) >> BITS) + 1
     other_low >>= BITS
@@ -48,9 +50,10 @@ def keys_of_ranks(b_key, rank, low, high, other_rank, other_low, other_high, BIT
         up, other_up = there >= rank, other_there >= other_rank
         # What has closed stays: its middle is its low end, which enough keys reach.
         low, high = tl.where(up, middle, low), tl.where(up, high, middle)
+        reached = tl.where(up, there, reached)
         other_low = tl.where(other_up, other_middle, other_low)
         other_high = tl.where(other_up, other_high, other_middle)
-    return low << BITS, other_low << BITS
+    return low << BITS, reached, other_low << BITS
 
 
 @triton.jit

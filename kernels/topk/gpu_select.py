@@ -120,7 +120,9 @@ def count_run(
     """Counts what lies above the threshold and what ties with it, by row and by group of rows."""
     if in_list:
         p_source = p_list
-        b_base, b_length = listed_rows(p_tile, first_tile, stop_tile - first_tile, ROWS)
+        b_base, b_length, _base, _length = listed_rows(
+            p_tile, first_tile, stop_tile - first_tile, ROWS, False
+        )
     else:
         p_source = p_err + tl.cast(first_tile, tl.int64) * TILE
         b_first, b_length = shares_of_run(first_tile, run_tiles, n, TILE, ROWS)

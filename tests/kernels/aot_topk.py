@@ -26,6 +26,7 @@ POINTERS = {
     "p_err": "*fp32",
     "p_list": "*fp32",
     "p_locals": "*i16",
+    "p_bracket": "*fp32",
     "p_tile": "*i64",
     "p_rows": "*i32",
     "p_runs": "*i64",
@@ -50,6 +51,8 @@ NUMBERS = dict.fromkeys(
         "n",
         "k",
         "capacity",
+        "bracket_capacity",
+        "long",
         "first_tile",
         "tiles",
         "runs",
@@ -119,7 +122,8 @@ def _stream() -> list[Variant]:
             ("last", True, False),
             ("no list", False, False),
         ):
-            constants = {**TILE, "LISTING": listing, "FOURS": fours, **residual_constants("")}
+            constants = {**TILE, "LISTING": listing, "BRACKET": listing, "FOURS": fours}
+            constants |= residual_constants("")
             made.append(
                 _variant(
                     *("gpu_kernels", "stream_kernel", f"{grad}, {label}", constants, warps, each * fours),
@@ -128,7 +132,7 @@ def _stream() -> list[Variant]:
                 )
             )
     for options in (", clip", ", clip, stats"):
-        constants = {**TILE, "LISTING": True, "FOURS": True, **residual_constants(options)}
+        constants = {**TILE, "LISTING": True, "BRACKET": True, "FOURS": True, **residual_constants(options)}
         made.append(
             _variant(
                 *("gpu_kernels", "stream_kernel", f"fp32, fours{options}", constants, warps),
@@ -146,7 +150,8 @@ def _select() -> list[Variant]:
         k = int(n * ratio)
         refine, emit = (
             {**TILE, "ROWS": rows, "BLOCK": block, "GROUP": gpu_select.GROUP}
-            for _, rows, block in gpu.run_shapes(n, k)
+            | {"BRACKET": gpu_guess.listing(n, k)}
+            for rows, block in gpu.run_shapes(n, k)
         )
         refine |= {"BINS": gpu_control.BINS, "ROOM": gpu_refine.NEAR_ROOM}
         refine |= {"LEVEL_TILE": gpu_refine.LEVEL_TILE}

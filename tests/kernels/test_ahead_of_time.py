@@ -25,7 +25,7 @@ BUDGETS = {
     "topk.guess_kernel": (128, 96),
     "topk.stream_kernel": (96, 64),
     # Two programs of 8 warps must fit on a processor, for they wait for each other.
-    "topk.refine_kernel": (128, 96),
+    "topk.refine_kernel": (128, 128),
     "topk.emit_kernel": (128, 112),
     "topk.list_sample_kernel": (48, 32),
     "topk.list_guess_kernel": (80, 64),
@@ -88,7 +88,8 @@ LONE = (255, 216)
 # Bytes of stack, and instructions that use it: a word or two where that lets one more program fit on a
 # processor, and more in variants for vectors past 2^31 elements.
 SPILLED = (
-    (r"topk\.list_stream_kernel\[fp32, whole\]", "sm_80", 12),
+    (r"topk\.list_stream_kernel\[(fp32|bf16), (whole|unaligned)\]", "sm_.*", 12),
+    (r"topk\.guess_kernel\[fp32.*\]", "sm_(90|100)", 8),
     (r"topk\.sum_kernel\[(fp32|bf16), i32, few\]", "sm_.*", 40),
     # Launches keep threads to the registers of whole groups; the one that the end cuts short spills masks.
     (r"sign\.compress_kernel\[.*\]", "sm_.*", 240),
@@ -238,8 +239,8 @@ def test_the_stream_moves_each_element_once(
             assert found["instructions_an_element"] <= INSTRUCTIONS, line
             assert found["bytes_read_an_element"] == size + 4, line
             assert found["bytes_written_an_element"] == 4, line
-            # A value and an index each, under a predicate: 6 bytes a survivor.
-            assert found["list_stores_an_element"] == 2, line
+            # A value and an index each, under a predicate: 6 bytes a survivor, and 4 in the bracket.
+            assert found["list_stores_an_element"] == 3, line
 
 
 def test_nothing_is_contracted_flushed_or_approximate(report: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ if torch.cuda.is_available():
 
 from gck.kernels.topk import gpu, gpu_guess, gpu_stream
 from gck.kernels.topk.gpu_bracket import sample_shape
-from gck.kernels.topk.gpu_control import GUESS, TIE, WORDS
+from gck.kernels.topk.gpu_control import CLUSTERED, GUESS, TIE, WORDS
 from gck.kernels.topk.gpu_refine import COUNT, RESTORE
 from tests.contract import check_case
 from tests.kernels.bits import bit_patterns
@@ -175,7 +175,23 @@ GUESSED: dict[str, Any] = {
     "rows of 64": lambda: rows(2**19, 64, 1.0),
     "rows of 768": lambda: rows(2**20, 768, 3.0),
 }
-DENSITIES = (0.0001, 0.001, 0.01, 0.0125, 0.03, 0.0355, 0.0625, 0.087, 0.1, 0.15, 0.17, 0.18, 0.19, 0.25)
+DENSITIES = (
+    0.00001,
+    0.0001,
+    0.001,
+    0.01,
+    0.0125,
+    0.03,
+    0.0355,
+    0.0625,
+    0.087,
+    0.1,
+    0.15,
+    0.17,
+    0.18,
+    0.19,
+    0.25,
+)
 
 
 @pytest.mark.parametrize("case", GUESSED)
@@ -201,6 +217,8 @@ def test_a_guess_by_many_programs_lists_enough_and_not_too_much(case: str) -> No
             HINT=False,
         )
         guess, tie = (int(control[word.value]) for word in (GUESS, TIE))
+        if case == "gaussian" or (case == "rows of 768" and density >= 0.001):
+            assert int(control[CLUSTERED.value]) == (case != "gaussian"), density
         listed = int((keys >= guess).sum())
         ties = int((keys == tie - 1).sum()) if tie else 0
         assert listed <= capacity, (density, listed / k)
@@ -257,6 +275,61 @@ TIE_COUNTS = [256, 257, 8 * 256 - 1, 8 * 256, SMALL - 1]
 def test_ties_end_anywhere_in_a_run(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
     check(gck.TopK(k=k), torch.ones(SMALL), torch.zeros(SMALL))
+
+
+TOGETHER: dict[str, Any] = {
+    "sorted up": lambda: torch.linspace(0.1, 9.0, SMALL),
+    "sorted down": lambda: torch.linspace(9.0, 0.1, SMALL),
+    "rows": lambda: rows(SMALL, 128, 2.0)[0],
+    "a block of ties": lambda: torch.where((torch.arange(SMALL) - 700).abs() < 250, 3.0, torch.randn(SMALL)),
+    "infinities beside each other": lambda: torch.cat(
+        [torch.full((300,), math.inf), torch.randn(SMALL - 300)]
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_long_tiles_are_shared_out(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    monkeypatch.setattr(gpu, "LONG", 2)
+    grad = TOGETHER[case]()
+    for k in (60, 400, SMALL // 4):
+        for value_dtype in (torch.float32, torch.bfloat16):
+            seen: dict[str, int] = {}
+            mode = check(gck.TopK(k=k, value_dtype=value_dtype), grad, torch.zeros(SMALL), seen=seen)
+            if case in ("sorted up", "sorted down", "rows"):
+                assert seen["clustered"] == 1
+                assert mode in (LIST, NEAR)
+                assert seen["long"] > 0
+    scattered = make("gaussian", SMALL, torch.float32)
+    assert check(gck.TopK(k=400), *scattered, seen=seen) == NEAR
+    assert (seen["clustered"], seen["long"]) == (0, 0)
+
+
+def test_the_bracket_has_a_list_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds what is not surely among the winners, unless ties are counted instead."""
+    shrink(monkeypatch)
+    grad, err = make("gaussian", SMALL, torch.float32)
+    keys = (grad + err).abs().view(torch.int32)
+    for k in (100, 400, SMALL // 4):
+        seen: dict[str, int] = {}
+        assert check(gck.TopK(k=k), grad, err, seen=seen) == NEAR
+        assert seen["listed"] == int((keys >= seen["guess"]).sum())
+        assert seen["close"] == int(((keys >= seen["guess"]) & (keys < seen["stop"])).sum())
+        assert seen["listed"] - seen["close"] < k
+    monkeypatch.setattr(gpu, "BRACKET_SHARE", 2**20)  # no room: the list is searched
+    for k in (100, 400, SMALL // 4):
+        assert check(gck.TopK(k=k), grad, err, seen=seen) == NEAR
+        assert seen["close"] > 0
+
+
+@pytest.mark.parametrize("case", ["gaussian", "ties", "all zero", "nonfinite", "clustered", "sorted"])
+def test_counts_that_need_a_word_each(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a vector past 2**31 elements takes: no list of the bracket, no long tiles."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(gpu, "MOST_IN_HALF", 0)
+    for k in (40, 500):
+        check(gck.TopK(k=k), *make(case, SMALL, torch.float32))
 
 
 def test_winners_before_ties(monkeypatch: pytest.MonkeyPatch) -> None:

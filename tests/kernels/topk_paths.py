@@ -23,7 +23,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     """Tiles, runs and groups so small, and a sample so dense, that a few thousand elements have several
     of each; and a list of a given capacity."""
     small = {"TILE": 256, "BLOCK": 32, "GROUP": 8, "FEWEST_RUNS": 1, "NEAR_ROOM": 128, "LINES": 16}
-    small["SHAPES"] = {16: ((8, 16), (4, 16)), 32: ((4, 16), (8, 32))}
+    small |= {"REFINE_SHAPES": {16: 8, 32: 4}, "EMIT_SHAPES": {16: 4, 32: 8}}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 256)
@@ -39,8 +39,10 @@ def check(
     hint: int | None = None,
     device: str = "cpu",
     aligned: bool = False,
+    seen: dict[str, int] | None = None,
 ) -> int:
-    """Compresses between canaries, compares every byte with the reference, and returns the mode."""
+    """Compresses between canaries, compares every byte with the reference, and returns the mode; `seen` takes
+    what the control block has counted."""
     fields, new_err, cleared = reference.compress(compressor, grad, err)
     n = grad.numel()
     g, e = Guarded.of(grad.to(device)), Guarded.of(err.to(device))
@@ -81,6 +83,15 @@ def check(
         assert int(last) == int(keys.sort(descending=True).values[fields[0].numel() - 1])
     k = fields[0].numel()
     listed, ties = (int(control[word.value]) for word in (gpu_control.LISTED, gpu_control.TIES))
+    if n < gpu.MOST_IN_HALF:
+        tied = int(control[gpu_control.TIE.value]) > 0
+        listed, ties = listed & gpu_control.HALF_MASK.value, (listed >> 32) * tied
+    if seen is not None:
+        words = {"long": gpu_control.LONG_TILES, "clustered": gpu_control.CLUSTERED}
+        seen |= {name: int(control[word.value]) for name, word in words.items()}
+        seen |= {"listed": listed, "close": int(control[gpu_control.LISTED.value]) >> 32}
+        seen |= {"guess": int(control[gpu_control.GUESS.value])}
+        seen |= {"stop": int(control[gpu_control.BRACKET_STOP.value])}
     capacity = (
         gpu_guess.list_capacity(n, k, gpu.sampled_lines(n, k), gpu.LINES) if gpu_guess.listing(n, k) else 0
     )
