@@ -1,9 +1,10 @@
 """Exact top-k with error feedback on the GPU: guess, stream, refine, emit. A kernel each.
 
 `guess` brackets the k-th largest key by a sample; `stream` reads grad and err once, writes acc = grad + err
-to err, and moves what reaches the guess to a list; `refine` finds the exact key and how many winners each
-run of tiles holds, from the list or, where that was no help, from err; `emit` writes the winners in order,
-and to err what they and the losers leave there.
+to err, moves what reaches the guess to a list, and copies what of that lies in the bracket to another;
+`refine` finds the exact key and how many winners each tile holds, from the bracket's list, the whole one,
+or, where that was no help, from err; `emit` writes the winners in order, and to err what they and the losers
+leave there.
 
 Grids follow from the number of elements alone. Every decision is taken on the device (see `gpu_control`), and
 nothing waits for the host. Atomic additions of integers place and count; no result depends on their order,

@@ -42,8 +42,8 @@ def _classes(
     apart_key,
     ROOM: tl.constexpr,
 ):
-    """1 for each key from stop_key on, 65536 for each tie. Keys from first_key on that are below it set
-    apart with their rows if they reach apart_key, and else are ties."""
+    """1 for each key from stop_key on, 65536 for each tie. Keys from first_key on that are below it are set
+    apart, with their rows, if they reach apart_key, and else are ties."""
     b_key = magnitude_key(canonical(b_acc))
     b_close = b_valid & (b_key >= first_key) & (b_key < stop_key)
     b_apart = b_close & (b_key >= apart_key)

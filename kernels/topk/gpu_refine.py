@@ -4,8 +4,8 @@ The k-th key lies in an interval of keys: the bracket, or all keys. A level of t
 interval's keys in bins, all programs together, and the bin of the k-th is the next level's interval. Once it
 has few keys, one pass counts what lies above them by row, and sets them apart, each with its row: the last
 program to arrive picks the threshold from them and counts the winners among them. After most guesses that
-takes one level and one pass over the list; where the list was no help, it is first put back into err, which
-is searched instead.
+takes one level and one pass over the bracket's own list; where the list was no help, it is first put back
+into err, which is searched instead.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

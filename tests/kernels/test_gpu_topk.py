@@ -38,10 +38,12 @@ def tied(n: int) -> tuple[Tensor, Tensor]:
     return grad, torch.zeros(n)
 
 
+EITHER = -1  # LIST, after one level of the search or more: a bin may have more than are set apart
 MODES: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], float, int | None, int]] = {
     "list": (lambda n: make("gaussian", n, torch.float32), 0.01, None, NEAR),
     "few of many": (lambda n: make("clustered", n, torch.float32), 0.001, None, NEAR),
-    "many of many": (lambda n: make("gaussian", n, torch.float32), 0.1, None, NEAR),
+    "many of many": (lambda n: make("gaussian", n, torch.float32), 0.1, None, EITHER),
+    "beside each other": (lambda n: make("sorted", n, torch.float32), 0.01, None, EITHER),
     "ties": (tied, 0.01, None, LIST),
     "above the bracket": (lambda n: make("gaussian", n, torch.float32), 0.01, key_of(2.6), LIST),
     "constant": (lambda n: (torch.ones(n), torch.zeros(n)), 0.01, None, KNOWN),
@@ -64,7 +66,8 @@ def test_modes(mode: str, aligned: bool, value_dtype: torch.dtype) -> None:
     for n in (N, 40 * 2**20):
         compressor = gck.TopK(ratio=ratio, value_dtype=value_dtype)
         if n < 2**22 or value_dtype == torch.float32:
-            assert check(compressor, *data(n), hint=hint, device="cuda", aligned=aligned) == wanted
+            got = check(compressor, *data(n), hint=hint, device="cuda", aligned=aligned)
+            assert got == wanted or (wanted == EITHER and got in (LIST, NEAR))
 
 
 @pytest.mark.parametrize("hint", [-(2**31), -1, 0, 1, 0x7F800000, 0x7F800001, 0x7FFFFFFF, key_of(1.0)])
