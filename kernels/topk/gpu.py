@@ -142,10 +142,8 @@ def compress_(
     words = WORDS + 2 * triton.cdiv(rows, GROUP)
     control = torch.zeros(words, dtype=torch.int64, device=grad.device)
     list_, locals_ = scratch(capacity, torch.float32), scratch(capacity, torch.int16)
-    bracketed, near = (
-        scratch(bracket_capacity + TILE * listing, torch.float32),
-        scratch(2 * NEAR_ROOM, torch.int32),
-    )
+    bracketed = scratch(bracket_capacity + TILE * listing, torch.float32)
+    near = scratch(2 * NEAR_ROOM, torch.int32)
     tile_words = scratch((TILE_WORDS.value + 1) * tiles * listing)  # and the numbers of long tiles
     counts = scratch(rows, torch.int32), control[WORDS:]
     if nonfinite is None:
@@ -190,7 +188,7 @@ def compress_(
         for step in (TOGETHER.value,) if programs else range(RESTORE.value, COUNT.value + 1):
             refine_kernel[(min(tiles, programs or INTERPRETED_PROGRAMS),)](
                 *(err, list_, locals_, bracketed, tile_words, *counts, control, near),
-                *(n, k, capacity, bracket_capacity, tiles, runs[0], shapes[0].rows, long, step),
+                *(n, k, capacity, bracket_capacity, tiles, runs[0], long, step),
                 LISTING=listing,
                 BINS=BINS,
                 LEVEL_TILE=min(LEVEL_TILE, TILE),
@@ -202,7 +200,7 @@ def compress_(
             )
         emit_kernel[(runs[1],)](
             *(err, list_, locals_, tile_words, *counts, control),
-            *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, shapes[1].rows, long),
+            *(values, indices, nonfinite, p_hint, n, k, capacity, tiles, long),
             num_warps=EMIT_WARPS,
             **registers(EMIT_REGISTERS),
             **_options(shapes[1]),

@@ -43,9 +43,7 @@ ARRIVED = tl.constexpr(16)  # programs that are done with their part
 PASSED = tl.constexpr(17)  # programs that came to a barrier, each of them counted every time
 EXPECTED = tl.constexpr(18)  # about the k-th key: what reaches it probably wins; at least the guess
 SAMPLED = tl.constexpr(19)  # programs of the guess that are done with their part
-SQUARES = tl.constexpr(
-    20
-)  # of the sample's hits a line; above them these hits, and the keys that are offered
+SQUARES = tl.constexpr(20)  # of the sample's hits a line; and, above them, the hits, and the keys offered
 OVERFLOWN = tl.constexpr(21)  # programs of the guess that have more to offer than there is room for
 ZEROS = tl.constexpr(22)  # programs of the guess that offer all they have but zeros
 CLUSTERED = tl.constexpr(23)  # whether some tiles may have many times the candidates of others

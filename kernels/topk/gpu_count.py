@@ -142,7 +142,6 @@ def count_listed(
     apart_key,
     tiles,
     runs,
-    run_tiles,
     clustered,
     long,
     TILE: tl.constexpr,
@@ -157,15 +156,14 @@ def count_listed(
     long = tl.where(clustered, long, TILE)
     for i_run in range(tl.program_id(0), runs, tl.num_programs(0)):
         # Not asked for a run ahead: of a block that a loop carries, Triton 3.6 reduces what it was at first.
-        first = i_run * run_tiles
-        count = tl.minimum(tiles - first, run_tiles)
-        b_base, b_listed, b_close_base, b_close = listed_rows(p_tile, first, count, ROWS, BRACKET)
+        first = i_run * ROWS
+        b_base, b_listed, b_close_base, b_close = listed_rows(p_tile, first, tiles - first, ROWS, BRACKET)
         b_base = tl.where(in_bracket, b_close_base, b_base)
         b_length = tl.where(in_bracket, b_close, b_listed)
         b_both = b_listed - b_length
         b_short = b_listed <= long
         b_length = tl.where(b_short, b_length, 0)
-        b_row = i_run * ROWS + tl.arange(0, ROWS)
+        b_row = first + tl.arange(0, ROWS)
         longest = tl.max(b_length, 0)
         for done in range(0, longest, BLOCK):
             b_entry = done + tl.arange(0, BLOCK)
@@ -178,7 +176,7 @@ def count_listed(
         b_both = tl.where(b_short, b_both, 0)
         tl.store(p_rows + b_row, b_both, mask=b_short)
         above, ties = tl.sum(b_both & 0xFFFF, 0), tl.sum(b_both >> 16, 0)
-        _add_to_group(p_groups, i_run * ROWS, above, ties, GROUP)
+        _add_to_group(p_groups, first, above, ties, GROUP)
     # Other programs wrote these, beside words that a nearer cache may still hold.
     long_tiles = tl.cast(0, tl.int32)
     if clustered:

@@ -82,9 +82,7 @@ def stream_kernel(
     )
 
 
-@triton.jit(
-    do_not_specialize=["n", "k", "capacity", "bracket_capacity", "tiles", "runs", "run_tiles", "long", "step"]
-)
+@triton.jit(do_not_specialize=["n", "k", "capacity", "bracket_capacity", "tiles", "runs", "long", "step"])
 def refine_kernel(
     p_err,
     p_list,
@@ -101,7 +99,6 @@ def refine_kernel(
     bracket_capacity,
     tiles,
     runs,
-    run_tiles,
     long,
     step,
     LISTING: tl.constexpr,
@@ -193,7 +190,7 @@ def refine_kernel(
         to = (p_rows, p_groups, p_control, p_near, first_key, stop_key, apart_key)
         if mode == LIST:
             source = (p_source, in_bracket, p_tile, p_long)
-            those = (tiles, runs, run_tiles, clustered, long)
+            those = (tiles, runs, clustered, long)
             count_listed(*source, *to, *those, TILE, ROWS, BLOCK, GROUP, ROOM, BRACKET)
         else:
             count_scanned(p_err, *to, tiles, n, TILE, GROUP, ROOM)
@@ -207,7 +204,7 @@ def refine_kernel(
                 tl.store(p_control + QUOTA, wanted)
 
 
-@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "run_tiles", "long"])
+@triton.jit(do_not_specialize=["n", "k", "capacity", "tiles", "long"])
 def emit_kernel(
     p_err,
     p_list,
@@ -224,7 +221,6 @@ def emit_kernel(
     k,
     capacity,
     tiles,
-    run_tiles,
     long,
     BRACKET: tl.constexpr,
     HINT: tl.constexpr,
@@ -241,14 +237,13 @@ def emit_kernel(
     quota = tl.load(p_control + QUOTA)
     if HINT and i_run == 0:
         tl.store(p_hint, threshold)
-    first = i_run * run_tiles
-    stop = tl.minimum(first + run_tiles, tiles)
     to = (p_rows, p_groups, p_values, p_indices, p_nonfinite)
     if in_list:
         expected = key_as_number(p_control + EXPECTED)
         clustered = tl.load(p_control + CLUSTERED) > 0
         source = (p_list, p_locals, p_err, p_tile)
-        run = (i_run, first, stop, 0, threshold, quota, expected, tl.where(clustered, long, TILE))
+        first = i_run * ROWS
+        run = (i_run, first, tiles, 0, threshold, quota, expected, tl.where(clustered, long, TILE))
         emit_listed(*source, *to, *run, TILE, ROWS, BLOCK, GROUP, BRACKET)
         if clustered:
             long_tiles = tl.load(p_control + LONG_TILES).to(tl.int32)

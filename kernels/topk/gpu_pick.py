@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.topk.gpu_control import LAST_KEY, QUOTA, THRESHOLD
-from gck.kernels.topk.gpu_search import reach_both
+from gck.kernels.topk.gpu_search import reach_both, third_of, thirds
 
 
 @triton.jit
@@ -41,12 +41,10 @@ def _threshold(p_near, first_key, stop_key, count, wanted, SIZE: tl.constexpr):
     b_key = tl.load(p_near + b_slot, mask=b_inside, other=-1, cache_modifier=".cg")
     low, high, reach = first_key, stop_key, count.to(tl.int32)
     while (high - low > 1) & (reach > wanted):
-        third = tl.maximum((high - low) // 3, 1)
-        lower, upper = low + third, high - third
+        lower, upper = thirds(low, high)
         there, above = reach_both(b_key, lower, upper)
         up, far_up = there >= wanted, above >= wanted
-        high = tl.where(far_up, high, tl.where(up, upper, lower))
-        low = tl.where(far_up, upper, tl.where(up, lower, low))
+        low, high = third_of(low, high, lower, upper, up, far_up)
         reach = tl.where(far_up, above, tl.where(up, there, reach))
     # Exactly as many as are wanted may have been found before the interval closed.
     threshold = tl.min(tl.where(b_key >= low, b_key, LAST_KEY), 0)

@@ -20,18 +20,29 @@ def reach_both(b_key, key, other_key):
 
 
 @triton.jit
+def thirds(low, high):
+    """Two keys that cut an interval of two or more in three."""
+    third = tl.maximum((high - low) // 3, 1)
+    return low + third, high - third
+
+
+@triton.jit
+def third_of(low, high, lower, upper, up, far_up):
+    """(low, high) of what is left: from `upper` if enough keys reach it, or from `lower`, or below that."""
+    kept = tl.where(up, upper, lower)
+    return tl.where(far_up, upper, tl.where(up, lower, low)), tl.where(far_up, high, kept)
+
+
+@triton.jit
 def key_of_rank(b_key, rank, low, high, BITS: tl.constexpr):
     """The largest key that `rank` keys reach, without its BITS lowest bits; `rank` of them reach `low`, and
     fewer `high`. A step looks at two keys, which takes little longer than one, and leaves a third."""
     low >>= BITS
     high = ((high - 1) >> BITS) + 1
     while high - low > 1:
-        third = tl.maximum((high - low) // 3, 1)
-        lower, upper = low + third, high - third
+        lower, upper = thirds(low, high)
         there, above = reach_both(b_key, lower << BITS, upper << BITS)
-        up, far_up = there >= rank, above >= rank
-        high = tl.where(far_up, high, tl.where(up, upper, lower))
-        low = tl.where(far_up, upper, tl.where(up, lower, low))
+        low, high = third_of(low, high, lower, upper, there >= rank, above >= rank)
     return low << BITS
 
 

@@ -58,7 +58,6 @@ NUMBERS = dict.fromkeys(
         "runs",
         "words",
         "step",
-        "run_tiles",
         "lines",
         "stride",
         "steps",

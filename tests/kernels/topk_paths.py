@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from gck.kernels.topk import gpu, gpu_control, gpu_guess, reference
+from gck.kernels.topk import gpu, gpu_control, gpu_guess, gpu_kernels, reference
 from tests.cases import Guarded, same_bytes
 
 LIST, KNOWN, SCAN = (mode.value for mode in (gpu_control.LIST, gpu_control.KNOWN, gpu_control.SCAN))
+SMALL = 4000 + 5  # elements, of the tiles of `shrink`: two runs of 8 tiles, the last of which is cut short
 NEAR = 3  # LIST, where one level of the search was enough
 
 
@@ -26,10 +28,18 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     small |= {"REFINE_SHAPES": {16: 8, 32: 4}, "EMIT_SHAPES": {16: 4, 32: 8}}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu_kernels, "LONG_SOURCE", tl.constexpr(512))
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 256)
     monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 2)
     if capacity is not None:
         monkeypatch.setattr(gpu_guess, "list_capacity", lambda n, k, lines, part: capacity)
+
+
+def rows(n: int, width: int, spread: float) -> tuple[Tensor, Tensor]:
+    """Rows of normal numbers, each with a scale of its own."""
+    generator = torch.Generator().manual_seed(5)
+    scales = (spread * torch.randn(-(-n // width), generator=generator)).exp()
+    return torch.randn(n, generator=generator) * scales.repeat_interleave(width)[:n], torch.zeros(n)
 
 
 def check(
