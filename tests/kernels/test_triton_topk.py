@@ -156,6 +156,18 @@ def test_a_hint_is_left_where_nothing_is_sampled(n: int, monkeypatch: pytest.Mon
     assert check(gck.TopK(k=50), *make("ties", n, torch.float32), hint=0) == SCAN
 
 
+@pytest.mark.parametrize("programs", [1, 3])
+def test_a_programs_share_of_err_lies_in_several_groups(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch, 1100)
+    monkeypatch.setattr(gpu, "INTERPRETED_PROGRAMS", programs)  # 16 tiles, groups of 8
+    assert check(gck.TopK(k=1000), torch.ones(SMALL), torch.zeros(SMALL)) == KNOWN
+    data = make("gaussian", SMALL, torch.float32)
+    assert check(gck.TopK(k=300), *data, hint=key_of(4.0)) == SCAN
+    assert check(gck.TopK(k=3000), *data) == SCAN
+
+
 TIE_COUNTS = [256, 257, 8 * 256 - 1, 8 * 256, SMALL - 1]
 
 
