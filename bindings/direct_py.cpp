@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <functional>
 #include <tuple>
 
 #include "cpu/chunk_topk.hpp"
@@ -12,14 +11,13 @@
 #include "cpu/sign.hpp"
 #include "cpu/sparse.hpp"
 #include "cpu/topk.hpp"
-#include "tensors.hpp"
+#include "direct.hpp"
+#include "maker.hpp"
 
 namespace py = pybind11;
 
 namespace gck {
 namespace {
-
-using Fields = std::array<const char*, kMostFields>;
 
 BodyField field_of(int code, int bits, int64_t offset, const std::vector<int64_t>& shape) {
   BodyField field{{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
@@ -29,27 +27,6 @@ BodyField field_of(int code, int bits, int64_t offset, const std::vector<int64_t
                   {shape[0]}};
   if (field.ndim == 2) field.count *= field.shape[1] = shape[1];
   return field;
-}
-
-// A compressor for vectors of one length. Its kernels are told the rest at each call.
-struct Direct {
-  int64_t numel;
-  BodyLayout layout;
-  std::function<void(const Inputs&, char* body, int64_t seed, int threads)> compress;
-  // False: the payload contradicts itself, and nothing was written.
-  std::function<bool(const Fields&, const DecodeInto&, int64_t seed, int threads)> decompress;
-};
-
-// The fields of a new payload; None where the inputs are for others to look at.
-py::object compress(const Direct& direct, py::handle grad, py::handle err, int64_t seed, int threads) {
-  const auto inputs = inputs_of(grad, err);
-  if (!inputs || inputs->numel != direct.numel) return py::none();
-  NewBody body(direct.layout);
-  {
-    const py::gil_scoped_release nogil;
-    direct.compress(*inputs, body.data(), seed, threads);
-  }
-  return body.tensors();
 }
 
 // out (+)= alpha * decoded; False where the payload or out are for others to look at, and nothing was
@@ -182,7 +159,8 @@ void bind_direct(py::module_& m) {
             return layout;
           }));
 
-  py::class_<Direct>(m, "Direct").def("compress", &compress).def("decompress", &decompress);
+  py::class_<Direct>(m, "Direct").def("decompress", &decompress);
+  m.def("payload_maker", &payload_maker);
   m.def("direct_topk", &topk);
   m.def("direct_sign", &sign);
   m.def("direct_quantize", &quantize);

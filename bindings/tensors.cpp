@@ -30,7 +30,6 @@ std::optional<Dtype> dtype_of(const dlpack::DataType& dtype) {
 
 // Whether a tensor is what lies in its memory, and nothing else.
 bool is_plain(PyObject* tensor) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != tensor_class) return false;
   const auto negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, tensor));
   const auto recorded = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, requires_grad));
   if (!negated || !recorded) throw py::error_already_set();
@@ -44,13 +43,13 @@ struct Seen {
 };
 
 std::optional<Seen> look_at(py::handle handle) {
-  if (!is_plain(handle.ptr())) return std::nullopt;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(handle.ptr())) != tensor_class) return std::nullopt;
   dlpack::Tensor t;
   if (api->dltensor_from_py_object_no_sync(handle.ptr(), &t) != 0) {
     PyErr_Clear();  // one without memory, say: whoever is asked next tells what is wrong with it
     return std::nullopt;
   }
-  if (t.device.type != dlpack::kCpu) return std::nullopt;
+  if (t.device.type != dlpack::kCpu || !is_plain(handle.ptr())) return std::nullopt;
   int64_t numel = 1;
   bool contiguous = true;
   for (int d = t.ndim - 1; d >= 0; --d) {
@@ -155,11 +154,11 @@ NewBody::~NewBody() {
   if (!given_) give_result(memory_);
 }
 
-py::tuple NewBody::tensors() {
+py::tuple NewBody::tensors(size_t more) {
   const auto& fields = layout_.fields;
   auto made = std::make_unique<Shared>();
   made->memory = memory_;
-  py::tuple tensors(fields.size());
+  py::tuple tensors(fields.size() + more);
   // One more until all are made: a tensor that cannot be made must not take the memory of the others along.
   made->users = 1;
   struct Leave {

@@ -65,8 +65,9 @@ class NewBody {
 
   char* data() const { return static_cast<char*>(memory_.data); }
 
-  // A tensor of each field, which share the memory. The storage of the first one is all of the body.
-  pybind11::tuple tensors();
+  // A tensor of each field, which share the memory; behind them `more` items that are yet to be set. The
+  // storage of the first tensor is all of the body.
+  pybind11::tuple tensors(size_t more = 0);
 
  private:
   const BodyLayout& layout_;

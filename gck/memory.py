@@ -14,7 +14,7 @@ from torch import Tensor
 from gck._native import load, num_threads, sees_tensors
 from gck.errors import AllocationError
 
-__all__ = ["LARGE", "copy_", "dlpack_type", "drop_results", "empty", "unwatched"]
+__all__ = ["LARGE", "WATCHERS", "copy_", "dlpack_type", "drop_results", "empty", "unwatched"]
 
 LARGE = 1 << 17  # bytes, as in bindings/results.hpp
 
@@ -29,10 +29,14 @@ _DLPACK = {
     torch.uint32: (1, 32),
 }
 
-# Looked up once: of a call on few elements, looking is a good part.
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_profiler_enabled = torch._C._autograd._profiler_enabled
+# Each answers with something true while a mode looks on, a transform is at work, or the profiler runs. Looked
+# up once: of a call on few elements, looking is a good part.
+WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._autograd._profiler_enabled,
+)
+_modes, _transforms, _profiler_enabled = WATCHERS
 
 
 def dlpack_type(dtype: torch.dtype) -> tuple[int, int]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import gck
 from gck import memory
 from gck._native import load, sees_tensors
-from gck.errors import GckError
+from gck.errors import BackendUnavailableError, GckError
 from gck.ops import direct
 from gck.wire import body_in_place
 
@@ -56,26 +60,26 @@ class Ways:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
-        self.real = {name: getattr(direct, name) for name in ("compress", "decompress")}
+        self.maker, self.decompress = direct.maker, direct.decompress
 
     def short(self, call: Callable[[], Any]) -> Any:
         """What the compiled module answers; None where it leaves the call to others."""
         answers: list[Any] = []
 
         def watched(real: Any) -> Any:
-            return lambda *given, **named: answers.append(real(*given, **named)) or answers[-1]
+            return lambda *given: answers.append(real(*given)) or answers[-1]
 
         with self.monkeypatch.context() as patch:
-            for name, real in self.real.items():
-                patch.setattr(direct, name, watched(real))
+            patch.setattr(direct, "maker", lambda kind: watched(self.maker(kind)))
+            patch.setattr(direct, "decompress", watched(self.decompress))
             result = call()
         assert len(answers) == 1
         return None if answers[0] is None else result
 
     def long(self, call: Callable[[], Any]) -> Any:
         with self.monkeypatch.context() as patch:
-            for name in self.real:
-                patch.setattr(direct, name, lambda *_, **__: None)
+            patch.setattr(direct, "maker", lambda _: lambda *_: None)
+            patch.setattr(direct, "decompress", lambda *_: None)
             return call()
 
     def both_refuse(self, call: Callable[[], Any], *unchanged: torch.Tensor) -> None:
@@ -278,13 +282,93 @@ def test_other_devices_do_without_the_compiled_module(make: Any, monkeypatch: py
     elsewhere = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in payload]
 
     def absent(*_: Any) -> None:
-        raise AssertionError
+        raise BackendUnavailableError("not built")
 
+    monkeypatch.setattr(direct, "sees_tensors", absent)
     monkeypatch.setattr(direct, "_native", absent)
-    assert direct.compress(gck.Sign, grad.to("meta"), err.to("meta"), 256) is None
+    direct.maker.cache_clear()
+    try:
+        assert direct.maker(gck.Sign)(0, grad.to("meta"), err.to("meta"), 256) is None
+    finally:
+        direct.maker.cache_clear()
     assert direct.decompress(type(payload)(*elsewhere), None, 1.0, False) is None
-    with pytest.raises(AssertionError):
-        direct.decompress(payload, None, 1.0, False)
+
+
+@needs_table
+def test_a_maker_remembers_options_by_type_and_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    real = direct._known
+
+    def known(*given: Any) -> Any:
+        asked.append(given[1:])
+        return real(*given)
+
+    monkeypatch.setattr(direct, "_known", known)
+    direct.maker.cache_clear()
+    try:
+        make = direct.maker(gck.TopK)
+        grad, err = inputs(100)
+        for ratio in (0.25, float("0.25"), 0.25):
+            assert make(0, grad, err, ratio, None, torch.float32).values.numel() == 25
+        assert len(asked) == 1
+        assert make(0, grad, err, None, 1, torch.float32).values.numel() == 1
+        for k in (True, 1.0):
+            assert make(0, grad, err, None, k, torch.float32) is None
+        assert make(0, grad, err, 0.25, None, torch.bfloat16).values.dtype is torch.bfloat16
+        assert make(0, *inputs(50), 0.25, None, torch.float32).values.numel() == 13
+        assert len(asked) == 6
+        for _ in range(2):  # another object each time
+            assert make(0, grad, err, np.float64(0.25), None, torch.float32).values.numel() == 25
+        assert len(asked) == 8
+        for k in range(1, 101):
+            for n in range(100, 112):  # more than are remembered
+                assert make(0, *inputs(n), None, k, torch.float32).values.numel() == k
+        assert make(0, grad, err, 0.25, None, torch.float32).values.numel() == 25
+    finally:
+        direct.maker.cache_clear()
+
+
+@needs_table
+def test_a_maker_keeps_nothing_alive() -> None:
+    grad, err = inputs(100)
+    payload = gck.random_k_ef_(grad, err, k=3, seed=(seed := 10**12))
+    before = [sys.getrefcount(x) for x in (grad, err, seed, type(payload), None)]
+    for _ in range(1000):
+        gck.random_k_ef_(grad, err, k=3, seed=seed)
+        assert direct.maker(gck.RandomK)(seed, grad, grad, None, 3, 0, torch.float32) is None
+    after = [sys.getrefcount(x) for x in (grad, err, seed, type(payload), None)]
+    assert all(abs(a - b) < 100 for a, b in zip(after, before, strict=True))
+    values = gck.topk_ef_(grad, err, k=5).values
+    gone = weakref.ref(err)
+    del err
+    assert gone() is None
+    assert values.numel() == 5  # and owns its memory
+
+
+@needs_table
+def test_a_maker_says_what_it_takes() -> None:
+    with pytest.raises(TypeError, match="seed, a gradient and a residual"):
+        direct.maker(gck.Sign)(0)
+
+
+@needs_table
+def test_makers_in_many_threads() -> None:
+    expected = {}
+    for n in range(200, 232):
+        grad, err = inputs(n)
+        expected[n] = gck.topk_ef_(grad, err, k=n % 7 + 1), err
+
+    def work(turn: int) -> None:
+        for n in [*range(200 + turn, 232), *range(200, 200 + turn)] * 20:
+            grad, err = inputs(n)
+            payload = gck.topk_ef_(grad, err, k=n % 7 + 1)
+            wanted, left = expected[n]
+            assert torch.equal(payload.indices, wanted.indices)
+            assert torch.equal(err, left)
+
+    direct.maker.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
 @variants
@@ -297,11 +381,13 @@ def test_without_a_table_of_functions(make: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "sees_tensors", lambda: False)
     monkeypatch.setattr(direct, "sees_tensors", lambda: False)
     direct._native.cache_clear()
+    direct.maker.cache_clear()
     try:
         assert ways.short(lambda: gck.decompress(expected)) is None
         assert ways.short(lambda: make(grad, err)) is None
     finally:
         direct._native.cache_clear()
+        direct.maker.cache_clear()
     assert torch.equal(err, other)
     assert torch.equal(gck.decompress(expected), dense)
 

@@ -12,7 +12,7 @@
 namespace gck {
 namespace {
 
-using Run = std::pair<void*, size_t>;
+using Run = Scratch::Run;
 
 // Whoever takes a run out of its slot owns it until it is put into one.
 std::array<std::atomic<Run*>, 8> kept{};
@@ -27,7 +27,7 @@ std::unique_ptr<Run> take() {
 constexpr size_t kPage = 4096;
 constexpr int64_t kFreshPays = 1 << 20;  // entries
 
-void unmap(const Run& run) { ::munmap(run.first, run.second); }
+void unmap(const Run& run) { ::munmap(run.start, run.bytes); }
 
 void put_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool large) {
 #if defined(MADV_POPULATE_WRITE)
@@ -54,28 +54,33 @@ bool is_fresh([[maybe_unused]] const void* start, [[maybe_unused]] size_t bytes)
 Scratch::Scratch(size_t bytes) {
   regions_.reserve(8);
   if (const auto run = take()) {
-    if (run->second >= bytes) {
+    if (run->bytes >= bytes) {
       run_ = *run;
       return;
     }
     unmap(*run);
   }
   bytes = padded(bytes + kPage);
-  void* base =
+  void* start =
       ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) throw std::bad_alloc();
-  run_ = {base, bytes};
+  if (start == MAP_FAILED) throw std::bad_alloc();
+  run_ = {start, bytes, 0};
 }
 
 Scratch::~Scratch() {
-  auto* base = static_cast<char*>(run_.first);
+  auto* start = static_cast<char*>(run_.start);
   const size_t share = padded(kKept / std::max<size_t>(regions_.size(), 1));
   for (const auto& [offset, bytes] : regions_) {
-    if (bytes > share) ::madvise(base + offset + share, bytes - share, MADV_DONTNEED);
+    if (bytes > share) ::madvise(start + offset + share, bytes - share, MADV_DONTNEED);
   }
-  // What earlier users left behind what this one used stays too: small jobs come between large ones.
+  // What earlier users left behind what this one used stays too: small jobs come between large ones, and
+  // most of them have nothing to ask of the system.
   const size_t stays = std::max(used_, kKept);
-  if (stays < run_.second) ::madvise(base + stays, run_.second - stays, MADV_DONTNEED);
+  run_.touched = std::max(run_.touched, used_);
+  if (stays < run_.touched) {
+    ::madvise(start + stays, run_.touched - stays, MADV_DONTNEED);
+    run_.touched = stays;
+  }
   if (auto* mine = new (std::nothrow) Run(run_)) {
     for (auto& slot : kept) {
       Run* none = nullptr;
@@ -89,7 +94,7 @@ Scratch::~Scratch() {
 void* Scratch::region(size_t bytes) {
   bytes = padded(bytes);
   regions_.emplace_back(used_, bytes);
-  void* start = static_cast<char*>(run_.first) + used_;
+  void* start = static_cast<char*>(run_.start) + used_;
   used_ += bytes;
   return start;
 }

@@ -13,6 +13,11 @@ namespace gck {
 // eight runs between calls, for threads that call at the same time, with at most kKept bytes of pages each.
 class Scratch {
  public:
+  struct Run {
+    void* start;
+    size_t bytes, touched;  // beyond `touched` there are no pages
+  };
+
   // Throws std::bad_alloc where there is no address space left.
   explicit Scratch(size_t bytes);
   // Keeps the run for a next call, but gives back pages beyond kKept bytes: those at the ends of regions.
@@ -31,7 +36,7 @@ class Scratch {
  private:
   static constexpr size_t kPage = 4096;
 
-  std::pair<void*, size_t> run_;
+  Run run_;
   size_t used_ = 0;
   std::vector<std::pair<size_t, size_t>> regions_;  // offset, bytes
 };

@@ -25,15 +25,20 @@ Share count_share(const float* x, int64_t count, int32_t threshold) {
   return share;
 }
 
-// The same as select_largest, for lists so short that no histogram pays.
-Selection select_few(const std::vector<Segment>& lists, int64_t k) {
+int32_t kth_of_few(const std::vector<Segment>& lists, int64_t k) {
+  if (lists.size() == 1 && lists[0].count <= kFewest) return leaves().topk_kth(lists[0].x, lists[0].count, k);
   int64_t total = 0;
   for (const Segment& list : lists) total += list.count;
   std::vector<int32_t> keys(static_cast<size_t>(total));
   auto next = keys.begin();
   for (const auto& [x, count] : lists) next = std::transform(x, x + count, next, key_of);
   std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
-  const int32_t kth = keys[static_cast<size_t>(k - 1)];
+  return keys[static_cast<size_t>(k - 1)];
+}
+
+// The same as select_largest, for lists so short that no histogram pays.
+Selection select_few(const std::vector<Segment>& lists, int64_t k) {
+  const int32_t kth = kth_of_few(lists, k);
   std::vector<Share> shares;
   int64_t above = 0;
   for (const auto& [x, count] : lists) {
@@ -80,6 +85,7 @@ std::vector<Share> shares_of(const std::vector<Group>& groups, int32_t threshold
 
 int32_t kth_largest(const Segment& segment, int64_t rank, int32_t* keys) {
   const auto& [x, count] = segment;
+  if (count <= kFewest) return leaves().topk_kth(x, count, rank);
   if (count > kFew) return kth_largest({{segment}}, rank, 1).key;
   std::transform(x, x + count, keys, key_of);
   std::nth_element(keys, keys + (rank - 1), keys + count, std::greater<>());

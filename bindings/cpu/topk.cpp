@@ -171,7 +171,7 @@ int32_t select_small(const TopkJob& job, std::vector<Part>& parts) {
   }
   auto* keys = reinterpret_cast<int32_t*>(maxima + groups);
   const int32_t low = std::min(kth_largest(Segment{maxima, groups}, job.k, keys), kInfKey);
-  const auto threshold = select_with(job, parts, lists, {{low, false, false, low}, INT32_MAX}, false);
+  const auto threshold = select_with(job, parts, lists, {{low, false, true, low}, INT32_MAX}, false);
   return *threshold;
 }
 

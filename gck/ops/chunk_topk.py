@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gck import interop
 from gck.kernels.chunk_topk import ChunkTopK, check_options
@@ -67,12 +68,13 @@ def chunk_topk_ef_(
 
     Source: Wang et al., "Communication Efficient LLM Pre-training with SparseLoCo" (2025), section 3.
     """
-    if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
-        fields = direct.compress(ChunkTopK, grad, err, k, chunk_size, value_bits, INDEX_BITS)
-        if fields is not None:
-            kept, scales, indices = fields
-            numel = cast(Tensor, grad).numel()
-            return ChunkSparse(kept, scales, indices, numel, chunk_size, k, value_bits)
+    plainly = nonfinite is None and clip is None and stats is None
+    if plainly and type(decay) is float and decay == 1 and not is_dynamo_compiling():
+        payload: ChunkSparse | None = direct.maker(ChunkTopK)(
+            0, grad, err, k, chunk_size, value_bits, INDEX_BITS
+        )
+        if payload is not None:
+            return payload
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("chunk_topk_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

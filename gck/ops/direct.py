@@ -7,7 +7,7 @@ What is not as it mostly is, it leaves to others: they tell what is wrong, if an
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from math import isfinite
 from numbers import Integral
 from typing import Any, cast
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gck._native import num_threads, sees_tensors
+from gck._native import load, num_threads, sees_tensors
 from gck.errors import GckError
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.common.base import backend
@@ -24,31 +24,47 @@ from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
-from gck.memory import empty, unwatched
+from gck.memory import WATCHERS, empty, unwatched
 from gck.payload import ChunkSparse, PackedSigns, Quantized, SeededValues, SparseGrad
 
-__all__ = ["compress", "decompress"]
+__all__ = ["decompress", "maker"]
 
 CPU = torch.device("cpu")
 
+# What increment_version calls with a tuple: half of its time is Python's.
+_written: Callable[[tuple[Tensor, ...]], None] = getattr(torch._C, "_increment_version", increment_version)
 
-def compress(kind: Any, grad: Any, err: Any, *options: Any, seed: int = 0) -> tuple[Tensor, ...] | None:
-    """The fields of the payload that `kind(*options)` makes of grad and err; None: nothing was done.
 
-    A seed is none of the options where it is another one at every step.
+@cache
+def maker(kind: Any) -> Callable[..., Any]:
+    """A function of (seed, grad, err, *options), by position, that returns the payload that `kind(*options)`
+    makes of grad and err; None: nothing was done.
+
+    A seed is none of the options where it is another one at every step. Not to be called in a trace.
     """
-    if not (type(grad) is Tensor and grad.is_cpu and unwatched() and type(seed) is int):
-        return None
-    fields: tuple[Tensor, ...] | None = None
     try:
-        native = _native(kind, grad.numel(), *options)
-        if native is not None:
-            fields = native.compress(grad, err, seed, num_threads())
+        if not sees_tensors():
+            return _leave
+        make = load().payload_maker
+    except GckError:  # who is asked next says it
+        return _leave
+    return cast(Callable[..., Any], make(partial(_known, kind), WATCHERS, torch.get_num_threads, _written))
+
+
+def _leave(*_: Any) -> None:
+    """A maker that leaves all to others."""
+
+
+def _known(kind: Any, numel: int, *options: Any) -> tuple[Any, type, tuple[Any, ...]] | None:
+    """What the compiled module is to know of `kind(*options)` and payloads of `numel` elements."""
+    try:
+        native = _native(kind, numel, *options)
     except (GckError, TypeError):
         return None
-    if fields is not None:
-        increment_version(err)
-    return fields
+    if native is None:
+        return None
+    payload, rest = _PAYLOADS[kind]
+    return native, payload, rest(numel, *options)
 
 
 def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor | None:
@@ -82,6 +98,15 @@ def _native(kind: Any, numel: Any, *options: Any) -> Any:
     compressor = kind(*options)
     return backend("direct", kind.package, CPU).direct(compressor, numel)
 
+
+# The payload that a compressor makes, and what follows the tensors in it; None: the seed.
+_PAYLOADS: dict[Any, tuple[type, Callable[..., tuple[Any, ...]]]] = {
+    TopK: (SparseGrad, lambda numel, *_: (numel,)),
+    Sign: (PackedSigns, lambda numel, chunk_size: (numel, chunk_size)),
+    ChunkTopK: (ChunkSparse, lambda numel, k, size, value_bits, _: (numel, size, k, value_bits)),
+    Quantize: (Quantized, lambda numel, bits, size, rounding, seed, scale: (numel, size, bits, scale)),
+    RandomK: (SeededValues, lambda numel, *_: (None, numel)),
+}
 
 # What has made a payload, and with which options.
 _MAKERS: dict[type, tuple[Any, Callable[[Any], tuple[Any, ...]]]] = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gck import interop
 from gck.kernels.common import checks
@@ -70,11 +71,13 @@ def quantize_ef_(
 
     Source: Alistarh et al., "QSGD" (NeurIPS 2017), section 3, with the largest magnitude as norm.
     """
-    if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
-        fields = direct.compress(Quantize, grad, err, bits, chunk_size, rounding, 0, scale, seed=seed)
-        if fields is not None:
-            codes, scales = fields
-            return Quantized(codes, scales, cast(Tensor, grad).numel(), chunk_size, bits, scale)
+    plainly = nonfinite is None and clip is None and stats is None
+    if plainly and type(decay) is float and decay == 1 and not is_dynamo_compiling():
+        payload: Quantized | None = direct.maker(Quantize)(
+            seed, grad, err, bits, chunk_size, rounding, 0, scale
+        )
+        if payload is not None:
+            return payload
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("quantize_ef_", ("err",), grad=grad, err=err) as (g, e):
             named: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gck import interop
 from gck.kernels.common import checks
@@ -63,10 +64,11 @@ def random_k_ef_(
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1 with the
     random-k operator of Definition 2.1.
     """
-    if nonfinite is None and decay == 1 and clip is None and stats is None:
-        fields = direct.compress(RandomK, grad, err, ratio, k, 0, value_dtype, seed=seed)
-        if fields is not None:
-            return SeededValues(fields[0], seed, cast(Tensor, grad).numel())
+    plainly = nonfinite is None and clip is None and stats is None
+    if plainly and decay == 1 and not is_dynamo_compiling():
+        payload: SeededValues | None = direct.maker(RandomK)(seed, grad, err, ratio, k, 0, value_dtype)
+        if payload is not None:
+            return payload
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("random_k_ef_", ("err",), grad=grad, err=err) as (g, e):
             options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

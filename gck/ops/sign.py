@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gck import interop
 from gck.kernels.common import checks
@@ -55,11 +56,11 @@ def sign_ef_(
 
     Source: Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), Algorithm 1.
     """
-    if nonfinite is None and clip is None and stats is None and type(decay) is float and decay == 1:
-        fields = direct.compress(Sign, grad, err, chunk_size)
-        if fields is not None:
-            words, scales = fields
-            return PackedSigns(words, scales, cast(Tensor, grad).numel(), chunk_size)
+    plainly = nonfinite is None and clip is None and stats is None
+    if plainly and type(decay) is float and decay == 1 and not is_dynamo_compiling():
+        payload: PackedSigns | None = direct.maker(Sign)(0, grad, err, chunk_size)
+        if payload is not None:
+            return payload
     if not (isinstance(grad, Tensor) and isinstance(err, Tensor)):
         with interop.borrowed("sign_ef_", ("err",), grad=grad, err=err) as (g, e):
             options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip, "stats": stats}

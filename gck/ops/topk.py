@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gck import interop
 from gck.errors import ArgumentError
@@ -123,11 +124,10 @@ def topk_ef_(
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
     """
     plainly = nonfinite is None and hint is None and clip is None and stats is None
-    if plainly and decay == 1 and not flat:
-        fields = direct.compress(TopK, grad, err, ratio, k, value_dtype)
-        if fields is not None:
-            values, indices = fields
-            return SparseGrad(values, indices, cast(Tensor, grad).numel())
+    if plainly and decay == 1 and not flat and not is_dynamo_compiling():
+        payload: SparseGrad | None = direct.maker(TopK)(0, grad, err, ratio, k, value_dtype)
+        if payload is not None:
+            return payload
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")

@@ -39,6 +39,8 @@ struct Winners {
   int64_t left;
 };
 
+constexpr int64_t kFewest = 128;  // entries that are counted against each other, without any branch
+
 struct ChunkTopk {
   const void* grad;
   Dtype grad_dtype;
@@ -193,6 +195,8 @@ struct Leaves {
   // Puts winners out in order, and mends err where it was not to be expected who wins: a run that the
   // candidates come from and whose first entry has index `base`; null: nothing is mended. Returns the number
   // of entries that left what is not finite.
+  // The key of the rank-th largest of at most kFewest entries.
+  int32_t (*topk_kth)(const float* x, int64_t count, int64_t rank);
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);

@@ -230,6 +230,26 @@ int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int
   return above;
 }
 
+int32_t topk_kth(const float* x, int64_t count, int64_t rank) {
+  // Of the compiler's own vectors, which it cuts to what there is.
+  typedef int32_t Keys __attribute__((vector_size(64)));
+  constexpr int64_t kKeys = sizeof(Keys) / sizeof(int32_t);
+  alignas(64) int32_t keys[kFewest];
+  for (int64_t i = 0; i < count; ++i) keys[i] = key_of(x[i]);
+  for (int64_t i = count; i % kKeys; ++i) keys[i] = -1;  // below all
+  Keys best = Keys{} - 1;
+  for (int64_t i = 0; i < count; i += kKeys) {
+    Keys mine, reach{};
+    std::memcpy(&mine, keys + i, sizeof mine);
+    for (int64_t j = 0; j < count; ++j) reach -= keys[j] >= mine;
+    const Keys fit = (reach >= static_cast<int32_t>(rank)) & (mine > best);
+    best = (mine & fit) | (best & ~fit);
+  }
+  int32_t kth = best[0];
+  for (int64_t lane = 1; lane < kKeys; ++lane) kth = best[lane] > kth ? best[lane] : kth;
+  return kth;
+}
+
 int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out) {
   Winners to = *out;
   const Dtype dtype = to.value_dtype;
