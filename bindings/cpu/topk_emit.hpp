@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/copy.hpp"
 #include "cpu/isa/leaves.hpp"
 #include "cpu/round.hpp"
 #include "cpu/scratch.hpp"
@@ -16,7 +17,8 @@
 namespace gck {
 
 constexpr int64_t kTile = 4096;            // entries looked at together where err itself is emitted from
-constexpr int64_t kFreshResult = 1 << 14;  // winners of a part whose pages are worth asking for at once
+constexpr int64_t kFreshResult = 1 << 14;  // winners of a part whose pages are worth asking for at once,
+                                           // and which are worth writing past the caches
 
 // Puts winners of one part to the payload in order, and what is left of each candidate to err.
 class Emitter {
@@ -34,10 +36,11 @@ class Emitter {
   void emit(const Candidates& list, float* err, int64_t base, int32_t expected) {
     if (!job_.wide_indices) {
       const int64_t size = job_.value_dtype == Dtype::fp32 ? 4 : 2;
-      Winners winners{threshold_,       expected,
-                      quota_,           static_cast<char*>(job_.values) + offset_ * size,
-                      job_.value_dtype, static_cast<int32_t*>(job_.indices) + offset_,
-                      end_ - offset_};
+      Winners winners{
+          threshold_,       expected,
+          quota_,           static_cast<char*>(job_.values) + offset_ * size,
+          job_.value_dtype, static_cast<int32_t*>(job_.indices) + offset_,
+          end_ - offset_,   list.count >= kFreshResult && is_past_caches(2 * job_.k, job_.threads)};
       cleared_ += leaves().topk_emit(list, err, static_cast<int32_t>(base), &winners);
       offset_ = end_ - winners.left;
       quota_ = winners.quota;

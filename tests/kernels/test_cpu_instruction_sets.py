@@ -41,7 +41,7 @@ def test_contract(isa: str) -> None:
     chosen = (
         "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
         " or one_by_one or hostile or random_bits or laid_out_for_more or (test_ranks and 17)"
-        " or golden or any_number_of_threads or (test_bytes and gaussian and 65537)"
+        " or golden or any_number_of_threads or (test_bytes and gaussian and 65537) or past_the_caches"
     )
     reduce = "tests/kernels/test_reduce.py"
     codecs = "tests/kernels/test_index_codecs.py"
@@ -50,6 +50,25 @@ def test_contract(isa: str) -> None:
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("cuts", [(), (7, 1_250_010)], ids=["one", "three"])
+def test_payloads_past_the_caches(threads: int, cuts: tuple[int, ...]) -> None:
+    """Lines of them are shared by parts and by the pieces that lists have."""
+    n, k, before = 2_500_001, 1_060_007, torch.get_num_threads()
+    grad, err = make("gaussian", n, torch.float32)
+    (values, indices), residual, _ = reference.compress(gck.TopK(k=k), grad, err)
+    ends = (*cuts, n)
+    grads, errs = ([x[a:b] for a, b in zip((0, *cuts), ends, strict=True)] for x in (grad, err))
+    torch.set_num_threads(threads)
+    try:
+        payload = gck.topk_ef_(grads, errs, k=k, flat=True) if cuts else gck.topk_ef_(grad, err, k=k)
+    finally:
+        torch.set_num_threads(before)
+    assert same_bytes(payload.values, values)
+    assert torch.equal(payload.indices, indices)
+    assert same_bytes(err, residual)
 
 
 @pytest.mark.parametrize("isa", available())

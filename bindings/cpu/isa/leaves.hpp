@@ -37,6 +37,7 @@ struct Winners {
   Dtype value_dtype;
   int32_t* indices;  // room for `left`
   int64_t left;
+  bool past_caches;  // the payload is too large to stay in them
 };
 
 constexpr int64_t kFewest = 128;  // entries that are counted against each other, without any branch

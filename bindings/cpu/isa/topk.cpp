@@ -1,12 +1,25 @@
 #include "cpu/isa/topk.hpp"
 
 #include "cpu/isa/vec.hpp"
+#include "cpu/isa/winners.hpp"
 
 namespace gck::GCK_ISA {
 namespace {
 
 constexpr int64_t kAhead = 32 * kLanes;  // candidates between asking for a place and writing to it
-constexpr int kBlock = 2 * kLanes;       // entries between two looks whether any of them is wanted
+constexpr int kPair = 2 * kLanes;        // entries between two looks whether any of them is wanted
+constexpr int kBlock = 4 * kLanes;       // bits of a mask
+// How the wanted lanes of a vector are taken together: by an instruction; by looking permutations up in a
+// table, which is worth a branch where there is nothing to take; or one by one, where a mask costs as much
+// already.
+enum class Take { instruction, table, one_by_one };
+#if defined(GCK_AVX512)
+constexpr Take kTake = Take::instruction;
+#elif defined(GCK_AVX2)
+constexpr Take kTake = Take::table;
+#else
+constexpr Take kTake = Take::one_by_one;
+#endif
 
 // Appends the lanes in `m`; there is room for a vector.
 inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_t at) {
@@ -29,18 +42,31 @@ inline float left_by(float acc, Dtype value_dtype) {
   return key_of(rest) < kInfKey ? rest : 0.0f;
 }
 
-// `put` for entries of a block that lies in err already, one by one: the fastest where there is hardly ever
-// more than one.
-inline int64_t put_few(const Candidates& out, int64_t count, Mask m, float* err, int64_t at, int32_t expected,
-                       Dtype value_dtype) {
-  for (; m; m &= m - 1, ++count) {
-    const int lane = __builtin_ctz(m);
-    const float acc = err[lane];
-    out.values[count] = acc == acc ? acc : float_of(kNanKey);
-    out.indices[count] = static_cast<uint32_t>(at + lane);
-    err[lane] = key_of(acc) >= expected ? left_by(acc, value_dtype) : acc;
+// Appends positions + `at` of the bits in `m`. With instructions for it four at a time: where there are
+// hardly ever more, no branch is mispredicted. Writes up to three behind the last one.
+inline int64_t put_positions(uint32_t* positions, int64_t count, uint64_t m, uint32_t at) {
+  if constexpr (kTake == Take::one_by_one) {
+    for (; m; m &= m - 1) positions[count++] = at + lowest_bit(m);
+    return count;
   }
-  return count;
+  const int64_t end = count + __builtin_popcountll(m);
+  do {
+    for (int64_t j = count; j < count + 4; ++j, m &= m - 1) positions[j] = at + lowest_bit(m);
+    count += 4;
+  } while (m);
+  return end;
+}
+
+// Lists entries of a tile that lies in err already, at positions behind those that are listed. One by one,
+// and without looking whether an entry wins.
+inline void put_listed(const Candidates& out, int64_t begin, int64_t end, float* err, int32_t expected,
+                       Dtype value_dtype) {
+  for (int64_t j = begin; j < end; ++j) {
+    float& place = err[out.indices[j]];
+    const float acc = place;
+    out.values[j] = acc == acc ? acc : float_of(kNanKey);
+    place = key_of(acc) >= expected ? left_by(acc, value_dtype) : acc;
+  }
 }
 
 // What is to be mended lies far apart: memory is asked for several at a time.
@@ -52,17 +78,121 @@ inline void ask_for_mended(const Candidates& list, const float* err, int64_t j, 
   }
 }
 
+template <typename Outlet>
+GCK_INLINE int64_t emit_to(Outlet& outlet, const Candidates& list, float* err, int32_t base, Winners& out) {
+  Winners to = out;
+  const Dtype dtype = to.value_dtype;
+  int64_t nonfinite = 0, taken = 0;
+  for (int64_t j = 0; j < list.count; j += kLanes) {
+    ask_for_mended(list, err, j + kAhead, to);
+    const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
+    const Vec acc = load(list.values + j);
+    const Mask reach = key_ge(acc, to.threshold) & live;
+    Mask wins = key_ge(acc, to.threshold + 1) & live;
+    for (Mask ties = reach & ~wins; ties && to.quota; ties &= ties - 1, --to.quota) wins |= ties & -ties;
+    const Mask wild = key_ge(acc, kInfKey) & live;
+    // Rounding makes some finite winners infinite.
+    const Mask grown = dtype == Dtype::fp32 ? wild : (key_ge(rounded(acc, dtype), kInfKey) & wins) | wild;
+    nonfinite += __builtin_popcount(grown);
+    // Whatever is not finite was expected to win.
+    const Mask expected = err == nullptr ? wins : key_ge(acc, to.expected) & live;
+    for (Mask lose = expected & ~wins & ~wild; lose; lose &= lose - 1) {
+      const int lane = __builtin_ctz(lose);
+      err[list.indices[j + lane]] = list.values[j + lane];
+    }
+    for (Mask win = wins & ~expected; win; win &= win - 1) {
+      const int lane = __builtin_ctz(win);
+      err[list.indices[j + lane]] = left_by(list.values[j + lane], dtype);
+    }
+    outlet.put(wins, acc, list.indices + j, base);
+    taken += __builtin_popcount(wins);
+  }
+  outlet.finish();
+  const int64_t size = dtype == Dtype::fp32 ? sizeof(float) : sizeof(uint16_t);
+  to.values = static_cast<char*>(to.values) + size * taken;
+  to.indices += taken;
+  to.left -= taken;
+  out = to;
+  return nonfinite;
+}
+
 template <Dtype D, bool kGrad>
 inline Vec accumulated(const void* grad, const float* err, int64_t i) {
   if constexpr (kGrad) return add(load_as<D>(grad, i), load(err + i));
   return load(err + i);
 }
 
+// The mask of four vectors, whose sum with grad is left in err.
+template <Dtype D, bool kGrad, bool kTies>
+inline uint64_t add_block(const void* grad, float* err, int64_t at, int32_t threshold, int64_t& ties) {
+  uint64_t reach = 0;
+  for (int64_t lane = 0; lane < kBlock; lane += kPair) {
+    const int64_t i = at + lane;
+    Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
+    if constexpr (kTies) a = canonical(a), b = canonical(b);
+    store(err + i, a);
+    store(err + i + kLanes, b);
+    if (kTake == Take::one_by_one && !any_key_ge(a, b, kTies ? threshold - 1 : threshold)) continue;
+    const uint64_t in = key_ge(a, threshold) | key_ge(b, threshold) << kLanes;
+    if constexpr (kTies) {
+      ties += __builtin_popcount(key_ge(a, threshold - 1) | key_ge(b, threshold - 1) << kLanes);
+      ties -= __builtin_popcountll(in);
+    }
+    reach |= in << lane;
+  }
+  return reach;
+}
+
+// The same of a tile of kPageEntries where most vectors hold some to list.
+template <Dtype D, bool kGrad>
+inline int64_t list_dense_tile(const void* grad, float* err, int64_t at, Guess guess, Dtype value_dtype,
+                               const Candidates& out) {
+  int64_t listed = out.count;
+  for (int64_t i = at; i < at + kPageEntries; i += kLanes) {
+    const Vec acc = accumulated<D, kGrad>(grad, err, i);
+    listed = put(out, listed, key_ge(acc, guess.threshold), acc, i);
+    store(err + i, select(key_ge(acc, guess.expected), left_by(canonical(acc), value_dtype), acc));
+  }
+  return listed;
+}
+
+template <Dtype D, bool kGrad, bool kTies>
+inline int64_t list_tile(const void* grad, float* err, int64_t at, Guess guess, Dtype value_dtype,
+                         Candidates& out) {
+  int64_t listed = out.count;
+  for (int64_t i = at; i < at + kPageEntries; i += kBlock) {
+    const uint64_t reach = add_block<D, kGrad, kTies>(grad, err, i, guess.threshold, out.ties);
+    listed = put_positions(out.indices, listed, reach, static_cast<uint32_t>(i));
+  }
+  put_listed(out, out.count, listed, err, guess.expected, value_dtype);
+  return listed;
+}
+
+// Tiles of kPageEntries, without a branch that the entries decide; returns where those end that fit into
+// count and whose entries surely fit into the list.
+template <Dtype D, bool kGrad, bool kTies, bool kDense>
+int64_t stream_tiles(const void* grad, float* err, int64_t count, Guess guess, Dtype value_dtype,
+                     Candidates& out) {
+  int64_t at = 0;
+  if (kDense && kTake == Take::table) return at;
+  for (; at + kPageEntries <= count && out.count + kPageEntries + kBlock <= out.capacity;
+       at += kPageEntries) {
+    ask_for_pages<D>(grad, at, err + at);
+    if constexpr (kDense && kTake == Take::instruction) {
+      out.count = list_dense_tile<D, kGrad>(grad, err, at, guess, value_dtype, out);
+    } else {
+      out.count = list_tile<D, kGrad, kTies>(grad, err, at, guess, value_dtype, out);
+    }
+  }
+  return at;
+}
+
 template <Dtype D, bool kGrad, bool kTies, bool kDense>
 void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype value_dtype, Candidates& out) {
+  int64_t i = stream_tiles<D, kGrad, kTies, kDense>(grad, err, count, guess, value_dtype, out);
   const int32_t threshold = guess.threshold, expected = guess.expected;
-  int64_t listed = out.count, ties = 0, i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
+  int64_t listed = out.count, ties = 0;
+  for (; i + kPair <= count; i += kPair) {
     if (i % kPageEntries == 0) ask_for_pages<D>(grad, i, err + i);
     Vec a = accumulated<D, kGrad>(grad, err, i), b = accumulated<D, kGrad>(grad, err, i + kLanes);
     if constexpr (kTies) a = canonical(a), b = canonical(b);
@@ -71,20 +201,13 @@ void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype valu
       ties += __builtin_popcount(key_ge(b, threshold - 1) ^ key_ge(b, threshold));
     }
     if (any_key_ge(a, b, threshold)) {
-      if (listed + kBlock > out.capacity) {
+      if (listed + kPair > out.capacity) {
         out.overflow = true;
       } else {
-        const Mask in_a = key_ge(a, threshold), in_b = key_ge(b, threshold);
-        if constexpr (kDense) {
-          listed = put(out, put(out, listed, in_a, a, i), in_b, b, i + kLanes);
-          a = select(key_ge(a, expected), left_by(canonical(a), value_dtype), a);
-          b = select(key_ge(b, expected), left_by(canonical(b), value_dtype), b);
-        } else {
-          store(err + i, a);
-          store(err + i + kLanes, b);
-          listed = put_few(out, listed, in_a | in_b << kLanes, err + i, i, expected, value_dtype);
-          continue;
-        }
+        listed = put(out, listed, key_ge(a, threshold), a, i);
+        listed = put(out, listed, key_ge(b, threshold), b, i + kLanes);
+        a = select(key_ge(a, expected), left_by(canonical(a), value_dtype), a);
+        b = select(key_ge(b, expected), left_by(canonical(b), value_dtype), b);
       }
     }
     store(err + i, a);
@@ -98,7 +221,7 @@ void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype valu
     if constexpr (kTies) acc = canonical(acc);
     const Mask in = key_ge(acc, threshold) & live;
     if constexpr (kTies) ties += __builtin_popcount((key_ge(acc, threshold - 1) & live) ^ in);
-    if (in && listed + kBlock > out.capacity) {
+    if (in && listed + kPair > out.capacity) {
       out.overflow = true;
     } else if (in) {
       listed = put(out, listed, in, acc, i);
@@ -113,13 +236,13 @@ void stream(const void* grad, float* err, int64_t count, Guess guess, Dtype valu
 // Lists what `stream` would list, and leaves err alone.
 template <Dtype D, bool kDense>
 void look_through(const void* grad, const float* err, int64_t count, int32_t threshold, Candidates& out) {
-  alignas(64) float block[kBlock];
+  alignas(64) float block[kPair];
   int64_t listed = out.count, i = 0;
-  for (; i + kBlock <= count; i += kBlock) {
+  for (; i + kPair <= count; i += kPair) {
     if (i % kPageEntries == 0) ask_for_pages<D>(grad, i, err + i);
     const Vec a = accumulated<D, true>(grad, err, i), b = accumulated<D, true>(grad, err, i + kLanes);
     if (!any_key_ge(a, b, threshold)) continue;
-    if (listed + kBlock > out.capacity) {
+    if (listed + kPair > out.capacity) {
       out.overflow = true;
       break;
     }
@@ -140,7 +263,7 @@ void look_through(const void* grad, const float* err, int64_t count, int32_t thr
     const int rest = static_cast<int>(count - i < kLanes ? count - i : kLanes);
     const Vec acc = add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest));
     const Mask in = key_ge(acc, threshold) & ((1u << rest) - 1);
-    out.overflow = in && listed + kBlock > out.capacity;
+    out.overflow = in && listed + kPair > out.capacity;
     if (!out.overflow) listed = put(out, listed, in, acc, i);
   }
   out.count = listed;
@@ -251,67 +374,14 @@ int32_t topk_kth(const float* x, int64_t count, int64_t rank) {
 }
 
 int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out) {
-  Winners to = *out;
-  const Dtype dtype = to.value_dtype;
-  const size_t size = dtype == Dtype::fp32 ? sizeof(float) : sizeof(uint16_t);
-  auto* values = static_cast<char*>(to.values);
-  auto* indices = reinterpret_cast<uint32_t*>(to.indices);
-  int64_t nonfinite = 0;
-  for (int64_t j = 0; j < list.count; j += kLanes) {
-    ask_for_mended(list, err, j + kAhead, to);
-    const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
-    const Vec acc = load(list.values + j);
-    const Mask reach = key_ge(acc, to.threshold) & live;
-    Mask wins = key_ge(acc, to.threshold + 1) & live;
-    for (Mask ties = reach & ~wins; ties && to.quota; ties &= ties - 1, --to.quota) wins |= ties & -ties;
-    const Mask wild = key_ge(acc, kInfKey) & live;
-    // Rounding makes some finite winners infinite.
-    const Mask grown = dtype == Dtype::fp32 ? wild : (key_ge(rounded(acc, dtype), kInfKey) & wins) | wild;
-    nonfinite += __builtin_popcount(grown);
-    // Whatever is not finite was expected to win.
-    const Mask expected = err == nullptr ? wins : key_ge(acc, to.expected) & live;
-    for (Mask lose = expected & ~wins & ~wild; lose; lose &= lose - 1) {
-      const int lane = __builtin_ctz(lose);
-      err[list.indices[j + lane]] = list.values[j + lane];
-    }
-    for (Mask win = wins & ~expected; win; win &= win - 1) {
-      const int lane = __builtin_ctz(win);
-      err[list.indices[j + lane]] = left_by(list.values[j + lane], dtype);
-    }
-    const auto taken = static_cast<size_t>(__builtin_popcount(wins));
-    const bool room = to.left >= kLanes;
-    if (room && dtype == Dtype::fp32) {
-      compress(reinterpret_cast<float*>(values), wins, acc);
-      compress_words(indices, wins, list.indices + j, static_cast<uint32_t>(base));
-    } else if (taken) {
-      // Narrow values, or near the end of this part's room: the next part's thread writes behind it.
-      alignas(64) float front[2 * kLanes] = {};
-      alignas(64) uint32_t words[2 * kLanes];
-      alignas(64) uint16_t narrow[kLanes];
-      compress(front, wins, acc);
-      compress_words(words, wins, list.indices + j, static_cast<uint32_t>(base));
-      const void* from = front;
-      if (dtype != Dtype::fp32) {
-        dtype == Dtype::bf16 ? store_bf16(narrow, load(front)) : store_fp16(narrow, load(front));
-        from = narrow;
-      }
-      // Copies of a fixed size are single instructions.
-      if (room) {
-        std::memcpy(values, from, sizeof narrow);
-        std::memcpy(indices, words, sizeof(uint32_t) * kLanes);
-      } else {
-        std::memcpy(values, from, size * taken);
-        std::memcpy(indices, words, sizeof(uint32_t) * taken);
-      }
-    }
-    values += size * taken;
-    indices += taken;
-    to.left -= static_cast<int64_t>(taken);
+#if defined(GCK_AVX512)
+  if (out->past_caches && out->value_dtype == Dtype::fp32) {
+    PastCaches lines(*out);
+    return emit_to(lines, list, err, base, *out);
   }
-  to.values = values;
-  to.indices = reinterpret_cast<int32_t*>(indices);
-  *out = to;
-  return nonfinite;
+#endif
+  ToMemory memory(*out);
+  return emit_to(memory, list, err, base, *out);
 }
 
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out) {

@@ -68,10 +68,9 @@ inline void store_bf16(uint16_t* p, Vec a) {
 inline void store_fp16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), fp16_bits(a));
 }
+inline Vec compressed(Mask m, Vec a) { return {_mm512_maskz_compress_ps(static_cast<__mmask16>(m), a.v)}; }
 // Compress in a register, then store all lanes: compressing stores are slow on Zen 4.
-inline void compress(float* p, Mask m, Vec a) {
-  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(m), a.v));
-}
+inline void compress(float* p, Mask m, Vec a) { store(p, compressed(m, a)); }
 // Lane numbers from base on, of the lanes in m.
 inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -79,9 +78,17 @@ inline void compress_index(uint32_t* p, Mask m, uint32_t base) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), index));
 }
 
-inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t plus) {
+inline Vec compressed_words(Mask m, const uint32_t* words, uint32_t plus) {
   const __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(words), _mm512_set1_epi32(static_cast<int>(plus)));
-  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), sum));
+  return compressed(m, {_mm512_castsi512_ps(sum)});
+}
+inline void compress_words(uint32_t* p, Mask m, const uint32_t* words, uint32_t plus) {
+  _mm512_storeu_si512(p, _mm512_castps_si512(compressed_words(m, words, plus).v));
+}
+// Lane i goes to lane (i + by) % 16.
+inline Vec rotated(Vec a, int by) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return {_mm512_permutexvar_ps(_mm512_sub_epi32(lane, _mm512_set1_epi32(by)), a.v)};
 }
 
 // Position of the lowest set bit; anything where there is none.
