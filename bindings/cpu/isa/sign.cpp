@@ -64,6 +64,35 @@ inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* word
   return tree_sum(tree, half);
 }
 
+// From this size on, what is read again of a chunk is no longer in the nearest cache, or hardly so.
+constexpr int64_t kVeryLongChunk = 2048;
+
+// The same of such a chunk. `last` is finished beginning with what was touched last; while the second half is
+// taken, the first one's magnitudes come from err.
+template <Dtype D>
+inline float accumulate_long(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk,
+                             const Pending& last) {
+  alignas(64) float tree[kMaxChunk / 4];
+  const int64_t half = chunk / 2, quarter = chunk / 4;
+  const auto take = [&](int64_t i) {
+    if (i % kPageEntries == 0) ask_for_pages<D>(grad, at + i, err + i);
+    const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
+    store(err + i, acc);
+    put_bits(words, i, ge_zero(acc));
+    return abs(acc);
+  };
+  for (int64_t i = 0; i < half; i += kLanes) {
+    take(i);
+    if (last.count == 0) continue;
+    last.subtract(chunk - kLanes - 2 * i);
+    last.subtract(chunk - 2 * kLanes - 2 * i);
+  }
+  const auto both = [&](int64_t i) { return add(abs(load(err + i)), take(half + i)); };
+  for (int64_t i = 0; i < quarter; i += kLanes) store(tree + i, both(i));
+  for (int64_t i = 0; i < quarter; i += kLanes) store(tree + i, add(load(tree + i), both(quarter + i)));
+  return tree_sum(tree, quarter);
+}
+
 // Calls make(c) before it looks at chunk c.
 template <Dtype D, typename Make>
 int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make make) {
@@ -79,8 +108,10 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make 
     float* err = job.err + at;
     const int64_t valid = job.numel - at < job.chunk_size ? job.numel - at : job.chunk_size;
     if (valid == job.chunk_size) {
-      const float sum = last.count ? accumulate<D, false>(job.grad, at, err, words, valid, last)
-                                   : accumulate<D, true>(job.grad, at, err, words, valid, last);
+      const bool very_long = D != Dtype::none && valid >= kVeryLongChunk;
+      const float sum = very_long    ? accumulate_long<D>(job.grad, at, err, words, valid, last)
+                        : last.count ? accumulate<D, false>(job.grad, at, err, words, valid, last)
+                                     : accumulate<D, true>(job.grad, at, err, words, valid, last);
       *scale = canonical(sum / static_cast<float>(valid));
       last = Pending::of(err, valid, *scale);
       if (!is_finite(*scale)) {
