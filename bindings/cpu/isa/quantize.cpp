@@ -158,6 +158,12 @@ inline Mean mean_of(const Chunk& c) {
   return {c, canonical(sum_of_magnitudes(c.err, c.size, tree) / static_cast<float>(c.valid))};
 }
 
+// Codes of 2 bits from element `first` on.
+void clear_codes(char* codes, int64_t first, int64_t size) {
+  std::memset(codes + (first + 3) / 4, 0, static_cast<size_t>(size / 4 - (first + 3) / 4));
+  if (first % 4) codes[first / 4] = static_cast<char>(codes[first / 4] & ((1 << 2 * (first % 4)) - 1));
+}
+
 // A sign and one of two levels: the means of the magnitudes below the mean, and of the others.
 int64_t send_two_levels(const Mean& m) {
   alignas(64) float tree[kMaxChunk / 2], low_tree[kMaxChunk / 2];
@@ -190,16 +196,19 @@ int64_t send_two_levels(const Mean& m) {
   c.scales[0] = low;
   c.scales[1] = high;
   const Vec far = set1(high), near = set1(low), zero = set1(0.0f);
-  for (int64_t i = 0; i < c.size; i += kLanes) {
-    const Vec acc = load(c.err + i);
-    const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
-    // Of acc + 0, the sign is that of the code, also where acc is -0.
-    store(c.err + i, sub(acc, with_sign(select(is_high, far, near), add(acc, zero))));
-    uint32_t word = interleave(is_high, positive);
-    const int64_t left = c.valid - i;
-    if (left < kLanes) word = left > 0 ? word & ((1u << 2 * left) - 1) : 0;
-    std::memcpy(c.codes + i / 4, &word, sizeof word);
+  for (int64_t i = 0; i < c.size; i += 2 * kLanes) {
+    uint32_t words[2];
+    for (int v = 0; v < 2; ++v) {
+      float* at = c.err + i + v * kLanes;
+      const Vec acc = load(at);
+      const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
+      // Of acc + 0, the sign is that of the code, also where acc is -0.
+      store(at, sub(acc, with_sign(select(is_high, far, near), add(acc, zero))));
+      words[v] = interleave(is_high, positive);
+    }
+    std::memcpy(c.codes + i / 4, words, sizeof words);
   }
+  if (c.valid < c.size) clear_codes(c.codes, c.valid, c.size);
   return is_finite(low) && is_finite(high) ? 0 : clear_nonfinite(c.err, c.valid);
 }
 
