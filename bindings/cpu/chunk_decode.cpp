@@ -73,7 +73,7 @@ int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads) {
       float* out = job.out + c * job.chunk_size;
       float* put_to = moved ? made[static_cast<size_t>(t)].data() : out;
       if (job.clear && !moved) std::fill_n(out, valid, 0.0f);
-      isa.chunk_topk_put(job, entries[static_cast<size_t>(t)].arrays(), c, put_to);
+      isa.chunk_topk_put(job, entries[static_cast<size_t>(t)].arrays(), c, put_to, nullptr);
       if (moved) isa.sparse_move_out(put_to, out, valid, job.divisor, past_caches);
     }
     if (past_caches) isa.sparse_settle();
@@ -95,13 +95,12 @@ Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, floa
   const auto reduce = [&](int t, float* err, int64_t begin, int64_t end) {
     const auto p = static_cast<size_t>(t);
     ChunkTopk job = to;
-    job.grad_dtype = Dtype::none;
     job.err = err;
     int64_t cleared = 0;
     for (int64_t c = begin; c < end; ++c) {
-      isa.chunk_topk_put(from, entries[p].arrays(), c, sums[p].data());
-      isa.add_mean(sums[p].data(), valid_of(from, c), divisor, err + c * to.chunk_size);
-      cleared += isa.chunk_topk_compress(job, scratch[p].arrays, c, c + 1);
+      const float* later = c + 1 < end ? err + (c + 1) * to.chunk_size : nullptr;
+      isa.chunk_topk_put(from, entries[p].arrays(), c, sums[p].data(), later);
+      cleared += isa.chunk_topk_compress_mean(job, scratch[p].arrays, sums[p].data(), divisor, c);
     }
     return cleared;
   };

@@ -62,6 +62,10 @@ class Emitter {
     float values[kTile + kSpare + kBehind];
     uint32_t indices[kTile + kSpare + kBehind];
     for (int64_t at = begin; at < end; at += kTile) {
+      if (offset_ == end_) {  // all that is left to do, wherever winners come first
+        cleared_ += leaves().clear_wild(err + at, end - at);
+        return;
+      }
       Candidates tile{values, indices, kTile + kSpare, 0, 0, false};
       const int32_t wanted = quota_ > 0 ? threshold_ : threshold_ + 1;
       const int32_t key = std::min(wanted, kInfKey);

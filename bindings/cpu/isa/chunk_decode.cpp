@@ -1,6 +1,7 @@
 // The entries of chunks, unpacked by vectors and added one by one.
 #include "cpu/isa/chunk_decode.hpp"
 
+#include "cpu/isa/codes.hpp"
 #include "cpu/isa/vec.hpp"
 #include "cpu/packing.hpp"
 #include "cpu/round.hpp"
@@ -54,51 +55,91 @@ inline void read_positions(const ChunkTopkDecode& job, int64_t rank, int64_t chu
     std::memcpy(out, row, static_cast<size_t>(nbytes));
 }
 
-// alpha * decoded; codes are read by the byte: up to three more than k.
+// Vectors of codes as they are decoded; returns how many entries have been.
+template <typename Values>
+inline int64_t read_vectors(const Values& values, const unsigned char* row, int64_t count, float* out) {
+  const int64_t whole = count / kLanes;
+  for (int64_t v = 0; v < whole; ++v)
+    store(out + v * kLanes, values.at(reinterpret_cast<const char*>(row), static_cast<int>(v)));
+  return whole * kLanes;
+}
+
+template <Dtype D>
+struct Narrow {
+  float alpha;
+  Vec at(const char* row, int v) const { return mul(load_as<D>(row, v * kLanes), set1(alpha)); }
+};
+
+template <typename Values>
+inline Values with_scales(const char* scales, float alpha) {
+  Values values;
+  values.set(scales, alpha);
+  return values;
+}
+
+// alpha * decoded; codes behind whole vectors are read by the byte: up to three more than k.
 inline void read_values(const ChunkTopkDecode& job, int64_t rank, int64_t chunk, float* out) {
   const int bits = job.value_bits;
-  const int64_t k = job.k;
+  const int64_t k = job.k, scales = bits == 2 ? 2 : 1;
   const unsigned char* row = row_of(job, job.values, rank, chunk, packed_bytes(k, bits));
   const float alpha = job.alpha;
-  if (bits == 32) {
-    for (int64_t j = 0; j < k; ++j) out[j] = alpha * load_widened(row, Dtype::fp32, j);
+  if (bits >= 16) {
+    const Dtype dtype = bits == 32 ? Dtype::fp32 : Dtype::bf16;
+    int64_t j = bits == 32 ? read_vectors(Narrow<Dtype::fp32>{alpha}, row, k, out)
+                           : read_vectors(Narrow<Dtype::bf16>{alpha}, row, k, out);
+    for (; j < k; ++j) out[j] = alpha * load_widened(row, dtype, j);
     return;
   }
-  if (bits == 16) {
-    for (int64_t j = 0; j < k; ++j) out[j] = alpha * load_widened(row, Dtype::bf16, j);
-    return;
-  }
-  const int64_t scales = bits == 2 ? 2 : 1;
+  const auto* of_chunk = reinterpret_cast<const char*>(row_of(job, job.scales, rank, chunk, 4 * scales));
   float scale[2];
-  std::memcpy(scale, row_of(job, job.scales, rank, chunk, 4 * scales),
-              sizeof(float) * static_cast<size_t>(scales));
+  std::memcpy(scale, of_chunk, sizeof(float) * static_cast<size_t>(scales));
   if (bits == 8) {
-    for (int64_t j = 0; j < k; ++j)
-      out[j] = alpha * (static_cast<float>(static_cast<int8_t>(row[j])) * scale[0]);
+    int64_t j = read_vectors(with_scales<Steps<8>>(of_chunk, alpha), row, k, out);
+    for (; j < k; ++j) out[j] = alpha * (static_cast<float>(static_cast<int8_t>(row[j])) * scale[0]);
   } else if (bits == 4) {
-    float table[16];
-    for (int i = 0; i < 16; ++i) table[i] = alpha * (static_cast<float>((i ^ 8) - 8) * scale[0]);
-    for (int64_t j = 0; j < k; j += 2, ++row) {
-      out[j] = table[*row & 15];
-      out[j + 1] = table[*row >> 4];
+    int64_t j = read_vectors(with_scales<Steps<4>>(of_chunk, alpha), row, k, out);
+    const auto value = [&](int code) { return alpha * (static_cast<float>((code ^ 8) - 8) * scale[0]); };
+    for (row += j / 2; j < k; j += 2, ++row) {
+      out[j] = value(*row & 15);
+      out[j + 1] = value(*row >> 4);
     }
   } else {
-    const float table[4] = {alpha * -scale[0], alpha * -scale[1], alpha * scale[0], alpha * scale[1]};
-    for (int64_t j = 0; j < k; j += 4, ++row) {
-      for (int i = 0; i < 4; ++i) out[j + i] = table[*row >> 2 * i & 3];
+    const auto four = with_scales<FourValues<true>>(of_chunk, alpha);
+    int64_t j = read_vectors(four, row, k, out);
+    for (row += j / 4; j < k; j += 4, ++row) {
+      for (int i = 0; i < 4; ++i) out[j + i] = four.values[*row >> 2 * i & 3];
     }
   }
 }
 
-// The first of `count` positions that is out of range or not above the one before it, or -1.
-inline int64_t first_bad(const uint16_t* at, int64_t count, int64_t valid) {
-  uint16_t wrong = at[count - 1] >= valid;
-  for (int64_t j = 1; j < count; ++j) wrong = static_cast<uint16_t>(wrong | (at[j - 1] >= at[j]));
-  if (!wrong) return -1;
-  for (int64_t j = 0; j < count; ++j) {
-    if (at[j] >= valid || (j > 0 && at[j] <= at[j - 1])) return j;
+// Whether positions ascend within [0, valid), at any address.
+inline bool are_good(const unsigned char* row, int64_t count, int64_t valid) {
+  const auto at = [row](int64_t j) {
+    uint16_t position;
+    std::memcpy(&position, row + 2 * j, sizeof position);
+    return position;
+  };
+  if (at(count - 1) >= valid) return false;
+#if defined(GCK_AVX512)
+  __mmask32 wrong = 0;
+  for (int64_t j = 1; j < count; j += 32) {
+    const auto there = static_cast<__mmask32>(count - j >= 32 ? ~0u : (1u << (count - j)) - 1);
+    const __m512i before = _mm512_maskz_loadu_epi16(there, row + 2 * (j - 1));
+    wrong |= _mm512_mask_cmpge_epu16_mask(there, before, _mm512_maskz_loadu_epi16(there, row + 2 * j));
   }
-  return -1;
+  return wrong == 0;
+#else
+  uint16_t wrong = 0;
+  for (int64_t j = 1; j < count; ++j) wrong = static_cast<uint16_t>(wrong | (at(j - 1) >= at(j)));
+  return wrong == 0;
+#endif
+}
+
+// The first of `count` positions that is out of range or not above the one before it.
+inline int64_t first_bad(const uint16_t* at, int64_t count, int64_t valid) {
+  int64_t j = 0;
+  while (j < count && at[j] < valid && (j == 0 || at[j] > at[j - 1])) ++j;
+  return j;
 }
 
 // Asks for a rank's next rows: there are more of them than processors follow by themselves.
@@ -118,19 +159,27 @@ int64_t chunk_topk_first_bad(const ChunkTopkDecode& job, const ChunkEntries& scr
   for (int64_t rank = 0; rank < job.ranks; ++rank) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t valid = valid_of(job, c), count = job.k < valid ? job.k : valid;
+      const unsigned char* row = row_of(job, job.indices, rank, c, 2 * job.k);
+      if (job.index_bits == 12) {
+        read_positions(job, rank, c, scratch.positions);
+        row = reinterpret_cast<const unsigned char*>(scratch.positions);
+      }
+      if (are_good(row, count, valid)) continue;
       read_positions(job, rank, c, scratch.positions);
-      const int64_t entry = first_bad(scratch.positions, count, valid);
-      if (entry >= 0) return (rank * chunks + c) * job.k + entry;
+      return (rank * chunks + c) * job.k + first_bad(scratch.positions, count, valid);
     }
   }
   return -1;
 }
 
-void chunk_topk_put(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out) {
+void chunk_topk_put(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out,
+                    const float* later) {
   const int64_t valid = valid_of(job, chunk), count = job.k < valid ? job.k : valid;
   const uint16_t* at = scratch.positions;
   const float* values = scratch.values;
+  const int64_t share = later == nullptr ? 0 : (job.chunk_size / kLanes + job.ranks - 1) / job.ranks * kLanes;
   for (int64_t rank = 0; rank < job.ranks; ++rank) {
+    for (int64_t i = rank * share; i < (rank + 1) * share; i += kLanes) __builtin_prefetch(later + i, 1, 2);
     read_positions(job, rank, chunk, scratch.positions);
     read_values(job, rank, chunk, scratch.values);
     ask_for_next(job.indices, job.rank_stride, rank, chunk, packed_bytes(job.k, job.index_bits));
@@ -140,22 +189,6 @@ void chunk_topk_put(const ChunkTopkDecode& job, const ChunkEntries& scratch, int
     } else {
       for (int64_t j = 0; j < count; ++j) out[at[j]] = values[j];
     }
-  }
-}
-
-void add_mean(float* sum, int64_t count, float divisor, float* err) {
-  // The inverse of a power of two is exact: the product then rounds as the quotient does, and sooner.
-  const bool exact = (bits_of(divisor) & 0x7fffffu) == 0;
-  const Vec inverse = set1(1.0f / divisor), whole = set1(divisor), zero = set1(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec x = load(sum + i);
-    store(err + i, add(exact ? mul(x, inverse) : div(x, whole), load(err + i)));
-    store(sum + i, zero);
-  }
-  for (; i < count; ++i) {
-    err[i] = sum[i] / divisor + err[i];
-    sum[i] = 0.0f;
   }
 }
 

@@ -62,18 +62,42 @@ inline uint32_t* put_positions(uint64_t bits, int64_t base, uint32_t* out) {
   return end;
 }
 
-// acc to err, with the largest key of each group.
+// What is added to err: a gradient from element `at` on,
 template <Dtype D>
-inline void accumulate(const void* grad, int64_t at, float* err, int64_t chunk, int64_t depth,
-                       int32_t* maxima) {
+struct Gradient {
+  const void* grad;
+  int64_t at;
+
+  Vec take(int64_t i) const { return load_as<D>(grad, at + i); }
+  void ask(int64_t i, const float* err) const {
+    if ((at + i) % kPageEntries == 0) ask_for_pages<D>(grad, at + i, err + i);
+  }
+};
+
+// or the mean of ranks, from a chunk's sums, which become zeros.
+template <bool Exact>
+struct Means {
+  float* sums;
+  Vec divisor, inverse;
+
+  Vec take(int64_t i) const {
+    const Vec sum = load(sums + i);
+    store(sums + i, set1(0.0f));
+    return Exact ? mul(sum, inverse) : div(sum, divisor);
+  }
+  void ask(int64_t, const float*) const {}
+};
+
+// acc to err, with the largest key of each group.
+template <typename Source>
+inline void accumulate(const Source& source, float* err, int64_t chunk, int64_t depth, int32_t* maxima) {
   for (int64_t i = 0; i < chunk; maxima += kLanes) {
     Vec best = set1(0.0f);
     for (int64_t stop = i + depth * kLanes; i < stop; i += kLanes) {
-      const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
+      const Vec acc = add(source.take(i), load(err + i));
       best = max_key(best, acc);
-      if constexpr (D == Dtype::none) continue;
       store(err + i, acc);
-      if ((at + i) % kPageEntries == 0) ask_for_pages<D>(grad, at + i, err + i);
+      source.ask(i, err);
     }
     store(reinterpret_cast<float*>(maxima), best);
   }
@@ -81,20 +105,18 @@ inline void accumulate(const void* grad, int64_t at, float* err, int64_t chunk, 
 
 // The same where groups are whole quadruples of vectors, with the positions of what reaches the threshold.
 // Returns how many there are; where they are more than `most`, some number above it.
-template <Dtype D>
-inline int64_t accumulate_and_collect(const void* grad, int64_t at, float* err, int64_t chunk, int64_t depth,
+template <typename Source>
+inline int64_t accumulate_and_collect(const Source& source, float* err, int64_t chunk, int64_t depth,
                                       int32_t* maxima, int32_t threshold, uint32_t* positions, int64_t most) {
   uint32_t *out = positions, *const last = positions + most;
   for (int64_t i = 0; i < chunk; maxima += kLanes) {
     Vec best = set1(0.0f);
     for (int64_t stop = i + depth * kLanes; i < stop; i += kQuad) {
-      if constexpr (D != Dtype::none) {
-        if ((at + i) % kPageEntries == 0) ask_for_pages<D>(grad, at + i, err + i);
-      }
+      source.ask(i, err);
       uint64_t bits = 0;
       for (int64_t lane = 0; lane < kQuad; lane += kLanes) {
-        const Vec acc = add(load_as<D>(grad, at + i + lane), load(err + i + lane));
-        if constexpr (D != Dtype::none) store(err + i + lane, acc);
+        const Vec acc = add(source.take(i + lane), load(err + i + lane));
+        store(err + i + lane, acc);
         best = max_key(best, acc);
         bits |= static_cast<uint64_t>(key_ge(acc, threshold)) << lane;
       }
@@ -196,17 +218,17 @@ int64_t clear_nonfinite(float* err, int64_t chunk) {
 }
 
 // One chunk whose `err` and grad are whole; selects k <= job.k of its elements.
-template <Dtype D>
-inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const void* grad, int64_t at,
-                              float* err, int64_t k, const ChunkRow& row) {
+template <typename Source>
+inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const Source& source, float* err,
+                              int64_t k, const ChunkRow& row) {
   const int64_t chunk = job.chunk_size, depth = group_depth(chunk, job.k), groups = chunk / depth;
   const int64_t most = 3 * job.k + kLanes;
   int32_t low = threshold_of(*s.guess);
   int64_t candidates = 0;
   if (depth * kLanes >= kQuad) {
-    candidates = accumulate_and_collect<D>(grad, at, err, chunk, depth, s.maxima, low, s.positions, most);
+    candidates = accumulate_and_collect(source, err, chunk, depth, s.maxima, low, s.positions, most);
   } else {
-    accumulate<D>(grad, at, err, chunk, depth, s.maxima);
+    accumulate(source, err, chunk, depth, s.maxima);
   }
   int32_t least = INT32_MAX, top = 0;
   for (int64_t i = 0; i < groups; ++i) {
@@ -248,27 +270,36 @@ inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const
   return wild ? clear_nonfinite(err, chunk) : 0;
 }
 
+// On a copy of the chunk, a last one that is cut short, padded with zeros, which lose every tie.
+template <typename Source>
+int64_t compress_part(const ChunkTopk& job, const ChunkScratch& s, const Source& source, float* err,
+                      int64_t valid, const ChunkRow& row) {
+  std::memset(s.err, 0, static_cast<size_t>(job.chunk_size) * sizeof(float));
+  std::memcpy(s.err, err, sizeof(float) * static_cast<size_t>(valid));
+  const int64_t cleared = compress_chunk(job, s, source, s.err, valid < job.k ? valid : job.k, row);
+  std::memcpy(err, s.err, sizeof(float) * static_cast<size_t>(valid));
+  return cleared;
+}
+
+inline int64_t valid_of(const ChunkTopk& job, int64_t c) {
+  const int64_t left = job.numel - c * job.chunk_size;
+  return left < job.chunk_size ? left : job.chunk_size;
+}
+
 template <Dtype D>
 int64_t compress_chunks(const ChunkTopk& job, const ChunkScratch& s, int64_t begin, int64_t end) {
   constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
   int64_t cleared = 0;
   for (int64_t c = begin; c < end; ++c) {
-    const int64_t at = c * job.chunk_size;
-    const int64_t valid = job.numel - at < job.chunk_size ? job.numel - at : job.chunk_size;
-    const ChunkRow row = row_of(job, c);
+    const int64_t at = c * job.chunk_size, valid = valid_of(job, c);
+    float* err = job.err + at;
     if (valid == job.chunk_size) {
-      cleared += compress_chunk<D>(job, s, job.grad, at, job.err + at, job.k, row);
+      cleared += compress_chunk(job, s, Gradient<D>{job.grad, at}, err, job.k, row_of(job, c));
       continue;
     }
-    // The last chunk, cut short: on a copy padded with zeros, which lose every tie.
-    std::memset(s.err, 0, static_cast<size_t>(job.chunk_size) * sizeof(float));
     std::memset(s.grad, 0, static_cast<size_t>(job.chunk_size) * sizeof(float));
-    std::memcpy(s.err, job.err + at, sizeof(float) * static_cast<size_t>(valid));
-    if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
-      std::memcpy(s.grad, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
-    }
-    cleared += compress_chunk<D>(job, s, s.grad, 0, s.err, valid < job.k ? valid : job.k, row);
-    std::memcpy(job.err + at, s.err, sizeof(float) * static_cast<size_t>(valid));
+    std::memcpy(s.grad, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+    cleared += compress_part(job, s, Gradient<D>{s.grad, 0}, err, valid, row_of(job, c));
   }
   return cleared;
 }
@@ -276,8 +307,21 @@ int64_t compress_chunks(const ChunkTopk& job, const ChunkScratch& s, int64_t beg
 }  // namespace
 
 int64_t chunk_topk_compress(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin, int64_t end) {
-  if (job.grad_dtype == Dtype::none) return compress_chunks<Dtype::none>(job, scratch, begin, end);
   return with_dtype(job.grad_dtype, [&]<Dtype D>() { return compress_chunks<D>(job, scratch, begin, end); });
+}
+
+int64_t chunk_topk_compress_mean(const ChunkTopk& job, const ChunkScratch& scratch, float* sums,
+                                 float divisor, int64_t chunk) {
+  const auto compress = [&](const auto& means) {
+    const int64_t valid = valid_of(job, chunk);
+    float* err = job.err + chunk * job.chunk_size;
+    if (valid < job.chunk_size) return compress_part(job, scratch, means, err, valid, row_of(job, chunk));
+    return compress_chunk(job, scratch, means, err, job.k, row_of(job, chunk));
+  };
+  // The inverse of a power of two is exact: the product then rounds as the quotient does, and sooner.
+  const bool exact = (bits_of(divisor) & 0x7fffffu) == 0;
+  const Vec whole = set1(divisor), inverse = set1(1.0f / divisor);
+  return exact ? compress(Means<true>{sums, whole, inverse}) : compress(Means<false>{sums, whole, inverse});
 }
 
 }  // namespace gck::GCK_ISA

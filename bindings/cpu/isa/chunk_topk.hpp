@@ -5,5 +5,7 @@
 namespace gck::GCK_ISA {
 
 int64_t chunk_topk_compress(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin, int64_t end);
+int64_t chunk_topk_compress_mean(const ChunkTopk& job, const ChunkScratch& scratch, float* sums,
+                                 float divisor, int64_t chunk);
 
 }  // namespace gck::GCK_ISA

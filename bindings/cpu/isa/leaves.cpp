@@ -16,14 +16,41 @@
 namespace gck::GCK_ISA {
 
 const Leaves& leaves() {
-  static constexpr Leaves table{
-      GCK_NAME(GCK_ISA),   topk_stream,       topk_look,           topk_maxima,      topk_collect,
-      topk_split,          topk_kth,          topk_emit,           add_to,           sparse_ascends,
-      sparse_move_out,     sparse_settle,     sign_compress,       sign_decompress,  sign_reduce,
-      chunk_topk_compress, quantize_compress, quantize_decompress, quantize_reduce,  chunk_topk_first_bad,
-      chunk_topk_put,      add_mean,          random_k_draw,       random_k_picks,   random_k_add,
-      random_k_send,       elias_fano_low,    elias_fano_high,     elias_fano_count, elias_fano_select,
-      block16_split,       block16_join,      residual_read,       residual_sums};
+  static constexpr Leaves table{GCK_NAME(GCK_ISA),
+                                topk_stream,
+                                topk_look,
+                                topk_maxima,
+                                topk_collect,
+                                topk_split,
+                                topk_kth,
+                                topk_emit,
+                                clear_wild,
+                                add_to,
+                                sparse_ascends,
+                                sparse_move_out,
+                                sparse_settle,
+                                sign_compress,
+                                sign_decompress,
+                                sign_reduce,
+                                chunk_topk_compress,
+                                chunk_topk_compress_mean,
+                                quantize_compress,
+                                quantize_decompress,
+                                quantize_reduce,
+                                chunk_topk_first_bad,
+                                chunk_topk_put,
+                                random_k_draw,
+                                random_k_picks,
+                                random_k_add,
+                                random_k_send,
+                                elias_fano_low,
+                                elias_fano_high,
+                                elias_fano_count,
+                                elias_fano_select,
+                                block16_split,
+                                block16_join,
+                                residual_read,
+                                residual_sums};
   return table;
 }
 

@@ -199,6 +199,8 @@ struct Leaves {
   // The key of the rank-th largest of at most kFewest entries.
   int32_t (*topk_kth)(const float* x, int64_t count, int64_t rank);
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
+  // x[i] = 0 where x[i] is not finite; returns how many that were.
+  int64_t (*clear_wild)(float* x, int64_t count);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
   // Whether each of the int64 (`wide`) or int32 indices [begin, end) is above the one before it; begin > 0.
@@ -217,6 +219,9 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
+  // The same of one chunk, with sums / divisor for its gradient; sums become zeros.
+  int64_t (*chunk_topk_compress_mean)(const ChunkTopk& job, const ChunkScratch& scratch, float* sums,
+                                      float divisor, int64_t chunk);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
@@ -226,10 +231,10 @@ struct Leaves {
   // before it, as chunk_topk.hpp counts places, or -1.
   int64_t (*chunk_topk_first_bad)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t begin,
                                   int64_t end);
-  // All ranks' entries of a chunk to or onto `out`, the chunk's place, rank after rank.
-  void (*chunk_topk_put)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out);
-  // err[i] += sum[i] / divisor, and sum[i] = 0.
-  void (*add_mean)(float* sum, int64_t count, float divisor, float* err);
+  // All ranks' entries of a chunk to or onto `out`, the chunk's place, rank after rank. Meanwhile memory is
+  // asked for a chunk from `later` on, unless that is null.
+  void (*chunk_topk_put)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out,
+                         const float* later);
   // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has
   // room for a multiple, too.
   void (*random_k_draw)(uint64_t seed, uint64_t first, int64_t count, uint64_t* out);

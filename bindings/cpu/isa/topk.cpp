@@ -384,6 +384,24 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
   return emit_to(memory, list, err, base, *out);
 }
 
+int64_t clear_wild(float* x, int64_t count) {
+  int64_t cleared = 0, i = 0;
+  for (; i + kPair <= count; i += kPair) {
+    const Vec a = load(x + i), b = load(x + i + kLanes);
+    if (!any_key_ge(a, b, kInfKey)) continue;
+    const Mask in_a = key_ge(a, kInfKey), in_b = key_ge(b, kInfKey);
+    store(x + i, select(in_a, set1(0.0f), a));
+    store(x + i + kLanes, select(in_b, set1(0.0f), b));
+    cleared += __builtin_popcount(in_a) + __builtin_popcount(in_b);
+  }
+  for (; i < count; ++i) {
+    if (key_of(x[i]) < kInfKey) continue;
+    x[i] = 0.0f;
+    ++cleared;
+  }
+  return cleared;
+}
+
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out) {
   with_dtype(dtype, [&]<Dtype D>() { add_all<D>(grad, err, count, out); });
 }
