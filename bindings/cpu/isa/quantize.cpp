@@ -278,6 +278,12 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
       values[r].set(scales + r * stride + c * scales_size, alpha);
       ask_ahead(scales + r * stride + c * scales_size, 64);
     }
+    if (run.is_copy()) {
+      copy_blocks<Vecs, Values::kWays>(run, c * size, (c + 1) * size, [&](int64_t i, int v) {
+        return values[0].at(codes + i * Bits / 8, v);
+      });
+      continue;
+    }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
       ask_ahead<Bits>(codes, stride, run.ranks, i);
       sum_block<Vecs, Values::kWays>(

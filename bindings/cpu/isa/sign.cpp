@@ -199,6 +199,15 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
       return select(bits, set1(scale[r]), set1(-scale[r]));
     };
+    if (run.is_copy()) {
+      const Vec plus = set1(scale[0]), minus = set1(-scale[0]);
+      copy_blocks<Vecs>(run, c * size, (c + 1) * size, [&](int64_t i, int v) {
+        uint16_t bits;
+        std::memcpy(&bits, words + i / 8 + 2 * v, sizeof bits);
+        return select(bits, plus, minus);
+      });
+      continue;
+    }
     if (kHasFourRanks && Vecs == 4 && !run.from && run.ranks >= 4) {
       const FourRanks four(scale);
       for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {

@@ -86,6 +86,9 @@ struct Run {
   const float* err;  // not null, of the last ranks of a mean: it is added to what has been divided
   bool exact;        // multiplying by the inverse divides
   float divisor, inverse;
+
+  // Whether one rank's values are written as they are.
+  bool is_copy() const { return written && ranks == 1 && from == nullptr && err == nullptr; }
 };
 
 // Vecs vectors of 16 at element i; value(rank, vector) of each rank in turn. begin(sums), where it is given,
@@ -120,6 +123,23 @@ inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
     float* to = run.to + i + v * kLanes;
     run.past_caches ? store_past_caches(to, sum[v]) : store(to, sum[v]);
   }
+}
+
+// The same of elements [begin, end) of a run that is_copy, without asking at each block what is to be done.
+template <int Vecs, int Ways = 1, typename Value>
+inline void copy_blocks(const Run& run, int64_t begin, int64_t end, Value value) {
+  const auto copy = [&]<bool PastCaches>() {
+    for (int64_t i = begin; i < end; i += Vecs * kLanes) {
+      Vec x[Vecs];
+      for (int v = 0; v < Vecs; ++v) x[v] = value(i, v);
+      for (int v = 0; v < Vecs; v += Ways) put_together<Ways>(x + v);
+      for (int v = 0; v < Vecs; ++v) {
+        float* to = run.to + i + v * kLanes;
+        PastCaches ? store_past_caches(to, x[v]) : store(to, x[v]);
+      }
+    }
+  };
+  run.past_caches ? copy.template operator()<true>() : copy.template operator()<false>();
 }
 
 template <int Vecs, int Ways = 1, typename Value>
