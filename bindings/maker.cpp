@@ -146,6 +146,7 @@ py::object make(Maker& maker, Arguments given) {
   py::object payload = checked(PyTuple_Type.tp_new(type, arguments.ptr(), nullptr));
   const py::object changed = checked(PyTuple_Pack(1, given[2]));
 
+  if (!are_still(*inputs, given[1], given[2])) return py::none();
   if (inputs->numel < kWorthReleasing) {
     known->direct->compress(*inputs, body.data(), *seed, threads);
   } else {

@@ -30,10 +30,11 @@ std::optional<Dtype> dtype_of(const dlpack::DataType& dtype) {
 
 // Whether a tensor is what lies in its memory, and nothing else.
 bool is_plain(PyObject* tensor) {
-  const auto negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg, tensor));
-  const auto recorded = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, requires_grad));
-  if (!negated || !recorded) throw py::error_already_set();
-  return negated.ptr() == Py_False && recorded.ptr() == Py_False;
+  const auto is_false = [](PyObject* answer) {
+    if (answer == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(answer).ptr() == Py_False;
+  };
+  return is_false(PyObject_CallOneArg(is_neg, tensor)) && is_false(PyObject_GetAttr(tensor, requires_grad));
 }
 
 struct Seen {
@@ -44,12 +45,13 @@ struct Seen {
 
 std::optional<Seen> look_at(py::handle handle) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(handle.ptr())) != tensor_class) return std::nullopt;
+  if (!is_plain(handle.ptr())) return std::nullopt;  // first of all: modes may run anything meanwhile
   dlpack::Tensor t;
   if (api->dltensor_from_py_object_no_sync(handle.ptr(), &t) != 0) {
     PyErr_Clear();  // one without memory, say: whoever is asked next tells what is wrong with it
     return std::nullopt;
   }
-  if (t.device.type != dlpack::kCpu || !is_plain(handle.ptr())) return std::nullopt;
+  if (t.device.type != dlpack::kCpu) return std::nullopt;
   int64_t numel = 1;
   bool contiguous = true;
   for (int d = t.ndim - 1; d >= 0; --d) {
@@ -125,6 +127,15 @@ std::optional<Inputs> inputs_of(py::handle grad, py::handle err) {
   const auto dtype = dtype_of(g->tensor.dtype);
   if (!dtype || !same(e->tensor.dtype, kFloat32)) return std::nullopt;
   return Inputs{g->data, *dtype, reinterpret_cast<float*>(e->data), g->numel};
+}
+
+bool are_still(const Inputs& inputs, py::handle grad, py::handle err) {
+  const auto is_at = [](py::handle handle, const void* data) {
+    dlpack::Tensor t;
+    if (api->dltensor_from_py_object_no_sync(handle.ptr(), &t) != 0) throw py::error_already_set();
+    return static_cast<char*>(t.data) + t.byte_offset == data;
+  };
+  return is_at(grad, inputs.grad) && is_at(err, inputs.err);
 }
 
 std::optional<Outputs> outputs_of(const py::tuple& payload, const BodyLayout& layout, py::handle out,

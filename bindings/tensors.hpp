@@ -29,6 +29,9 @@ struct Inputs {
 // and are of no other class than that whose table was found, not negated lazily, and without requires_grad.
 std::optional<Inputs> inputs_of(pybind11::handle grad, pybind11::handle err);
 
+// Whether they still lie where they did: Python may have run since, and have given their memory away.
+bool are_still(const Inputs& inputs, pybind11::handle grad, pybind11::handle err);
+
 // Where the fields of a body lie: see gck/wire.py.
 struct BodyField {
   dlpack::DataType dtype;

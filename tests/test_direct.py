@@ -18,7 +18,7 @@ import torch
 import gck
 from gck import memory
 from gck._native import load, sees_tensors
-from gck.errors import BackendUnavailableError, GckError
+from gck.errors import BackendUnavailableError, GckError, LayoutError
 from gck.ops import direct
 from gck.wire import body_in_place
 
@@ -343,6 +343,54 @@ def test_a_maker_keeps_nothing_alive() -> None:
     del err
     assert gone() is None
     assert values.numel() == 5  # and owns its memory
+
+
+class Raising(torch.overrides.TorchFunctionMode):
+    """Lets no call of this name through."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == self.name:
+            raise KeyError(self.name)
+        return func(*args, **(kwargs or {}))
+
+
+@needs_table
+@pytest.mark.parametrize("name", ["is_neg", "resize_"])
+def test_errors_of_a_mode_are_its_own(name: str) -> None:
+    grad, err = inputs(64)
+    before = err.clone()
+    with Raising(name), pytest.raises(KeyError, match=name):
+        gck.topk_ef_(grad, err, k=2)
+    assert torch.equal(err, before)
+
+
+@needs_table
+def test_memory_that_is_given_away_meanwhile_is_not_used(ways: Ways) -> None:
+    grad, err = inputs(64)
+
+    class GivingAway(Raising):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") == "resize_":
+                err.set_(torch.zeros(64))  # type: ignore[call-overload]
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with GivingAway(""):
+        assert ways.short(lambda: gck.topk_ef_(grad, err, k=2)) is None
+    assert torch.equal(gck.decompress(gck.topk(grad, k=2)) + err, grad)
+
+
+@pytest.mark.parametrize("name", ["grad", "err"])
+def test_tensors_without_memory_are_refused(name: str) -> None:
+    both = dict(zip(("grad", "err"), inputs(64), strict=True)) | {name: torch._efficientzerotensor(64)}
+    with pytest.raises(LayoutError, match=f"topk_ef_: {name} has no memory of its own"):
+        gck.topk_ef_(**both, k=2)
+    payload = gck.sign_ef_(*inputs(64))
+    with pytest.raises(LayoutError, match="out has no memory of its own"):
+        gck.decompress(payload, torch._efficientzerotensor(64))
 
 
 @needs_table

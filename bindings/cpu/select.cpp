@@ -26,7 +26,7 @@ Share count_share(const float* x, int64_t count, int32_t threshold) {
 }
 
 int32_t kth_of_few(const std::vector<Segment>& lists, int64_t k) {
-  if (lists.size() == 1 && lists[0].count <= kFewest) return leaves().topk_kth(lists[0].x, lists[0].count, k);
+  if (lists.size() == 1) return leaves().topk_kth(lists[0].x, lists[0].count, k, 0);
   int64_t total = 0;
   for (const Segment& list : lists) total += list.count;
   std::vector<int32_t> keys(static_cast<size_t>(total));
@@ -82,15 +82,6 @@ std::vector<Share> shares_of(const std::vector<Group>& groups, int32_t threshold
 }
 
 }  // namespace
-
-int32_t kth_largest(const Segment& segment, int64_t rank, int32_t* keys) {
-  const auto& [x, count] = segment;
-  if (count <= kFewest) return leaves().topk_kth(x, count, rank);
-  if (count > kFew) return kth_largest({{segment}}, rank, 1).key;
-  std::transform(x, x + count, keys, key_of);
-  std::nth_element(keys, keys + (rank - 1), keys + count, std::greater<>());
-  return keys[rank - 1];
-}
 
 Threshold kth_largest(const std::vector<Group>& groups, int64_t rank, int threads) {
   constexpr int shifts[] = {20, 10, 0}, bins[] = {2048, 1024, 1024};

@@ -38,9 +38,6 @@ struct Slot {
 // The rank-th largest key (1 = largest) of all groups together, by 11 + 10 + 10 bits from the top.
 Threshold kth_largest(const std::vector<Group>& groups, int64_t rank, int threads);
 
-// The same of one segment, in room for `count` keys; of few entries without any allocation.
-int32_t kth_largest(const Segment& segment, int64_t rank, int32_t* keys);
-
 // The threshold of the k largest entries, and each group's share of them.
 Selection select_largest(const std::vector<Group>& groups, int64_t k, int threads);
 

@@ -65,7 +65,7 @@ def random_k_ef_(
     random-k operator of Definition 2.1.
     """
     plainly = nonfinite is None and clip is None and stats is None
-    if plainly and decay == 1 and not is_dynamo_compiling():
+    if plainly and type(decay) is float and decay == 1 and not is_dynamo_compiling():
         payload: SeededValues | None = direct.maker(RandomK)(seed, grad, err, ratio, k, 0, value_dtype)
         if payload is not None:
             return payload

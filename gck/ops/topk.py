@@ -124,7 +124,7 @@ def topk_ef_(
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
     """
     plainly = nonfinite is None and hint is None and clip is None and stats is None
-    if plainly and decay == 1 and not flat and not is_dynamo_compiling():
+    if plainly and type(decay) is float and decay == 1 and not flat and not is_dynamo_compiling():
         payload: SparseGrad | None = direct.maker(TopK)(0, grad, err, ratio, k, value_dtype)
         if payload is not None:
             return payload

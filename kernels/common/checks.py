@@ -117,16 +117,20 @@ def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
 
 
 def apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether contiguous tensors share no memory: told of many much faster than by `check_no_overlap`, for
-    which it is to tell which do. Only of tensors on one device, none of them fake."""
+    """Whether contiguous tensors have memory, and share none: told of many much faster than by
+    `check_no_overlap`, which is to tell which do not. Only of tensors on one device, none of them fake."""
     if len(tensors) == 2:  # by far the most calls
         a, b = tensors
         a_start, b_start = a.data_ptr(), b.data_ptr()
+        if (not a_start and a.nbytes) or (not b_start and b.nbytes):
+            return False
         if a_start < b_start:
             return a_start + a.nbytes <= b_start or not b.nbytes
         return b_start + b.nbytes <= a_start or not a.nbytes
     filled = [tensor for tensor in tensors if tensor.nbytes]
     starts = [tensor.data_ptr() for tensor in filled]
+    if 0 in starts:
+        return False
     ends = sorted([start + tensor.nbytes for start, tensor in zip(starts, filled, strict=True)])
     starts.sort()
     # In order, each one ends before the next starts exactly if no point lies in two of them.
@@ -134,7 +138,7 @@ def apart(tensors: Sequence[Tensor]) -> bool:
 
 
 def check_no_overlap(function: str, **tensors: Tensor) -> None:
-    """Contiguous tensors must not share memory. Fake tensors have none and always pass."""
+    """Contiguous tensors must have memory, and share none. Fake tensors have none and always pass."""
     if torch.compiler.is_compiling():
         return
     spans = []
@@ -146,6 +150,11 @@ def check_no_overlap(function: str, **tensors: Tensor) -> None:
             start = tensor.data_ptr()
         except RuntimeError:  # a fake tensor
             continue
+        if start == 0:
+            raise LayoutError(
+                f"{function}: {name} has no memory of its own, as zeros of forward-mode differentiation, "
+                f"got {shown(tensor)}"
+            )
         spans.append((start, start + nbytes, name))
     spans.sort()
     for (_, end, first), (start, _, second) in pairwise(spans):

@@ -41,7 +41,7 @@ def test_contract(isa: str) -> None:
     chosen = (
         "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
         " or one_by_one or hostile or random_bits or laid_out_for_more or (test_ranks and 17)"
-        " or golden or any_number_of_threads or (test_bytes and gaussian and 65537) or past_the_caches"
+        " or small_vectors or golden or any_number_of_threads or (test_bytes and gaussian and 65537) or past_the_caches"
     )
     reduce = "tests/kernels/test_reduce.py"
     codecs = "tests/kernels/test_index_codecs.py"
@@ -50,6 +50,19 @@ def test_contract(isa: str) -> None:
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["gaussian", "ties", "nonfinite", "denormal", "all equal", "sorted"])
+@pytest.mark.parametrize("n", [15, 129, 1000, 2500, 9000, 65_535])
+def test_small_vectors(n: int, case: str) -> None:
+    """Thresholds by comparing all with all, by halving intervals of keys, and by bins."""
+    for k in sorted({1, n // 100 or 1, n // 31 or 1, n // 10, n // 5, n // 3, n // 2, n - 1, n}):
+        grad, err = make(case, n, torch.float32)
+        (values, indices), residual, _ = reference.compress(gck.TopK(k=k), grad, err)
+        payload = gck.topk_ef_(grad, err, k=k)
+        assert same_bytes(payload.values, values)
+        assert torch.equal(payload.indices, indices)
+        assert same_bytes(err, residual)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

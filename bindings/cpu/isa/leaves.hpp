@@ -193,11 +193,12 @@ struct Leaves {
   // may be x.
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,
                         int64_t* inside);
+  // The key of the rank-th largest entry; with a slack, a key that at most so many more than `rank` reach,
+  // and at least `rank`. Behind the entries there is room for a vector.
+  int32_t (*topk_kth)(const float* x, int64_t count, int64_t rank, int64_t slack);
   // Puts winners out in order, and mends err where it was not to be expected who wins: a run that the
   // candidates come from and whose first entry has index `base`; null: nothing is mended. Returns the number
   // of entries that left what is not finite.
-  // The key of the rank-th largest of at most kFewest entries.
-  int32_t (*topk_kth)(const float* x, int64_t count, int64_t rank);
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // x[i] = 0 where x[i] is not finite; returns how many that were.
   int64_t (*clear_wild)(float* x, int64_t count);
