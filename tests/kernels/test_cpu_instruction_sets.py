@@ -41,7 +41,8 @@ def test_contract(isa: str) -> None:
     chosen = (
         "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
         " or one_by_one or hostile or random_bits or laid_out_for_more or (test_ranks and 17)"
-        " or small_vectors or golden or any_number_of_threads or (test_bytes and gaussian and 65537) or past_the_caches"
+        " or golden or any_number_of_threads or (test_bytes and gaussian and 65537)"
+        " or small_vectors or past_the_caches"
     )
     reduce = "tests/kernels/test_reduce.py"
     codecs = "tests/kernels/test_index_codecs.py"
