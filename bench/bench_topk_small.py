@@ -15,29 +15,30 @@ from bench.suite import GCK, Case, Plan
 from gck.kernels.topk import resolve_k
 
 SIZES = (1_000, 4_000, 16_000, 64_000, 256_000)
-RATIO = 0.01
+RATIOS = (0.001, 0.01, 0.1)
 
 
 def cases(plan: Plan) -> list[Case]:
     """The cases in the order of measuring."""
     made = []
     for n in plan.settings(SIZES, typical=4_000):
-        k = resolve_k("bench", n, RATIO, None)
-        make = partial(Case, "topk_ef_", "ratio", RATIO, n, torch.float32, call=True)
-        made += [
-            make(GCK, _gck),
-            make(
-                "torch composition",
-                partial(_composition, k),
-                partial(peers.verify_topk, peers.torch_topk_ef_, k=k),
-            ),
-            make("torch.topk alone", partial(_select, k), partial(peers.verify_torch_topk, k=k)),
-        ]
+        for ratio in plan.settings(RATIOS, typical=0.01):
+            k = resolve_k("bench", n, ratio, None)
+            make = partial(Case, "topk_ef_", "ratio", ratio, n, torch.float32, call=True)
+            made += [
+                make(GCK, partial(_gck, ratio)),
+                make(
+                    "torch composition",
+                    partial(_composition, k),
+                    partial(peers.verify_topk, peers.torch_topk_ef_, k=k),
+                ),
+                make("torch.topk alone", partial(_select, k), partial(peers.verify_torch_topk, k=k)),
+            ]
     return made
 
 
-def _gck(buffers: Buffers) -> Any:
-    return gck.topk_ef_(buffers.grad, buffers.err, RATIO)
+def _gck(ratio: float, buffers: Buffers) -> Any:
+    return gck.topk_ef_(buffers.grad, buffers.err, ratio)
 
 
 def _composition(k: int, buffers: Buffers) -> Any:
