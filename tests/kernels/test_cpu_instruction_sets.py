@@ -60,10 +60,12 @@ def test_small_vectors(n: int, case: str) -> None:
     for k in sorted({1, n // 100 or 1, n // 31 or 1, n // 10, n // 5, n // 3, n // 2, n - 1, n}):
         grad, err = make(case, n, torch.float32)
         (values, indices), residual, _ = reference.compress(gck.TopK(k=k), grad, err)
-        payload = gck.topk_ef_(grad, err, k=k)
+        hint = torch.zeros(1, dtype=torch.int32)
+        payload = gck.topk_ef_(grad, err, k=k, hint=hint)
         assert same_bytes(payload.values, values)
         assert torch.equal(payload.indices, indices)
         assert same_bytes(err, residual)
+        assert k == n or int(hint) == int((values.view(torch.int32) & 0x7FFFFFFF).min())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
