@@ -1,5 +1,6 @@
 #include "cpu/isa/topk.hpp"
 
+#include "cpu/isa/ranks.hpp"
 #include "cpu/isa/vec.hpp"
 #include "cpu/isa/winners.hpp"
 
@@ -296,57 +297,6 @@ void add_all(const void* grad, const float* err, int64_t count, float* out) {
   if (const int rest = static_cast<int>(count - i)) {
     store_part(out + i, add(load_part<D>(grad, i, rest), load_part<Dtype::fp32>(err, i, rest)), rest);
   }
-}
-
-// Each is counted against all others.
-int32_t kth_of_fewest(const float* x, int64_t count, int64_t rank) {
-  // Of the compiler's own vectors, which it cuts to what there is.
-  typedef int32_t Keys __attribute__((vector_size(64)));
-  constexpr int64_t kKeys = sizeof(Keys) / sizeof(int32_t);
-  alignas(64) int32_t keys[kFewest];
-  for (int64_t i = 0; i < count; ++i) keys[i] = key_of(x[i]);
-  for (int64_t i = count; i % kKeys; ++i) keys[i] = -1;  // below all
-  Keys best = Keys{} - 1;
-  for (int64_t i = 0; i < count; i += kKeys) {
-    Keys mine, reach{};
-    std::memcpy(&mine, keys + i, sizeof mine);
-    for (int64_t j = 0; j < count; ++j) reach -= keys[j] >= mine;
-    const Keys fit = (reach >= static_cast<int32_t>(rank)) & (mine > best);
-    best = (mine & fit) | (best & ~fit);
-  }
-  int32_t kth = best[0];
-  for (int64_t lane = 1; lane < kKeys; ++lane) kth = best[lane] > kth ? best[lane] : kth;
-  return kth;
-}
-
-// How many of `count` entries, behind which there is room for a vector, have key >= threshold > 0.
-inline int64_t count_reaching(const float* x, int64_t count, int32_t threshold) {
-  int64_t reaching = 0, i = 0;
-  for (; i + kLanes <= count; i += kLanes) reaching += __builtin_popcount(key_ge(load(x + i), threshold));
-  if (i < count) reaching += __builtin_popcount(key_ge(load(x + i), threshold) & ((1u << (count - i)) - 1));
-  return reaching;
-}
-
-// Halves the interval of keys until at most `slack` more than `rank` entries reach its low end.
-int32_t bisected(const float* x, int64_t count, int64_t rank, int64_t slack) {
-  int32_t high = 0;  // the largest key, and one more: fewer than `rank` reach it
-  for (int64_t i = 0; i < count; ++i) high = key_of(x[i]) > high ? key_of(x[i]) : high;
-  int32_t low = 0;
-  ++high;
-  for (int64_t reaching = count; reaching > rank + slack && high - low > 1;) {
-    const int32_t middle = low + (high - low) / 2;
-    const int64_t here = count_reaching(x, count, middle);
-    low = here >= rank ? middle : low;
-    high = here >= rank ? high : middle;
-    reaching = here >= rank ? here : reaching;
-  }
-  if (slack > 0) return low;
-  int32_t kth = high - 1;  // the least that reaches it
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t key = key_of(x[i]);
-    kth = key >= low && key < kth ? key : kth;
-  }
-  return kth;
 }
 
 }  // namespace
