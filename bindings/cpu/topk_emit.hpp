@@ -63,7 +63,7 @@ class Emitter {
     uint32_t indices[kTile + kSpare + kBehind];
     for (int64_t at = begin; at < end; at += kTile) {
       if (offset_ == end_) {  // all that is left to do, wherever winners come first
-        cleared_ += leaves().clear_wild(err + at, end - at);
+        cleared_ += leaves().topk_clear(err + at, end - at);
         return;
       }
       Candidates tile{values, indices, kTile + kSpare, 0, 0, false};

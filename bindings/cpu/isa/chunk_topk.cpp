@@ -6,6 +6,7 @@
 #include "cpu/isa/chunk_topk.hpp"
 
 #include "cpu/isa/chunk_values.hpp"
+#include "cpu/isa/keys.hpp"
 #include "cpu/isa/vec.hpp"
 
 namespace gck::GCK_ISA {
@@ -47,19 +48,6 @@ inline void learn(ChunkGuess& guess, int32_t kth, int64_t candidates, int64_t k,
            : candidates > 2 * k     ? -below / 8
                                     : 0;
   guess.below = below < kLeastBelow ? kLeastBelow : below > kMostBelow ? kMostBelow : below;
-}
-
-// Appends base + the position of each bit; there is room for 3 more. Four at a time without a branch: fewer
-// than two are usual.
-inline uint32_t* put_positions(uint64_t bits, int64_t base, uint32_t* out) {
-  uint32_t* const end = out + __builtin_popcountll(bits);
-  do {
-    for (int j = 0; j < 4; ++j) {
-      *out++ = static_cast<uint32_t>(base) + lowest_bit(bits);
-      bits &= bits - 1;
-    }
-  } while (bits);
-  return end;
 }
 
 // What is added to err: a gradient from element `at` on,
@@ -125,13 +113,6 @@ inline int64_t accumulate_and_collect(const Source& source, float* err, int64_t 
     store(reinterpret_cast<float*>(maxima), best);
   }
   return out - positions;
-}
-
-// Of `count` numbers, and zeros behind them up to a whole vector; threshold > 0.
-inline int64_t count_reaching(const float* x, int64_t count, int32_t threshold) {
-  int64_t reaching = 0;
-  for (int64_t i = 0; i < count; i += kLanes) reaching += __builtin_popcount(key_ge(load(x + i), threshold));
-  return reaching;
 }
 
 // `at_low` keys are >= low, which are at least k; `above` are >= high, which are fewer.
@@ -203,18 +184,6 @@ void make_canonical(float* err, int64_t chunk, int32_t* maxima, int64_t groups) 
     store(err + i, select(is_nan(acc), nan, acc));
   }
   for (int64_t i = 0; i < groups; ++i) maxima[i] = maxima[i] < kNanKey ? maxima[i] : kNanKey;
-}
-
-int64_t clear_nonfinite(float* err, int64_t chunk) {
-  int64_t cleared = 0;
-  for (int64_t i = 0; i < chunk; i += kLanes) {
-    const Vec x = load(err + i);
-    const Mask wild = key_ge(x, kInfKey);
-    if (!wild) continue;
-    store(err + i, select(wild, set1(0.0f), x));
-    cleared += __builtin_popcount(wild);
-  }
-  return cleared;
 }
 
 // One chunk whose `err` and grad are whole; selects k <= job.k of its elements.

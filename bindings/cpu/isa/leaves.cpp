@@ -24,7 +24,7 @@ const Leaves& leaves() {
                                 topk_split,
                                 topk_kth,
                                 topk_emit,
-                                clear_wild,
+                                topk_clear,
                                 add_to,
                                 sparse_ascends,
                                 sparse_move_out,

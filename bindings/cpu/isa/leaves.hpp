@@ -201,7 +201,7 @@ struct Leaves {
   // of entries that left what is not finite.
   int64_t (*topk_emit)(const Candidates& list, float* err, int32_t base, Winners* out);
   // x[i] = 0 where x[i] is not finite; returns how many that were.
-  int64_t (*clear_wild)(float* x, int64_t count);
+  int64_t (*topk_clear)(float* x, int64_t count);
   // out[i] = grad[i] + err[i].
   void (*add)(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
   // Whether each of the int64 (`wide`) or int32 indices [begin, end) is above the one before it; begin > 0.

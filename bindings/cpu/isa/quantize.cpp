@@ -2,6 +2,7 @@
 #include "cpu/isa/quantize.hpp"
 
 #include "cpu/isa/codes.hpp"
+#include "cpu/isa/keys.hpp"
 #include "cpu/isa/philox.hpp"
 #include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
@@ -48,17 +49,6 @@ inline int32_t accumulate(const Chunk& c) {
     other = max_key(other, b);
   }
   return largest_key(max_key(best, other));
-}
-
-// What is not finite becomes 0; returns how many that are.
-int64_t clear_nonfinite(float* err, int64_t valid) {
-  int64_t cleared = 0;
-  for (int64_t i = 0; i < valid; ++i) {
-    if (is_finite(err[i])) continue;
-    err[i] = 0.0f;
-    ++cleared;
-  }
-  return cleared;
 }
 
 // A chunk whose err is acc, with what its codes are multiples of.

@@ -1,7 +1,7 @@
 // The k-th largest of entries in a cache, without a branch that they decide.
 #pragma once
 
-#include "cpu/isa/vec.hpp"
+#include "cpu/isa/keys.hpp"
 
 namespace gck::GCK_ISA {
 
@@ -24,14 +24,6 @@ inline int32_t kth_of_fewest(const float* x, int64_t count, int64_t rank) {
   int32_t kth = best[0];
   for (int64_t lane = 1; lane < kKeys; ++lane) kth = best[lane] > kth ? best[lane] : kth;
   return kth;
-}
-
-// How many of `count` entries, behind which there is room for a vector, have key >= threshold > 0.
-inline int64_t count_reaching(const float* x, int64_t count, int32_t threshold) {
-  int64_t reaching = 0, i = 0;
-  for (; i + kLanes <= count; i += kLanes) reaching += __builtin_popcount(key_ge(load(x + i), threshold));
-  if (i < count) reaching += __builtin_popcount(key_ge(load(x + i), threshold) & ((1u << (count - i)) - 1));
-  return reaching;
 }
 
 // Halves the interval of keys until at most `slack` more than `rank` entries reach its low end.

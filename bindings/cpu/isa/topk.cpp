@@ -1,5 +1,6 @@
 #include "cpu/isa/topk.hpp"
 
+#include "cpu/isa/keys.hpp"
 #include "cpu/isa/ranks.hpp"
 #include "cpu/isa/vec.hpp"
 #include "cpu/isa/winners.hpp"
@@ -11,8 +12,7 @@ constexpr int64_t kAhead = 32 * kLanes;  // candidates between asking for a plac
 constexpr int kPair = 2 * kLanes;        // entries between two looks whether any of them is wanted
 constexpr int kBlock = 4 * kLanes;       // bits of a mask
 // How the wanted lanes of a vector are taken together: by an instruction; by looking permutations up in a
-// table, which is worth a branch where there is nothing to take; or one by one, where a mask costs as much
-// already.
+// table, which is worth a branch where there is nothing to take; or one by one.
 enum class Take { instruction, table, one_by_one };
 #if defined(GCK_AVX512)
 constexpr Take kTake = Take::instruction;
@@ -41,21 +41,6 @@ inline float left_by(float acc, Dtype value_dtype) {
   uint16_t sent;
   const float rest = acc - store_rounded(&sent, value_dtype, 0, acc);
   return key_of(rest) < kInfKey ? rest : 0.0f;
-}
-
-// Appends positions + `at` of the bits in `m`. With instructions for it four at a time: where there are
-// hardly ever more, no branch is mispredicted. Writes up to three behind the last one.
-inline int64_t put_positions(uint32_t* positions, int64_t count, uint64_t m, uint32_t at) {
-  if constexpr (kTake == Take::one_by_one) {
-    for (; m; m &= m - 1) positions[count++] = at + lowest_bit(m);
-    return count;
-  }
-  const int64_t end = count + __builtin_popcountll(m);
-  do {
-    for (int64_t j = count; j < count + 4; ++j, m &= m - 1) positions[j] = at + lowest_bit(m);
-    count += 4;
-  } while (m);
-  return end;
 }
 
 // Lists entries of a tile that lies in err already, at positions behind those that are listed. One by one,
@@ -133,7 +118,6 @@ inline uint64_t add_block(const void* grad, float* err, int64_t at, int32_t thre
     if constexpr (kTies) a = canonical(a), b = canonical(b);
     store(err + i, a);
     store(err + i + kLanes, b);
-    if (kTake == Take::one_by_one && !any_key_ge(a, b, kTies ? threshold - 1 : threshold)) continue;
     const uint64_t in = key_ge(a, threshold) | key_ge(b, threshold) << kLanes;
     if constexpr (kTies) {
       ties += __builtin_popcount(key_ge(a, threshold - 1) | key_ge(b, threshold - 1) << kLanes);
@@ -160,11 +144,11 @@ inline int64_t list_dense_tile(const void* grad, float* err, int64_t at, Guess g
 template <Dtype D, bool kGrad, bool kTies>
 inline int64_t list_tile(const void* grad, float* err, int64_t at, Guess guess, Dtype value_dtype,
                          Candidates& out) {
-  int64_t listed = out.count;
+  uint32_t* end = out.indices + out.count;
   for (int64_t i = at; i < at + kPageEntries; i += kBlock) {
-    const uint64_t reach = add_block<D, kGrad, kTies>(grad, err, i, guess.threshold, out.ties);
-    listed = put_positions(out.indices, listed, reach, static_cast<uint32_t>(i));
+    end = put_positions(add_block<D, kGrad, kTies>(grad, err, i, guess.threshold, out.ties), i, end);
   }
+  const int64_t listed = end - out.indices;
   put_listed(out, out.count, listed, err, guess.expected, value_dtype);
   return listed;
 }
@@ -369,23 +353,7 @@ int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out
   return emit_to(memory, list, err, base, *out);
 }
 
-int64_t clear_wild(float* x, int64_t count) {
-  int64_t cleared = 0, i = 0;
-  for (; i + kPair <= count; i += kPair) {
-    const Vec a = load(x + i), b = load(x + i + kLanes);
-    if (!any_key_ge(a, b, kInfKey)) continue;
-    const Mask in_a = key_ge(a, kInfKey), in_b = key_ge(b, kInfKey);
-    store(x + i, select(in_a, set1(0.0f), a));
-    store(x + i + kLanes, select(in_b, set1(0.0f), b));
-    cleared += __builtin_popcount(in_a) + __builtin_popcount(in_b);
-  }
-  for (; i < count; ++i) {
-    if (key_of(x[i]) < kInfKey) continue;
-    x[i] = 0.0f;
-    ++cleared;
-  }
-  return cleared;
-}
+int64_t topk_clear(float* x, int64_t count) { return clear_nonfinite(x, count); }
 
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out) {
   with_dtype(dtype, [&]<Dtype D>() { add_all<D>(grad, err, count, out); });

@@ -12,7 +12,7 @@ void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* 
 int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys, int64_t* inside);
 int32_t topk_kth(const float* x, int64_t count, int64_t rank, int64_t slack);
 int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out);
-int64_t clear_wild(float* x, int64_t count);
+int64_t topk_clear(float* x, int64_t count);
 void add_to(const void* grad, Dtype dtype, const float* err, int64_t count, float* out);
 
 }  // namespace gck::GCK_ISA
