@@ -30,8 +30,11 @@ $(VENV)/dev.stamp: $(SOURCES) $(VENV)/torch.stamp
 demo: $(VENV)/demo.stamp  ## train a network over slow links, five ways, and compare
 	$(BIN)/gck demo
 
+# Two workers with two threads each on two cores: those of OpenMP that wait would take the others' turns.
+BESIDE_EACH_OTHER := OMP_WAIT_POLICY=PASSIVE
+
 test: $(VENV)/dev.stamp  ## every test that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	$(BESIDE_EACH_OTHER) $(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 # GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. Leaks are not looked
 # for: Python and torch never free much of what they have.
@@ -47,7 +50,7 @@ sanitize: $(VENV)/dev.stamp  ## kernels on hostile bytes under AddressSanitizer 
 	  -DCMAKE_BUILD_TYPE=Debug -DGCK_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build $(SANITIZED)
 	$(SANITIZED_ENV) $(SANITIZED)/replay tests/fuzz/corpus/decoders/*
-	$(SANITIZED_ENV) GCK_SANITIZED=$(abspath $(SANITIZED)) \
+	$(SANITIZED_ENV) $(BESIDE_EACH_OTHER) GCK_SANITIZED=$(abspath $(SANITIZED)) \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -p tests.sanitized -n 2 -q $(SANITIZED_TESTS) -k "$(SANITIZED_CHOICE)"
 

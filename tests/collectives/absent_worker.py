@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,19 +55,24 @@ def interrupted(group: Any, **options: Any) -> dict[str, Any]:
     return reduced(group, timeout=60, **options)
 
 
-def destroyed(rank: int) -> dict[str, Any]:
-    """The group is destroyed, and forgotten, while rounds of an all-to-all are under way."""
+def destroyed(directory: Path, rank: int) -> dict[str, Any]:
+    """The group is destroyed, and forgotten, while rounds of an all-to-all wait for rank 0.
+
+    Rank 0 starts once the others have destroyed theirs; its own rounds may be over before it looks.
+    """
     group = dist.new_group(timeout=timedelta(seconds=10))
     transport = resolve(group)
     send = torch.arange(WORLD_SIZE * NUMEL).view(WORLD_SIZE, NUMEL).to(torch.uint8) + 10 * rank
     dist.barrier()
     if rank == 0:
-        time.sleep(0.3)  # so that the others are under way
+        wait_for(directory, "destroyed", range(1, WORLD_SIZE))
     started = transport.start_all_to_all_bytes(send)
-    (rounds,) = (thread for thread in threading.enumerate() if thread.name == "gck rotation")
+    rounds = [thread for thread in threading.enumerate() if thread.name == "gck rotation"]
+    assert rank == 0 or len(rounds) == 1
     dist.destroy_process_group(group)
     del group
     gc.collect()
+    (directory / f"{rank}.destroyed").touch()
     result = outcome(lambda: None)
     try:
         received = started.wait()
@@ -75,8 +80,14 @@ def destroyed(rank: int) -> dict[str, Any]:
         result["right"] = bool((received == right).all())
     except GckError as error:
         result |= {"error": type(error).__name__, "text": str(error)}
-    rounds.join()
+    for thread in rounds:
+        thread.join()
     return result
+
+
+def wait_for(directory: Path, what: str, ranks: Iterable[int]) -> None:
+    while not all((directory / f"{rank}.{what}").exists() for rank in ranks):
+        time.sleep(0.01)
 
 
 def joins(directory: Path, rank: int) -> dict[str, Any]:
@@ -105,7 +116,7 @@ if __name__ == "__main__":
     directory, rank, _ = launcher.init(timeout=60)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rotation.ROTATE_FROM = 0
-    results = {"destroyed": destroyed(rank)}
+    results = {"destroyed": destroyed(directory, rank)}
     waiting = {
         "handshake": lambda group: reduced(group, timeout=TIMEOUT),
         "rounds": lambda group: reduced(group, timeout=TIMEOUT, validate="off", algorithm="two_phase"),
@@ -120,7 +131,6 @@ if __name__ == "__main__":
             results[name] = call(groups[name])
         results["split"] = outcome(lambda: HierarchicalGroup.from_group(local_world_size=3, timeout=TIMEOUT))
         (directory / f"{rank}.done").touch()
-    while not all((directory / f"{r}.done").exists() for r in range(WORLD_SIZE - 1)):
-        time.sleep(0.05)
+    wait_for(directory, "done", range(WORLD_SIZE - 1))
     launcher.report(directory, rank, results)
     launcher.leave()
