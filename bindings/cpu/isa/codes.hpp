@@ -40,6 +40,13 @@ inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
           {_mm512_maskz_mov_ps(static_cast<__mmask16>(~in), magnitude)}};
 }
 
+// The magnitude with the sign that acc has, whose mask tells where it is >= 0, as -0 is, too.
+inline Vec signed_like(Vec, Mask positive, Vec magnitude) {
+  const __m512i bits = _mm512_castps_si512(magnitude.v);
+  const auto negative = static_cast<__mmask16>(~positive);
+  return {_mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, negative, bits, _mm512_set1_epi32(INT32_MIN)))};
+}
+
 #elif defined(GCK_AVX2)
 
 inline Vec least(Vec a, Vec b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
@@ -116,6 +123,12 @@ inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
   return {select(reaching, magnitude, zero), select(reaching, zero, magnitude)};
 }
 
+#endif
+
+#if !defined(GCK_AVX512)
+inline Vec signed_like(Vec acc, Mask, Vec magnitude) {
+  return with_sign(magnitude, add(acc, set1(0.0f)));  // -0 + 0 is 0
+}
 #endif
 
 // Sixteen codes in two's complement, of which the first lies at the start of `packed`.

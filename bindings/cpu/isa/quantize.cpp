@@ -185,15 +185,14 @@ int64_t send_two_levels(const Mean& m) {
   if (!lows) low = high;
   c.scales[0] = low;
   c.scales[1] = high;
-  const Vec far = set1(high), near = set1(low), zero = set1(0.0f);
+  const Vec far = set1(high), near = set1(low);
   for (int64_t i = 0; i < c.size; i += 2 * kLanes) {
     uint32_t words[2];
     for (int v = 0; v < 2; ++v) {
       float* at = c.err + i + v * kLanes;
       const Vec acc = load(at);
       const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
-      // Of acc + 0, the sign is that of the code, also where acc is -0.
-      store(at, sub(acc, with_sign(select(is_high, far, near), add(acc, zero))));
+      store(at, sub(acc, signed_like(acc, positive, select(is_high, far, near))));
       words[v] = interleave(is_high, positive);
     }
     std::memcpy(c.codes + i / 4, words, sizeof words);

@@ -46,10 +46,11 @@ inline int32_t largest_key(Vec keys) {
 // Sum of t[0, width), width a power of two, in the same order; t is overwritten.
 inline float tree_sum(float* t, int64_t width) {
   int64_t half = width / 2;
-  for (; half >= kLanes; half /= 2) {
+  for (; half > kLanes; half /= 2) {
     for (int64_t i = 0; i < half; i += kLanes) store(t + i, add(load(t + i), load(t + i + half)));
   }
-  if (width >= kLanes) return halved(load(t));
+  if (half == kLanes) return halved(add(load(t), load(t + kLanes)));
+  if (width == kLanes) return halved(load(t));
   for (; half >= 1; half /= 2) {
     for (int64_t i = 0; i < half; ++i) t[i] += t[i + half];
   }
