@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from gck.cli.signals import shielded
+from gck.cli.signals import postponed, shielded
 from gck.errors import GckError
 
 __all__ = ["Crew", "WorkerError", "crew", "end_with", "event_stream", "tell"]
@@ -108,7 +108,7 @@ def crew(commands: Sequence[Sequence[str]], environment: dict[str, str], logs: P
     try:
         for rank, command in enumerate(commands):
             log = logs / f"worker{rank}.log"
-            with log.open("wb") as errors:
+            with log.open("wb") as errors, postponed():
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -118,8 +118,8 @@ def crew(commands: Sequence[Sequence[str]], environment: dict[str, str], logs: P
                     # Ctrl-C in a terminal is for this process, which ends its workers itself.
                     start_new_session=True,
                 )
-            started.processes.append(process)
-            started.logs.append(log)
+                started.processes.append(process)
+                started.logs.append(log)
         yield started
     finally:
         with shielded():

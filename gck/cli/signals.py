@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = ["Terminated", "raising", "shielded"]
+__all__ = ["Terminated", "postponed", "raising", "shielded"]
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -59,3 +59,16 @@ def shielded() -> Iterator[None]:
     """Within it SIGINT, SIGTERM and SIGHUP are dropped: for clean-up that must not stop half way."""
     with _handling((signal.SIGINT, *ENDING), _ignore):
         yield
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Within it SIGINT, SIGTERM and SIGHUP wait; what they raise is raised at its end. For a step that must
+    not stop before somebody knows of what it made."""
+    arrived: list[int] = []
+    try:
+        with _handling((signal.SIGINT, *ENDING), lambda number, _: arrived.append(number)):
+            yield
+    finally:
+        if arrived:
+            signal.raise_signal(arrived[0])
