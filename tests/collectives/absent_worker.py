@@ -54,7 +54,7 @@ def reduced(group: Any, begin: Callable[[], None] = lambda: None, **options: Any
 
 
 def interrupted(group: Any, **options: Any) -> dict[str, Any]:
-    """Ctrl-C while it waits, which it would for a minute. No other rank calls anything in this group: where one
+    """Ctrl-C while it waits, which it would for a minute. No other rank calls anything in this group: if one
     was interrupted a little sooner, that one's end would be what this one hears of."""
     timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
     return reduced(group, timer.start, timeout=60, **options)
@@ -130,13 +130,13 @@ if __name__ == "__main__":
         "Ctrl-C in rounds": lambda group: interrupted(group, validate="off", algorithm="two_phase"),
         "Ctrl-C in a dense one": lambda group: interrupted(group, validate="off", algorithm="dense"),
     }
-    alone = {name: name.startswith("Ctrl-C") for name in waiting}
-    groups = {name: [dist.new_group() for _ in range(WORLD_SIZE - 1 if alone[name] else 1)] for name in waiting}
-    if rank < WORLD_SIZE - 1:
+    callers = range(WORLD_SIZE - 1)
+    groups = {name: [dist.new_group() for _ in callers] for name in waiting}
+    if rank in callers:
         for name, call in waiting.items():
-            results[name] = call(groups[name][rank if alone[name] else 0])
+            results[name] = call(groups[name][rank if name.startswith("Ctrl-C") else 0])
         results["split"] = outcome(lambda: HierarchicalGroup.from_group(local_world_size=3, timeout=TIMEOUT))
         (directory / f"{rank}.done").touch()
-    wait_for(directory, "done", range(WORLD_SIZE - 1))
+    wait_for(directory, "done", callers)
     launcher.report(directory, rank, results)
     launcher.leave()
