@@ -66,10 +66,14 @@ def philox(b_counter, key_0, key_1):
 def uniform(first, key_0, key_1, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS) fp32, multiples of 2**-24 in [0, 1), of the elements from index `first`, int64, on.
 
-    Element i has the upper 24 bits of word i % 4 of the counter i // 4; `first` is a multiple of 4.
+    `first` is a multiple of 32. Each 64 elements share the sixteen words of four counters: the first sixteen
+    have the upper bits of them, the next ones those of the words turned left by one byte, by two, by three.
+    A thread has four elements that follow each other: they need all words of one counter.
     """
-    b_counter = first // 4 + tl.arange(0, ROWS * COLUMNS // 4)
-    w_0, w_1, w_2, w_3 = philox(b_counter, key_0, key_1)
+    b_four = first // 4 + tl.arange(0, ROWS * COLUMNS // 4)
+    w_0, w_1, w_2, w_3 = philox(b_four // 16 * 4 + b_four % 4, key_0, key_1)
     b_word = tl.join(tl.join(w_0, w_2), tl.join(w_1, w_3))
+    b_turn = (b_four // 4 % 4 * 8).to(tl.uint32)[:, None, None]
+    b_word = b_word << b_turn | b_word >> (32 - b_turn & 31)
     b_word = tl.reshape(b_word, (ROWS, COLUMNS))
     return (b_word >> 8).to(tl.int32).to(tl.float32) * (2.0**-24)

@@ -45,16 +45,21 @@ def decompress(compressor: Any, fields: tuple[Tensor, Tensor], numel: int) -> Te
 
 
 def uniform(seed: int, numel: int, first: int = 0) -> Tensor:
-    """(numel,) fp32, multiples of 2**-24 in [0, 1): the upper 24 of each element's 32 random bits.
+    """(numel,) fp32, multiples of 2**-24 in [0, 1): the upper 24 bits of a word an element.
 
-    Of the elements from index `first` on, a multiple of 4. Element i has word i % 4 of the four that
-    Philox4x32-10 makes of the counter i // 4.
+    Of the elements from index `first` on, a multiple of 32. Each 64 share the sixteen words that
+    Philox4x32-10 makes of four counters: the first sixteen elements take them as they are, the next ones
+    turned left by one byte, by two, by three.
     """
-    counter = first // 4 + torch.arange(-(-numel // 4))
+    skipped = first % 64
+    sixties = -(-(skipped + numel) // 64)
+    counter = first // 64 * 4 + torch.arange(sixties * 4)
     zero = torch.zeros_like(counter)
     counters = [counter & 0xFFFFFFFF, counter >> 32, zero, zero]
-    words = philox(counters, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
-    return (words.reshape(-1)[:numel] >> 8).float() * 2.0**-24
+    words = philox(counters, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF).view(-1, 1, 16)
+    turn = torch.arange(4).view(1, 4, 1) * 8
+    turned = words << turn & 0xFFFFFFFF | words >> 32 - turn
+    return (turned.reshape(-1)[skipped : skipped + numel] >> 8).float() * 2.0**-24
 
 
 def philox(x: list[Tensor], key_0: int, key_1: int) -> Tensor:

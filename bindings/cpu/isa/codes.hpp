@@ -250,28 +250,20 @@ inline Vec round_even(Vec a) {
 #endif
 }
 
-// acc * inverse, up or down by the random words of these 32 elements, at most qmax; never -0.
-GCK_INLINE void round_by(const RandomWords& words, const Vec* acc, Vec inverse, Vec qmax, Vec* code) {
+// acc * inverse, at most qmax, up where drawn * 2^-24 is less than its fraction, else down; never -0.
+GCK_INLINE Vec round_by(Vec drawn, Vec acc, Vec inverse, Vec qmax) {
 #if defined(GCK_AVX512)
-  const __m512 one = _mm512_set1_ps(1.0f), unit = _mm512_set1_ps(0x1p-24f);
-  for (int v = 0; v < 2; ++v) {
-    constexpr int least_magnitude = 2 | 2 << 2;  // without a sign
-    const __m512 size = _mm512_range_ps(_mm512_mul_ps(acc[v].v, inverse.v), qmax.v, least_magnitude);
-    const __m512 whole = _mm512_roundscale_ps(size, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const __m512 drawn = _mm512_cvtepi32_ps(_mm512_srli_epi32(words_at(words, v), 8));
-    // whole + u is below size if it is so when rounded down: that never passes a number.
-    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    const __mmask16 up =
-        _mm512_cmp_ps_mask(_mm512_fmadd_round_ps(drawn, unit, whole, down), size, _CMP_LT_OQ);
-    code[v] = add(with_sign({_mm512_mask_add_ps(whole, up, whole, one)}, acc[v]), set1(0.0f));
-  }
+  constexpr int least_magnitude = 2 | 2 << 2;  // without a sign
+  const __m512 size = _mm512_range_ps(_mm512_mul_ps(acc.v, inverse.v), qmax.v, least_magnitude);
+  // The whole number above what is left of size: its own one, or the next where the fraction was more. To
+  // round what is left up passes no whole number.
+  constexpr int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+  const __m512 left = _mm512_fnmadd_round_ps(drawn.v, _mm512_set1_ps(0x1p-24f), size, up);
+  return add(with_sign({_mm512_roundscale_ps(left, up)}, acc), set1(0.0f));
 #else
-  const Draw u = to_uniform(words);
-  for (int v = 0; v < 2; ++v) {
-    const Vec size = abs(mul(acc[v], inverse)), whole = floor_of(size);
-    const Vec up = one_where_less(v ? u.second : u.first, sub(size, whole));
-    code[v] = add(with_sign(least(add(whole, up), qmax), acc[v]), set1(0.0f));
-  }
+  const Vec size = abs(mul(acc, inverse)), whole = floor_of(size);
+  const Vec up = one_where_less(mul(drawn, set1(0x1p-24f)), sub(size, whole));
+  return add(with_sign(least(add(whole, up), qmax), acc), set1(0.0f));
 #endif
 }
 

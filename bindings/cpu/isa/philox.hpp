@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), 32 numbers at a time:
-// element i has word i % 4 of what becomes of the counter i / 4.
+// Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), 32 words at a time:
+// word i is number i % 4 of what becomes of the counter i / 4.
 #pragma once
 
 #include "cpu/isa/vec.hpp"
@@ -11,13 +11,8 @@ constexpr uint32_t kPhiloxKeyStep[2] = {0x9E3779B9u, 0xBB67AE85u};
 constexpr int kPhiloxRounds = 10;
 constexpr int64_t kDraw = 32;
 
-// RandomWords are those of 32 elements, in their order: of the counters [counter, counter + 8), a multiple
-// of 8. N of them are those of N * 32 elements, of which the last is not past a multiple of 2^34. The number
-// of an element is a multiple of 2^-24 in [0, 1): the upper 24 bits of its word.
-struct Draw {
-  Vec first, second;
-};
-
+// RandomWords are the 32 of the counters [counter, counter + 8), a multiple of 8, in their order. N of them
+// are those of N * 8 counters, which have one upper half.
 #if defined(GCK_AVX512) || defined(GCK_AVX2)
 
 // A lane of 64 bits holds a counter's word in its lower half; what is in the upper half, no product sees.
@@ -168,15 +163,6 @@ GCK_INLINE void random_words(Keys& keys, uint64_t counter, RandomWords (&out)[N]
 
 inline Wide words_at(const RandomWords& words, int64_t i) { return words.quarter[i]; }
 
-inline __m256 to_uniform(Wide words) {
-  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8)), _mm256_set1_ps(0x1p-24f));
-}
-
-inline Draw to_uniform(const RandomWords& words) {
-  const Wide* q = words.quarter;
-  return {{to_uniform(q[0]), to_uniform(q[1])}, {to_uniform(q[2]), to_uniform(q[3])}};
-}
-
 #else
 
 struct Keys {
@@ -210,12 +196,6 @@ inline void store_words(uint64_t* p, const RandomWords& words) {
   for (int i = 0; i < kDraw / 2; ++i) p[i] = words.x[2 * i] | static_cast<uint64_t>(words.x[2 * i + 1]) << 32;
 }
 
-inline Draw to_uniform(const RandomWords& words) {
-  float uniform[kDraw];
-  for (int i = 0; i < kDraw; ++i) uniform[i] = static_cast<float>(words.x[i] >> 8) * 0x1p-24f;
-  return {load(uniform), load(uniform + kLanes)};
-}
-
 #endif
 
 #if defined(GCK_AVX512) || defined(GCK_AVX2)
@@ -230,5 +210,60 @@ inline RandomWords random_words(Keys& keys, uint64_t counter) {
   random_words(keys, counter, words);
   return words[0];
 }
+
+// Sixteen numbers in [0, 2^24), of 64 that sixteen words hold: the upper bits of the words turned left by as
+// many bytes as `Turn` says. So each of the 64 has a first byte of its own, and shares the others.
+template <int Turn>
+inline Vec numbers(const uint64_t* words) {
+  static_assert(Turn >= 0 && Turn < 4);
+#if defined(GCK_AVX512)
+  Wide word = _mm512_load_si512(words);
+  if constexpr (Turn >= 2) word = _mm512_rol_epi32(word, 16);
+  word = Turn % 2 ? _mm512_and_si512(word, _mm512_set1_epi32(0xffffff)) : _mm512_srli_epi32(word, 8);
+  return {_mm512_cvtepi32_ps(word)};
+#elif defined(GCK_AVX2)
+  const auto eight = [](const uint64_t* four) {
+    Wide word = _mm256_load_si256(reinterpret_cast<const Wide*>(four));
+    if constexpr (Turn >= 2) word = _mm256_or_si256(_mm256_slli_epi32(word, 16), _mm256_srli_epi32(word, 16));
+    word = Turn % 2 ? _mm256_and_si256(word, _mm256_set1_epi32(0xffffff)) : _mm256_srli_epi32(word, 8);
+    return _mm256_cvtepi32_ps(word);
+  };
+  return {eight(words), eight(words + 4)};
+#else
+  return each([&](int i) {
+    const auto word = static_cast<uint32_t>(words[i / 2] >> i % 2 * 32);
+    const uint32_t turned = Turn ? word << 8 * Turn | word >> (32 - 8 * Turn) : word;
+    return static_cast<float>(turned >> 8);
+  });
+#endif
+}
+
+// The words of elements, sixteen for each 64 of them; those of many are made at a time, and kept.
+class DrawnWords {
+ public:
+  explicit DrawnWords(uint64_t seed) : keys_{seed} {}
+
+  // Of the 64 elements of which `element` is one, counted from 0.
+  GCK_INLINE const uint64_t* of(int64_t element) {
+    const int64_t batch = element / kBatch;
+    if (batch != batch_) make(batch);
+    return words_ + element % kBatch / 64 * 8;
+  }
+
+ private:
+  static constexpr int kMade = 4;
+  static constexpr int64_t kBatch = kMade * kDraw * 4;
+
+  void make(int64_t batch) {
+    RandomWords made[kMade];
+    random_words(keys_, static_cast<uint64_t>(batch) * (kMade * kDraw / 4), made);
+    for (int i = 0; i < kMade; ++i) store_words(words_ + i * kDraw / 2, made[i]);
+    batch_ = batch;
+  }
+
+  Keys keys_;
+  int64_t batch_ = -1;
+  alignas(64) uint64_t words_[kMade * kDraw / 2];
+};
 
 }  // namespace gck::GCK_ISA

@@ -65,41 +65,40 @@ inline Scaled scaled(const Chunk& c, int bits) {
   return {c, top, scale, 1.0f / scale};
 }
 
-// Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err. Groups
-// of Vecs vectors at a time.
-template <int Bits, bool Stochastic, int Groups, int Vecs>
-void round_all(const Scaled& s, Keys& keys) {
+// Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err.
+template <int Bits, bool Stochastic, int Vecs>
+void round_all(const Scaled& s, DrawnWords& drawn) {
   const Vec inverse = set1(s.inverse), step = set1(s.scale);
   const Vec qmax = set1(static_cast<float>((1 << (Bits - 1)) - 1));
   const Chunk c = s.chunk;
-  for (int64_t i = 0; i < c.size; i += Groups * Vecs * kLanes) {
-    RandomWords words[Groups * Vecs / 2];
-    if constexpr (Stochastic) random_words(keys, static_cast<uint64_t>(c.first + i) / 4, words);
-    for (int group = 0; group < Groups; ++group) {
-      const int64_t at = i + group * Vecs * kLanes;
-      Vec acc[Vecs], code[Vecs];
-      for (int v = 0; v < Vecs; ++v) {
-        ask_for_later(c, at + v * kLanes);
-        acc[v] = load(c.err + at + v * kLanes);
-      }
-      if constexpr (Stochastic) {
-        for (int v = 0; v < Vecs; v += 2)
-          round_by(words[(group * Vecs + v) / 2], acc + v, inverse, qmax, code + v);
-      } else {
-        // No quotient exceeds qmax by half, so that none rounds to more.
-        for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
-      }
-      store_codes<Bits>(c.codes + at * Bits / 8, code);
-      for (int v = 0; v < Vecs; ++v) store(c.err + at + v * kLanes, sub(acc[v], mul(code[v], step)));
+  for (int64_t i = 0; i < c.size; i += Vecs * kLanes) {
+    Vec acc[Vecs], code[Vecs];
+    for (int v = 0; v < Vecs; ++v) {
+      ask_for_later(c, i + v * kLanes);
+      acc[v] = load(c.err + i + v * kLanes);
     }
+    if constexpr (Stochastic) {
+      const uint64_t* words = drawn.of(c.first + i);
+      const auto round = [&]<int V>() {
+        code[V % Vecs] = round_by(numbers<V>(words), acc[V % Vecs], inverse, qmax);
+      };
+      if (Vecs == 4 || (c.first + i) % 64 == 0)
+        round.template operator()<0>(), round.template operator()<1>();
+      if (Vecs == 4 || (c.first + i) % 64 != 0)
+        round.template operator()<2>(), round.template operator()<3>();
+    } else {
+      // No quotient exceeds qmax by half, so that none rounds to more.
+      for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
+    }
+    store_codes<Bits>(c.codes + i * Bits / 8, code);
+    for (int v = 0; v < Vecs; ++v) store(c.err + i + v * kLanes, sub(acc[v], mul(code[v], step)));
   }
 }
 
 template <int Bits, bool Stochastic>
-inline void round_all(const Scaled& s, Keys& keys) {
-  if (s.chunk.size >= 8 * kLanes) return round_all<Bits, Stochastic, 2, 4>(s, keys);
-  if (s.chunk.size >= 4 * kLanes) return round_all<Bits, Stochastic, 1, 4>(s, keys);
-  round_all<Bits, Stochastic, 1, 2>(s, keys);
+inline void round_all(const Scaled& s, DrawnWords& drawn) {
+  if (s.chunk.size >= 4 * kLanes) return round_all<Bits, Stochastic, 4>(s, drawn);
+  round_all<Bits, Stochastic, 2>(s, drawn);
 }
 
 // A chunk with something not finite: codes of the largest magnitude, and no residual.
@@ -114,7 +113,7 @@ int64_t send_nonfinite(const Chunk& c, int bits) {
 }
 
 template <int Bits>
-int64_t send_scaled(const Scaled& s, bool stochastic, Keys& keys) {
+int64_t send_scaled(const Scaled& s, bool stochastic, DrawnWords& drawn) {
   const Chunk& c = s.chunk;
   *c.scales = canonical(s.scale);
   if (s.top >= kInfKey) return send_nonfinite(c, Bits);
@@ -123,13 +122,13 @@ int64_t send_scaled(const Scaled& s, bool stochastic, Keys& keys) {
     std::memset(c.codes, 0, static_cast<size_t>(c.size * Bits / 8));
     return 0;
   }
-  stochastic ? round_all<Bits, true>(s, keys) : round_all<Bits, false>(s, keys);
+  stochastic ? round_all<Bits, true>(s, drawn) : round_all<Bits, false>(s, drawn);
   return s.top >= kWildKey ? clear_nonfinite(c.err, c.valid) : 0;
 }
 
-int64_t send_scaled(const Scaled& s, int bits, bool stochastic, Keys& keys) {
-  if (bits == 8) return send_scaled<8>(s, stochastic, keys);
-  return bits == 4 ? send_scaled<4>(s, stochastic, keys) : send_scaled<2>(s, stochastic, keys);
+int64_t send_scaled(const Scaled& s, int bits, bool stochastic, DrawnWords& drawn) {
+  if (bits == 8) return send_scaled<8>(s, stochastic, drawn);
+  return bits == 4 ? send_scaled<4>(s, stochastic, drawn) : send_scaled<2>(s, stochastic, drawn);
 }
 
 // A chunk whose err is acc, with the mean of its magnitudes.
@@ -206,13 +205,13 @@ template <Dtype D, typename Make>
 int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, Make make) {
   constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
   const int64_t size = job.chunk_size, row = size * job.bits / 8;
-  Keys keys{job.seed};
+  DrawnWords drawn{job.seed};
   int64_t cleared = 0;
   // A chunk gets its codes when the next one's scale is being made, which takes long, and from little.
   Scaled last{};
   Mean last_mean{};
   const auto send_last = [&] {
-    if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, keys);
+    if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, drawn);
     if (last_mean.chunk.size) cleared += send_two_levels(last_mean);
   };
   for (int64_t i = begin; i < end; ++i) {
@@ -248,7 +247,7 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
     }
     const Chunk c{grads, 0, 0, job.first + at, part, size, valid, codes, scales};
     cleared += job.two_levels ? send_two_levels(mean_of<D>(c))
-                              : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, keys);
+                              : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, drawn);
     std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
     std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));
   }
