@@ -45,7 +45,7 @@ def decompress(compressor: Any, fields: tuple[Tensor, Tensor], numel: int) -> Te
 
 
 def uniform(seed: int, numel: int, first: int = 0) -> Tensor:
-    """(numel,) fp32, multiples of 2**-24 in [0, 1): the upper 24 bits of a word an element.
+    """(numel,) fp32, multiples of 2**-24 in [0, 1): the upper 24 bits of words that are turned.
 
     Of the elements from index `first` on, a multiple of 32. Each 64 share the sixteen words that
     Philox4x32-10 makes of four counters: the first sixteen elements take them as they are, the next ones

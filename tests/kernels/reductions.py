@@ -22,7 +22,7 @@ PACKED = [
     gck.Quantize(8),
     gck.Quantize(4, 32),
     gck.Quantize(4, 64, "stochastic", seed=-3),
-    gck.Quantize(2, 128, "stochastic", seed=2**40, first=7 << 33),
+    gck.Quantize(2, 128, "stochastic", seed=2**40, first=7 << 35),
     gck.Quantize(2),
     gck.Quantize(2, 8192, scale="mean"),
     gck.Quantize(2, 32, scale="mean"),

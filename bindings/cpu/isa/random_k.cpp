@@ -65,7 +65,7 @@ inline void scale_words(int64_t* picks, const RandomWords& words, int64_t begin,
 
 void random_k_draw(uint64_t seed, uint64_t first, int64_t count, uint64_t* out) {
   Keys keys{seed};
-  // A number is two words: those of elements 2 i and 2 i + 1 in the numbering of philox.hpp.
+  // A number is two words: 2 i and 2 i + 1 in the numbering of philox.hpp.
   for (int64_t i = 0; i < count; i += kDrawn) {
     store_words(out + i, random_words(keys, (first + static_cast<uint64_t>(i)) / 2));
   }
