@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gck
+from bench import inputs
 from tests.cases import GRAD_DTYPES, make, same_bytes
 
 pytest.importorskip("triton")
@@ -68,6 +69,14 @@ def test_modes(mode: str, aligned: bool, value_dtype: torch.dtype) -> None:
         if n < 2**22 or value_dtype == torch.float32:
             got = check(compressor, *data(n), hint=hint, device="cuda", aligned=aligned)
             assert got == wanted or (wanted == EITHER and got in (LIST, NEAR))
+
+
+@pytest.mark.parametrize("name", inputs.INPUTS)
+def test_hard_inputs(name: str) -> None:
+    grad, err = inputs.make(name, N)
+    for ratio in (inputs.DENSITY, 0.1):
+        check(gck.TopK(ratio=ratio), grad, err, device="cuda")
+    check(gck.TopK(ratio=inputs.DENSITY, value_dtype=torch.bfloat16), grad.bfloat16(), err, device="cuda")
 
 
 @pytest.mark.parametrize("hint", [-(2**31), -1, 0, 1, 0x7F800000, 0x7F800001, 0x7FFFFFFF, key_of(1.0)])

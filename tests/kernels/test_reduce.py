@@ -41,13 +41,20 @@ def test_ranks(compressor: Any, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [64, 1024])
-@pytest.mark.parametrize(
-    "compressor", [gck.Sign(), gck.Quantize(4), gck.Quantize(2, scale="mean"), TOPK], ids=str
-)
+@pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if c.chunk_size <= 4096], ids=str)
 def test_many_ranks(compressor: Any, ranks: int) -> None:
-    n = 2 * compressor.chunk_size + 7
+    n = compressor.chunk_size + 7
     bodies = payloads(compressor, 7, n, n).repeat(-(-ranks // 7), 1)[:ranks]
     check(compressor, "cpu", bodies, n, n, residual(n), ranks)
+    check(compressor, "cpu", bodies, n, n, None, 1)
+
+
+@pytest.mark.parametrize("compressor", [gck.Sign(32), gck.Quantize(4, 32), TOPK], ids=str)
+def test_many_ranks_in_the_interpreter(compressor: Any) -> None:
+    n = 2 * compressor.chunk_size + 7
+    bodies = payloads(compressor, 7, n, n).repeat(10, 1)[:64]
+    check(compressor, "interpreter", bodies, n, n, residual(n), 64)
+    check(compressor, "interpreter", bodies, n, n, None, 1)
 
 
 @pytest.mark.parametrize("case", CASES)

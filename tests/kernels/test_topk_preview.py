@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gck
+from bench import inputs
 from gck.compressor import preview_, previews
 from gck.errors import DtypeError, ShapeMismatchError
 from gck.kernels.topk import TopK
@@ -63,6 +64,13 @@ def test_bytes(kind: str, n: int) -> None:
                 grad, err = pair(kind, n)
                 done = previewed(TopK(ratio=ratio, value_dtype=value_dtype), grad.to(dtype), err)
                 assert done or kind != "gaussian"
+
+
+@pytest.mark.parametrize("name", [name for name in inputs.INPUTS if "sample" in name])
+def test_there_is_none_where_the_sample_misleads(name: str) -> None:
+    """Which also shows that these inputs are made for the sample that the CPU draws."""
+    grad, err = inputs.make(name, 1_100_001)
+    assert not previewed(TopK(ratio=inputs.DENSITY), grad, err)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import gck
+from bench import inputs
 from tests.cases import CASES, GRAD_DTYPES, make
 
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
-from gck.kernels.topk import gpu, gpu_guess, gpu_stream
+from gck.kernels.topk import gpu, gpu_bracket, gpu_guess, gpu_stream
 from gck.kernels.topk.gpu_refine import COUNT, RESTORE
 from tests.contract import check_case
 from tests.kernels.bits import bit_patterns
@@ -43,6 +44,24 @@ def test_sampled(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, err = make(case, SMALL, GRAD_DTYPES[turn % 3])
     for k in ((1, SMALL // 10), (40, SMALL // 4))[turn % 2]:
         check(gck.TopK(k=k, value_dtype=GRAD_DTYPES[(turn + k) % 3]), grad, err)
+
+
+@pytest.mark.parametrize("name", inputs.INPUTS)
+def test_hard_inputs(name: str) -> None:
+    """By the real sample; `inputs.count_of(n)` are as many as are not zero, where those are few."""
+    n = gpu_guess.MIN_SAMPLED + 7
+    grad, err = inputs.make(name, n)
+    turn = list(inputs.INPUTS).index(name)
+    check(gck.TopK(k=inputs.count_of(n), value_dtype=GRAD_DTYPES[turn % 3]), grad, err)
+
+
+def test_periodic_with_the_sample() -> None:
+    """Large wherever the sample looks, and nowhere else: the guess is too high."""
+    n, k = 2 * gpu_guess.MIN_SAMPLED + 7, 10_000
+    lines, _, _ = gpu_bracket.sample_shape(n, k, gpu_bracket.LINES, gpu_bracket.CANDIDATES)
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    grad[:: n // gpu_guess.LINE // lines * gpu_guess.LINE] *= 100
+    check(gck.TopK(k=k), grad, torch.zeros(n))
 
 
 def test_the_real_sample() -> None:
