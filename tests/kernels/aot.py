@@ -87,7 +87,9 @@ def _compile(variant: Variant, target: str) -> Any:
     signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
     # What a launch finds of aligned tensors; every integer is do_not_specialize.
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") and name not in variant.unaligned
     }
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)

@@ -130,11 +130,14 @@ def _stream() -> list[Variant]:
                     p_grad=f"*{grad}",
                 )
             )
+        # Views of a flat buffer that begin anywhere.
+        at_any_address = made[-3]._replace(label=f"{grad}, fours, unaligned", unaligned=("p_grad", "p_err"))
+        made.append(at_any_address)
     for options in (", clip", ", clip, stats"):
         constants = {**TILE, "LISTING": True, "BRACKET": True, "FOURS": True, **residual_constants(options)}
         made.append(
             _variant(
-                *("gpu_kernels", "stream_kernel", f"fp32, fours{options}", constants, warps),
+                *("gpu_kernels", "stream_kernel", f"fp32, fours{options}", constants, warps, each),
                 most_registers=gpu_stream.STREAM_REGISTERS,
                 p_grad="*fp32",
             )

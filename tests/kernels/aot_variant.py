@@ -26,6 +26,7 @@ class Variant(NamedTuple):
         elements: elements a thread moves, in kernels that are counted by element; else 0.
         most_registers: what the launch keeps a thread to, on NVIDIA's.
         together: whether programs wait for each other.
+        unaligned: arguments that lie at any address of their elements; others at multiples of 16 bytes.
     """
 
     compressor: str
@@ -38,6 +39,7 @@ class Variant(NamedTuple):
     elements: int = 0
     most_registers: int | None = None
     together: bool = False
+    unaligned: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
