@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["make_plain", "plain_int", "plain_real", "shown"]
+__all__ = ["MOST_FP32", "make_plain", "plain_int", "plain_real", "shown"]
 
 MOST = 80  # characters of a value's text
+MOST_FP32 = (2 - 2**-23) * 2.0**127  # the largest number of fp32
 
 
 def plain_int(value: Any) -> Any:

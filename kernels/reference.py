@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ def read_residual(compressor: Any, err: Tensor, clip: Tensor | None = None) -> T
     """
     residual = err.reshape(-1) * torch.tensor(compressor.decay, dtype=torch.float32)
     if clip is None:
-        clip = None if compressor.clip is None else torch.tensor(compressor.clip, dtype=torch.float32)
-    if clip is None:
-        return residual
+        if compressor.clip is None:
+            return residual
+        above_all = compressor.clip > torch.finfo(torch.float32).max
+        clip = torch.tensor(math.inf if above_all else 1.0 * compressor.clip, dtype=torch.float32)
     limit = torch.where(clip > 0, clip, 0.0)
     return torch.where(residual.abs() > limit, torch.copysign(limit, residual), residual)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, ServerBinding
-from gck.errors import ArgumentError, StateMismatchError
+from gck.errors import ArgumentError, DtypeError, StateMismatchError
 
 CPU = torch.device("cpu")
 BINDING = ServerBinding(rank=1, world_size=2, unit=64)
@@ -200,6 +200,15 @@ def test_rescale_leaves_nothing_that_is_not_finite() -> None:
     assert state.worker[3] == 0
     assert state.worker[4] == 8
     assert state.state_dict()["nonfinite"] == 6
+
+
+@pytest.mark.parametrize("name", [1, None, b"w", ("w", 0)])
+def test_names_are_strings(name: Any) -> None:
+    """As they are in files, where 1 and "1" would be one."""
+    states = ErrorFeedbackMap()
+    with pytest.raises(DtypeError, match="ErrorFeedbackMap: a name must be a str, got"):
+        states[name]
+    assert len(states) == 0
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("inf"), float("nan"), "2", True])

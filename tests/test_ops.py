@@ -311,8 +311,11 @@ class TestDecompress:
             gck.decompress(payload, out=torch.zeros(1000, dtype=torch.bfloat16))
         with pytest.raises(LayoutError, match="contiguous"):
             gck.decompress_add_(torch.zeros(2000)[::2], payload)
-        with pytest.raises(ArgumentError, match="alpha must be a finite number, got nan"):
+        with pytest.raises(ArgumentError, match="alpha must be a finite number of fp32, got nan"):
             gck.decompress_add_(torch.zeros(1000), payload, alpha=math.nan)
+        for alpha in (1e39, -1e39, 10**400):  # infinite as fp32
+            with pytest.raises(ArgumentError, match=r"alpha must be a finite number of fp32, got -?1"):
+                gck.decompress_add_(torch.zeros(1000), payload, alpha=alpha)
         with pytest.raises(DtypeError, match=r"payload must be a payload of gck, got 3 \(int\)"):
             gck.decompress(3)  # type: ignore[arg-type]
 

@@ -160,7 +160,7 @@ def test_bad_lists_change_nothing() -> None:
         gck.decompress([])
     with pytest.raises(ShapeMismatchError, match="chunk_size=32"):
         gck.decompress([signs(n, 0), gck.sign_ef_(torch.ones(n), torch.ones(n), 32)], out=out)
-    with pytest.raises(ArgumentError, match="alpha must be a finite number, got inf"):
+    with pytest.raises(ArgumentError, match="alpha must be a finite number of fp32, got inf"):
         gck.decompress_add_(out, [one, one], math.inf)
     with pytest.raises(ShapeMismatchError, match="out has 999 elements, the payload is of 1000"):
         gck.decompress([one, one], out=out[:999])

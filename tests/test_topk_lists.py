@@ -227,3 +227,12 @@ def test_flat_is_for_lists() -> None:
     ):
         gck.topk_ef_(torch.ones(300), err, 0.1, flat=True)  # type: ignore[call-overload]
     assert torch.equal(err, torch.ones(300))
+
+
+@pytest.mark.parametrize("flat", ["False", None, 1, torch.ones(2)], ids=["text", "None", "1", "tensor"])
+def test_flat_is_a_bool(flat: Any) -> None:
+    err = torch.ones(300)
+    for grads, errs in (([torch.ones(300)], [err]), (torch.ones(300), err)):
+        with pytest.raises(DtypeError, match="topk_ef_: flat must be a bool, got"):
+            gck.topk_ef_(grads, errs, 0.1, flat=flat)  # type: ignore[call-overload]
+    assert torch.equal(err, torch.ones(300))

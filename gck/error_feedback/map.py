@@ -7,7 +7,7 @@ from typing import Any
 
 from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
 from gck.error_feedback.state import ErrorFeedback
-from gck.errors import StateMismatchError
+from gck.errors import DtypeError, StateMismatchError
 from gck.values import shown
 
 __all__ = ["ErrorFeedbackMap"]
@@ -20,6 +20,8 @@ class ErrorFeedbackMap:
         self._states: dict[str, ErrorFeedback] = {}
 
     def __getitem__(self, name: str) -> ErrorFeedback:
+        if not isinstance(name, str):
+            raise DtypeError(f"ErrorFeedbackMap: a name must be a str, got {shown(name)}")
         return self._states.setdefault(name, ErrorFeedback())
 
     def __contains__(self, name: object) -> bool:

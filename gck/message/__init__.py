@@ -159,6 +159,9 @@ def _buffers(function: str, payload: Payload, checksum: bool) -> tuple[bytes, Te
     _check_types(function, payload)
     with _naming(function):
         options = dict.fromkeys(OPTIONS, 0) | format_.options(payload)
+    for name, value in {"numel": payload.numel, **options}.items():
+        if type(value) is not int:  # a tensor, or a number that is no plain one
+            raise DtypeError(f"{function}: payload.{name} must be an int, got {shown(value)}")
     if checksum:
         options["flags"] |= CHECKSUM
     header = Header(compressor=format_.id, numel=payload.numel, body_nbytes=payload.nbytes, **options)

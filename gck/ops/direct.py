@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from math import isfinite
 from numbers import Integral
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from gck.memory import WATCHERS, empty, unwatched
 from gck.payload import ChunkSparse, PackedSigns, Quantized, SeededValues, SparseGrad
+from gck.values import MOST_FP32
 
 __all__ = ["decompress", "maker"]
 
@@ -69,7 +69,7 @@ def _known(kind: Any, numel: int, *options: Any) -> tuple[Any, type, tuple[Any, 
 
 def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor | None:
     """out, or a new one where it is None, with alpha * decoded written or added; None: nothing was done."""
-    if not (unwatched() and type(payload) in _MAKERS and type(alpha) is float and isfinite(alpha)):
+    if not (unwatched() and type(payload) in _MAKERS and type(alpha) is float and abs(alpha) <= MOST_FP32):
         return None
     done = False
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from gck import interop
-from gck.errors import ArgumentError
+from gck.errors import ArgumentError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.topk import TopK, check_options, resolve_k
 from gck.ops import direct
@@ -124,10 +124,12 @@ def topk_ef_(
     Source: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory" (NeurIPS 2018), Algorithm 1.
     """
     plainly = nonfinite is None and hint is None and clip is None and stats is None
-    if plainly and type(decay) is float and decay == 1 and not flat and not is_dynamo_compiling():
+    if plainly and type(decay) is float and decay == 1 and flat is False and not is_dynamo_compiling():
         payload: SparseGrad | None = direct.maker(TopK)(0, grad, err, ratio, k, value_dtype)
         if payload is not None:
             return payload
+    if not isinstance(flat, bool):
+        raise DtypeError(f"topk_ef_: flat must be a bool, got {shown(flat)}")
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")

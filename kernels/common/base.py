@@ -260,7 +260,7 @@ class KernelCompressor(ABC):
                 written to. `stats`, (5,) fp64, needs a single body.
         """
         if clip is None and self.clip is not None:
-            clip = torch.full((1,), self.clip, dtype=torch.float32, device=grad.device)
+            clip = checks.clip_of(self.clip, grad.device)
         kernels = backend(function, self.package, grad.device)
         if err is None:
             # x + (-0.0) is x for every x, so that this is the same as having no residual.

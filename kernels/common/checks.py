@@ -20,7 +20,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.statistics import FIELDS, Statistics
-from gck.values import plain_real, shown
+from gck.values import MOST_FP32, plain_real, shown
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
@@ -256,9 +256,15 @@ def check_seed(function: str, seed: object) -> None:
 def check_alpha(function: str, alpha: object) -> float:
     alpha = plain_real(alpha)
     # torch.compile cannot trace math.isfinite of a default argument that it made symbolic.
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -math.inf < alpha < math.inf:
-        raise ArgumentError(f"{function}: alpha must be a finite number, got {alpha!r}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not -MOST_FP32 <= alpha <= MOST_FP32:
+        raise ArgumentError(f"{function}: alpha must be a finite number of fp32, got {alpha!r}")
     return float(alpha)
+
+
+def clip_of(clip: float, device: torch.device) -> Tensor:
+    """One fp32 element. What is above the numbers of fp32 bounds none of them: it is infinite."""
+    limit = 1.0 * clip if clip <= MOST_FP32 else math.inf
+    return torch.full((1,), limit, dtype=torch.float32, device=device)
 
 
 def check_residual(function: str, decay: object, clip: object) -> None:
@@ -292,7 +298,7 @@ def residual_options(
         check_elements(function, "clip", clip, torch.float32, 1, grad)
         check_not_recorded(function, "clip", clip)
     elif isinstance(clip, (int, float)):
-        clip = torch.full((1,), clip, dtype=torch.float32, device=grad.device)
+        clip = clip_of(clip, grad.device)
     if stats is None:
         return float(cast(float, decay)), cast(Tensor | None, clip), None
     if not isinstance(stats, Statistics):

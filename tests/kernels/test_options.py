@@ -150,6 +150,28 @@ def test_coded_values_have_no_statistics() -> None:
     assert not body.any()
 
 
+@pytest.mark.parametrize(
+    "clip", [3.5e38, 1e300, 10**400, math.inf], ids=["3.5e38", "1e300", "10**400", "inf"]
+)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_clip_above_all_numbers_bounds_none(function: str, clip: float) -> None:
+    grad, err = make("gaussian", 3000, torch.float32)
+    clipped = err.clone()
+    FUNCTIONS[function](grad, clipped, clip=clip)
+    FUNCTIONS[function](grad, err)
+    assert same_bytes(clipped, err)
+
+
+@pytest.mark.parametrize("clip", [1e300, 10**400], ids=["1e300", "10**400"])
+def test_so_does_that_of_a_compressor(clip: float) -> None:
+    left = []
+    for compressor in (gck.Sign(64), gck.Sign(64, clip=clip)):
+        grad, err = make("gaussian", 3000, torch.float32)
+        compressor.compress_(grad, err, torch.zeros(1, compressor.layout(3000).nbytes, dtype=torch.uint8))
+        left.append(err)
+    assert same_bytes(*left)
+
+
 @pytest.mark.slow
 def test_top_k_by_a_list_in_the_interpreter() -> None:
     """So long that a threshold is guessed, and with a sum of more than one level in three rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
+from enum import IntEnum
 from importlib.util import find_spec
 from typing import Any
 
@@ -388,3 +389,11 @@ def test_gpu(name: str) -> None:
         )
         == data
     )
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(5), IntEnum("Seed", "five")["five"]], ids=["tensor", "enum"])
+def test_a_seed_is_an_int(seed: Any) -> None:
+    """One of another class would be looked for among all 2**64 seeds."""
+    payload = gck.random_k(torch.randn(1000), 0.01, seed=3)._replace(seed=seed)
+    with pytest.raises(DtypeError, match=r"to_bytes: payload\.seed must be an int, got"):
+        gck.to_bytes(payload)
