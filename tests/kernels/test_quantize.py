@@ -228,8 +228,8 @@ def test_a_part_rounds_as_it_does_in_the_whole(first: int, backend: str) -> None
     assert compressor == STOCHASTIC
     check_case(compressor, backend, *make("gaussian", 3000, torch.float32), shards=3)
     check_case(compressor, backend, *make("gaussian", 999, torch.bfloat16))
-    in_the_middle_of_a_word = replace(STOCHASTIC, chunk_size=32, first=first + 32)
-    check_case(in_the_middle_of_a_word, backend, *make("gaussian", 999, torch.float32))
+    with_half_of_the_words = replace(STOCHASTIC, chunk_size=32, first=first + 32)
+    check_case(with_half_of_the_words, backend, *make("gaussian", 999, torch.float32))
 
 
 def test_random_bits_in_the_interpreter() -> None:
