@@ -28,6 +28,13 @@ def test_there_are_some() -> None:
     assert len(DOCUMENTS) >= 4
 
 
+def test_rows_of_tables_have_all_cells() -> None:
+    for path in (DOCS.parent / "README.md", *DOCS.rglob("*.md")):
+        for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
+            cells = {row: len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+            assert len(set(cells.values())) == 1, f"{path.name}: {cells}"
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a reader has at hand: a gradient, residuals, and a process group of one rank."""
