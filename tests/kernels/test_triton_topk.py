@@ -56,7 +56,7 @@ def test_hard_inputs(name: str) -> None:
 
 
 def test_periodic_with_the_sample() -> None:
-    """Large wherever the sample looks, and nowhere else: the guess is too high."""
+    """Large every so many entries as lie between the lines of a sample."""
     n, k = 2 * gpu_guess.MIN_SAMPLED + 7, 10_000
     lines, _, _ = gpu_bracket.sample_shape(n, k, gpu_bracket.LINES, gpu_bracket.CANDIDATES)
     grad = torch.randn(n, generator=torch.Generator().manual_seed(0))
