@@ -172,14 +172,14 @@ void bind_cpu(py::module_& m) {
       [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
          int64_t chunk_size, int64_t k, int value_bits, int index_bits, float divisor, Address err,
          int64_t numel, int64_t server_k, int server_value_bits, int server_index_bits, Address body,
-         int64_t scales_offset, int64_t indices_offset, int threads) {
+         int64_t scales_offset, int64_t indices_offset, int threads, const Options& options) {
         const Reduced done =
             chunk_topk_reduce({at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride,
                                chunk_size, k, value_bits, index_bits, nullptr, numel, 1.0f, true, true, 1.0f},
                               {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_k,
                                server_value_bits, server_index_bits, at<char>(body), 0,
                                chunks_of(numel, chunk_size), scales_offset, indices_offset},
-                              divisor, threads);
+                              divisor, residual_of(options), threads);
         return std::pair(done.bad, done.cleared);
       },
       nogil);
@@ -216,13 +216,14 @@ void bind_cpu(py::module_& m) {
       "quantize_reduce",
       [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
          bool two_levels, float divisor, Address err, int64_t numel, int server_bits, bool server_two_levels,
-         bool stochastic, int64_t seed, int64_t first, Address body, int64_t scales_offset, int threads) {
+         bool stochastic, int64_t seed, int64_t first, Address body, int64_t scales_offset, int threads,
+         const Options& options) {
         return quantize_reduce(
             {at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits, two_levels, {}},
             {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_bits, server_two_levels,
              stochastic, static_cast<uint64_t>(seed), first, at<char>(body), 0, chunks_of(numel, chunk_size),
              scales_offset},
-            divisor, threads);
+            divisor, residual_of(options), threads);
       },
       nogil);
 
@@ -281,11 +282,12 @@ void bind_cpu(py::module_& m) {
   m.def(
       "sign_reduce",
       [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, float divisor,
-         Address err, int64_t numel, Address body, int64_t scales_offset, int threads) {
+         Address err, int64_t numel, Address body, int64_t scales_offset, int threads,
+         const Options& options) {
         return sign_reduce({at<char>(words), at<char>(scales), ranks, rank_stride, chunk_size, {}},
                            {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, at<char>(body), 0,
                             chunks_of(numel, chunk_size), scales_offset},
-                           divisor, threads);
+                           divisor, residual_of(options), threads);
       },
       nogil);
 

@@ -147,6 +147,7 @@ def chunk_topk_reduce(
     scales_offset: int,
     indices_offset: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> tuple[int, int]: ...
 def quantize_compress(
     grad: int,
@@ -228,6 +229,7 @@ def quantize_reduce(
     body: int,
     scales_offset: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def sign_compress(
     grad: int,
@@ -267,6 +269,7 @@ def sign_reduce(
     body: int,
     scales_offset: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 
 # What is wrong, as enum class IndexFault in bindings/cpu/index_codecs.hpp numbers it; 0: nothing.

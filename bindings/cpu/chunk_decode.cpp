@@ -81,7 +81,8 @@ int64_t chunk_topk_decompress(const ChunkTopkDecode& job, int threads) {
   return -1;
 }
 
-Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, float divisor, int threads) {
+Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, float divisor,
+                          const ResidualOptions& options, int threads) {
   const Leaves& isa = leaves();
   const int parts = parts_for(to.numel, threads);
   std::vector<Entries> entries = entries_for(from.k, parts);
@@ -92,6 +93,7 @@ Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, floa
     scratch.emplace_back(to.chunk_size);
     sums.emplace_back(static_cast<size_t>(to.chunk_size));
   }
+  const ResidualPass residual(to.numel, options);
   const auto reduce = [&](int t, float* err, int64_t begin, int64_t end) {
     const auto p = static_cast<size_t>(t);
     ChunkTopk job = to;
@@ -99,6 +101,7 @@ Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, floa
     int64_t cleared = 0;
     for (int64_t c = begin; c < end; ++c) {
       const float* later = c + 1 < end ? err + (c + 1) * to.chunk_size : nullptr;
+      residual.read(err + c * to.chunk_size, valid_of(from, c));
       isa.chunk_topk_put(from, entries[p].arrays(), c, sums[p].data(), later);
       cleared += isa.chunk_topk_compress_mean(job, scratch[p].arrays, sums[p].data(), divisor, c);
     }

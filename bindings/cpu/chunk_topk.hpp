@@ -22,6 +22,7 @@ struct Reduced {
 // Compresses the ranks' sum, divided, with the residual to.err (null: none) to the one row of `to`, whose k
 // and bits may be others. Alpha of `from` must be 1, and `add` set; where decoded values go, and the gradient
 // of `to`, are of no account. After a bad index nothing was written.
-Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, float divisor, int threads);
+Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, float divisor,
+                          const ResidualOptions& options, int threads);
 
 }  // namespace gck

@@ -25,8 +25,7 @@ double total(std::vector<double> sums) {
 }  // namespace
 
 ResidualPass::ResidualPass(int64_t numel, const ResidualOptions& options)
-    : decay_(options.decay), clip_(kNone), statistics_(options.statistics) {
-  if (options.clip != nullptr) clip_ = *options.clip > 0 ? *options.clip : 0.0f;
+    : reading_(options.reading()), statistics_(options.statistics) {
   if (!measures()) return;
   for (auto* sums : {&l1_, &acc_sq_, &nonfinite_, &err_sq_}) *sums = blocks_of(numel);
 }

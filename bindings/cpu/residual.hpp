@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "cpu/isa/leaves.hpp"
@@ -19,11 +18,17 @@ struct ResidualOptions {
   float decay = 1.0f;
   const float* clip = nullptr;   // none
   double* statistics = nullptr;  // five: see ResidualPass
+
+  // A clip that is not above 0 is 0.
+  ResidualReading reading() const {
+    if (clip == nullptr) return {decay};
+    return {decay, *clip > 0 ? *clip : 0.0f};
+  }
 };
 
 // One pass over a residual of `numel` elements, in tiles that begin at multiples of kBlock.
 //
-// acc = grad + clamp(decay * err, -clip, clip), a clip that is not above 0 being 0. The statistics are
+// acc = grad + clamp(decay * err, -clip, clip). The statistics are
 // |acc|_1, |acc|_2^2, |err|_2^2 afterwards, how many of acc are not finite (these count as 0 in the norms),
 // and how many entries the payload has. Every sum is one of kBlock numbers, then of kBlock such sums, and so
 // on, each as a halving tree, with zeros behind the last: the same for any tiles and threads.
@@ -32,12 +37,12 @@ class ResidualPass {
   ResidualPass(int64_t numel, const ResidualOptions& options);
 
   // Whether nothing is asked for, and nothing needs to be called.
-  bool idle() const { return !reads() && statistics_ == nullptr; }
+  bool idle() const { return reading_.is_plain() && statistics_ == nullptr; }
   bool measures() const { return statistics_ != nullptr; }
 
   // err becomes what is to be added to grad.
   void read(float* err, int64_t count) const {
-    if (reads()) leaves().residual_read(err, count, decay_, clip_);
+    if (!reading_.is_plain()) leaves().residual_read(err, count, reading_);
   }
 
   // The same for elements [begin, begin + count) of the vector, with the sums of acc.
@@ -65,11 +70,7 @@ class ResidualPass {
   static std::vector<double> blocks_of(int64_t count);
 
  private:
-  static constexpr float kNone = std::numeric_limits<float>::infinity();
-
-  bool reads() const { return decay_ != 1.0f || clip_ != kNone; }
-
-  float decay_, clip_;
+  ResidualReading reading_;
   double* statistics_;
   std::vector<double> l1_, acc_sq_, nonfinite_, err_sq_;  // of each block
 };

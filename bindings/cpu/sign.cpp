@@ -19,10 +19,12 @@ void sign_decompress(SignDecode job, int threads) {
                [&](int64_t begin, int64_t end) { isa.sign_decompress(job, begin, end); });
 }
 
-int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, int threads) {
+int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, const ResidualOptions& options,
+                    int threads) {
   const Leaves& isa = leaves();
+  const ResidualReading reading = options.reading();
   const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {
-    return isa.sign_reduce(from, {err, to.numel, divisor}, to, begin, end);
+    return isa.sign_reduce(from, {err, to.numel, divisor, reading}, to, begin, end);
   };
   return reduce_tiles({to.numel, to.chunk_size, to.err, threads}, reduce);
 }

@@ -151,6 +151,7 @@ def reduce_(compressor: ChunkTopK, job: Reduction) -> None:
         server_scales.offset,
         server_indices.offset,
         num_threads(),
+        residual_options(job.server, job.clip, None),
     )
     _refuse(compressor, bad, job.numel, ranks)
     if job.nonfinite is not None:

@@ -21,7 +21,7 @@ from gck.kernels.chunk_topk.gpu_sum import CLEAR, row_fields, sum_chunks, sum_op
 from gck.kernels.common.division import division
 from gck.kernels.common.launch import EXACT, launching_on, looping, registers
 from gck.kernels.common.reduction import Reduction
-from gck.kernels.common.residual import ABSENT, AS_IT_IS
+from gck.kernels.common.residual import ABSENT, reduction_arguments
 
 # Of a processor: elements that its programs have under way, whose sums and residuals take all of an H100's
 # nearest cache, and together two thirds of the farther one; and warps.
@@ -47,6 +47,8 @@ def reduce_kernel(
     ranks,
     row_units,
     number,
+    decay,
+    p_clip,
     FROM_K: tl.constexpr,
     FROM_BITS: tl.constexpr,
     FROM_INDEX_BITS: tl.constexpr,
@@ -63,11 +65,11 @@ def reduce_kernel(
     PART: tl.constexpr,
     STEP: tl.constexpr,
     DIVISION: tl.constexpr,
-    STORE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """A program reduces groups of CHUNKS chunks, as many programs apart as there are. Scratch and positions
-    have room for a group of each. Bodies of the ranks are row_units * 16 bytes apart. Without STORE, p_err is
-    of no account."""
+    have room for a group of each. Bodies of the ranks are row_units * 16 bytes apart. Without a residual,
+    p_err is of no account."""
     SIZE: tl.constexpr = CHUNKS * 2**LEVELS
     i_program = tl.program_id(0).to(tl.int64)
     p_scratch += i_program * SIZE
@@ -88,29 +90,29 @@ def reduce_kernel(
         )
         tl.debug_barrier()
         p_held = p_scratch
-        if STORE:
+        if RESIDUAL != ABSENT:
             p_held = p_err + i_group * SIZE
         compress_group(
             *(p_scratch, p_held, p_position, p_values, p_scales, p_indices, p_nonfinite, p_err),
-            *(0, i_chunk, 0, n, i_group * SIZE, left, number, 1.0, p_err),
+            *(0, i_chunk, 0, n, i_group * SIZE, left, number, decay, p_clip),
             *(K, CHUNKS, LEVELS, GROUPS, CAPACITY, BITS, INDEX_BITS, SLOT_LEVELS, PART, STEP),
-            *(DIVISION, AS_IT_IS if STORE else ABSENT, False),
+            *(DIVISION, RESIDUAL, False),
         )
 
 
 def reduce_options(
-    compressor: Any, server: Any, ranks: int, kind: str, *, residual: bool
+    compressor: Any, server: Any, ranks: int, kind: str, residual: int
 ) -> tuple[dict[str, Any], int, int | None, int]:
     """(compile-time values, warps, most registers, programs a processor) of `reduce_kernel`."""
     options, num_warps = compress_options(server)
-    del options["RESIDUAL"], options["STATS"]
+    del options["STATS"]
     options |= {
         "FROM_K": compressor.k,
         "FROM_BITS": compressor.value_bits,
         "FROM_INDEX_BITS": 12 if compressor.packs_indices else 16,
         **sum_options(compressor.k, options["CHUNKS"], ranks, num_warps),
         "DIVISION": kind,
-        "STORE": residual,
+        "RESIDUAL": residual,
     }
     programs = min(UNDER_WAY // (options["CHUNKS"] * compressor.chunk_size), MOST_WARPS // num_warps)
     programs = max(programs, 1)
@@ -127,9 +129,8 @@ def reduce_(compressor: Any, job: Reduction) -> None:
     """See `gck.kernels.common.reduction.Reduction`."""
     device, ranks = job.body.device, job.bodies.shape[0]
     number, kind = division(job.divisor)
-    options, num_warps, most, each = reduce_options(
-        compressor, job.server, ranks, kind, residual=job.err is not None
-    )
+    decay, clip, residual = reduction_arguments(job)
+    options, num_warps, most, each = reduce_options(compressor, job.server, ranks, kind, residual)
     size = options["CHUNKS"] * compressor.chunk_size
     programs = min(triton.cdiv(job.numel, size), looping(job.body, each))
     positions = programs * options["CHUNKS"] * max(options["K"], options["CAPACITY"])
@@ -144,7 +145,7 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             torch.empty(positions, dtype=torch.int16, device=device),
             *row_fields(compressor, job.layout.views(job.bodies[0])),
             *row_fields(job.server, job.server.layout(job.numel).views(job.body)),
-            *(nonfinite, job.numel, ranks, job.bodies.stride(0) // 16, number),
+            *(nonfinite, job.numel, ranks, job.bodies.stride(0) // 16, number, decay, clip),
             **options,
             num_warps=num_warps,
             **registers(most),

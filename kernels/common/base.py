@@ -202,9 +202,9 @@ class KernelCompressor(ABC):
         alike = isinstance(server, KernelCompressor) and (
             (server.package, server.shard_unit) == (self.package, self.shard_unit)
         )
-        # Kernels of reductions add the residual as it is; `compress_` knows options on how it is read.
-        as_it_is = getattr(server, "decay", 1.0) == 1 and getattr(server, "clip", None) is None
-        if alike and as_it_is and hasattr(kernels, "reduce_"):
+        if alike and hasattr(kernels, "reduce_"):
+            if server.clip is not None:
+                job = job._replace(clip=checks.clip_of(server.clip, bodies.device))
             with _naming(function):
                 kernels.reduce_(self, job)
         else:

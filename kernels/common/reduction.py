@@ -26,6 +26,7 @@ class Reduction(NamedTuple):
         err: (numel,) fp32, its residual, overwritten; or None.
         body: (server.layout(numel).nbytes,) uint8, zeroed.
         nonfinite: (1,) int64, increased by residuals cleared; or None.
+        clip: one fp32 element, the server's, or None; what is added is clamp(server.decay * err, -clip, clip).
     """
 
     bodies: Tensor
@@ -36,6 +37,7 @@ class Reduction(NamedTuple):
     err: Tensor | None
     body: Tensor
     nonfinite: Tensor | None
+    clip: Tensor | None = None
 
 
 def checked_reduction(

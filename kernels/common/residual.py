@@ -27,6 +27,13 @@ def read_residual(b_err, decay, p_clip, RESIDUAL: tl.constexpr):
     return b_err
 
 
+def reduction_arguments(job: Any) -> tuple[float, Tensor, int]:
+    """The same of a `gck.kernels.common.reduction.Reduction`."""
+    if job.err is None:
+        return 1.0, job.body, ABSENT.value
+    return residual_arguments(job.server, job.err, job.clip)
+
+
 def residual_arguments(compressor: Any, err: Tensor, clip: Tensor | None) -> tuple[float, Tensor, int]:
     """(decay, clip, RESIDUAL) of a launch; without a clip, any address."""
     kind = CLIPPED if clip is not None else DECAYED if compressor.decay != 1 else AS_IT_IS

@@ -133,6 +133,7 @@ def reduce_(compressor: Quantize, job: Reduction) -> None:
         job.body.data_ptr(),
         server.layout(job.numel).fields[1].offset,
         num_threads(),
+        residual_options(job.server, job.clip, None),
     )
     if job.nonfinite is not None:
         job.nonfinite.add_(cleared)

@@ -106,6 +106,7 @@ def reduce_(compressor: Sign, job: Reduction) -> None:
         job.body.data_ptr(),
         job.server.layout(job.numel).fields[1].offset,
         num_threads(),
+        residual_options(job.server, job.clip, None),
     )
     if job.nonfinite is not None:
         job.nonfinite.add_(cleared)

@@ -16,6 +16,7 @@ from gck.kernels.common.keys import accumulate, canonical
 from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.quads import quad_column, quad_offsets
 from gck.kernels.common.reduction import Reduction
+from gck.kernels.common.residual import ABSENT, read_residual, reduction_arguments
 from gck.kernels.common.tiles import load_tile
 from gck.kernels.sign.gpu import WARP_ELEMENTS, encode_group, encode_options
 from gck.kernels.sign.gpu_decode import TOGETHER, add_signs
@@ -36,10 +37,12 @@ def _reduce_group(
     ranks,
     row_units,
     number,
+    decay,
+    p_clip,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     DIVISION: tl.constexpr,
-    STORE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     TOGETHER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -49,8 +52,8 @@ def _reduce_group(
     left = tl.minimum(n - base, CHUNKS * CHUNK).to(tl.int32)
     b_quad = quad_column(QUADS)
     b_offset = quad_offsets(b_quad)
-    if STORE:
-        b_err = load_tile(p_err + base, b_offset, left, WHOLE)
+    if RESIDUAL != ABSENT:
+        b_err = read_residual(load_tile(p_err + base, b_offset, left, WHOLE), decay, p_clip, RESIDUAL)
     b_sum = tl.zeros((QUADS, 4), tl.float32)
     fields = (
         p_from_words + base // 32,
@@ -63,11 +66,12 @@ def _reduce_group(
     )
     b_sum = add_signs(b_sum, *fields, LEVELS, TOGETHER, WHOLE)
     b_acc = divided(b_sum, number, DIVISION)
-    b_acc = accumulate(b_acc, b_err) if STORE else canonical(b_acc)
+    b_acc = accumulate(b_acc, b_err) if RESIDUAL != ABSENT else canonical(b_acc)
     if not WHOLE:
         b_acc = tl.where(b_offset < left, b_acc, 0.0)
     b_acc = tl.reshape(b_acc, (CHUNKS, CHUNK))
-    encode_group(b_acc, p_err + base, p_words, p_scales, p_nonfinite, left, CHUNKS, LEVELS, WHOLE, STORE)
+    packed = (p_words, p_scales, p_nonfinite)
+    encode_group(b_acc, p_err + base, *packed, left, CHUNKS, LEVELS, WHOLE, RESIDUAL != ABSENT)
 
 
 @triton.jit(do_not_specialize=["n", "ranks", "row_units"])
@@ -82,31 +86,33 @@ def reduce_kernel(
     ranks,
     row_units,
     number,
+    decay,
+    p_clip,
     CHUNKS: tl.constexpr,
     LEVELS: tl.constexpr,
     DIVISION: tl.constexpr,
-    STORE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    """A program owns CHUNKS chunks. Bodies of the ranks are row_units * 16 bytes apart. Without STORE,
-    p_err is of no account."""
+    """A program owns CHUNKS chunks. Bodies of the ranks are row_units * 16 bytes apart. Without a
+    residual, p_err is of no account."""
     CHUNK: tl.constexpr = 2**LEVELS
     i_chunk = tl.program_id(0).to(tl.int64) * CHUNKS
     base = i_chunk * CHUNK
     p_words += i_chunk * (CHUNK // 32)
     p_scales += i_chunk
     given = (p_err, p_from_words, p_from_scales, p_words, p_scales, p_nonfinite)
-    sizes = (base, tl.cast(n, tl.int64), ranks, row_units, number)
+    sizes = (base, tl.cast(n, tl.int64), ranks, row_units, number, decay, p_clip)
     if base + CHUNKS * CHUNK <= n:
-        _reduce_group(*given, *sizes, CHUNKS, LEVELS, DIVISION, STORE, TOGETHER, True)
+        _reduce_group(*given, *sizes, CHUNKS, LEVELS, DIVISION, RESIDUAL, TOGETHER, True)
     else:
-        _reduce_group(*given, *sizes, CHUNKS, LEVELS, DIVISION, STORE, TOGETHER, False)
+        _reduce_group(*given, *sizes, CHUNKS, LEVELS, DIVISION, RESIDUAL, TOGETHER, False)
 
 
-def reduce_options(compressor: Any, kind: str, *, residual: bool) -> tuple[dict[str, Any], int, int | None]:
+def reduce_options(compressor: Any, kind: str, residual: int) -> tuple[dict[str, Any], int, int | None]:
     """(compile-time values, warps, most registers) of `reduce_kernel`."""
     options, num_warps = encode_options(compressor.chunk_size, WARP_ELEMENTS)
-    options |= {"DIVISION": kind, "STORE": residual, "TOGETHER": TOGETHER}
+    options |= {"DIVISION": kind, "RESIDUAL": residual, "TOGETHER": TOGETHER}
     return options, num_warps, REGISTERS
 
 
@@ -115,7 +121,8 @@ def reduce_(compressor: Any, job: Reduction) -> None:
     words, scales = job.layout.views(job.bodies[0])
     out_words, out_scales = job.server.layout(job.numel).views(job.body)
     number, kind = division(job.divisor)
-    options, num_warps, most = reduce_options(compressor, kind, residual=job.err is not None)
+    decay, clip, residual = reduction_arguments(job)
+    options, num_warps, most = reduce_options(compressor, kind, residual)
     nonfinite = job.nonfinite
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=job.body.device)
@@ -132,6 +139,8 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             job.bodies.shape[0],
             job.bodies.stride(0) // 16,
             number,
+            decay,
+            clip,
             **options,
             num_warps=num_warps,
             **registers(most),

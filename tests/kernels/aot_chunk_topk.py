@@ -53,25 +53,26 @@ def variants() -> list[Variant]:
                 Variant("chunk_topk", "gpu_decode", "decompress_kernel", name, held, constants, num_warps)
             )
     types |= {"p_scratch": "*fp32", "p_from_scales": "*fp32", "number": "fp32"}
-    for k, chunk, bits, server_k, kind, residual in (
-        (64, 4096, 16, 64, "product", True),
-        (64, 4096, 2, 256, "product", True),
-        (64, 4096, 4, 64, "quotient", True),
-        (64, 4096, 16, 64, "none", False),
-        (4, 64, 8, 16, "product", True),
-        (32, 2048, 4, 32, "product", True),
-        (16, 1024, 4, 64, "quotient", True),
-        (128, 8192, 32, 512, "quotient", True),
-        (1024, 65536, 2, 4096, "product", True),
+    for k, chunk, bits, server_k, kind, options in (
+        (64, 4096, 16, 64, "product", ""),
+        (64, 4096, 2, 256, "product", ""),
+        (64, 4096, 4, 64, "quotient", ""),
+        (64, 4096, 16, 64, "none", ", no residual"),
+        (4, 64, 8, 16, "product", ""),
+        (32, 2048, 4, 32, "product", ""),
+        (16, 1024, 4, 64, "quotient", ""),
+        (128, 8192, 32, 512, "quotient", ""),
+        (1024, 65536, 2, 4096, "product", ""),
+        (64, 4096, 2, 256, "product", ", clip"),
     ):
         compressor = ChunkTopK(k, chunk, bits)
         server = ChunkTopK(server_k, chunk, bits)
         held = types | {"p_values": fields[bits], "p_indices": "*u8" if compressor.packs_indices else "*i16"}
         held |= {f"p_from_{name}": held[f"p_{name}"] for name in ("values", "indices")}
         constants, num_warps, most, _ = gpu_reduce.reduce_options(
-            compressor, server, 8, kind, residual=residual
+            compressor, server, 8, kind, residual_constants(options)["RESIDUAL"]
         )
-        label = f"{k} of {chunk} to {server_k}, {bits} bits, {kind}{'' if residual else ', no residual'}"
+        label = f"{k} of {chunk} to {server_k}, {bits} bits, {kind}{options}"
         made.append(
             Variant(
                 *("chunk_topk", "gpu_reduce", "reduce_kernel", label, held, constants, num_warps),

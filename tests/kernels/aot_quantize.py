@@ -55,24 +55,24 @@ def variants() -> list[Variant]:
                 )
             )
     types |= {"p_from_codes": "*u8", "p_from_scales": "*fp32", "number": "fp32"}
-    for compressor, kind, residual in (
-        (Quantize(8), "product", True),
-        (Quantize(4), "none", True),
-        (Quantize(4), "product", True),
-        (Quantize(4), "quotient", True),
-        (Quantize(2), "product", False),
-        (Quantize(4, 32, rounding="stochastic"), "product", True),
-        (Quantize(8, 1024, rounding="stochastic"), "quotient", True),
-        (Quantize(2, scale="mean"), "product", True),
-        (Quantize(2, 8192, scale="mean"), "quotient", True),
-        (Quantize(8, 8192), "quotient", True),
+    for compressor, kind, options in (
+        (Quantize(8), "product", ""),
+        (Quantize(4), "none", ""),
+        (Quantize(4), "product", ""),
+        (Quantize(4), "quotient", ""),
+        (Quantize(2), "product", ", no residual"),
+        (Quantize(4, 32, rounding="stochastic"), "product", ""),
+        (Quantize(8, 1024, rounding="stochastic"), "quotient", ""),
+        (Quantize(2, scale="mean"), "product", ""),
+        (Quantize(2, 8192, scale="mean"), "quotient", ""),
+        (Quantize(8, 8192), "quotient", ""),
+        (Quantize(4), "product", ", clip"),
     ):
         constants, num_warps, most = gpu_reduce.reduce_options(
-            compressor, compressor.server_for(2), kind, residual=residual
+            compressor, compressor.server_for(2), kind, residual_constants(options)["RESIDUAL"]
         )
         rounding = "mean" if compressor.two_levels else compressor.rounding
-        label = f"{compressor.bits} bits, {rounding}, {compressor.chunk_size}, {kind}"
-        label += "" if residual else ", no residual"
+        label = f"{compressor.bits} bits, {rounding}, {compressor.chunk_size}, {kind}{options}"
         made.append(
             Variant(
                 "quantize",

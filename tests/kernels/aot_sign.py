@@ -41,7 +41,7 @@ def variants() -> list[Variant]:
                 most_registers=most,
             )
         )
-    types = payload | {"p_err": "*fp32", "p_from_words": "*i32", "p_from_scales": "*fp32"}
+    types = payload | RESIDUAL_TYPES | {"p_err": "*fp32", "p_from_words": "*i32", "p_from_scales": "*fp32"}
     types |= {"p_nonfinite": "*i64", "n": "i32", "ranks": "i32", "row_units": "i32", "number": "fp32"}
     decoded = types | {"p_out": "*fp32", "alpha": "fp32"}
     for ranks, clear, add in ((1, False, False), (1, False, True), (8, True, True), (8, False, True)):
@@ -59,17 +59,20 @@ def variants() -> list[Variant]:
                 most_registers=most,
             )
         )
-    for chunk, kind, residual in (
-        (32, "product", True),
-        (256, "none", True),
-        (256, "product", True),
-        (256, "quotient", True),
-        (256, "product", False),
-        (1024, "product", True),
-        (8192, "quotient", True),
+    for chunk, kind, options in (
+        (32, "product", ""),
+        (256, "none", ""),
+        (256, "product", ""),
+        (256, "quotient", ""),
+        (256, "product", ", no residual"),
+        (1024, "product", ""),
+        (8192, "quotient", ""),
+        (256, "product", ", clip"),
     ):
-        constants, num_warps, most = gpu_reduce.reduce_options(Sign(chunk), kind, residual=residual)
-        label = f"{chunk}, {kind}{'' if residual else ', no residual'}"
+        constants, num_warps, most = gpu_reduce.reduce_options(
+            Sign(chunk), kind, residual_constants(options)["RESIDUAL"]
+        )
+        label = f"{chunk}, {kind}{options}"
         made.append(
             Variant(
                 "sign", "gpu_reduce", "reduce_kernel", label, types, constants, num_warps, most_registers=most

@@ -12,7 +12,7 @@ RESIDUAL_TYPES = {"p_sums": "*fp64", "decay": "fp32", "p_clip": "*fp32"}
 def residual_constants(options: str) -> dict[str, Any]:
     """Compile-time values for what a label says of them."""
     return {
-        "RESIDUAL": 2 if "clip" in options else 1 if "decay" in options else 0,
+        "RESIDUAL": -1 if "no residual" in options else 2 if "clip" in options else int("decay" in options),
         "STATS": "stats" in options,
     }
 

@@ -36,6 +36,16 @@ TOPKS = [
     gck.ChunkTopK(k=100, chunk_size=8192, value_bits=2, server_k=400),
 ]
 COMPRESSORS = [*PACKED, *TOPKS]
+# The residual fades, and is bounded by what some of its entries exceed.
+READ = [
+    gck.Sign(64, decay=0.9, clip=0.5),
+    gck.Sign(1024, clip=1e-3),
+    gck.Quantize(4, 256, decay=0.3),
+    gck.Quantize(8, 32, "stochastic", decay=0.5, clip=0.25),
+    gck.Quantize(2, 2048, scale="mean", clip=0.5),
+    gck.ChunkTopK(k=5, chunk_size=32, value_bits=4, decay=0.9, clip=0.5),
+    gck.ChunkTopK(k=64, chunk_size=1024, value_bits=2, clip=0.01, server_k=128),
+]
 # More entries than a program's threads take together.
 MANY = gck.ChunkTopK(k=600, chunk_size=2048, value_bits=8, server_k=8)
 
@@ -109,7 +119,8 @@ def check(
     rows.copy_(bodies)
     inner = None if held is None else held.inner
     if backend == "interpreter":  # its tensors are on the CPU, of which reduce_ would take the kernels
-        job = Reduction(rows, compressor.layout(capacity), n, divisor, server, inner, body, nonfinite)
+        clip = None if server.clip is None else torch.tensor([server.clip])
+        job = Reduction(rows, compressor.layout(capacity), n, divisor, server, inner, body, nonfinite, clip)
         kernels_of(compressor, backend).reduce_(compressor, job)
     else:
         compressor.reduce_(rows, inner, body, n, capacity=capacity, divisor=divisor, nonfinite=nonfinite)

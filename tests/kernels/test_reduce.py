@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gck
-from gck.compressor import reduce_, reduce_by_steps_, server_of
+from gck.compressor import reduce_, reduce_by_steps_, residual_of, server_of
 from gck.kernels.common.reduction import Reduction
 from tests.cases import CASES, Guarded, make, one_nan, same_bytes
 from tests.kernels.bits import bit_patterns
@@ -20,6 +20,7 @@ from tests.kernels.reductions import (
     COMPRESSORS,
     MANY,
     PACKED,
+    READ,
     TOPK,
     TOPKS,
     check,
@@ -157,6 +158,22 @@ def test_values_in_the_interpreter(compressor: Any) -> None:
     n = min(2 * compressor.chunk_size, 1024 if compressor in PACKED else 512) + 65
     for case in ("few nonfinite", "denormal", "huge", "minus zero"):
         check(compressor, "interpreter", payloads(compressor, 2, n, n, case), n, n, residual(n, case), 2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("compressor", READ, ids=str)
+def test_a_residual_that_fades_and_is_bounded(
+    compressor: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the one pass: nothing is left to be done by steps."""
+    monkeypatch.delattr("gck.kernels.common.base.reduce_by_steps_")
+    assert not same_bytes(residual_of(compressor, residual(4999)), residual(4999))
+    for n, ranks, more in ((compressor.chunk_size + 33, 3, 0), (4999, 9, 700)):
+        bodies = payloads(compressor, ranks, n, n + more)
+        check(compressor, backend, bodies, n, n + more, residual(n), ranks)
+    for case in ("few nonfinite", "huge", "minus zero"):
+        check(compressor, backend, payloads(compressor, 2, n, n, case), n, n, residual(n, case), 1)
+    check(compressor, backend, bodies, n, n + more, None, ranks)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

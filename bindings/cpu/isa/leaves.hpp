@@ -110,11 +110,21 @@ struct DecodeInto {
   bool past_caches;  // out is written, is aligned to a vector of 16 and would not stay in the caches
 };
 
-// What is added to err instead: the sum from zero, divided.
+// What of a residual is added: clamp(decay * err, -clip, clip).
+struct ResidualReading {
+  static constexpr float kNoClip = __builtin_inff();
+
+  float decay = 1.0f, clip = kNoClip;
+
+  bool is_plain() const { return decay == 1.0f && clip == kNoClip; }
+};
+
+// What is added to err, as it is read, instead: the sum from zero, divided.
 struct MeanInto {
   float* err;
   int64_t numel;
   float divisor;
+  ResidualReading reading;
 };
 
 struct SignDecode {
@@ -263,7 +273,7 @@ struct Leaves {
   void (*block16_split)(const void* indices, bool wide, int64_t count, uint16_t* locals);
   bool (*block16_join)(const uint16_t* locals, int64_t count, int64_t base, void* indices, bool wide);
   // err[i] = clamp(decay * err[i], -clip, clip), where NaN stays; clip >= 0.
-  void (*residual_read)(float* err, int64_t count, float decay, float clip);
+  void (*residual_read)(float* err, int64_t count, const ResidualReading& reading);
   // Of grad + err; or of err alone where there is no grad, and then of squares alone. What is not finite
   // counts as 0.
   void (*residual_sums)(const void* grad, Dtype dtype, const float* err, int64_t count, const BlockSums& out);

@@ -94,7 +94,8 @@ void sums(const void* grad, const float* err, int64_t count, const BlockSums& ou
 
 }  // namespace
 
-void residual_read(float* err, int64_t count, float decay, float clip) {
+void residual_read(float* err, int64_t count, const ResidualReading& reading) {
+  const auto [decay, clip] = reading;
   // Of two zeros, and where one is NaN, the second operand is taken: a NaN stays, and so does the sign of 0.
   for (int64_t i = 0; i < count; ++i) {
     float x = err[i] * decay;

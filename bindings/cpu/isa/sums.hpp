@@ -1,6 +1,7 @@
 // Sums over ranks, of elements that stay in registers while ranks are walked.
 #pragma once
 
+#include "cpu/isa/residual.hpp"
 #include "cpu/isa/vec.hpp"
 
 namespace gck::GCK_ISA {
@@ -224,6 +225,10 @@ inline void decode_all(const Job& job, int64_t begin, int64_t end, Some some, Pa
 template <typename Job, typename Some, typename Part>
 inline void add_mean_of_all(Job job, const MeanInto& into, int64_t begin, int64_t end, Some some, Part part) {
   const int64_t whole = into.numel / job.chunk_size, at = whole * job.chunk_size;
+  if (!into.reading.is_plain()) {
+    const int64_t first = begin * job.chunk_size, stop = end <= whole ? end * job.chunk_size : into.numel;
+    residual_read(into.err + first, stop - first, into.reading);
+  }
   walk_mean(into, job.ranks, job.chunk_size, begin, end < whole ? end : whole, some);
   if (end <= whole) return;
   alignas(64) float sum[kMostOfTile] = {};
