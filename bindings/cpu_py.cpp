@@ -91,7 +91,7 @@ void bind_cpu(py::module_& m) {
   m.def(
       "topk_compress_flat",
       [](const Runs& runs, int64_t k, Address values, int value_dtype, Address indices, bool wide_indices,
-         int threads) {
+         int threads, const Options& options) {
         TopkJob job{{},           0,       k,      at<void>(values), Dtype{value_dtype}, at<void>(indices),
                     wide_indices, nullptr, threads};
         for (const auto& [grad, grad_dtype, err, numel] : runs) {
@@ -99,13 +99,14 @@ void bind_cpu(py::module_& m) {
           job.runs.push_back({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel});
           job.numel += numel;
         }
-        return topk_compress(job);
+        return topk_compress(std::move(job), residual_of(options));
       },
       nogil);
 
   m.def(
       "topk_compress_each",
-      [](const Runs& runs, const std::vector<Place>& places, int value_dtype, int threads) {
+      [](const Runs& runs, const std::vector<Place>& places, int value_dtype, int threads,
+         const Options& options) {
         std::vector<TopkJob> jobs;
         for (size_t i = 0; i < runs.size(); ++i) {
           const auto [grad, grad_dtype, err, numel] = runs[i];
@@ -122,7 +123,7 @@ void bind_cpu(py::module_& m) {
                           nullptr,
                           1});
         }
-        return topk_compress_each(std::move(jobs), threads);
+        return topk_compress_each(std::move(jobs), residual_of(options), threads);
       },
       nogil);
 

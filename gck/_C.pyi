@@ -69,12 +69,14 @@ def topk_compress_flat(
     indices: int,
     wide_indices: bool,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def topk_compress_each(
     runs: list[tuple[int, int, int, int]],
     places: list[tuple[int, int, int, bool]],
     value_dtype: int,
     threads: int,
+    options: tuple[float, int, int] | None,
 ) -> int: ...
 def sparse_decompress(
     bodies: int,

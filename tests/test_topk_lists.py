@@ -87,6 +87,32 @@ def test_flat_of_hard_inputs(name: str) -> None:
         assert same_bytes(torch.cat(errs), err)
 
 
+@pytest.mark.parametrize(
+    "options", [{"decay": 0.9}, {"decay": 0.5, "clip": 0.25}, {"clip": torch.tensor([1e-3])}], ids=str
+)
+@pytest.mark.parametrize("case", ["gaussian", "ties", "few nonfinite"])
+def test_residuals_that_fade_and_are_bounded(case: str, options: Any) -> None:
+    """By each call what a loop makes, or a call with the concatenation; from few entries, from a sample,
+    from all of err and of all entries."""
+    for ratio in (0.01, 0.7, 1.0):
+        grads, errs = lists(case, MIXED)
+        plain, looped = copies(errs), copies(errs)
+        payloads = gck.topk_ef_(grads, errs, ratio, **options)
+        for grad, err, payload in zip(grads, looped, payloads, strict=True):
+            assert_same(payload, gck.topk_ef_(grad, err, ratio, **options))
+        assert all(same_bytes(a, b) for a, b in zip(errs, looped, strict=True))
+        gck.topk_ef_(grads, plain, ratio)
+        # Of ties there are no residuals; and where all is sent, none are left.
+        if case != "ties" and ratio < 1:
+            assert not all(same_bytes(a, b) for a, b in zip(errs, plain, strict=True))
+        (grad, err), flat = (torch.cat([g.float() for g in grads]), torch.cat(errs)), copies(errs)
+        assert_same(
+            gck.topk_ef_(grads, flat, ratio, flat=True, **options),
+            gck.topk_ef_(grad, err, ratio, **options),
+        )
+        assert same_bytes(torch.cat(flat), err)
+
+
 def test_a_k_for_each() -> None:
     grads, errs = lists("gaussian")
     looped = copies(errs)
@@ -165,6 +191,16 @@ def bad(which: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
         options = {"ratio": 0.1, "k": [1, 2]}
     elif which == "counter":
         options = {"nonfinite": torch.zeros(1)}
+    elif which == "decay":
+        options = {"decay": 1.5}
+    elif which == "clip":
+        options = {"clip": 0}
+    elif which == "clip's dtype":
+        options = {"clip": torch.ones(1, dtype=torch.int32)}
+    elif which == "clip in err":
+        options = {"clip": errs[1][3:4]}
+    elif which == "stats":
+        options = {"stats": gck.Statistics.empty()}
     return grads, errs, options
 
 
@@ -188,6 +224,11 @@ BAD: dict[str, tuple[type[GckError], str]] = {
     "ratio": (ArgumentError, r"ratio must be in \(0, 1\], got 1\.5"),
     "both": (ArgumentError, r"k must be an int or 2 ints, without a ratio, got \[1, 2\]"),
     "counter": (DtypeError, r"nonfinite must be int64, got torch\.float32"),
+    "decay": (ArgumentError, r"decay must be in \(0, 1\], got 1\.5"),
+    "clip": (ArgumentError, r"clip must be above 0, got 0"),
+    "clip's dtype": (DtypeError, r"clip must be float32, got torch\.int32"),
+    "clip in err": (LayoutError, r"err\[1\] and clip overlap in memory"),
+    "stats": (ArgumentError, r"stats are of single tensors, got Statistics"),
 }
 
 

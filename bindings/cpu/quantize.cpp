@@ -29,8 +29,8 @@ void quantize_decompress(QuantizeDecode job, int threads) {
                [&](int64_t begin, int64_t end) { isa.quantize_decompress(job, begin, end); });
 }
 
-int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, const ResidualOptions& options,
-                    int threads) {
+int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor,
+                        const ResidualOptions& options, int threads) {
   const Leaves& isa = leaves();
   const ResidualReading reading = options.reading();
   const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {

@@ -15,7 +15,7 @@ void quantize_decompress(QuantizeDecode job, int threads);
 
 // Compresses the ranks' sum, divided, with the residual to.err (null: none) to the one row of `to`. Where
 // decoded values go, and the gradient of `to`, are of no account.
-int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor, const ResidualOptions& options,
-                    int threads);
+int64_t quantize_reduce(const QuantizeDecode& from, const QuantizeChunks& to, float divisor,
+                        const ResidualOptions& options, int threads);
 
 }  // namespace gck

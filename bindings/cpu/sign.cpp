@@ -19,8 +19,8 @@ void sign_decompress(SignDecode job, int threads) {
                [&](int64_t begin, int64_t end) { isa.sign_decompress(job, begin, end); });
 }
 
-int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, const ResidualOptions& options,
-                    int threads) {
+int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor,
+                    const ResidualOptions& options, int threads) {
   const Leaves& isa = leaves();
   const ResidualReading reading = options.reading();
   const auto reduce = [&](int, float* err, int64_t begin, int64_t end) {

@@ -15,7 +15,7 @@ void sign_decompress(SignDecode job, int threads);
 
 // Compresses the ranks' sum, divided, with the residual to.err (null: none) to the one row of `to`. Where
 // decoded values go, and the gradient of `to`, are of no account.
-int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor, const ResidualOptions& options,
-                    int threads);
+int64_t sign_reduce(const SignDecode& from, const SignChunks& to, float divisor,
+                    const ResidualOptions& options, int threads);
 
 }  // namespace gck

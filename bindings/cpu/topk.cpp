@@ -284,9 +284,13 @@ int64_t topk_compress(TopkJob job, const ResidualOptions& options) {
   return cleared;
 }
 
-int64_t topk_compress_each(std::vector<TopkJob> jobs, int threads) {
+int64_t topk_compress_each(std::vector<TopkJob> jobs, const ResidualOptions& options, int threads) {
+  ResidualPass residual(0, options);  // which reads alone, the same of all
   int64_t total = 0, cleared = 0;
-  for (const TopkJob& job : jobs) total += job.numel;
+  for (TopkJob& job : jobs) {
+    total += job.numel;
+    if (!residual.idle()) job.residual = &residual;
+  }
   // Whole tensors to threads, as long as that shares the work out evenly: then nobody waits for anybody.
   std::vector<TopkJob> small;
   for (TopkJob& job : jobs) {

@@ -25,7 +25,7 @@ struct TopkJob {
   bool wide_indices;  // int64, else int32
   int32_t* hint;      // null, or the key of the last call's threshold (0: none), replaced by this one's
   int threads;
-  ResidualPass* residual = nullptr;  // of a single run; null: nothing is asked for
+  ResidualPass* residual = nullptr;  // null: nothing is asked for; measures a single run only
 };
 
 // Writes the k largest entries of grad + err, ascending by index, and leaves acc - decoded in err.
@@ -40,6 +40,6 @@ int64_t topk_compress(TopkJob job, const ResidualOptions& options);
 
 // The same for jobs of their own, with `threads` threads for all: large ones in turn, with all threads, small
 // ones side by side. Where memory runs out, some jobs may be done already.
-int64_t topk_compress_each(std::vector<TopkJob> jobs, int threads);
+int64_t topk_compress_each(std::vector<TopkJob> jobs, const ResidualOptions& options, int threads);
 
 }  // namespace gck

@@ -51,6 +51,8 @@ def topk_ef_(
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
     flat: Literal[False] = False,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
 ) -> list[SparseGrad]: ...
 
 
@@ -64,6 +66,8 @@ def topk_ef_(
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
     flat: Literal[True],
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
 ) -> SparseGrad: ...
 
 
@@ -106,7 +110,7 @@ def topk_ef_(
         clip: bound of what is added to the gradient: a number above 0, or a one-element fp32 tensor on the
             same device, which nobody waits for, and which counts as 0 where it is not above 0. None: no
             bound. A NaN in err stays NaN.
-        stats: a `gck.Statistics` on the same device, overwritten. decay, clip and stats are not for lists.
+        stats: a `gck.Statistics` on the same device, overwritten. Not for lists.
 
     Lists of tensors, as grad and err, are worked on in a number of launches that does not depend on their
     number. By default each tensor keeps its own k entries (`k` may then be a list), and a list of payloads
@@ -133,13 +137,11 @@ def topk_ef_(
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
-        if decay != 1 or clip is not None or stats is not None:
-            raise ArgumentError(
-                f"topk_ef_: decay, clip and stats are for single tensors, got {decay}, {clip} and {stats} "
-                "with lists"
-            )
+        if stats is not None:
+            raise ArgumentError(f"topk_ef_: stats are of single tensors, got {shown(stats)} with lists")
         g, e = cast(Sequence[Array], grad), cast(Sequence[Array], err)
-        return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
+        options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip}
+        return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, **options)
     if flat:
         raise ArgumentError(f"topk_ef_: flat is for lists of tensors, got it with {shown(grad)}")
     if decay != 1 or clip is not None or stats is not None:

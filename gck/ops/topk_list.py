@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def topk_ef_list_(
     flat: bool = False,
     value_dtype: torch.dtype = torch.float32,
     nonfinite: Tensor | None = None,
+    decay: float = 1.0,
+    clip: float | Tensor | None = None,
 ) -> list[SparseGrad] | SparseGrad:
     """What `gck.topk_ef_` does with lists; see there."""
     for name, value in (("grad", grads), ("err", errs)):
@@ -48,14 +50,17 @@ def topk_ef_list_(
         with interop.borrowed(FUNCTION, tuple(_named(errs, "err")), **_named(grads, "grad"),
                               **_named(errs, "err")) as borrowed:  # fmt: skip
             g, e = borrowed[: len(grads)], borrowed[len(grads) :]
-            return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, nonfinite=nonfinite)
+            options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip}
+            return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, **options)
     _check_tensors(tensors, residuals, nonfinite)
     sizes = [grad.numel() for grad in tensors]
     counts = _counts(sizes, ratio, k, flat, value_dtype)
+    like = tensors[0] if tensors else torch.empty(0)
+    beta, limit, _ = checks.residual_options(FUNCTION, like, decay, clip, None)
     if not tensors:
         return _nothing(value_dtype) if flat else []
-    call = _topk_ef_list if plain(*tensors, *residuals, nonfinite) else torch.ops.gck.topk_ef_list_
-    memory = call(tensors, residuals, counts, flat, value_dtype, nonfinite)
+    call = _topk_ef_list if plain(*tensors, *residuals, nonfinite, limit) else torch.ops.gck.topk_ef_list_
+    memory = call(tensors, residuals, counts, flat, value_dtype, nonfinite, beta, limit)
     numels = [sum(sizes)] if flat else sizes
     values, indices = bodies_of(numels, counts, value_dtype).fields(memory)
     payloads = list(map(SparseGrad, values, indices, numels))
@@ -122,10 +127,13 @@ def _topk_ef_list(
     flat: bool,
     value_dtype: torch.dtype,
     nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
 ) -> Tensor:
     written = errs if nonfinite is None else [*errs, nonfinite]
-    if not checks.apart([*grads, *written]):
-        others = {} if nonfinite is None else {"nonfinite": nonfinite}
+    given = {"nonfinite": nonfinite, "clip": clip}
+    others = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if not checks.apart([*grads, *errs, *others.values()]):
         checks.check_no_overlap(FUNCTION, **_named(grads, "grad"), **_named(errs, "err"), **others)
     numels = [grad.numel() for grad in grads]
     total = sum(numels)
@@ -134,10 +142,10 @@ def _topk_ef_list(
     memory = empty(bodies.nbytes, torch.uint8, grads[0].device).zero_()
     kernels = backend(FUNCTION, TopK.package, grads[0].device)
     if total and flat:
-        compressor = TopK(k=ks[0], value_dtype=value_dtype)
-        kernels.compress_flat_(compressor, grads, errs, memory.unsqueeze(0), nonfinite)
+        compressor = TopK(k=ks[0], value_dtype=value_dtype, decay=decay)
+        kernels.compress_flat_(compressor, grads, errs, memory.unsqueeze(0), nonfinite, clip)
     elif total:
-        kernels.compress_list_(bodies, grads, errs, memory, nonfinite)
+        kernels.compress_list_(bodies, grads, errs, memory, nonfinite, decay, clip)
     torch.autograd.graph.increment_version(written)
     return memory
 
@@ -149,6 +157,8 @@ def _fake_topk_ef_list(
     flat: bool,
     value_dtype: torch.dtype,
     nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
 ) -> Tensor:
     numels = [grad.numel() for grad in grads]
     nbytes = bodies_of([sum(numels)] if flat else numels, ks, value_dtype).nbytes
@@ -157,7 +167,7 @@ def _fake_topk_ef_list(
 
 register(
     "topk_ef_list_(Tensor[] grads, Tensor(a!)[] errs, SymInt[] ks, bool flat, ScalarType value_dtype,"
-    " Tensor(b!)? nonfinite) -> Tensor",
+    " Tensor(b!)? nonfinite, float decay=1.0, Tensor? clip=None) -> Tensor",
     _topk_ef_list,
     _fake_topk_ef_list,
 )

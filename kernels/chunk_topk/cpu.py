@@ -56,7 +56,7 @@ def compress_(
         scales.offset,
         indices.offset,
         num_threads(),
-        residual_options(compressor, clip, stats),
+        residual_options(compressor.decay, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared
@@ -151,7 +151,7 @@ def reduce_(compressor: ChunkTopK, job: Reduction) -> None:
         server_scales.offset,
         server_indices.offset,
         num_threads(),
-        residual_options(job.server, job.clip, None),
+        residual_options(job.server.decay, job.clip, None),
     )
     _refuse(compressor, bad, job.numel, ranks)
     if job.nonfinite is not None:

@@ -210,7 +210,7 @@ def compress_(
     _, scales, indices = compressor.layout(shard).fields
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
-    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    decay, p_clip, residual = residual_arguments(compressor.decay, err, clip)
     sums = partial_sums(err, stats)
     options, num_warps = compress_options(compressor, residual, stats=stats is not None)
     positions = shards * shard_chunks * max(k, options["CAPACITY"])

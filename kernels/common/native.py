@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,13 +10,13 @@ DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def residual_options(
-    compressor: Any, clip: Tensor | None, stats: Tensor | None
+    decay: float, clip: Tensor | None, stats: Tensor | None
 ) -> tuple[float, int, int] | None:
     """What is asked for beside the compression; None: nothing."""
-    if clip is None and stats is None and compressor.decay == 1:
+    if clip is None and stats is None and decay == 1:
         return None
     return (
-        compressor.decay,
+        decay,
         0 if clip is None else clip.data_ptr(),
         0 if stats is None else stats.data_ptr(),
     )

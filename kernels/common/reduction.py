@@ -26,7 +26,7 @@ class Reduction(NamedTuple):
         err: (numel,) fp32, its residual, overwritten; or None.
         body: (server.layout(numel).nbytes,) uint8, zeroed.
         nonfinite: (1,) int64, increased by residuals cleared; or None.
-        clip: one fp32 element, the server's, or None; what is added is clamp(server.decay * err, -clip, clip).
+        clip: one fp32 element, or None; clamp(server.decay * err, -clip, clip) is added.
     """
 
     bodies: Tensor

@@ -31,10 +31,10 @@ def reduction_arguments(job: Any) -> tuple[float, Tensor, int]:
     """The same of a `gck.kernels.common.reduction.Reduction`."""
     if job.err is None:
         return 1.0, job.body, ABSENT.value
-    return residual_arguments(job.server, job.err, job.clip)
+    return residual_arguments(job.server.decay, job.err, job.clip)
 
 
-def residual_arguments(compressor: Any, err: Tensor, clip: Tensor | None) -> tuple[float, Tensor, int]:
+def residual_arguments(decay: float, err: Tensor, clip: Tensor | None) -> tuple[float, Tensor, int]:
     """(decay, clip, RESIDUAL) of a launch; without a clip, any address."""
-    kind = CLIPPED if clip is not None else DECAYED if compressor.decay != 1 else AS_IT_IS
-    return float(compressor.decay), err if clip is None else clip, kind.value
+    kind = CLIPPED if clip is not None else DECAYED if decay != 1 else AS_IT_IS
+    return float(decay), err if clip is None else clip, kind.value

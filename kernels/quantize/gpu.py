@@ -210,7 +210,7 @@ def compress_(
     n, chunk, shards = grad.numel(), compressor.chunk_size, bodies.shape[0]
     shard = shard_numel(n, chunk, shards)
     scales_at = compressor.layout(shard).fields[1].offset
-    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    decay, p_clip, residual = residual_arguments(compressor.decay, err, clip)
     sums = partial_sums(err, stats)
     options, num_warps, most = compress_options(compressor, stats=stats is not None)
     if nonfinite is None:

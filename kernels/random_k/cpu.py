@@ -42,7 +42,7 @@ def compress_(
         bodies.data_ptr(),
         DTYPE_CODE[values.dtype],
         num_threads(),
-        residual_options(compressor, clip, stats),
+        residual_options(compressor.decay, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared

@@ -249,7 +249,7 @@ def compress_(
     spoilt = torch.zeros(ring.k, dtype=torch.uint8, device=grad.device)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
-    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    decay, p_clip, residual = residual_arguments(compressor.decay, err, clip)
     sums = partial_sums(err, stats)
     with launching_on(grad):
         compress_kernel[(triton.cdiv(n, TILE),)](

@@ -43,7 +43,7 @@ def compress_(
         -(-shard // chunk_size),
         compressor.layout(shard).fields[1].offset,
         num_threads(),
-        residual_options(compressor, clip, stats),
+        residual_options(compressor.decay, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared
@@ -106,7 +106,7 @@ def reduce_(compressor: Sign, job: Reduction) -> None:
         job.body.data_ptr(),
         job.server.layout(job.numel).fields[1].offset,
         num_threads(),
-        residual_options(job.server, job.clip, None),
+        residual_options(job.server.decay, job.clip, None),
     )
     if job.nonfinite is not None:
         job.nonfinite.add_(cleared)

@@ -177,7 +177,7 @@ def compress_(
     options, num_warps, most = compress_options(compressor, stats=stats is not None)
     if nonfinite is None:
         nonfinite = torch.zeros(1, dtype=torch.int64, device=grad.device)
-    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    decay, p_clip, residual = residual_arguments(compressor.decay, err, clip)
     sums = partial_sums(err, stats)
     with launching_on(grad):
         compress_kernel[(triton.cdiv(shard, options["CHUNKS"] * chunk), shards)](

@@ -44,7 +44,7 @@ def compress_(
         *_job(compressor.layout(grad.numel()), grad, err, bodies),
         0 if hint is None else hint.data_ptr(),
         num_threads(),
-        residual_options(compressor, clip, stats),
+        residual_options(compressor.decay, clip, stats),
     )
     if nonfinite is not None:
         nonfinite += cleared
@@ -84,6 +84,7 @@ def compress_flat_(
     errs: Sequence[Tensor],
     bodies: Tensor,
     nonfinite: Tensor | None,
+    clip: Tensor | None = None,
 ) -> None:
     """Selects from all tensors together; indices are those of their concatenation."""
     numel = sum(grad.numel() for grad in grads)
@@ -97,6 +98,7 @@ def compress_flat_(
         body + indices.offset,
         indices.dtype == torch.int64,
         num_threads(),
+        residual_options(compressor.decay, clip, None),
     )
     if nonfinite is not None:
         nonfinite += cleared
@@ -108,6 +110,8 @@ def compress_list_(
     errs: Sequence[Tensor],
     memory: Tensor,
     nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
 ) -> None:
     """Selects from each tensor by itself."""
     base = memory.data_ptr()
@@ -116,8 +120,9 @@ def compress_list_(
         values, indices = layout.fields
         at = base + start
         places.append((values.count, at, at + indices.offset, indices.dtype == torch.int64))
+    options = residual_options(decay, clip, None)
     cleared = load().topk_compress_each(
-        _runs(grads, errs), places, DTYPE_CODE[bodies.value_dtype], num_threads()
+        _runs(grads, errs), places, DTYPE_CODE[bodies.value_dtype], num_threads(), options
     )
     if nonfinite is not None:
         nonfinite += cleared

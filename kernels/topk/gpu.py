@@ -150,7 +150,7 @@ def compress_(
         nonfinite = control[NONFINITE.value :]
     hinting = {"HINT": hint is not None}
     p_hint = control if hint is None else hint
-    decay, p_clip, residual = residual_arguments(compressor, err, clip)
+    decay, p_clip, residual = residual_arguments(compressor.decay, err, clip)
     sums = partial_sums(err, stats)
     with launching_on(grad):
         if listing:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gck.kernels.common.keys import INFINITY, MAGNITUDE, accumulate, magnitude_key
+from gck.kernels.common.residual import read_residual
 from gck.kernels.topk.gpu_control import EXPECTED, GUESS, TIE
 
 LINE = 16  # elements of a line: one cache line of fp32
@@ -91,6 +92,9 @@ def sample_block(
     BLOCK: tl.constexpr,
     LINE: tl.constexpr,
     SHIFT: tl.constexpr,
+    decay,
+    p_clip,
+    RESIDUAL: tl.constexpr,
 ):
     """Keys and histogram of a block of lines, given by their addresses and their numbers of elements; a
     negative number leaves a line to another launch."""
@@ -98,6 +102,7 @@ def sample_block(
     b_inside = b_element[None, :] < b_length[:, None]
     b_grad = tl.load(p_grads[:, None] + b_element[None, :], mask=b_inside, other=0.0)
     b_err = tl.load(p_errs[:, None] + b_element[None, :], mask=b_inside, other=0.0)
+    b_err = read_residual(b_err, decay, p_clip, RESIDUAL)
     b_key = tl.where(b_inside, magnitude_key(accumulate(b_grad, b_err)), -1)
     b_at = tl.arange(0, BLOCK)[:, None] * LINE + b_element[None, :]
     tl.store(p_keys + b_at, b_key, mask=(b_length >= 0)[:, None])

@@ -88,12 +88,15 @@ def list_sample_kernel(
     p_block_owners,
     p_keys,
     p_bins,
+    decay,
+    p_clip,
     DTYPE: tl.constexpr,
     TILE: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     LINE: tl.constexpr,
     SHIFT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """Lines are drawn from the tiles of a selection's tensors; those of another DTYPE are not ours."""
     i_block = tl.program_id(0)
@@ -118,6 +121,9 @@ def list_sample_kernel(
         BLOCK,
         LINE,
         SHIFT,
+        decay,
+        p_clip,
+        RESIDUAL,
     )
 
 
@@ -164,10 +170,13 @@ def list_stream_kernel(
     p_list,
     p_locals,
     p_tile,
+    decay,
+    p_clip,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     WHOLE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """A WHOLE tile a program, else what is left of a tensor: the one takes fewer registers by itself."""
     i_program = tl.program_id(0)
@@ -200,6 +209,9 @@ def list_stream_kernel(
             tl.load(p_choice + gpu_tables.CAPACITY),
             TILE,
             True,
+            decay,
+            p_clip,
+            RESIDUAL,
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.residual import residual_arguments
 from gck.kernels.topk.gpu_control import BINS, DIGITS, NONFINITE, WORDS
 from gck.kernels.topk.gpu_emit import EMIT_REGISTERS, EMIT_WARPS
 from gck.kernels.topk.gpu_guess import (
@@ -47,6 +48,8 @@ def compress_list_(
     errs: Sequence[Tensor],
     memory: Tensor,
     nonfinite: Tensor | None,
+    decay: float = 1.0,
+    clip: Tensor | None = None,
 ) -> None:
     """Compresses each tensor by itself.
 
@@ -54,12 +57,12 @@ def compress_list_(
         bodies: one a tensor.
         grads, errs: contiguous tensors; residuals are updated in place.
         memory: (bodies.nbytes,) uint8, zeroed, at a multiple of 16 bytes.
-        nonfinite: see `kernels.common.base`.
+        nonfinite, clip: see `kernels.common.base`.
     """
     # Vectors so long that their indices have 64 bits are few: they take launches of their own.
     for those, choices, firsts in _alike(bodies):
         views = [memory[start:end].view(dtype) for start, end, dtype in firsts]
-        _compress([grads[i] for i in those], [errs[i] for i in those], choices, views, nonfinite)
+        _compress([grads[i] for i in those], [errs[i] for i in those], choices, views, nonfinite, decay, clip)
 
 
 Group = tuple[list[int], tuple[Choice, ...], list[tuple[int, int, torch.dtype]]]
@@ -93,19 +96,21 @@ def compress_flat_(
     errs: Sequence[Tensor],
     bodies: Tensor,
     nonfinite: Tensor | None,
+    clip: Tensor | None = None,
 ) -> None:
     """Compresses the concatenation of the tensors, whose indices count on from one to the next.
 
     Args:
         compressor: selects from all elements together.
-        grads, errs, nonfinite: see `compress_list_`.
+        grads, errs, nonfinite, clip: see `compress_list_`.
         bodies: (1, layout(numel of all).nbytes) uint8, zeroed.
     """
     those = [i for i, grad in enumerate(grads) if grad.numel()]
     if those:
         views = compressor.layout(sum([grad.numel() for grad in grads])).views(bodies[0])
         choices = (Choice(views[0].numel(), len(those), 0, 0),)
-        _compress([grads[i] for i in those], [errs[i] for i in those], choices, views, nonfinite)
+        given = [grads[i] for i in those], [errs[i] for i in those]
+        _compress(*given, choices, views, nonfinite, compressor.decay, clip)
 
 
 def _compress(
@@ -114,6 +119,8 @@ def _compress(
     choices: tuple[Choice, ...],
     views: Sequence[Tensor],
     nonfinite: Tensor | None,
+    decay: float,
+    clip: Tensor | None,
 ) -> None:
     """`views` are of the values and indices of the first selection."""
     values, indices = views
@@ -138,11 +145,14 @@ def _compress(
     run = {**aligned, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": RUN_WARPS}
     line = {"LINE": LINE, "SHIFT": BIN_SHIFT, "BINS": SAMPLE_BINS, **EXACT}
     likes = {grad.dtype: grad for grad in grads}
+    beta, p_clip, residual = residual_arguments(decay, errs[0], clip)
     with launching_on(grads[0]):
         for dtype, like in likes.items() if blocks else ():
             list_sample_kernel[(blocks,)](
                 *(like, plan.tensors, plan.choices, plan.tensor_of_tile, plan.choice_of_block, keys, bins),
+                *(beta, p_clip),
                 DTYPE=DTYPE_CODE[dtype],
+                RESIDUAL=residual,
                 TILE=TILE,
                 BLOCK=BLOCK_LINES,
                 num_warps=4,
@@ -158,8 +168,9 @@ def _compress(
         for dtype, like in likes.items():
             for count, whole in ((tiles, True), (len(grads), False)):
                 list_stream_kernel[(count,)](
-                    *(like, *tables, plan.tensor_of_tile, list_, locals_, tile_words),
+                    *(like, *tables, plan.tensor_of_tile, list_, locals_, tile_words, beta, p_clip),
                     DTYPE=DTYPE_CODE[dtype],
+                    RESIDUAL=residual,
                     WHOLE=whole,
                     num_warps=STREAM_WARPS,
                     **registers(STREAM_REGISTERS),

@@ -210,10 +210,16 @@ def _lists() -> list[Variant]:
     made = [_variant(module, "list_guess_kernel", "all", constants, gpu_lists.LIST_GUESS_WARPS)]
     for grad, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         like = {"DTYPE": DTYPE_CODE[dtype], **TILE}
-        constants = {**sample, **like, "BLOCK": gpu_guess.BLOCK_LINES}
+        constants = {**sample, **like, "BLOCK": gpu_guess.BLOCK_LINES, "RESIDUAL": 0}
         made.append(_variant(module, "list_sample_kernel", grad, constants, 4, p_like=f"*{grad}"))
-        for label, where, whole in (("whole", True, True), ("last", True, False), ("unaligned", False, True)):
-            constants = {**like, "ALIGNED": where, "WHOLE": whole}
+        for label, where, whole in (
+            ("whole", True, True),
+            ("whole, clip", True, True),
+            ("last", True, False),
+            ("unaligned", False, True),
+        ):
+            residual = residual_constants(label)["RESIDUAL"]
+            constants = {**like, "ALIGNED": where, "WHOLE": whole, "RESIDUAL": residual}
             label = f"{grad}, {label}"
             made.append(
                 _variant(

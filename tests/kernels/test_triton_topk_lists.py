@@ -50,6 +50,10 @@ def guarded(xs: Sequence[Tensor], aligned: bool) -> list[Guarded]:
     return made
 
 
+def clip_of(compressor: Any) -> Tensor | None:
+    return None if compressor.clip is None else torch.tensor([compressor.clip])
+
+
 def check_list(
     compressors: list[Any], grads: list[Tensor], errs: list[Tensor], aligned: bool = False
 ) -> None:
@@ -60,7 +64,8 @@ def check_list(
     bodies = bodies_of(numels, counts, compressors[0].value_dtype)
     memory = torch.zeros(bodies.nbytes, dtype=torch.uint8)
     nonfinite = torch.full((1,), 5, dtype=torch.int64)
-    gpu.compress_list_(bodies, [x.inner for x in g], [x.inner for x in e], memory, nonfinite)
+    one, clip = compressors[0], clip_of(compressors[0])
+    gpu.compress_list_(bodies, [x.inner for x in g], [x.inner for x in e], memory, nonfinite, one.decay, clip)
     values, indices = bodies.fields(memory)
     for i, (fields, new_err, _) in enumerate(wanted):
         assert same_bytes(values[i], fields[0]), i
@@ -80,7 +85,8 @@ def check_flat(compressor: Any, grads: list[Tensor], errs: list[Tensor], aligned
     layout = compressor.layout(sum(grad.numel() for grad in grads))
     bodies = torch.zeros(1, layout.nbytes, dtype=torch.uint8)
     nonfinite = torch.full((1,), 5, dtype=torch.int64)
-    gpu.compress_flat_(compressor, [x.inner for x in g], [x.inner for x in e], bodies, nonfinite)
+    clip = clip_of(compressor)
+    gpu.compress_flat_(compressor, [x.inner for x in g], [x.inner for x in e], bodies, nonfinite, clip)
     for got, field in zip(layout.views(bodies[0]), fields, strict=True):
         assert same_bytes(got, field)
     assert same_bytes(torch.cat([x.inner for x in e]), new_err)
@@ -125,6 +131,17 @@ def test_each_tensor_in_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         grads.append(grad)
         errs.append(torch.zeros(grad.numel()))
     check_list([gck.TopK(k=k) for k in (100, 400, 333, 50, 30)], grads, errs)
+
+
+@pytest.mark.parametrize("options", [{"decay": 0.9}, {"decay": 0.5, "clip": 0.25}, {"clip": 1e-3}], ids=str)
+def test_residuals_that_fade_and_are_bounded(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed, known by ties, and out of room for a list."""
+    for case, capacity in (("gaussian", None), ("few nonfinite", 700), ("ties", None)):
+        shrink(monkeypatch, capacity)
+        mixed = tensors([(case, n, GRAD_DTYPES[i % 3]) for i, n in enumerate(SIZES)])
+        check_list([gck.TopK(k=max(1, n // 30), **options) for n in SIZES], *mixed)
+        for k in (150, 1200):
+            check_flat(gck.TopK(k=k, **options), *mixed)
 
 
 def test_large_entries_in_one_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
