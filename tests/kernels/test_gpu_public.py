@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -74,6 +76,71 @@ def test_public_functions_in_a_graph() -> None:
         graph.replay()
         dense = gck.decompress(gck.topk_ef_(grad, err, 0.01))
         assert same_bytes(out, dense)
+        assert same_bytes(cuda_err, err)
+
+
+# With a residual that fades and is bounded; each returns a payload.
+WITH_OPTIONS: dict[str, Callable[..., Any]] = {
+    "topk_ef_": partial(gck.topk_ef_, ratio=0.01),
+    "topk_ef_ of a list": lambda grad, err, **options: gck.topk_ef_(
+        list(grad.split(N // 3)), list(err.split(N // 3)), 0.01, flat=True, **options
+    ),
+    "chunk_topk_ef_": partial(gck.chunk_topk_ef_, value_bits=2),
+    "sign_ef_": gck.sign_ef_,
+    "quantize_ef_": partial(gck.quantize_ef_, bits=4, rounding="stochastic", seed=5),
+    "random_k_ef_": partial(gck.random_k_ef_, ratio=0.1, seed=3),
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_options_in_a_graph(name: str) -> None:
+    """Every replay looks at the clip that there is then."""
+    call, held = WITH_OPTIONS[name], []
+    (grad, err), (cuda_grad, cuda_err) = on_both()
+    clip, cuda_clip = torch.ones(1), torch.ones(1, device="cuda")
+
+    def step() -> None:
+        held[:] = [call(cuda_grad, cuda_err, decay=0.9, clip=cuda_clip)]
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    cuda_err.copy_(err)
+    for limit in (0.5, 1e-3, 2.0):
+        clip.fill_(limit)
+        cuda_clip.fill_(limit)
+        graph.replay()
+        payload = call(grad, err, decay=0.9, clip=clip)
+        for ours, theirs in zip(held[0].fields, payload.fields, strict=True):
+            assert same_bytes(ours, theirs)
+        assert same_bytes(cuda_err, err)
+
+
+@pytest.mark.parametrize("compressor", [gck.Sign(decay=0.9, clip=0.01), gck.Quantize(4, clip=0.01)], ids=str)
+def test_a_reduction_in_a_graph(compressor: Any) -> None:
+    (grad, err), (_, cuda_err) = on_both()
+    nbytes, ranks = compressor.layout(N).nbytes, 3
+    bodies, body = torch.zeros(ranks, nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    for rank in range(ranks):
+        compressor.compress_(grad * (rank + 1), None, bodies[rank : rank + 1])
+    cuda_bodies, cuda_body = bodies.cuda(), body.cuda()
+
+    def step() -> None:
+        cuda_body.zero_()
+        compressor.reduce_(cuda_bodies, cuda_err, cuda_body, N, divisor=ranks)
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    cuda_err.copy_(err)
+    for _ in range(3):
+        graph.replay()
+        compressor.reduce_(bodies, err, body.zero_(), N, divisor=ranks)
+        assert same_bytes(cuda_body, body)
         assert same_bytes(cuda_err, err)
 
 

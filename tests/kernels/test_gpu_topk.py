@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -182,16 +183,18 @@ def list_of(case: str, dtypes: tuple[torch.dtype, ...]) -> tuple[list[Tensor], l
     return [grad for grad, _ in made], [err for _, err in made]
 
 
+@pytest.mark.parametrize("options", [{}, {"decay": 0.9}, {"decay": 0.5, "clip": 0.25}], ids=str)
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), GRAD_DTYPES], ids=str)
 @pytest.mark.parametrize("case", ["gaussian", "ties", "nonfinite", "all zero", "clustered"])
-def test_lists(case: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def test_lists(case: str, dtypes: tuple[torch.dtype, ...], options: Any) -> None:
     grads, errs = list_of(case, dtypes)
-    compressors = [gck.TopK(k=max(1, n // 100)) for n in SHAPES]
+    compressors = [gck.TopK(k=max(1, n // 100), **options) for n in SHAPES]
     bodies = bodies_of(SHAPES, [max(1, n // 100) for n in SHAPES], torch.float32)
     memory = torch.zeros(bodies.nbytes, dtype=torch.uint8, device="cuda")
     g, e = [x.cuda() for x in grads], [x.cuda() for x in errs]
     nonfinite = torch.zeros(1, dtype=torch.int64, device="cuda")
-    gpu.compress_list_(bodies, g, e, memory, nonfinite)
+    clip = torch.tensor([options["clip"]], device="cuda") if "clip" in options else None
+    gpu.compress_list_(bodies, g, e, memory, nonfinite, options.get("decay", 1.0), clip)
     values, indices = bodies.fields(memory)
     total = 0
     for i, compressor in enumerate(compressors):
@@ -202,10 +205,10 @@ def test_lists(case: str, dtypes: tuple[torch.dtype, ...]) -> None:
         assert same_bytes(e[i], new_err), i
     assert int(nonfinite) == total
 
-    flat = gck.TopK(ratio=0.01)
+    flat = gck.TopK(ratio=0.01, **options)
     body = body_of(flat, sum(SHAPES))
     e = [x.cuda() for x in errs]
-    gpu.compress_flat_(flat, g, e, body, None)
+    gpu.compress_flat_(flat, g, e, body, None, clip)
     fields, new_err, _ = reference.compress(flat, torch.cat([x.float() for x in grads]), torch.cat(errs))
     for got, wanted in zip(flat.layout(sum(SHAPES)).views(body[0]), fields, strict=True):
         assert same_bytes(got, wanted)
