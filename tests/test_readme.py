@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import gck
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -73,6 +75,20 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scope["sparse_loco"].layout(2**30).nbytes * 8 / 2**30 == pytest.approx(0.23, abs=0.005)
     assert len(scope["payloads"]) == 1
     assert torch.load(tmp_path / "checkpoint-0.pt")["gck"]["rank"] == 0
+
+
+def test_which_compressor() -> None:
+    rows = re.findall(r"^\| `(gck\.\w+\(.*?\))` \| ([\d.]+) \| (.*?) \|", README, re.MULTILINE)
+    assert len(rows) == 7
+    for text, bits, times in rows:
+        compressor, numel = eval(text, {"gck": gck}), 25_000_000
+        nbytes = compressor.layout(numel).nbytes
+        assert float(bits) == pytest.approx(8 * nbytes / numel, abs=0.0051), text
+        for world_size in (2, 3, 16, 64):
+            most = {"2": 2, "2 to 5": 5, "W - 1": world_size - 1}[times] * nbytes
+            sent = gck.collectives.all_reduce_cost(compressor, [numel], world_size).nbytes
+            assert sent <= 1.001 * most, (text, world_size)
+            assert world_size < 64 or sent > 0.95 * most, text
 
 
 def test_the_ten_line_example_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
