@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import gck
@@ -27,7 +25,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.kernels.topk import reference
-from tests.cases import GRAD_DTYPES, Guarded, same_bytes
+from tests.cases import Guarded, same_bytes
 from tests.contract import check_case
 
 SIZES = (70_001, 300_007)
@@ -156,42 +154,6 @@ def test_a_hint_shares_no_memory_and_is_not_for_lists() -> None:
         gck.topk_ef_(grad, err, 0.1, hint=hint)
     assert torch.equal(grad, torch.ones(300))
     assert torch.equal(err, torch.ones(300))
-
-
-# Few distinct values make ties; the special ones make trouble.
-VALUES = st.sampled_from(
-    [0.0, -0.0, 1.0, -1.0, 1.5, 2.0**-149, -1e-40, 3e38, math.inf, -math.inf, math.nan, 65520.0, 1e-3]
-)
-
-
-@st.composite
-def large(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
-    """(grad, err) of up to 200,000 entries: a few values, each with its share, shuffled or in runs."""
-    n = draw(st.integers(60_000, 200_000))
-    pair = []
-    for _ in range(2):
-        values = torch.tensor(draw(st.lists(VALUES, min_size=1, max_size=5)))
-        # Shares go down to one entry in 2^16: a value may be too rare for a sample.
-        shares = torch.tensor([2.0 ** -draw(st.integers(0, 16)) for _ in values]).double()
-        ends = (shares.cumsum(0) / shares.sum() * n).round().long()
-        ends[-1] = n
-        x = values.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
-        order = draw(st.sampled_from(["runs", "shuffled", "strided"]))
-        if order == "shuffled":
-            x = x[torch.randperm(n, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))]
-        elif order == "strided":
-            x = x[torch.arange(n) * 1009 % n]
-        pair.append(x)
-    return pair[0].to(draw(st.sampled_from(GRAD_DTYPES))), pair[1]
-
-
-@settings(max_examples=60, deadline=None)
-@given(pair=large(), data=st.data())
-def test_any_multiset(pair: tuple[Tensor, Tensor], data: st.DataObject) -> None:
-    grad, err = pair
-    k = data.draw(st.one_of(st.sampled_from(counts(grad, err)), st.integers(1, grad.numel())))
-    value_dtype = data.draw(st.sampled_from(GRAD_DTYPES))
-    check_case(gck.TopK(k=k, value_dtype=value_dtype), "cpu", grad, err)
 
 
 @pytest.mark.parametrize("n", [1000, 70_001])
