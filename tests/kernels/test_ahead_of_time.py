@@ -86,7 +86,7 @@ LONE_WARPS |= {
 LONE = (255, 216)
 # Bytes of stack, and instructions that use it: a word or two where that lets one more program fit on a
 # processor, and more in variants for vectors past 2^31 elements.
-SPILLED = (
+SPILLED: tuple[tuple[str, str, int], ...] = (
     (r"topk\.list_stream_kernel\[(fp32|bf16), (whole|unaligned)\]", "sm_.*", 12),
     (r"topk\.guess_kernel\[fp32.*\]", "sm_(90|100)", 8),
     (r"topk\.sum_kernel\[(fp32|bf16), i32, few\]", "sm_.*", 40),
@@ -101,24 +101,6 @@ SPILLED = (
     (r"topk\.emit_kernel\[fp16, i64, .*\]", "sm_.*", 90),
     (r"topk\.list_emit_kernel\[fp16, i64\]", "sm_.*", 36),
 )
-# Older versions count histograms by warp votes and keep more of a reduction in registers.
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    BUDGETS |= {
-        "topk.list_refine_kernel": (80, 96),
-        "sign.compress_kernel": (128, 64),
-        # As many programs fit on a processor as with 120: two of 8 warps, one of 16.
-        "chunk_topk.compress_kernel": (128, 80),
-        "chunk_topk.decompress_kernel": (128, 72),
-        "quantize.compress_kernel": (144, 64),
-    }
-    RARE |= {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}
-    SPILLED += (
-        (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
-        (r"topk\.stream_kernel\[(bf16|fp16), fours\]", "sm_100", 12),
-        (r"topk\.stream_kernel\[.*, last\]", "sm_(90|100)", 26),
-        (r"topk\.refine_kernel\[.*\]", "sm_80", 30),
-        (r"quantize\.reduce_kernel\[8 bits, nearest, 256, product\]", "sm_100", 12),
-    )
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STREAMS = {f"topk.stream_kernel[{grad}, fours]": size for grad, size in SIZES.items()}
@@ -141,6 +123,38 @@ MORE_INSTRUCTIONS = {
     "topk.stream_kernel[fp32, fours, clip, stats]": 67,
     **{f"topk.stream_kernel[{grad}, fours, unaligned]": 70 for grad in SIZES},
 }
+# Older versions count histograms by warp votes and keep more of a reduction in registers.
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    BUDGETS |= {
+        "topk.list_refine_kernel": (80, 96),
+        "sign.compress_kernel": (128, 64),
+        # As many programs fit on a processor as with 120: two of 8 warps, one of 16.
+        "chunk_topk.compress_kernel": (128, 80),
+        "chunk_topk.decompress_kernel": (128, 72),
+        "quantize.compress_kernel": (144, 64),
+        "topk.guess_kernel": (168, 128),
+        "index_codecs.high_kernel": (56, 48),
+    }
+    RARE |= {f"topk.stream_kernel[{grad}, last]": 112 for grad in ("fp32", "bf16", "fp16")}
+    RARE |= {
+        "random_k.compress_kernel[fp32, bf16, i64]": 96,
+        "random_k.compress_kernel[fp32, fp32, clip]": 104,
+    }
+    RARE |= {"random_k.compress_kernel[fp32, fp32, clip, stats]": 128}
+    SPILLED += (
+        (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
+        (r"topk\.stream_kernel\[(bf16|fp16), fours\]", "sm_100", 12),
+        (r"topk\.stream_kernel\[.*, last\]", "sm_(90|100)", 26),
+        (r"topk\.refine_kernel\[.*\]", "sm_80", 30),
+        (r"quantize\.reduce_kernel\[8 bits, nearest, 256, product\]", "sm_100", 12),
+        (r"topk\.list_guess_kernel\[all\]", "sm_80", 12),
+        (r"topk\.list_emit_kernel\[fp16, i64\]", "sm_(90|100)", 96),
+        (r"random_k\.compress_kernel\[fp32, fp32\]", "sm_80", 16),
+    )
+    MORE_INSTRUCTIONS |= {
+        "topk.stream_kernel[fp32, fours, clip]": 48,
+        "topk.stream_kernel[fp32, fours, clip, stats]": 69,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +184,14 @@ def compiled() -> dict[str, Any]:
 
 
 def spills_allowed(variant: str, target: str) -> int:
-    for variants, targets, words in SPILLED:
-        if re.fullmatch(variants, variant) and re.fullmatch(targets, target):
-            return words
-    return 0
+    return max(
+        (
+            words
+            for variants, targets, words in SPILLED
+            if re.fullmatch(variants, variant) and re.fullmatch(targets, target)
+        ),
+        default=0,
+    )
 
 
 def figures(report: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
