@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import gck
-from bench import peers
+from bench import peers_quantize
 from bench.measure import Buffers
 from bench.suite import GCK, Case, Plan
 
@@ -34,7 +34,7 @@ def cases(plan: Plan) -> list[Case]:
                 made.append(make(GCK, partial(_gck, SETTINGS[name])))
                 if list(SETTINGS[name]) == ["bits"]:
                     bits = SETTINGS[name]["bits"]
-                    verify = partial(peers.verify_quantize, bits=bits, chunk_size=CHUNK_SIZE)
+                    verify = partial(peers_quantize.verify_quantize, bits=bits, chunk_size=CHUNK_SIZE)
                     made.append(make("torch composition", partial(_composition, bits), verify))
     return made
 
@@ -44,7 +44,7 @@ def _gck(options: dict[str, Any], buffers: Buffers) -> Any:
 
 
 def _composition(bits: int, buffers: Buffers) -> Any:
-    return peers.torch_quantize_ef_(buffers, bits, CHUNK_SIZE)
+    return peers_quantize.torch_quantize_ef_(buffers, bits, CHUNK_SIZE)
 
 
 def test_quantize_ef(case: Case, measured: Callable[[Case], None]) -> None:

@@ -37,13 +37,11 @@ __all__ = [
     "sign_ef_peer_",
     "torch_chunk_topk",
     "torch_chunk_topk_ef_",
-    "torch_quantize_ef_",
     "torch_random_k_ef_",
     "torch_topk",
     "torch_topk_ef_",
     "torch_topk_of_",
     "verify_chunk_topk",
-    "verify_quantize",
     "verify_random_k",
     "verify_sign",
     "verify_topk",
@@ -174,30 +172,6 @@ def pack_with_torch(positive: Tensor) -> Tensor:
     return (octets << places).sum(1, dtype=torch.uint8)
 
 
-def torch_quantize_ef_(buffers: Buffers, bits: int, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Error-feedback quantisation, to nearest by the largest magnitude, composed of torch operations.
-
-    Returns (uint8 bytes, little end first; scales).
-    """
-    acc = accumulate_(buffers.grad, buffers.err)
-    qmax, each = 2 ** (bits - 1) - 1, 8 // bits
-    packed, scales = [], []
-    whole = acc.numel() // chunk_size * chunk_size
-    for rows in (acc[:whole].view(-1, chunk_size), acc[whole:].view(1, -1)):
-        if rows.numel():
-            # By a number, torch would multiply by the reciprocal on CUDA, which rounds otherwise.
-            scale = rows.abs().amax(1, keepdim=True).div_(torch.tensor(float(qmax), device=acc.device))
-            codes = (rows * scale.reciprocal()).round_()
-            rows.sub_(codes * scale)
-            codes = codes.to(torch.int8).view(-1)
-            codes = torch.nn.functional.pad(codes, (0, -codes.numel() % each)).view(torch.uint8)
-            codes = codes.view(-1, each) & (2**bits - 1)
-            places = torch.arange(0, 8, bits, device=acc.device, dtype=torch.uint8)
-            packed.append((codes << places).sum(1, dtype=torch.uint8) if each > 1 else codes.view(-1))
-            scales.append(scale.view(-1))
-    return torch.cat(packed), torch.cat(scales)
-
-
 # (numel, k, device) -> (k,) int64 places, all different.
 Draw: TypeAlias = Callable[[int, int, torch.device], Tensor]
 
@@ -277,21 +251,6 @@ def verify_torch_chunk_topk(pool: Pool, chunk_size: int, k: int) -> None:
     values = payload.values[: len(theirs)].abs()
     if not torch.equal(values.sort(1).values, theirs.sort(1).values):
         raise PeerMismatchError(f"chunk_topk_ef_: torch.topk and gck disagree (n={pool.n}, k={k})")
-
-
-def verify_quantize(pool: Pool, bits: int, chunk_size: int) -> None:
-    """The same bytes and residuals."""
-    ours, theirs = pool.apart(), pool.apart()
-    payload = gck.quantize_ef_(ours.grad, ours.err, bits, chunk_size)
-    packed, scales = torch_quantize_ef_(theirs, bits, chunk_size)
-    if (
-        not torch.equal(payload.codes, packed)
-        or not torch.equal(payload.scales, scales)
-        or not torch.equal(ours.err, theirs.err)
-    ):
-        raise PeerMismatchError(
-            f"quantize_ef_: torch and gck disagree (n={pool.n}, bits={bits}, chunk_size={chunk_size})"
-        )
 
 
 def verify_sign(pool: Pool, chunk_size: int) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 import gck
 from bench import peers
+from bench.codes import of_levels, signed, spread, unpack
 from bench.measure import Buffers, Pool
-from bench.peers import PeerMismatchError, torch_chunk_topk_ef_, torch_quantize_ef_
+from bench.peers import PeerMismatchError, torch_chunk_topk_ef_
+from bench.peers_quantize import torch_quantize_ef_
 
 __all__ = ["payload_of", "torch_decoded", "torch_reduced_", "verify_reduced"]
 
@@ -23,24 +25,23 @@ def torch_decoded(payload: Any) -> Tensor:
     """(numel,) fp32: what the payload decodes to."""
     if isinstance(payload, gck.PackedSigns):
         octets = payload.words.view(torch.uint8)[: -(-payload.numel // 8)]
-        positive = _unpacked(octets, 1)[: payload.numel] == 1
-        scale = _spread(payload.scales, payload.chunk_size, payload.numel)
+        positive = unpack(octets, 1)[: payload.numel] == 1
+        scale = spread(payload.scales, payload.chunk_size, payload.numel)
         return torch.where(positive, scale, -scale)
     if isinstance(payload, gck.Quantized):
-        codes = _unpacked(payload.codes, payload.bits)[: payload.numel]
+        codes = unpack(payload.codes, payload.bits)[: payload.numel]
         if payload.scale == "mean":
             levels = payload.scales.view(-1, 2)
-            low, high = (_spread(levels[:, i], payload.chunk_size, payload.numel) for i in (0, 1))
-            return _of_levels(codes, low, high)
-        sign = 1 << (payload.bits - 1)
-        signed = codes.to(torch.int16).bitwise_xor_(sign).sub_(sign).float()
-        return signed.mul_(_spread(payload.scales, payload.chunk_size, payload.numel))
+            low, high = (spread(levels[:, i], payload.chunk_size, payload.numel) for i in (0, 1))
+            return of_levels(codes, low, high)
+        values = signed(codes, payload.bits)
+        return values.mul_(spread(payload.scales, payload.chunk_size, payload.numel))
     chunks = -(-payload.numel // payload.chunk_size)
     dense = torch.zeros(chunks, payload.chunk_size, device=payload.values.device)
     if payload.value_bits == 2:
-        codes = _unpacked(payload.values.view(-1), 2).view(chunks, -1)[:, : payload.k]
+        codes = unpack(payload.values.view(-1), 2).view(chunks, -1)[:, : payload.k]
         levels = payload.scales.view(chunks, 2)
-        values = _of_levels(codes, levels[:, :1], levels[:, 1:])
+        values = of_levels(codes, levels[:, :1], levels[:, 1:])
     else:
         values = payload.values.view(chunks, payload.k).float()
     dense.scatter_(1, _positions(payload, chunks), values)
@@ -90,23 +91,6 @@ def verify_reduced(payload: Any, theirs: tuple[Tensor, Tensor], errs: tuple[Tens
         raise PeerMismatchError(
             f"reduce_: torch and gck disagree ({type(payload).__name__}, n={payload.numel})"
         )
-
-
-def _unpacked(octets: Tensor, bits: int) -> Tensor:
-    """uint8 codes of 8, 4, 2 or 1 bits, little end first."""
-    if bits == 8:
-        return octets
-    places = torch.arange(0, 8, bits, device=octets.device, dtype=torch.uint8)
-    return ((octets[:, None] >> places) & ((1 << bits) - 1)).view(-1)
-
-
-def _of_levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    level = torch.where((codes & 1) == 1, high, low)
-    return torch.where((codes & 2) == 2, level, -level)
-
-
-def _spread(scales: Tensor, chunk_size: int, numel: int) -> Tensor:
-    return scales.repeat_interleave(chunk_size)[:numel]
 
 
 def _positions(payload: gck.ChunkSparse, chunks: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_decode, bench_index_codecs, bench_reduce, peers, peers_decode
+from bench import bench_decode, bench_index_codecs, bench_reduce, peers, peers_decode, peers_quantize
 from bench.measure import Buffers, Pool
 
 
@@ -132,17 +132,17 @@ def test_verification_notices_wrong_codes(
     part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bits in (8, 4, 2):
-        peers.verify_quantize(small_pool, bits, 64)
-    right = peers.torch_quantize_ef_
+        peers_quantize.verify_quantize(small_pool, bits, 64)
+    right = peers_quantize.torch_quantize_ef_
 
     def wrong(buffers: Buffers, *rest: Any) -> Any:
         result = right(buffers, *rest)
         result[part][-1] += 1
         return result
 
-    monkeypatch.setattr(peers, "torch_quantize_ef_", wrong)
+    monkeypatch.setattr(peers_quantize, "torch_quantize_ef_", wrong)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers.verify_quantize(small_pool, 4, 64)
+        peers_quantize.verify_quantize(small_pool, 4, 64)
 
 
 @pytest.mark.parametrize("part", [0, 1])
