@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["of_levels", "pack", "signed", "spread", "unpack"]
+__all__ = ["halving_sum", "of_levels", "pack", "signed", "spread", "two_levels", "unpack"]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -42,3 +42,30 @@ def of_levels(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def spread(scales: Tensor, chunk_size: int, numel: int) -> Tensor:
     """(numel,): of each element what its chunk has."""
     return scales.repeat_interleave(chunk_size)[:numel]
+
+
+def two_levels(rows: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """(codes as of `of_levels`, (rows, 2) low and high level): the means of the magnitudes below a row's mean
+    and of the others, in the order that gck sums in.
+
+    Args:
+        slots: power of two, at least the length of a row: what a sum starts from, with zeros behind the row.
+    """
+    magnitude = rows.abs()
+    size = torch.tensor(float(rows.shape[1]), device=rows.device)
+    is_high = magnitude >= halving_sum(magnitude, slots) / size
+    many = is_high.sum(1, keepdim=True)
+    high = halving_sum(magnitude * is_high, slots) / many
+    low = halving_sum(magnitude * ~is_high, slots) / (size - many)
+    # A group without members takes the level of the other one.
+    levels = torch.where(many < size, low, high), torch.where(many > 0, high, low)
+    return (rows >= 0).to(torch.uint8).mul_(2).add_(is_high), torch.cat(levels, 1)
+
+
+def halving_sum(rows: Tensor, slots: int) -> Tensor:
+    """(rows, 1): the upper half added to the lower half, until one number is left."""
+    tree = torch.nn.functional.pad(rows, (0, slots - rows.shape[1]))
+    while tree.shape[1] > 1:
+        half = tree.shape[1] // 2
+        tree = tree[:, :half] + tree[:, half:]
+    return tree

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import bench_decode, bench_index_codecs, bench_reduce, peers, peers_decode, peers_quantize
+from bench import (
+    bench_decode,
+    bench_index_codecs,
+    bench_quantize,
+    bench_reduce,
+    peers,
+    peers_decode,
+    peers_quantize,
+)
 from bench.measure import Buffers, Pool
+from bench.suite import Case
 
 
 @pytest.fixture
@@ -127,22 +136,58 @@ def test_verification_notices_a_wrong_chunk_topk(
         peers.verify_torch_chunk_topk(small_pool, **options)
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_verification_notices_wrong_codes(
-    part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for bits in (8, 4, 2):
-        peers_quantize.verify_quantize(small_pool, bits, 64)
-    right = peers_quantize.torch_quantize_ef_
+VERIFIED = {
+    **{f"{bits}": partial(peers_quantize.verify_quantize, bits=bits, chunk_size=64) for bits in (8, 4, 2)},
+    **{
+        f"{bits}, stochastic": partial(peers_quantize.verify_stochastic, bits=bits, chunk_size=64)
+        for bits in (8, 4, 2)
+    },
+    "2, mean": partial(peers_quantize.verify_means, chunk_size=64),
+}
 
-    def wrong(buffers: Buffers, *rest: Any) -> Any:
-        result = right(buffers, *rest)
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verification_notices_wrong_codes(
+    name: str, part: int, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = VERIFIED[name]
+    verify(small_pool)
+    peer = "torch_means_ef_" if "mean" in name else "torch_quantize_ef_"
+    right = getattr(peers_quantize, peer)
+
+    def wrong(*given: Any, **options: Any) -> Any:
+        result = right(*given, **options)
         result[part][-1] += 1
         return result
 
-    monkeypatch.setattr(peers_quantize, "torch_quantize_ef_", wrong)
+    monkeypatch.setattr(peers_quantize, peer, wrong)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        peers_quantize.verify_quantize(small_pool, 4, 64)
+        verify(small_pool)
+
+
+def test_verification_notices_a_bias(small_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.45))
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers_quantize.verify_stochastic(small_pool, 4, 64)
+
+
+def test_verification_notices_wrong_channels(small_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers_quantize.verify_quantize_per_channel(small_pool, 64)
+    right = peers_quantize.torch_quantize_per_channel
+    monkeypatch.setattr(peers_quantize, "torch_quantize_per_channel", lambda rows: right(rows.roll(1)))
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers_quantize.verify_quantize_per_channel(small_pool, 64)
+
+
+@pytest.mark.parametrize("name", bench_quantize.SETTINGS)
+def test_every_setting_of_quantize_has_a_peer_that_is_verified(name: str) -> None:
+    pool = Pool(5_003, torch.bfloat16, torch.device("cpu"), beyond_cache=False)
+    make = partial(Case, "quantize_ef_", "bits", name, pool.n, pool.dtype)
+    case = bench_quantize.composition(make, bench_quantize.SETTINGS[name])
+    assert case.verify is not None
+    case.verify(pool)
+    case.run(case.prepare(pool.take()))
 
 
 @pytest.mark.parametrize("part", [0, 1])
