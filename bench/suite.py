@@ -11,13 +11,14 @@ import torch
 from bench.inputs import GAUSSIAN
 from bench.measure import Buffers, Driver, Pool, Trial, median_and_iqr, seconds_of
 
-__all__ = ["GCK", "Case", "Plan", "measure", "percent", "short"]
+__all__ = ["GCK", "Case", "Plan", "measure", "percent", "rounds_of", "short"]
 
 GCK = "gck"
 FLOOR_BYTES = 12  # an element that err.add_(grad) moves in fp32
 # A slow peer is known well enough after a few rounds: its spread is small beside its distance.
 SLOW_SECONDS = 0.3
 SLOW_ROUNDS = 2
+PEER_SECONDS = 2.0  # of all rounds of a peer that is not slow
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any
     first = seconds_of(lambda: case.run(given), pool.device)
     slow = first > SLOW_SECONDS and not plan.quick
     trial = Trial(case.run, pool, case.prepare, call=case.call)
-    trial(driver, rounds=SLOW_ROUNDS if slow else plan.rounds(case.n), warmup_rounds=0 if slow else 3)
+    trial(driver, rounds=rounds_of(case, plan, first), warmup_rounds=0 if slow else 3)
     seconds, iqr = median_and_iqr(trial.kernel)
     floor, floor_iqr = median_and_iqr(trial.floor)
     floor_fp32, _ = median_and_iqr(trial.floor_fp32)
@@ -141,6 +142,17 @@ def measure(case: Case, pool: Pool, plan: Plan, driver: Driver) -> dict[str, Any
         "floor_samples": trial.floor,
         "floor_fp32_samples": trial.floor_fp32,
     }
+
+
+def rounds_of(case: Case, plan: Plan, seconds: float) -> int:
+    """How often a case is timed that takes so many seconds."""
+    if plan.quick:
+        return plan.rounds(case.n)
+    if seconds > SLOW_SECONDS:
+        return SLOW_ROUNDS
+    if case.verify is None:
+        return plan.rounds(case.n)
+    return min(plan.rounds(case.n), int(PEER_SECONDS / seconds))
 
 
 def short(n: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_topk_lists, codec_speed, gpu_check, inputs
+from bench import bench_topk_lists, codec_speed, gpu_check, inputs, suite
 from tests.cases import same_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +145,17 @@ def test_inputs_are_what_was_asked_for(name: str) -> None:
         assert grad.dtype == err.dtype == torch.float32
         again = inputs.make(name, n)
         assert all(same_bytes(a, b) for a, b in zip((grad, err), again, strict=True))
+
+
+def test_rounds_of_slow_peers_are_few() -> None:
+    plan = suite.Plan(torch.device("cpu"))
+    ours = suite.Case("kernel", "option", 1, 1_000_000, torch.float32, suite.GCK, id)
+    peer = dataclasses.replace(ours, implementation="peer", verify=id)
+    assert suite.rounds_of(ours, plan, 0.1) == plan.rounds(ours.n) == suite.rounds_of(peer, plan, 1e-4)
+    for seconds in (0.01, 0.1, suite.SLOW_SECONDS):
+        assert suite.SLOW_ROUNDS < suite.rounds_of(peer, plan, seconds) <= suite.PEER_SECONDS / seconds
+    assert suite.rounds_of(peer, plan, 1.0) == suite.rounds_of(ours, plan, 1.0) == suite.SLOW_ROUNDS
+    assert suite.rounds_of(peer, suite.Plan(plan.device, quick=True), 1.0) == 3
 
 
 def test_parameters_of_gpt2() -> None:
