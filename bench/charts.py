@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ __all__ = ["draw"]
 
 Record = dict[str, Any]
 COLORS = {GCK: "#2a6fdb"}
-PEER_COLORS = ("#c9742b", "#8d8d8d", "#6b9a4f", "#9267b0")
+PEER_COLORS = ("#c9742b", "#8d8d8d", "#6b9a4f", "#9267b0", "#c2617f", "#4ba3a3")
 # What bars show: the first of these that all records of a chart have.
 MEASURES = {
     "times_common_input": "multiple of the time of Gaussian input",
@@ -49,7 +50,7 @@ def draw(report: Record, folder: Path) -> list[Path]:
 
 def _colors(records: list[Record]) -> dict[str, str]:
     others = dict.fromkeys(r["implementation"] for r in records if r["implementation"] != GCK)
-    return {**dict(zip(others, PEER_COLORS, strict=False)), **COLORS}
+    return {**dict(zip(others, cycle(PEER_COLORS), strict=False)), **COLORS}
 
 
 def _bars(plt: Any, records: list[Record]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_topk_lists, codec_speed, gpu_check, inputs, suite
+from bench import bench_topk_lists, charts, codec_speed, gpu_check, inputs, suite
 from tests.cases import same_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +156,11 @@ def test_rounds_of_slow_peers_are_few() -> None:
         assert suite.SLOW_ROUNDS < suite.rounds_of(peer, plan, seconds) <= suite.PEER_SECONDS / seconds
     assert suite.rounds_of(peer, plan, 1.0) == suite.rounds_of(ours, plan, 1.0) == suite.SLOW_ROUNDS
     assert suite.rounds_of(peer, suite.Plan(plan.device, quick=True), 1.0) == 3
+
+
+def test_charts_have_a_color_for_every_peer() -> None:
+    names = [suite.GCK, *map(str, range(20))]
+    assert set(charts._colors([{"implementation": name} for name in names])) == set(names)
 
 
 def test_parameters_of_gpt2() -> None:
