@@ -1,7 +1,8 @@
 """gck.decompress and gck.decompress_add_: of gathered top-k payloads, against torch's index_add_; and of one
-payload of each other kind, against torch operations that unpack it.
+payload of each other kind and format, against torch operations that unpack it.
 
-The floor is what must move: the payload read, and the result written, or read and written.
+The floor is what must move: the payload read, and the result written, or read and written. All of the result
+counts, also where few entries are added to it, which touch a part of it only.
 """
 
 from __future__ import annotations
@@ -22,19 +23,27 @@ from gck.kernels.topk import resolve_k
 SETTINGS = ((1, 0.001), (1, 0.01), (8, 0.001), (8, 0.01))  # payloads, ratio
 
 # Payloads of one rank, by name: what makes them.
-DENSE: dict[str, Any] = {
+SINGLE: dict[str, Any] = {
     "sign": gck.Sign(256),
     "8 bits": gck.Quantize(8, 256),
     "4 bits": gck.Quantize(4, 256),
     "2 bits": gck.Quantize(2, 256),
     "2 bits, mean": gck.Quantize(2, 256, scale="mean"),
+    "top 64 of 4096, 32 bits": gck.ChunkTopK(64, 4096, 32),
     "top 64 of 4096, 16 bits": gck.ChunkTopK(64, 4096),
+    "top 64 of 4096, 8 bits": gck.ChunkTopK(64, 4096, 8),
+    "top 64 of 4096, 4 bits": gck.ChunkTopK(64, 4096, 4),
     "top 64 of 4096, 2 bits": gck.ChunkTopK(64, 4096, 2),
+    "top 1%, bf16": gck.TopK(ratio=0.01, value_dtype=torch.bfloat16),
+    "top 1%, 8 bits": gck.TopK(ratio=0.01, value_bits=8),
+    "top 1%, 8 bits, block16": gck.TopK(ratio=0.01, value_bits=8, index_codec="block16"),
+    "top 1%, 4 bits, elias_fano": gck.TopK(ratio=0.01, value_bits=4, index_codec="elias_fano"),
+    "random 1%": gck.RandomK(ratio=0.01, seed=1),
 }
 ALPHA = 0.5
 
 Given = tuple[Tensor, list[gck.SparseGrad]]
-GivenDense = tuple[Tensor, Any]
+GivenOne = tuple[Tensor, Any]
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -55,8 +64,8 @@ def cases(plan: Plan) -> list[Case]:
             if kernel == "decompress":
                 verify = partial(_verify, run, _decompress_anew, world, ratio)
                 made.append(make("gck, new tensor", _decompress_anew, verify))
-    for name in plan.settings(tuple(DENSE), typical="sign"):
-        payload = DENSE[name].layout(n).nbytes / n
+    for name in plan.settings(tuple(SINGLE), typical="sign"):
+        payload = SINGLE[name].layout(n).nbytes / n
         for kernel, dense_run, dense_peer, dense in (
             ("decompress", _decompress_one, _unpack, 4),
             ("decompress_add_", _decompress_add_one_, _unpack_and_add_, 8),
@@ -70,40 +79,65 @@ def cases(plan: Plan) -> list[Case]:
             if kernel == "decompress":
                 # What it takes to write as much: memory may be written slower than it is read.
                 made.append(make("torch fill_ alone", _fill, _verify_fill))
+                if isinstance(SINGLE[name], gck.RandomK):
+                    known = {"verify": partial(_verify_known, name), "prepare": partial(_prepare_known, name)}
+                    made.append(make("torch index_copy_ alone", _index_copy, **known))
     return made
 
 
-def _prepare_one(name: str, buffers: Buffers) -> GivenDense:
+def _prepare_one(name: str, buffers: Buffers) -> GivenOne:
     """(a tensor to decode to, one payload)."""
     return buffers.err, buffers.pool.made(name, lambda: _one(buffers.pool, name))
 
 
 def _one(pool: Pool, name: str) -> Any:
     grad, _ = inputs.make(inputs.GAUSSIAN, pool.n)
-    body = torch.zeros(1, DENSE[name].layout(pool.n).nbytes, dtype=torch.uint8, device=pool.device)
-    DENSE[name].compress_(grad.to(pool.device), None, body)
-    return peers_decode.payload_of(DENSE[name], body[0], pool.n)
+    body = torch.zeros(1, SINGLE[name].layout(pool.n).nbytes, dtype=torch.uint8, device=pool.device)
+    SINGLE[name].compress_(grad.to(pool.device), None, body)
+    return peers_decode.payload_of(SINGLE[name], body[0], pool.n)
 
 
-def _decompress_one(given: GivenDense) -> Tensor:
+def _decompress_one(given: GivenOne) -> Tensor:
     return gck.decompress(given[1], out=given[0])
 
 
-def _decompress_add_one_(given: GivenDense) -> Tensor:
+def _decompress_add_one_(given: GivenOne) -> Tensor:
     return gck.decompress_add_(given[0], given[1], ALPHA)
 
 
-def _unpack(given: GivenDense) -> Tensor:
+def _unpack(given: GivenOne) -> Tensor:
     return given[0].copy_(peers_decode.torch_decoded(given[1]))
 
 
-def _unpack_and_add_(given: GivenDense) -> Tensor:
+def _unpack_and_add_(given: GivenOne) -> Tensor:
     # Not add_(…, alpha=ALPHA), which may round once for the product and the sum.
     return given[0].add_(peers_decode.torch_decoded(given[1]).mul_(ALPHA))
 
 
-def _fill(given: GivenDense) -> Tensor:
+def _fill(given: GivenOne) -> Tensor:
     return given[0].fill_(ALPHA)
+
+
+def _prepare_known(name: str, buffers: Buffers) -> tuple[Tensor, Tensor, Tensor]:
+    """(a tensor to decode to, places, values): of random-k, where nobody has to make places of the seed."""
+    out, payload = _prepare_one(name, buffers)
+
+    def places() -> Tensor:
+        ones = payload._replace(values=torch.ones_like(payload.values))
+        return gck.decompress(ones).nonzero().view(-1)
+
+    return out, buffers.pool.made((name, "places"), places), payload.values
+
+
+def _index_copy(given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    out, places, values = given
+    return out.zero_().index_copy_(0, places, values)
+
+
+def _verify_known(name: str, pool: Pool) -> None:
+    ours, theirs = _decompress_one(_prepare_one(name, pool.apart())), _prepare_known(name, pool.apart())
+    if not torch.equal(ours, _index_copy(theirs)):
+        raise peers.PeerMismatchError(f"decompress: index_copy_ and gck disagree (n={pool.n}, {name})")
 
 
 def _verify_fill(pool: Pool) -> None:
@@ -113,7 +147,7 @@ def _verify_fill(pool: Pool) -> None:
 
 
 def _verify_one(
-    run: Callable[[GivenDense], Tensor], peer: Callable[[GivenDense], Tensor], name: str, pool: Pool
+    run: Callable[[GivenOne], Tensor], peer: Callable[[GivenOne], Tensor], name: str, pool: Pool
 ) -> None:
     ours, theirs = (call(_prepare_one(name, pool.apart())) for call in (run, peer))
     if not torch.equal(ours, theirs):

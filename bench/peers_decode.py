@@ -3,6 +3,7 @@ operations each. What they return is what gck does, and they are held to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from bench.codes import of_levels, signed, spread, unpack
 from bench.measure import Buffers, Pool
 from bench.peers import PeerMismatchError, torch_chunk_topk_ef_
 from bench.peers_quantize import torch_quantize_ef_
+from bench.places import places_of_codec, places_of_seed
+from gck.coded_layout import RUN
 
 __all__ = ["payload_of", "torch_decoded", "torch_reduced_", "verify_reduced"]
 
@@ -23,29 +26,72 @@ MOST_TIES = 1e-5  # of all elements
 
 def torch_decoded(payload: Any) -> Tensor:
     """(numel,) fp32: what the payload decodes to."""
-    if isinstance(payload, gck.PackedSigns):
-        octets = payload.words.view(torch.uint8)[: -(-payload.numel // 8)]
-        positive = unpack(octets, 1)[: payload.numel] == 1
-        scale = spread(payload.scales, payload.chunk_size, payload.numel)
-        return torch.where(positive, scale, -scale)
-    if isinstance(payload, gck.Quantized):
-        codes = unpack(payload.codes, payload.bits)[: payload.numel]
-        if payload.scale == "mean":
-            levels = payload.scales.view(-1, 2)
-            low, high = (spread(levels[:, i], payload.chunk_size, payload.numel) for i in (0, 1))
-            return of_levels(codes, low, high)
-        values = signed(codes, payload.bits)
-        return values.mul_(spread(payload.scales, payload.chunk_size, payload.numel))
+    decode: Callable[[Any], Tensor] = DECODERS[type(payload)]
+    return decode(payload)
+
+
+def _signs(payload: gck.PackedSigns) -> Tensor:
+    octets = payload.words.view(torch.uint8)[: -(-payload.numel // 8)]
+    positive = unpack(octets, 1)[: payload.numel] == 1
+    scale = spread(payload.scales, payload.chunk_size, payload.numel)
+    return torch.where(positive, scale, -scale)
+
+
+def _quantized(payload: gck.Quantized) -> Tensor:
+    codes = unpack(payload.codes, payload.bits)[: payload.numel]
+    if payload.scale == "mean":
+        levels = payload.scales.view(-1, 2)
+        low, high = (spread(levels[:, i], payload.chunk_size, payload.numel) for i in (0, 1))
+        return of_levels(codes, low, high)
+    values = signed(codes, payload.bits)
+    return values.mul_(spread(payload.scales, payload.chunk_size, payload.numel))
+
+
+def _chunk_sparse(payload: gck.ChunkSparse) -> Tensor:
     chunks = -(-payload.numel // payload.chunk_size)
     dense = torch.zeros(chunks, payload.chunk_size, device=payload.values.device)
-    if payload.value_bits == 2:
-        codes = unpack(payload.values.view(-1), 2).view(chunks, -1)[:, : payload.k]
+    bits = payload.value_bits
+    if bits < 16:
+        codes = unpack(payload.values.view(-1), bits).view(chunks, -1)[:, : payload.k]
+    if bits == 2:
         levels = payload.scales.view(chunks, 2)
         values = of_levels(codes, levels[:, :1], levels[:, 1:])
+    elif bits < 16:
+        values = signed(codes, bits).mul_(payload.scales.view(chunks, 1))
     else:
         values = payload.values.view(chunks, payload.k).float()
     dense.scatter_(1, _positions(payload, chunks), values)
     return dense.view(-1)[: payload.numel]
+
+
+def _sparse(payload: gck.SparseGrad) -> Tensor:
+    dense = torch.zeros(payload.numel, device=payload.values.device)
+    return dense.index_copy_(0, payload.indices.long(), payload.values.float())
+
+
+def _coded_sparse(payload: gck.CodedSparse) -> Tensor:
+    values = payload.values
+    if payload.value_bits:
+        codes = unpack(values, payload.value_bits)[: payload.k]
+        values = signed(codes, payload.value_bits).mul_(spread(payload.scales, RUN, payload.k))
+    dense = torch.zeros(payload.numel, device=values.device)
+    return dense.index_copy_(0, places_of_codec(payload), values.float())
+
+
+def _seeded_values(payload: gck.SeededValues) -> Tensor:
+    values = payload.values
+    places = places_of_seed(payload.seed, payload.numel, values.numel(), values.device)
+    return torch.zeros(payload.numel, device=values.device).index_copy_(0, places, values.float())
+
+
+DECODERS: dict[type, Callable[[Any], Tensor]] = {
+    gck.PackedSigns: _signs,
+    gck.Quantized: _quantized,
+    gck.ChunkSparse: _chunk_sparse,
+    gck.SparseGrad: _sparse,
+    gck.CodedSparse: _coded_sparse,
+    gck.SeededValues: _seeded_values,
+}
 
 
 def torch_reduced_(payloads: list[Any], err: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
@@ -65,7 +111,11 @@ def torch_reduced_(payloads: list[Any], err: Tensor, pool: Pool) -> tuple[Tensor
 
 def payload_of(compressor: Any, body: Tensor, n: int) -> Any:
     """The payload of a vector of n elements whose body this is."""
+    if isinstance(compressor, gck.TopK):
+        return compressor.payload(body, n)
     views = compressor.layout(n).views(body)
+    if isinstance(compressor, gck.RandomK):
+        return gck.SeededValues(*views, compressor.seed, n)
     if isinstance(compressor, gck.Sign):
         return gck.PackedSigns(*views, n, compressor.chunk_size)
     if isinstance(compressor, gck.Quantize):

@@ -19,7 +19,9 @@ from bench import (
     peers_quantize,
 )
 from bench.measure import Buffers, Pool
+from bench.places import places_of_seed
 from bench.suite import Case
+from gck.kernels.random_k import reference
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_verification_notices_wrong_sums(small_pool: Pool) -> None:
         bench_decode._verify(bench_decode._decompress, bench_decode._index_add_, 3, 0.1, small_pool)
 
 
-@pytest.mark.parametrize("name", bench_decode.DENSE)
+@pytest.mark.parametrize("name", bench_decode.SINGLE)
 def test_verification_notices_wrong_decoding(
     name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,6 +48,15 @@ def test_verification_notices_wrong_decoding(
     monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload).roll(1))
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         bench_decode._verify_one(*runs, name, small_pool)
+
+
+def test_verification_notices_wrong_known_places(small_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "random 1%"
+    bench_decode._verify_known(name, small_pool)
+    right = bench_decode._index_copy
+    monkeypatch.setattr(bench_decode, "_index_copy", lambda given: right(given).roll(1))
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_decode._verify_known(name, small_pool)
 
 
 @pytest.mark.parametrize("name", bench_reduce.COMPRESSORS)
@@ -220,6 +231,13 @@ def test_pool_hands_out_fresh_residuals(taken_before: int, small_pool: Pool) -> 
         buffers.err.zero_()
         seen.add(buffers.err.data_ptr())
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 7), (1_000, 3), (4_097, 411)])
+def test_places_of_a_seed_are_those_of_the_oracle(seed: int, n: int, k: int) -> None:
+    places = places_of_seed(seed, n, k, torch.device("cpu"))
+    assert places.tolist() == reference.indices(seed, n, k)
 
 
 @pytest.mark.parametrize("n", [0, 1, 8, 4097])
