@@ -14,7 +14,7 @@ from bench import peers
 from bench.codes import of_levels, signed, spread, unpack
 from bench.measure import Buffers, Pool
 from bench.peers import PeerMismatchError, torch_chunk_topk_ef_
-from bench.peers_quantize import torch_quantize_ef_
+from bench.peers_quantize import torch_chunk_topk_means_ef_, torch_means_ef_, torch_quantize_ef_
 from bench.places import places_of_codec, places_of_seed
 from gck.coded_layout import RUN
 
@@ -105,7 +105,11 @@ def torch_reduced_(payloads: list[Any], err: Tensor, pool: Pool) -> tuple[Tensor
     if isinstance(first, gck.PackedSigns):
         return peers.sign_ef_peer_(buffers, first.chunk_size)
     if isinstance(first, gck.Quantized):
+        if first.scale == "mean":
+            return torch_means_ef_(buffers, first.chunk_size)
         return torch_quantize_ef_(buffers, first.bits, first.chunk_size)
+    if first.value_bits == 2:
+        return torch_chunk_topk_means_ef_(buffers, first.chunk_size, first.k)
     return torch_chunk_topk_ef_(buffers, first.chunk_size, first.k, first.values.dtype)
 
 

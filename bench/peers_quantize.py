@@ -1,4 +1,4 @@
-"""Peers of gck.quantize_ef_, in torch operations."""
+"""Peers of gck.quantize_ef_, and of chunk top-k with two bits by means, in torch operations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench.peers import PeerMismatchError, accumulate_
 __all__ = [
     "acc_of",
     "have_quantize_per_channel",
+    "torch_chunk_topk_means_ef_",
     "torch_means_ef_",
     "torch_quantize_ef_",
     "torch_quantize_per_channel",
@@ -67,6 +68,24 @@ def torch_means_ef_(buffers: Buffers, chunk_size: int) -> tuple[Tensor, Tensor]:
         packed.append(pack(codes, 2))
         levels.append(two)
     return torch.cat(packed), torch.cat(levels)
+
+
+def torch_chunk_topk_means_ef_(buffers: Buffers, chunk_size: int, k: int) -> tuple[Tensor, Tensor]:
+    """Error-feedback top-k of every chunk, with two bits a value, composed of torch operations.
+
+    Returns (uint8 bytes of the codes, little end first; positions in chunks), chunk by chunk.
+    """
+    acc = accumulate_(buffers.grad, buffers.err)
+    slots = 1 << (k - 1).bit_length()
+    packed, indices = [], []
+    for rows in _chunks(acc, chunk_size):
+        local = torch.topk(rows.abs(), min(k, rows.shape[1]), sorted=False).indices.sort(1).values
+        there = rows.gather(1, local)
+        codes, two = two_levels(there, slots)
+        rows.scatter_(1, local, there - of_levels(codes, two[:, :1], two[:, 1:]))
+        packed.append(pack(codes, 2))
+        indices.append(local.view(-1))
+    return torch.cat(packed), torch.cat(indices)
 
 
 def _chunks(acc: Tensor, chunk_size: int) -> list[Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import gck
 from bench import (
     bench_decode,
     bench_index_codecs,
@@ -20,7 +21,7 @@ from bench import (
 )
 from bench.measure import Buffers, Pool
 from bench.places import places_of_seed
-from bench.suite import Case
+from bench.suite import Case, Plan
 from gck.kernels.random_k import reference
 
 
@@ -59,23 +60,36 @@ def test_verification_notices_wrong_known_places(small_pool: Pool, monkeypatch: 
         bench_decode._verify_known(name, small_pool)
 
 
-@pytest.mark.parametrize("name", bench_reduce.COMPRESSORS)
+@pytest.mark.parametrize("setting", bench_reduce.SETTINGS, ids=str)
 def test_verification_notices_wrong_reductions(
-    name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+    setting: bench_reduce.Setting, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench_reduce._verify_steps(name, small_pool)
-    bench_reduce._verify_composed(name, small_pool)
-    bench_reduce._verify_sum(name, small_pool)
-    right = peers_decode.torch_decoded
+    sums = bench_reduce._composed_sum, bench_reduce._one_by_one
+    bench_reduce._verify_steps(setting, small_pool)
+    bench_reduce._verify_composed(setting, small_pool)
+    for peer in sums:
+        bench_reduce._verify_sum(peer, setting, small_pool)
+    right, add = peers_decode.torch_decoded, gck.decompress_add_
     monkeypatch.setattr(peers_decode, "torch_decoded", lambda payload: right(payload) * 2)
+    monkeypatch.setattr(gck, "decompress_add_", lambda out, payload: add(out, payload, 2.0))
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_reduce._verify_composed(name, small_pool)
-    with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_reduce._verify_sum(name, small_pool)
+        bench_reduce._verify_composed(setting, small_pool)
+    for peer in sums:
+        with pytest.raises(peers.PeerMismatchError, match="disagree"):
+            bench_reduce._verify_sum(peer, setting, small_pool)
     steps = bench_reduce._by_steps
     monkeypatch.setattr(bench_reduce, "_by_steps", lambda *given: steps(*given) ^ 1)
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
-        bench_reduce._verify_steps(name, small_pool)
+        bench_reduce._verify_steps(setting, small_pool)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_reduction_has_a_peer(device: str) -> None:
+    """Of every number of ranks; nothing is run."""
+    made = bench_reduce.cases(Plan(torch.device(device)))
+    ours = {(case.kernel, case.value) for case in made if case.verify is None}
+    assert ours == {(kernel, str(s)) for kernel in ("reduce_", "decompress") for s in bench_reduce.SETTINGS}
+    assert ours == {(case.kernel, case.value) for case in made if case.verify is not None}
 
 
 @pytest.mark.parametrize("codec", bench_index_codecs.CODECS)
