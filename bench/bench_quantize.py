@@ -28,9 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def cases(plan: Plan) -> list[Case]:
     """The cases in the order of measuring."""
     made = []
-    for n in plan.sizes:
+    for n in plan.sizes_and_huge:
         for dtype in plan.dtypes:
-            for name in plan.settings(tuple(SETTINGS), typical="4"):
+            for name in plan.settings(tuple(SETTINGS), typical="4", n=n):
                 make = partial(Case, "quantize_ef_", "bits", name, n, dtype)
                 made.append(make(GCK, partial(_gck, SETTINGS[name])))
                 made.append(composition(make, SETTINGS[name]))

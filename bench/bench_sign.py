@@ -18,9 +18,9 @@ def cases(plan: Plan) -> list[Case]:
     """The cases in the order of measuring."""
     name = "torch composition" if plan.device.type == "cuda" else "torch + packbits"
     made = []
-    for n in plan.sizes:
+    for n in plan.sizes_and_huge:
         for dtype in plan.dtypes:
-            for chunk_size in plan.settings(CHUNK_SIZES, typical=256):
+            for chunk_size in plan.settings(CHUNK_SIZES, typical=256, n=n):
                 make = partial(Case, "sign_ef_", "chunk_size", chunk_size, n, dtype)
                 made.append(make(GCK, partial(_gck, chunk_size)))
                 made.append(

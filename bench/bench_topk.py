@@ -11,22 +11,22 @@ import torch
 import gck
 from bench import inputs, peers
 from bench.measure import Buffers, Pool
-from bench.suite import GCK, Case, Plan
+from bench.suite import GCK, HUGE, Case, Plan
 from gck.kernels.topk import resolve_k
 
 RATIOS = (0.0001, 0.001, 0.01, 0.1)
 TYPICAL = 0.01
-HUGE = 100_000_000  # where a peer that takes seconds is measured at the typical ratio alone
 
 
 def cases(plan: Plan) -> list[Case]:
     """The cases in the order of measuring."""
     made = []
-    for n in plan.sizes if plan.quick else sorted({*plan.sizes, HUGE}):
+    for n in plan.sizes_and_huge:
         for dtype in plan.dtypes:
             for ratio in plan.settings(RATIOS, typical=TYPICAL):
                 make = partial(Case, "topk_ef_", "ratio", ratio, n, dtype)
                 made += [make(GCK, partial(_gck, ratio)), _hinted(make, ratio)]
+                # Where a peer takes seconds, it is measured at the typical ratio alone.
                 if n < HUGE or plan.device.type == "cuda" or ratio == TYPICAL:
                     made += _peers(make, resolve_k("bench", n, ratio, None), n, dtype, plan)
     return made

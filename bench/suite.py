@@ -11,9 +11,10 @@ import torch
 from bench.inputs import GAUSSIAN
 from bench.measure import Buffers, Driver, Pool, Trial, median_and_iqr, seconds_of
 
-__all__ = ["GCK", "Case", "Plan", "measure", "percent", "rounds_of", "short"]
+__all__ = ["GCK", "HUGE", "Case", "Plan", "measure", "percent", "rounds_of", "short"]
 
 GCK = "gck"
+HUGE = 100_000_000  # where, but on a GPU, few settings are measured
 FLOOR_BYTES = 12  # an element that err.add_(grad) moves in fp32
 # A slow peer is known well enough after a few rounds: its spread is small beside its distance.
 SLOW_SECONDS = 0.3
@@ -32,7 +33,12 @@ class Plan:
     def sizes(self) -> tuple[int, ...]:
         if self.quick:
             return (100_000,)
-        return (1_000_000, 25_000_000) + ((100_000_000,) if self.device.type == "cuda" else ())
+        return (1_000_000, 25_000_000) + ((HUGE,) if self.device.type == "cuda" else ())
+
+    @property
+    def sizes_and_huge(self) -> tuple[int, ...]:
+        """Of what is measured at HUGE on every device."""
+        return self.sizes if self.quick else tuple(sorted({*self.sizes, HUGE}))
 
     @property
     def large(self) -> int:
@@ -51,9 +57,10 @@ class Plan:
             return 30
         return 5 if n > 50_000_000 else 15 if n > 10_000_000 else 50 if n > 500_000 else 300
 
-    def settings(self, values: tuple[Any, ...], typical: Any) -> tuple[Any, ...]:
-        """The values of a kernel's option to measure: in a quick run the typical one alone."""
-        return (typical,) if self.quick else values
+    def settings(self, values: tuple[Any, ...], typical: Any, n: int = 0) -> tuple[Any, ...]:
+        """The values of a kernel's option to measure, of n elements: the typical one alone in a quick run,
+        and of more than `sizes` have."""
+        return (typical,) if self.quick or n > max(self.sizes) else values
 
 
 def as_they_are(buffers: Buffers) -> Buffers:

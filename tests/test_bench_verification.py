@@ -15,13 +15,14 @@ from bench import (
     bench_index_codecs,
     bench_quantize,
     bench_reduce,
+    bench_sign,
     peers,
     peers_decode,
     peers_quantize,
 )
 from bench.measure import Buffers, Pool
 from bench.places import places_of_seed
-from bench.suite import Case, Plan
+from bench.suite import HUGE, Case, Plan
 from gck.kernels.random_k import reference
 
 
@@ -90,6 +91,17 @@ def test_every_reduction_has_a_peer(device: str) -> None:
     ours = {(case.kernel, case.value) for case in made if case.verify is None}
     assert ours == {(kernel, str(s)) for kernel in ("reduce_", "decompress") for s in bench_reduce.SETTINGS}
     assert ours == {(case.kernel, case.value) for case in made if case.verify is not None}
+
+
+@pytest.mark.parametrize(("bench", "value"), [(bench_sign, 256), (bench_quantize, "4")])
+def test_one_setting_is_measured_of_100m_elements(bench: Any, value: object) -> None:
+    """Of both dtypes, and its peer; nothing is run."""
+    huge = [case for case in bench.cases(Plan(torch.device("cpu"))) if case.n == HUGE]
+    assert {case.value for case in huge} == {value}
+    assert [case.dtype for case in huge if case.verify is None] == [torch.float32, torch.bfloat16]
+    assert len(huge) == 4
+    on_a_gpu = {case.value for case in bench.cases(Plan(torch.device("cuda"))) if case.n == HUGE}
+    assert len(on_a_gpu) > 1
 
 
 @pytest.mark.parametrize("codec", bench_index_codecs.CODECS)
