@@ -26,10 +26,13 @@ except ImportError:
 
 __all__ = [
     "Draw",
+    "Pack",
     "PeerMismatchError",
     "cupy_topk_ef_",
     "have_cupy",
     "have_raft",
+    "pack_with_cupy",
+    "pack_with_numpy",
     "pack_with_torch",
     "places_of_strata",
     "raft_topk_ef_",
@@ -138,8 +141,12 @@ def raft_topk_ef_(buffers: Buffers, k: int) -> tuple[Tensor, Tensor]:
     return values, indices[0]
 
 
-def sign_ef_peer_(buffers: Buffers, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Error-feedback sign composed of torch operations; bits packed by NumPy, on GPUs by torch.
+# (n,) bool -> (ceil(n / 8),) uint8, little end first, on the same device.
+Pack: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def sign_ef_peer_(buffers: Buffers, chunk_size: int, pack: Pack | None = None) -> tuple[Tensor, Tensor]:
+    """Error-feedback sign composed of torch operations; bits packed by NumPy, on GPUs by torch, or by `pack`.
 
     Returns (uint8 bytes, little end first; scales).
     """
@@ -156,13 +163,17 @@ def sign_ef_peer_(buffers: Buffers, chunk_size: int) -> tuple[Tensor, Tensor]:
     rows.sub_(torch.where(positive[:whole].view_as(rows), scale, -scale))
     if whole < n:
         acc[whole:].sub_(torch.where(positive[whole:], scales[-1], -scales[-1]))
-    return _pack(positive), scales
+    pack = pack or (pack_with_torch if positive.is_cuda else pack_with_numpy)
+    return pack(positive), scales
 
 
-def _pack(positive: Tensor) -> Tensor:
-    if not positive.is_cuda:
-        return torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
-    return pack_with_torch(positive)
+def pack_with_numpy(positive: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(positive.numpy(), bitorder="little"))
+
+
+def pack_with_cupy(positive: Tensor) -> Tensor:
+    """CuPy and torch both work on the null stream here."""
+    return from_dlpack(cupy.packbits(cupy.from_dlpack(positive.view(torch.uint8)), bitorder="little"))
 
 
 def pack_with_torch(positive: Tensor) -> Tensor:
@@ -253,11 +264,11 @@ def verify_torch_chunk_topk(pool: Pool, chunk_size: int, k: int) -> None:
         raise PeerMismatchError(f"chunk_topk_ef_: torch.topk and gck disagree (n={pool.n}, k={k})")
 
 
-def verify_sign(pool: Pool, chunk_size: int) -> None:
+def verify_sign(pool: Pool, chunk_size: int, pack: Pack | None = None) -> None:
     """Same bits; scales and residual within the tolerance of another order of summation."""
     ours, theirs = pool.apart(), pool.apart()
     payload = gck.sign_ef_(ours.grad, ours.err, chunk_size)
-    packed, scales = sign_ef_peer_(theirs, chunk_size)
+    packed, scales = sign_ef_peer_(theirs, chunk_size, pack)
     words = payload.words.view(torch.uint8)[: packed.numel()]
     largest = float(payload.scales.max())
     if (

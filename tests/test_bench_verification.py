@@ -140,8 +140,8 @@ def test_verification_notices_wrong_signs(
     peers.verify_sign(small_pool, chunk_size)
     right = peers.sign_ef_peer_
 
-    def wrong(buffers: Buffers, size: int) -> Any:
-        result = right(buffers, size)
+    def wrong(buffers: Buffers, *rest: Any) -> Any:
+        result = right(buffers, *rest)
         result[part][-1] += 1
         return result
 
@@ -267,7 +267,22 @@ def test_places_of_a_seed_are_those_of_the_oracle(seed: int, n: int, k: int) -> 
 
 
 @pytest.mark.parametrize("n", [0, 1, 8, 4097])
-def test_packing_on_the_device_is_that_of_numpy(n: int) -> None:
+def test_all_packing_is_that_of_numpy(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "cupy", np)  # whose names CuPy's are
     positive = torch.arange(n) % 3 == 1
-    packed = np.packbits(positive.numpy(), bitorder="little")
-    assert peers.pack_with_torch(positive).tolist() == packed.tolist()
+    packed = np.packbits(positive.numpy(), bitorder="little").tolist()
+    for pack in (peers.pack_with_torch, peers.pack_with_numpy, peers.pack_with_cupy):
+        assert pack(positive).tolist() == packed
+
+
+def test_signs_are_packed_by_cupy_where_it_is(small_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "cupy", np)
+    peers.verify_sign(small_pool, 256, peers.pack_with_cupy)
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        peers.verify_sign(small_pool, 256, lambda positive: peers.pack_with_cupy(~positive))
+    for found in (True, False):
+        monkeypatch.setattr(peers, "have_cupy", lambda found=found: found)
+        names = {case.implementation for case in bench_sign.cases(Plan(torch.device("cuda")))}
+        assert ("torch + cupy.packbits" in names) == found
+        names = {case.implementation for case in bench_sign.cases(Plan(torch.device("cpu")))}
+        assert names == {"gck", "torch + packbits"}
