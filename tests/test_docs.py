@@ -1,9 +1,11 @@
-"""Every Python snippet in docs/ runs, one document after the other, each from the top."""
+"""Every Python snippet in docs/ runs, one document after the other, each from the top; figures are drawn."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ def snippets(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
+# Each makes the picture of a page in docs/kernels that has its name.
+FIGURES = [p for p in sorted((DOCS / "figures").glob("*.py")) if p.name != "drawing.py"]
+LARGEST_FIGURE = 150_000  # bytes
 DOCUMENTS = [p for p in sorted(DOCS.rglob("*.md")) if snippets(p) and p.name not in ELSEWHERE]
 
 
@@ -50,3 +55,17 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             exec(snippet, scope)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("script", FIGURES, ids=lambda path: path.stem)
+def test_figures_can_be_drawn(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    for folder in (tmp_path, DOCS / "kernels"):
+        picture = (folder / f"{script.stem}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < LARGEST_FIGURE
+    page = (DOCS / f"kernels/{script.stem}.md").read_text()
+    assert re.search(rf"!\[[^\]]{{20,}}\]\({script.stem}\.png\)", page)
+    assert f"`python docs/figures/{script.name}`" in page

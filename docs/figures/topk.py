@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import drawing
 import numpy as np
 import torch
+from drawing import GREY, LIGHT_BLUE, ORANGE, PALE, PALE_BLUE
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from bench import inputs  # noqa: E402
-from bench.guess_trials import clustered, guess  # noqa: E402
+from bench import inputs
+from bench.guess_trials import clustered, guess
 
 N = 1_000_000
-READ, WRITE, WINNERS, LOSERS = "#8fb4ea", "#d98b4a", "#2a6fdb", "#c9d8f0"
+READ, WRITE, WINNERS, LOSERS = LIGHT_BLUE, ORANGE, drawing.BLUE, PALE_BLUE
 # What each step does with the four pieces of memory: (read, written) share of each. Shares of what has few
 # entries are drawn larger than they are, or they could not be seen.
 MEMORY = ("grad", "err", "list", "payload")
@@ -40,29 +36,29 @@ def distribution(axes: Any) -> None:
     counts, _ = np.histogram(magnitude, edges)
     for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
         middle = (left + right) / 2
-        color = WINNERS if middle >= exact else LOSERS if middle >= guessed else "#e3e3e3"
+        color = WINNERS if middle >= exact else LOSERS if middle >= guessed else GREY
         axes.bar(left, count, right - left, align="edge", color=color)
     listed = int((magnitude >= guessed).sum())
     for x, text, side in ((guessed - 0.05, "guess", "right"), (exact + 0.05, "threshold", "left")):
-        axes.text(x, 0.93, text, ha=side, transform=axes.get_xaxis_transform(), fontsize=9)
+        axes.text(x, 0.93, text, ha=side, transform=axes.get_xaxis_transform(), fontsize=drawing.SMALL)
     for x in (guessed, exact):
         axes.axvline(x, color="black", linewidth=0.9)
     axes.text(
         exact + 0.35, 0.62, f"{k:,} winners\nof {listed:,} listed", transform=axes.get_xaxis_transform(),
-        fontsize=9, color=WINNERS,
+        fontsize=drawing.SMALL, color=WINNERS,
     )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlim(0)
     axes.set_xlabel("|grad + err|")
     axes.set_ylabel("entries")
-    axes.set_title(f"{N:,} normal entries, ratio {inputs.DENSITY:.0%}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
+    drawing.title(axes, f"{N:,} normal entries, ratio {inputs.DENSITY:.0%}")
+    drawing.without_frame(axes, "top", "right")
 
 
 def passes(axes: Any) -> None:
     for row, (step, touched) in enumerate(STEPS.items()):
         for column, (read, written) in enumerate(touched):
-            axes.barh(row, 0.9, height=0.56, left=column, color="#f1f1f1")
+            axes.barh(row, 0.9, height=0.56, left=column, color=PALE)
             for share, color, shift in ((read, READ, 0.14), (written, WRITE, -0.14)):
                 scattered = step == "guess" or (step == "emit" and MEMORY[column] == "err")
                 parts = 6 if scattered and share else 1
@@ -74,21 +70,17 @@ def passes(axes: Any) -> None:
     axes.set_xticks([column + 0.45 for column in range(len(MEMORY))], MEMORY)
     axes.tick_params(length=0)
     axes.set_xlim(-0.05, len(MEMORY))
-    handles = [mpl.patches.Patch(color=READ, label="read"), mpl.patches.Patch(color=WRITE, label="written")]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
-    axes.set_title("what each step touches (small shares enlarged)", fontsize=10)
-    axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    drawing.legend(axes, {"read": READ, "written": WRITE}, below=-0.1)
+    drawing.title(axes, "what each step touches (small shares enlarged)")
+    drawing.without_frame(axes)
 
 
-def main() -> None:
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+def draw() -> Any:
+    figure, axes = drawing.panels(1, 1)
     distribution(axes[0])
     passes(axes[1])
-    figure.savefig(ROOT / "docs/kernels/topk.png", dpi=130)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    drawing.save(draw(), "topk")
