@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gck.checkpoint.file import Header, StateFile, is_plain, sync_directory, write
+from gck.checkpoint.file import KINDS, Header, StateFile, is_plain, sync_directory, write
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
 from gck.compressor import Compressor, describe
-from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap, check_factor
+from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap, check_factor, checked_residual
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
 from gck.values import plain_int, shown
 
@@ -77,7 +77,8 @@ def save_state(
 
     Raises:
         ArgumentError, DtypeError: an argument is out of range or of a wrong type.
-        StateMismatchError: a server residual belongs to another rank or world size.
+        StateMismatchError: a server residual belongs to another rank or world size, or a residual is not
+            finite, which `load_state` would refuse; nothing was written or removed.
         BackendUnavailableError: safetensors or numpy is missing.
         OSError: the file cannot be written; the older ones are as they were.
     """
@@ -89,7 +90,7 @@ def save_state(
         raise ArgumentError(f"{function}: keep must be at least {least} with shared={shared}, got {keep!r}")
     states = {name: one.state_dict() for name, one in _states(function, state).items()}
     for name, one in states.items():
-        _check_owner(name, one, rank, world_size)
+        _check_loads(name, one, rank, world_size)
     folder = Path(directory)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,14 +298,17 @@ def _states(function: str, state: object) -> dict[str, ErrorFeedback]:
     raise DtypeError(f"{function}: state must be an ErrorFeedback or an ErrorFeedbackMap, got {shown(state)}")
 
 
-def _check_owner(name: str, state: Mapping[str, Any], rank: int, world_size: int) -> None:
-    """What `load_state` would refuse is not saved."""
+def _check_loads(name: str, state: Mapping[str, Any], rank: int, world_size: int) -> None:
+    """What `load_state` would refuse is not saved: it would push files that can be loaded out of `keep`."""
     said = (state.get("rank", rank), state.get("world_size", world_size))
     if is_plain(state) and said != (rank, world_size):
         raise StateMismatchError(
             f"save_state: the server residual of {name!r} belongs to rank {said[0]} of {said[1]}, got rank "
             f"{rank} of {world_size}"
         )
+    for kind in KINDS:
+        if kind in state:
+            checked_residual(f"save_state: the {kind} residual of {name!r}", state[kind])
 
 
 def _text(compressor: Compressor | None) -> str | None:

@@ -26,7 +26,7 @@ from gck.error_feedback import STATE_VERSION, is_finite
 from gck.errors import BackendUnavailableError, CorruptPayloadError, StateMismatchError
 from gck.version import __version__
 
-__all__ = ["Entry", "Header", "StateFile", "is_plain", "sync_directory", "write"]
+__all__ = ["KINDS", "Entry", "Header", "StateFile", "is_plain", "sync_directory", "write"]
 
 FORMAT, VERSION = "gck.state", "1"
 KINDS = ("worker", "server")

@@ -6,7 +6,7 @@ of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
 """
 
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
-from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version, is_finite
+from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version, checked_residual, is_finite
 from gck.error_feedback.map import ErrorFeedbackMap
 from gck.error_feedback.state import ErrorFeedback, Snapshot
 
@@ -19,5 +19,6 @@ __all__ = [
     "Snapshot",
     "check_factor",
     "check_version",
+    "checked_residual",
     "is_finite",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "STATE_VERSION",
     "check_factor",
     "check_version",
+    "checked_residual",
     "is_finite",
     "saved_binding",
     "saved_count",
@@ -64,14 +65,19 @@ def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
         StateMismatchError: it is no flat float32 tensor, or something in it is not finite.
     """
     value = state.get(name)
-    if value is not None and (
-        not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1
-    ):
-        raise StateMismatchError(
-            f"load_state_dict: the saved {name} residual must be flat float32, got {shown(value)}"
-        )
-    if value is not None and not is_finite(value):
-        raise StateMismatchError(f"load_state_dict: the saved {name} residual must be finite")
+    return None if value is None else checked_residual(f"load_state_dict: the saved {name} residual", value)
+
+
+def checked_residual(what: str, value: object) -> Tensor:
+    """`value`, of which errors say `what`.
+
+    Raises:
+        StateMismatchError: it is no flat float32 tensor, or something in it is not finite.
+    """
+    if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1:
+        raise StateMismatchError(f"{what} must be flat float32, got {shown(value)}")
+    if not is_finite(value):
+        raise StateMismatchError(f"{what} must be finite")
     return value
 
 
