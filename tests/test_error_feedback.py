@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, ServerBinding
-from gck.errors import ArgumentError, DtypeError, StateMismatchError
+from gck.errors import DtypeError, StateMismatchError
 
 CPU = torch.device("cpu")
 BINDING = ServerBinding(rank=1, world_size=2, unit=64)
@@ -176,32 +176,6 @@ def test_not_a_dict() -> None:
         ErrorFeedback().load_state_dict([])  # type: ignore[arg-type]
 
 
-def test_rescale_by_powers_of_two_is_exact() -> None:
-    state = used()
-    worker, server = state.worker_for(torch.ones(100)), state.server_for(64, CPU, BINDING)
-    worker.copy_(torch.randn(100, generator=torch.Generator().manual_seed(0)))
-    before = worker.clone()
-    state.rescale_(2.0**-10)
-    assert torch.equal(worker.double(), before.double() * 2.0**-10)
-    assert torch.equal(server, torch.full((64,), 2.0**-9))
-    residuals = ErrorFeedbackMap()
-    residuals["w"].load_state_dict(state.state_dict())
-    residuals["fresh"].rescale_(2)
-    residuals.rescale_(2**10)
-    assert torch.equal(residuals["w"].worker_for(torch.ones(100)), before)
-    assert state.state_dict()["nonfinite"] == residuals["w"].state_dict()["nonfinite"] == 5
-
-
-def test_rescale_leaves_nothing_that_is_not_finite() -> None:
-    state = used()
-    state.worker_for(torch.ones(100))[3] = 3e38
-    state.rescale_(2.0)
-    assert state.worker is not None
-    assert state.worker[3] == 0
-    assert state.worker[4] == 8
-    assert state.state_dict()["nonfinite"] == 6
-
-
 @pytest.mark.parametrize("name", [1, None, b"w", ("w", 0)])
 def test_names_are_strings(name: Any) -> None:
     """As they are in files, where 1 and "1" would be one."""
@@ -209,15 +183,6 @@ def test_names_are_strings(name: Any) -> None:
     with pytest.raises(DtypeError, match="ErrorFeedbackMap: a name must be a str, got"):
         states[name]
     assert len(states) == 0
-
-
-@pytest.mark.parametrize("factor", [0, -1.0, float("inf"), float("nan"), "2", True])
-def test_rescale_by_nonsense(factor: Any) -> None:
-    state = used()
-    for holder in (state, ErrorFeedbackMap()):
-        with pytest.raises(ArgumentError, match="rescale_: factor must be positive and finite, got"):
-            holder.rescale_(factor)
-    assert equal(state, used())
 
 
 def test_map_is_by_name() -> None:

@@ -9,7 +9,7 @@ docs/reliability.md has the format and the promises.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,15 @@ from gck.checkpoint.file import KINDS, Header, StateFile, is_plain, sync_directo
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
 from gck.compressor import Compressor, describe
-from gck.error_feedback import STATE_VERSION, ErrorFeedback, ErrorFeedbackMap, check_factor, checked_residual
+from gck.error_feedback import (
+    STATE_VERSION,
+    ErrorFeedback,
+    ErrorFeedbackMap,
+    check_factor,
+    check_scaled,
+    checked_residual,
+    multiply_,
+)
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
 from gck.values import plain_int, shown
 
@@ -131,8 +139,8 @@ def load_state(
         step: load this one instead of the newest; must be given where `shared` is false.
         numels: elements of each gradient by name (of the gradient, for an `ErrorFeedback`); names and sizes
             that do not fit are errors.
-        scale: of the loss from now on; residuals that were saved under another one are rescaled. Default:
-            they stay as saved.
+        scale: of the loss from now on; residuals that were saved under another one are rescaled, as by
+            `ErrorFeedback.rescale_`. Default: they stay as saved.
         reshard: allow that another number of ranks has saved. Needs a shared directory.
         op: how gradients are reduced, "avg" or "sum": what a reshard must preserve.
         server: what becomes of server residuals. "keep": they stay, cut for the new shards. "fold": they are
@@ -147,7 +155,8 @@ def load_state(
         asked for.
 
     Raises:
-        ArgumentError, DtypeError: an argument is out of range or of a wrong type.
+        ArgumentError, DtypeError: an argument is out of range or of a wrong type, or a residual would not be
+            finite under `scale`.
         StateMismatchError: what was saved belongs to another model, compressor, world size or kind of
             state, or the step is not complete; says what differs.
         CorruptPayloadError: a file is damaged; an older step may be whole.
@@ -191,8 +200,12 @@ def load_state(
     names = names_of(files)
     _check_header(files[0].header, state, compressor, server)
 
+    was = files[0].header.scale
+    factor = check_factor(function, (scale or was) / was, f"scale / {was}")
+
     def saved(name: str) -> dict[str, Any]:
-        return files[0].state(name) if whole else resharded(files, name, rank, world_size, op, server)
+        one = files[0].state(name) if whole else resharded(files, name, rank, world_size, op, server)
+        return one if factor == 1 else _scaled(name, one, factor, KINDS[:1] if server == "reset" else KINDS)
 
     options: dict[str, Any] = {"rank": rank, "world_size": world_size, "reset_server": server == "reset"}
     if isinstance(state, ErrorFeedback):
@@ -200,9 +213,6 @@ def load_state(
     else:
         tensors = {"version": STATE_VERSION, "tensors": _Lazy(names, saved)}
         state.load_state_dict(tensors, numels=numels if isinstance(numels, Mapping) else None, **options)
-    was = files[0].header.scale
-    if scale not in (None, was):
-        state.rescale_(scale / was)
     if not read_only:
         abandon(folder, chosen.step, rank, world_size, shared)
     return Loaded(chosen.step, was if scale is None else float(scale), chosen.world_size)
@@ -227,6 +237,17 @@ def saved_steps(
             and (rank not in found.missing if rank is not None else not found.missing)
         }
     )
+
+
+def _scaled(name: str, state: dict[str, Any], factor: float, kinds: Iterable[str]) -> dict[str, Any]:
+    """A state with copies of its residuals times `factor`."""
+    residuals = {kind: state[kind] for kind in kinds if kind in state}
+    named = {f"{kind} residual of {name!r}": residual for kind, residual in residuals.items()}
+    check_scaled("load_state", named, factor)
+    for kind, residual in residuals.items():
+        state[kind] = residual.clone()
+        multiply_(state[kind], factor)
+    return state
 
 
 class _Lazy(Mapping[str, Any]):

@@ -8,6 +8,7 @@ of Tang et al., "DoubleSqueeze" (ICML 2019) and "1-bit Adam" (ICML 2021).
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version, checked_residual, is_finite
 from gck.error_feedback.map import ErrorFeedbackMap
+from gck.error_feedback.scaling import check_scaled, multiply_
 from gck.error_feedback.state import ErrorFeedback, Snapshot
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "ShardBinding",
     "Snapshot",
     "check_factor",
+    "check_scaled",
     "check_version",
     "checked_residual",
     "is_finite",
+    "multiply_",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -25,14 +25,15 @@ __all__ = [
 ]
 
 STATE_VERSION = 1
+MOST_FP64 = sys.float_info.max
 B = TypeVar("B", ServerBinding, ShardBinding)
 
 
 def check_factor(function: str, factor: object, name: str = "factor") -> float:
-    """`factor` as a float. Raises ArgumentError unless it is a positive, finite number."""
+    """`factor` as a float. Raises ArgumentError unless it is positive, and a number of fp64."""
     factor = plain_real(factor)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-        raise ArgumentError(f"{function}: {name} must be positive and finite, got {factor!r}")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= MOST_FP64:
+        raise ArgumentError(f"{function}: {name} must be positive and finite, got {shown(factor)}")
     return float(factor)
 
 

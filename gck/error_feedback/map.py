@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
+from gck.error_feedback.scaling import check_scaled
 from gck.error_feedback.state import ErrorFeedback
 from gck.errors import DtypeError, StateMismatchError
 from gck.values import shown
@@ -44,11 +45,15 @@ class ErrorFeedbackMap:
         """Forgets every residual."""
         self._states.clear()
 
-    def rescale_(self, factor: float) -> None:
-        """`ErrorFeedback.rescale_` of all."""
-        factor = check_factor("ErrorFeedbackMap.rescale_", factor)
+    def rescale_(self, factor: float, *, drop: bool = False) -> None:
+        """`ErrorFeedback.rescale_` of all; where one of them raises, none was changed."""
+        function = "ErrorFeedbackMap.rescale_"
+        factor = check_factor(function, factor)
+        for name, state in self._states.items() if not drop else ():
+            residuals = {"worker residual": state.worker, "server residual": state.server}
+            check_scaled(function, {f"{kind} of {name!r}": one for kind, one in residuals.items()}, factor)
         for state in self._states.values():
-            state.rescale_(factor)
+            state.rescale_(factor, drop=drop)
 
     def state_dict(self) -> dict[str, Any]:
         """A plain dict: the states by name, and a version."""

@@ -17,6 +17,7 @@ from gck.error_feedback.checks import (
     saved_count,
     saved_residual,
 )
+from gck.error_feedback.scaling import check_scaled, multiply_
 from gck.errors import StateMismatchError
 
 __all__ = ["ErrorFeedback", "Snapshot"]
@@ -148,23 +149,30 @@ class ErrorFeedback:
             for pair in (saved.worker, saved.server, saved.nonfinite)
         )
 
-    def rescale_(self, factor: float) -> None:
+    def rescale_(self, factor: float, *, drop: bool = False) -> None:
         """Multiplies both residuals, as when the scale of the loss changes from `old` to `factor * old`.
 
-        Each entry is rounded to fp32 once; a power of two is exact but for entries that become denormal. An
-        entry that would not be finite becomes 0 and is counted, as everywhere.
+        Products are made in fp64, which `factor` may need, and rounded to fp32: a power of two is exact but
+        for entries that become denormal, and what is below the denormals becomes 0. Waits for the device
+        where `factor` is above 1 and `drop` is false.
 
         Args:
             factor: positive and finite.
+            drop: an entry that would not be finite becomes 0 and is counted, as in compressors. By default it
+                is an error.
 
         Raises:
-            ArgumentError: it is not; nothing was changed.
+            ArgumentError: factor, or an entry times it, is out of range; nothing was changed.
         """
-        factor = check_factor("ErrorFeedback.rescale_", factor)
-        for residual in (self.worker, self.server):
+        function = "ErrorFeedback.rescale_"
+        factor = check_factor(function, factor)
+        residuals = {"worker residual": self.worker, "server residual": self.server}
+        if not drop:
+            check_scaled(function, residuals, factor)
+        for residual in residuals.values():
             if residual is not None:
-                residual.mul_(factor)
-                if factor > 1:
+                multiply_(residual, factor)
+                if drop and factor > 1:
                     lost = ~residual.isfinite()
                     residual.masked_fill_(lost, 0)
                     self.nonfinite_for(residual.device).add_(lost.sum())

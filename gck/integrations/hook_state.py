@@ -162,13 +162,15 @@ class HookState:
     def set_scale(self, scale: float) -> None:
         """Tells the scale of the loss from the next step on; residuals are rescaled where it has changed.
 
+        An entry that would not be finite becomes 0 and is counted: an error would be of one rank alone.
+
         Raises:
             ArgumentError: it is not positive and finite.
         """
         scale = check_factor("HookState.set_scale", scale, "scale")
         self._settle()
         if scale != self.scale:
-            self.residuals.rescale_(scale / self.scale)
+            self.residuals.rescale_(scale / self.scale, drop=True)
             self.scale = scale
 
     def save(self, directory: str | os.PathLike[str], *, keep: int = 2, shared: bool = True) -> Path:

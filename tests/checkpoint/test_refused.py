@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import gck
-from gck.errors import StateMismatchError
-from tests.checkpoint.saved import SIGN, load, save, used
+from gck.errors import ArgumentError, StateMismatchError
+from tests.cases import same_bytes
+from tests.checkpoint.saved import SIGN, equal, load, save, used
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -40,3 +41,60 @@ def test_a_residual_of_another_shape_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(StateMismatchError, match=r"worker residual of '' must be flat float32, got a tensor"):
         gck.save_state(tmp_path, state, rank=1, world_size=3, step=0, compressor=SIGN)
     assert not content(tmp_path)
+
+
+@pytest.mark.parametrize("factor", [1e39, 1e300])
+def test_residuals_that_a_scale_would_make_infinite(factor: float, tmp_path: Path) -> None:
+    save(tmp_path, scale=1.0)
+    save(tmp_path, step=50)
+    single = used()["layer.weight"]
+    save(tmp_path / "single", used()["layer.weight"], scale=1.0)
+    before, loaded = sorted(tmp_path.iterdir()), used(fill=1)
+    text = "^load_state: the worker residual of 'layer.weight' would not be finite, times 1e"
+    with pytest.raises(ArgumentError, match=text):
+        load(tmp_path, loaded, scale=factor)
+    assert equal(loaded, used(fill=1))
+    with pytest.raises(ArgumentError, match=r"^load_state: the worker residual of '' would not be finite"):
+        load(tmp_path / "single", single, scale=factor)
+    assert same_bytes(single.worker, used()["layer.weight"].worker)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("was", "scale"), [(1e-300, 1e300), (1e300, 1e-300)])
+def test_scales_whose_ratio_is_no_number(was: float, scale: float, tmp_path: Path) -> None:
+    save(tmp_path, scale=was)
+    loaded = used(fill=1)
+    with pytest.raises(
+        ArgumentError, match=r"^load_state: scale / 1e[+-]300 must be positive and finite, got"
+    ):
+        load(tmp_path, loaded, scale=scale)
+    assert equal(loaded, used(fill=1))
+
+
+def test_a_scale_may_be_far_from_that_of_the_file(tmp_path: Path) -> None:
+    """What fits is kept, though the ratio is no number of fp32."""
+    state = used()
+    for _, one in state.items():
+        for residual in (one.worker, one.server):
+            if residual is not None:
+                residual.mul_(1e-30)
+    save(tmp_path, state, scale=1e-40)
+    loaded = used()
+    load(tmp_path, loaded, scale=1.0)
+    state.rescale_(1e40)
+    assert equal(loaded, state)
+    worker = loaded["größe/0"].worker
+    assert worker is not None
+    assert worker[3] != 0
+
+
+def test_server_residuals_that_are_reset_may_be_of_any_size(tmp_path: Path) -> None:
+    state = used()["layer.weight"]
+    assert state.server is not None
+    state.server.fill_(3e38)
+    save(tmp_path, state)
+    loaded = used()["layer.weight"]
+    with pytest.raises(ArgumentError, match="the server residual of '' would not be finite"):
+        load(tmp_path, loaded, scale=2.0)
+    load(tmp_path, loaded, scale=2.0, server="reset")
+    assert loaded.server is None
