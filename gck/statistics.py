@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gck.errors import ArgumentError, DtypeError
+from gck.values import plain_int, shown
+
 __all__ = ["FIELDS", "Statistics"]
 
 FIELDS = ("acc_l1", "acc_sq", "err_sq", "nonfinite", "selected")
@@ -63,8 +66,15 @@ class Statistics(NamedTuple):
     def density(self, numel: int) -> Tensor:
         """acc_l1**2 / (numel * acc_sq), () float64 in [1 / numel, 1]; 0 where acc is 0.
 
+        numel is that of acc, an int in [0, 2**63).
+
         A sign compressor with one scale leaves (1 - density) of acc_sq. Source: Karimireddy et al., "Error
         Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019), Lemma 8.
         """
+        numel = plain_int(numel)
+        if isinstance(numel, bool) or not isinstance(numel, (int, torch.SymInt)):
+            raise DtypeError(f"Statistics.density: numel must be an int, got {shown(numel)}")
+        if not 0 <= numel < 2**63:
+            raise ArgumentError(f"Statistics.density: numel must be in [0, 2**63), got {shown(numel)}")
         density = self.acc_l1.square() / (self.acc_sq * numel)
         return torch.where(self.acc_sq > 0, density, 0.0)

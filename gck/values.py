@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
@@ -10,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["MOST_FP32", "make_plain", "plain_int", "plain_real", "shown"]
+__all__ = ["MOST_FP32", "MOST_FP64", "make_plain", "plain_int", "plain_real", "shown"]
 
 MOST = 80  # characters of a value's text
 MOST_FP32 = (2 - 2**-23) * 2.0**127  # the largest number of fp32
+MOST_FP64 = sys.float_info.max
 
 
 def plain_int(value: Any) -> Any:

@@ -1,8 +1,10 @@
-"""How errors quote the values that they refuse."""
+"""Numbers that no float holds, and how errors quote the values that they refuse."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +92,30 @@ def test_a_subclass_of_tensor_is_not_looked_into() -> None:
     tensor = torch.ones(2).as_subclass(Watched)
     assert shown(tensor) == "a tensor of shape (2,), torch.float32, cpu"
     assert shown([tensor]) == "[<Watched of shape (2,)>] (list)"
+
+
+LARGE = 10**400
+PLACE: Any = {"rank": 0, "world_size": 1}
+REFUSED: dict[str, Callable[[Path], Any]] = {
+    "rescale_": lambda d: gck.ErrorFeedback().rescale_(LARGE),
+    "of a map": lambda d: gck.ErrorFeedbackMap().rescale_(LARGE),
+    "saved scale": lambda d: gck.save_state(d, gck.ErrorFeedback(), step=0, scale=LARGE, **PLACE),
+    "saved step": lambda d: gck.save_state(d, gck.ErrorFeedback(), step=LARGE, **PLACE),
+    "first step of too many digits": lambda d: gck.save_state(d, gck.ErrorFeedback(), step=2**63, **PLACE),
+    "world size": lambda d: gck.save_state(d, gck.ErrorFeedback(), rank=0, world_size=2**31, step=0),
+    "loaded scale": lambda d: gck.load_state(d, gck.ErrorFeedback(), scale=LARGE, **PLACE),
+    "scale of the hook": lambda d: gck.ddp.HookState(gck.TopK(k=1)).set_scale(LARGE),
+    "timeout": lambda d: gck.SimulatedGroup(1, LARGE),
+    "timeout that no thread can wait": lambda d: gck.SimulatedGroup(1, 1e300),
+    "timeout of the hook": lambda d: gck.ddp.HookState(gck.TopK(k=1), timeout=LARGE),
+    "density": lambda d: gck.Statistics.empty().density(LARGE),
+    "density of less than nothing": lambda d: gck.Statistics.empty().density(-1),
+    "density of a fraction": lambda d: gck.Statistics.empty().density(0.5),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_numbers_out_of_range(call: str, tmp_path: Path) -> None:
+    with pytest.raises(gck.errors.ArgumentError):
+        REFUSED[call](tmp_path)
+    assert not list(tmp_path.iterdir())

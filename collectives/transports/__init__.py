@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from threading import TIMEOUT_MAX
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch.distributed as dist
@@ -181,13 +181,13 @@ def await_peers(started: Started) -> None:
 
 
 def check_timeout(seconds: object) -> float:
-    """A positive, finite number of seconds.
+    """A positive number of seconds, as many as a thread can wait.
 
     Raises:
         ArgumentError: it is not.
     """
     seconds = plain_real(seconds)
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= TIMEOUT_MAX:
         raise ArgumentError(f"timeout must be a positive number of seconds, got {seconds!r}")
     return float(seconds)
 

@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gck.checkpoint.file import KINDS, Header, StateFile, is_plain, sync_directory, write
+from gck.checkpoint.file import (
+    KINDS,
+    MOST_RANKS,
+    MOST_STEPS,
+    Header,
+    StateFile,
+    is_plain,
+    sync_directory,
+    write,
+)
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
 from gck.compressor import Compressor, describe
@@ -339,10 +348,14 @@ def _text(compressor: Compressor | None) -> str | None:
 def _checked_place(function: str, rank: Any, world_size: Any, step: Any) -> tuple[int, int, int]:
     """All three as plain ints, if they are in range."""
     rank, world_size, step = plain_int(rank), plain_int(world_size), plain_int(step)
-    for name, value, least in (("world_size", world_size, 1), ("rank", rank, 0), ("step", step, 0)):
+    for name, value, least, end in (
+        ("world_size", world_size, 1, MOST_RANKS),
+        ("rank", rank, 0, world_size),
+        ("step", step, 0, MOST_STEPS),
+    ):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise DtypeError(f"{function}: {name} must be an int, got {value!r}")
-        if value < least or (name == "rank" and isinstance(world_size, int) and value >= world_size):
+            raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
+        if not least <= value < end:
             of = f" of world size {world_size}" if name == "rank" else ""
             raise ArgumentError(f"{function}: {name} out of range, got {value}{of}")
     return rank, world_size, step

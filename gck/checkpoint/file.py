@@ -11,7 +11,6 @@ is "gck.state", ``version`` is that of the format, ``crc32`` is a checksum of ``
 from __future__ import annotations
 
 import json
-import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -24,12 +23,24 @@ from torch import Tensor
 from gck.compressor import shard_numel
 from gck.error_feedback import STATE_VERSION, is_finite
 from gck.errors import BackendUnavailableError, CorruptPayloadError, StateMismatchError
+from gck.values import MOST_FP64
 from gck.version import __version__
 
-__all__ = ["KINDS", "Entry", "Header", "StateFile", "is_plain", "sync_directory", "write"]
+__all__ = [
+    "KINDS",
+    "MOST_RANKS",
+    "MOST_STEPS",
+    "Entry",
+    "Header",
+    "StateFile",
+    "is_plain",
+    "sync_directory",
+    "write",
+]
 
 FORMAT, VERSION = "gck.state", "1"
 KINDS = ("worker", "server")
+MOST_STEPS, MOST_RANKS = 2**63, 2**31  # that a file says: less than these
 LARGEST_UNIT = 1 << 24  # elements; shards are allocated in whole units, and chunks are far smaller
 
 
@@ -236,9 +247,9 @@ def _header(parsed: Any) -> Header:
     compressor, scale, single = parsed["compressor"], parsed["scale"], parsed["single"]
     if not (compressor is None or isinstance(compressor, str)) or not isinstance(single, bool):
         raise TypeError(f"compressor {compressor!r}, single {single!r}")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= MOST_FP64:
         raise ValueError(f"scale {scale!r}")
-    step, world_size = _integer(parsed["step"], 0, 2**63), _integer(parsed["world_size"], 1, 2**31)
+    step, world_size = _integer(parsed["step"], 0, MOST_STEPS), _integer(parsed["world_size"], 1, MOST_RANKS)
     rank = _integer(parsed["rank"], 0, world_size)
     return Header(step, rank, world_size, compressor, float(scale), single)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.errors import ArgumentError, StateMismatchError
-from gck.values import plain_real, shown
+from gck.values import MOST_FP64, plain_real, shown
 
 __all__ = [
     "STATE_VERSION",
@@ -25,7 +24,6 @@ __all__ = [
 ]
 
 STATE_VERSION = 1
-MOST_FP64 = sys.float_info.max
 B = TypeVar("B", ServerBinding, ShardBinding)
 
 

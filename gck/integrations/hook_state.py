@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.nonfinite import StepGuard
-from gck.values import plain_int, shown
+from gck.values import MOST_FP64, plain_int, shown
 
 __all__ = ["HookState"]
 
@@ -282,8 +281,10 @@ class HookState:
         self._settle()
         check_version("HookState.load_state_dict", state)
         step, scale = state.get("step"), state.get("scale", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-            raise StateMismatchError(f"HookState.load_state_dict: scale must be positive, got {scale!r}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= MOST_FP64:
+            raise StateMismatchError(
+                f"HookState.load_state_dict: scale must be positive and finite, got {shown(scale)}"
+            )
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
         transport = resolve(self.group)

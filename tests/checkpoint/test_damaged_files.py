@@ -76,6 +76,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "world": lying("world_size", value=2**80),
     "bool": lying("step", value=True),
     "scale": lying("scale", value=0),
+    "large scale": lying("scale", value=10**400),
     "nan scale": lying("scale", value=float("nan")),
     "single": lying("single", value=True),
     "no tensors": lying("tensors", value=KeyError),
