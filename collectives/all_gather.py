@@ -19,11 +19,11 @@ from gck.collectives.pieces import Decoding, Keep, Piece, Slice, cut, gathered
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Started, Transport, await_peers, resolve
 from gck.collectives.undo import Undo
-from gck.collectives.work import Work, check_async_op, perform
+from gck.collectives.work import Work, perform
 from gck.compressor import Compressor, compressor_at, decompress_mean_, preview_
 from gck.errors import ArgumentError
 from gck.kernels.common import checks
-from gck.values import shown
+from gck.values import check_flags, shown
 from gck.wire import body_of, payloads_of
 
 __all__ = ["one_phase", "sparse_all_gather"]
@@ -86,7 +86,7 @@ def sparse_all_gather(
         if isinstance(value, Tensor):
             checks.check_tensor("sparse_all_gather", name, value)
             checks.check_device("sparse_all_gather", name, value, "the first tensor", tensors[0])
-    check_async_op("sparse_all_gather", async_op)
+    check_flags("sparse_all_gather", async_op=async_op)
     check_validate("sparse_all_gather", validate)
     transport = resolve(group, timeout)
     options = ", ".join(f"{n}={v}" for n, v in zip(names, payload, strict=True) if not isinstance(v, Tensor))

@@ -23,12 +23,10 @@ from gck.collectives.transports import Transport
 from gck.collectives.transports.checked import Checked
 from gck.collectives.two_phase import Residuals, Shards, two_phase
 from gck.collectives.undo import Undo
-from gck.collectives.work import check_async_op
 from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
-from gck.errors import DtypeError
 from gck.memory import copy_
-from gck.values import plain_int, shown
+from gck.values import check_flags, plain_int
 
 __all__ = ["Reduction", "prepare"]
 
@@ -57,13 +55,11 @@ def prepare(
         function: the public function, for texts; the others are those of `gck.all_reduce_`.
         link: between ranks, or between nodes: what chooses piece_numel where that is None.
     """
-    check_async_op(function, async_op)
+    check_flags(function, async_op=async_op, checksum=checksum)
     check_validate(function, validate)
     check_call(function, grads, states, compressor, op, algorithm)
     piece_numel = plain_int(piece_numel)
     check_piece_numel(function, piece_numel)
-    if not isinstance(checksum, bool):
-        raise DtypeError(f"{function}: checksum must be a bool, got {shown(checksum)}")
     if checksum:
         Checked(transport)  # for what it raises: here, and not once peers wait for messages
     tiers = transport if isinstance(transport, HierarchicalGroup) else None

@@ -1,4 +1,5 @@
-"""Values that callers give: numbers of other libraries made plain, and how errors quote what they refuse."""
+"""Values that callers give: numbers of other libraries made plain, flags checked, and how errors quote what
+they refuse."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["MOST_FP32", "MOST_FP64", "make_plain", "plain_int", "plain_real", "shown"]
+from gck.errors import DtypeError
+
+__all__ = ["MOST_FP32", "MOST_FP64", "check_flags", "make_plain", "plain_int", "plain_real", "shown"]
 
 MOST = 80  # characters of a value's text
 MOST_FP32 = (2 - 2**-23) * 2.0**127  # the largest number of fp32
@@ -47,6 +50,13 @@ def make_plain(options: object, wholes: Iterable[str], reals: Iterable[str]) -> 
             given = getattr(options, name)
             if given is not None and type(given) is not kind:
                 object.__setattr__(options, name, convert(given))
+
+
+def check_flags(function: str, **flags: object) -> None:
+    """Raises DtypeError unless each of these arguments is True or False: "no" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise DtypeError(f"{function}: {name} must be a bool, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -20,7 +20,7 @@ from gck.errors import (
     GroupUnusableError,
     PeerLostError,
 )
-from gck.values import plain_int
+from gck.values import check_flags, plain_int
 
 __all__ = ["SimulatedGroup", "SimulatedMember"]
 
@@ -69,13 +69,14 @@ class SimulatedGroup:
             1024 may have no room for a copy each.
 
     Raises:
-        ArgumentError: world_size or timeout out of range.
+        ArgumentError, DtypeError: world_size or timeout out of range, or shared_gathers no bool.
     """
 
     def __init__(self, world_size: int, timeout: float = 60.0, *, shared_gathers: bool = False) -> None:
         world_size = plain_int(world_size)
         if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
             raise ArgumentError(f"SimulatedGroup: world_size must be a positive int, got {world_size!r}")
+        check_flags("SimulatedGroup", shared_gathers=shared_gathers)
         self.world_size = world_size
         self.shared_gathers = shared_gathers
         self._condition = threading.Condition()

@@ -26,13 +26,11 @@ from torch import Tensor
 
 from gck.collectives.work.handle import Work
 from gck.collectives.work.queue import WorkQueue
-from gck.errors import DtypeError
-from gck.values import shown
 
 if TYPE_CHECKING:
     from gck.collectives.transports import Transport
 
-__all__ = ["Work", "WorkQueue", "check_async_op", "perform", "submit"]
+__all__ = ["Work", "WorkQueue", "perform", "submit"]
 
 T = TypeVar("T")
 
@@ -79,9 +77,3 @@ def perform(
     )
     with turn(function):
         return run()
-
-
-def check_async_op(function: str, async_op: object) -> None:
-    """Raises DtypeError unless `async_op` is a bool."""
-    if not isinstance(async_op, bool):
-        raise DtypeError(f"{function}: async_op must be a bool, got {shown(async_op)}")

@@ -36,7 +36,7 @@ from gck.error_feedback import (
     multiply_,
 )
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
-from gck.values import plain_int, shown
+from gck.values import check_flags, plain_int, shown
 
 __all__ = ["Loaded", "load_state", "save_state", "saved_steps"]
 
@@ -101,6 +101,7 @@ def save_state(
     """
     function = "save_state"
     rank, world_size, step = _checked_place(function, rank, world_size, step)
+    check_flags(function, shared=shared)
     scale, keep = check_factor(function, scale, "scale"), plain_int(keep)
     least = 1 if shared else 2
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < least:
@@ -178,6 +179,7 @@ def load_state(
     function = "load_state"
     rank, world_size, asked = _checked_place(function, rank, world_size, 0 if step is None else step)
     step = None if step is None else asked
+    check_flags(function, reshard=reshard, shared=shared, read_only=read_only)
     if scale is not None:
         scale = check_factor(function, scale, "scale")
     for name, value, allowed in (("op", op, ("avg", "sum")), ("server", server, SERVER)):

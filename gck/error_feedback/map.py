@@ -9,7 +9,7 @@ from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
 from gck.error_feedback.scaling import check_scaled
 from gck.error_feedback.state import ErrorFeedback
 from gck.errors import DtypeError, StateMismatchError
-from gck.values import shown
+from gck.values import check_flags, shown
 
 __all__ = ["ErrorFeedbackMap"]
 
@@ -49,6 +49,7 @@ class ErrorFeedbackMap:
         """`ErrorFeedback.rescale_` of all; where one of them raises, none was changed."""
         function = "ErrorFeedbackMap.rescale_"
         factor = check_factor(function, factor)
+        check_flags(function, drop=drop)
         for name, state in self._states.items() if not drop else ():
             residuals = {"worker residual": state.worker, "server residual": state.server}
             check_scaled(function, {f"{kind} of {name!r}": one for kind, one in residuals.items()}, factor)
@@ -79,6 +80,7 @@ class ErrorFeedbackMap:
         Raises:
             StateMismatchError: one of the states does not fit; nothing was changed.
         """
+        check_flags("ErrorFeedbackMap.load_state_dict", reset_server=reset_server)
         check_version("ErrorFeedbackMap.load_state_dict", state)
         tensors = state.get("tensors")
         if not isinstance(tensors, Mapping):

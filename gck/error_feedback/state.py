@@ -19,6 +19,7 @@ from gck.error_feedback.checks import (
 )
 from gck.error_feedback.scaling import check_scaled, multiply_
 from gck.errors import StateMismatchError
+from gck.values import check_flags
 
 __all__ = ["ErrorFeedback", "Snapshot"]
 
@@ -166,6 +167,7 @@ class ErrorFeedback:
         """
         function = "ErrorFeedback.rescale_"
         factor = check_factor(function, factor)
+        check_flags(function, drop=drop)
         residuals = {"worker residual": self.worker, "server residual": self.server}
         if not drop:
             check_scaled(function, residuals, factor)
@@ -214,6 +216,7 @@ class ErrorFeedback:
             StateMismatchError: the state is malformed, of another version, or belongs to another
                 number of elements, rank or world size; nothing was changed.
         """
+        check_flags("ErrorFeedback.load_state_dict", reset_server=reset_server)
         loaded = self._parsed(state, numel, rank, world_size, reset_server)
         for name in ("worker", "server"):
             mine: Tensor | None = getattr(self, name)

@@ -20,7 +20,7 @@ from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.nonfinite import StepGuard
-from gck.values import MOST_FP64, plain_int, shown
+from gck.values import MOST_FP64, check_flags, plain_int, shown
 
 __all__ = ["HookState"]
 
@@ -87,9 +87,8 @@ class HookState:
         check_validate("HookState", validate)
         if timeout is not None:
             check_timeout(timeout)
-        for name, value in (("bypass_1d", bypass_1d), ("overlap", overlap), ("checksum", checksum)):
-            if not isinstance(value, bool):
-                raise DtypeError(f"HookState: {name} must be a bool, got {shown(value)}")
+        flags = {"overlap": overlap, "checksum": checksum, "skip_nonfinite": skip_nonfinite}
+        check_flags("HookState", bypass_1d=bypass_1d, **flags)
         if link is not None and not isinstance(link, Link):
             raise DtypeError(f"HookState: link must be a Link or None, got {shown(link)}")
         if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
@@ -277,6 +276,7 @@ class HookState:
             StateMismatchError: the state is malformed or does not fit the model, the rank, or, without
                 reset_server, the world size or the compressor; nothing was changed.
         """
+        check_flags("HookState.load_state_dict", reset_server=reset_server)
         self._check_bound("load_state_dict")
         self._settle()
         check_version("HookState.load_state_dict", state)

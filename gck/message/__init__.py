@@ -25,7 +25,7 @@ from gck.message.contents import check_padding, with_clear_padding
 from gck.message.formats import OPTIONS, Format, checked, format_of
 from gck.message.header import CHECKSUM, HEADER_NBYTES, MOST_NUMEL, VERSION, Header, parse
 from gck.payload import Payload
-from gck.values import plain_int, shown
+from gck.values import check_flags, plain_int, shown
 from gck.wire import Layout, body_of, memory_of
 
 __all__ = ["HEADER_NBYTES", "VERSION", "Header", "from_bytes", "read_header", "to_buffers", "to_bytes"]
@@ -45,7 +45,8 @@ def to_bytes(payload: Payload, *, checksum: bool = True) -> bytes:
             that change on their way. It is no signature: whoever changes bytes on purpose changes it, too.
 
     Raises:
-        DtypeError: payload is no payload of gck, or a field of it is of another type than is documented.
+        DtypeError: payload is no payload of gck, or a field of it is of another type than is documented, or
+            checksum no bool.
         CorruptPayloadError: the payload contradicts itself.
         BackendUnavailableError: checksum is asked for and xxhash is not installed.
     """
@@ -153,6 +154,7 @@ def _read_header(function: str, view: memoryview, max_numel: int | None) -> tupl
 
 
 def _buffers(function: str, payload: Payload, checksum: bool) -> tuple[bytes, Tensor]:
+    check_flags(function, checksum=checksum)
     format_ = format_of(payload)
     if format_ is None:
         raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from gck import interop
-from gck.errors import ArgumentError, DtypeError
+from gck.errors import ArgumentError
 from gck.kernels.common import checks
 from gck.kernels.topk import TopK, check_options, resolve_k
 from gck.ops import direct
@@ -19,7 +19,7 @@ from gck.ops.registration import Array, compress, fake_body, plain, register
 from gck.ops.topk_list import topk_ef_list_
 from gck.payload import SparseGrad
 from gck.statistics import Statistics
-from gck.values import plain_int, plain_real, shown
+from gck.values import check_flags, plain_int, plain_real, shown
 from gck.wire import Layout
 
 __all__ = ["topk", "topk_ef_"]
@@ -132,8 +132,7 @@ def topk_ef_(
         payload: SparseGrad | None = direct.maker(TopK)(0, grad, err, ratio, k, value_dtype)
         if payload is not None:
             return payload
-    if not isinstance(flat, bool):
-        raise DtypeError(f"topk_ef_: flat must be a bool, got {shown(flat)}")
+    check_flags("topk_ef_", flat=flat)
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
