@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
-from gck.compressor import Compressor, is_seeded, shard_numel
+from gck.compressor import Compressor, check_compressor, is_seeded, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import ArgumentError, AutogradError, DtypeError, ShapeMismatchError
 from gck.kernels.common import checks
@@ -31,9 +31,7 @@ def check_algorithm(function: str, compressor: object, algorithm: object) -> Non
     if algorithm not in ALGORITHMS:
         names = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
-    if isinstance(compressor, type) or not isinstance(compressor, Compressor):
-        # A class has what its instances have.
-        raise DtypeError(f"{function}: compressor must be a Compressor, got {shown(compressor)}")
+    compressor = check_compressor(function, compressor)
     if algorithm == "two_phase" and compressor.shard_unit is None:
         raise ArgumentError(
             f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'

@@ -24,7 +24,7 @@ from gck.collectives.transports import (
     expect_all_gathers,
     start_all_gather,
 )
-from gck.compressor import Compressor, compressor_at, previews, shard_numel
+from gck.compressor import Compressor, check_compressor, compressor_at, previews, shard_numel
 from gck.errors import ArgumentError, DtypeError
 from gck.values import plain_int, shown
 
@@ -110,8 +110,7 @@ def choose_piece_numel(
         ArgumentError: numel below 0, world_size below 1, or algorithm unknown or not for this compressor.
     """
     function = "choose_piece_numel"
-    if isinstance(compressor, type) or not isinstance(compressor, Compressor):
-        raise DtypeError(f"{function}: compressor must be a Compressor, got {shown(compressor)}")
+    check_compressor(function, compressor)
     numel, world_size = plain_int(numel), plain_int(world_size)
     for name, value, least in (("numel", numel, 0), ("world_size", world_size, 1)):
         if isinstance(value, bool) or not isinstance(value, int):

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from gck.average import average_
-from gck.errors import ArgumentError
+from gck.errors import ArgumentError, DtypeError
 from gck.memory import empty
+from gck.values import shown
 from gck.wire import Layout
 
 __all__ = [
     "REGISTRY",
     "Compressor",
+    "check_compressor",
     "compressor_at",
     "compressor_class",
     "decodes_anything",
@@ -107,6 +109,13 @@ class Compressor(Protocol):
             CorruptPayloadError: before anything is written, where the check costs no host sync.
         """
         ...
+
+
+def check_compressor(function: str, compressor: object) -> Compressor:
+    """Raises DtypeError unless `compressor` is one; a class, which has what its instances have, is none."""
+    if isinstance(compressor, type) or not isinstance(compressor, Compressor):
+        raise DtypeError(f"{function}: compressor must be a Compressor, got {shown(compressor)}")
+    return compressor
 
 
 def decodes_anything(compressor: Compressor) -> bool:

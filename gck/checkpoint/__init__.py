@@ -25,7 +25,7 @@ from gck.checkpoint.file import (
 )
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
-from gck.compressor import Compressor, describe
+from gck.compressor import Compressor, check_compressor, describe
 from gck.error_feedback import (
     STATE_VERSION,
     ErrorFeedback,
@@ -102,6 +102,8 @@ def save_state(
     function = "save_state"
     rank, world_size, step = _checked_place(function, rank, world_size, step)
     check_flags(function, shared=shared)
+    if compressor is not None:
+        check_compressor(function, compressor)
     scale, keep = check_factor(function, scale, "scale"), plain_int(keep)
     least = 1 if shared else 2
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < least:
@@ -180,6 +182,8 @@ def load_state(
     rank, world_size, asked = _checked_place(function, rank, world_size, 0 if step is None else step)
     step = None if step is None else asked
     check_flags(function, reshard=reshard, shared=shared, read_only=read_only)
+    if compressor is not None:
+        check_compressor(function, compressor)
     if scale is not None:
         scale = check_factor(function, scale, "scale")
     for name, value, allowed in (("op", op, ("avg", "sum")), ("server", server, SERVER)):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import gck
-from gck.errors import ArgumentError, StateMismatchError
+from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from tests.cases import same_bytes
 from tests.checkpoint.saved import SIGN, equal, load, save, used
 
@@ -98,3 +100,15 @@ def test_server_residuals_that_are_reset_may_be_of_any_size(tmp_path: Path) -> N
         load(tmp_path, loaded, scale=2.0)
     load(tmp_path, loaded, scale=2.0, server="reset")
     assert loaded.server is None
+
+
+@pytest.mark.parametrize("compressor", [gck.Sign, "Sign(chunk_size=32)", 7, torch.zeros(1)])
+def test_compressors_that_are_none(compressor: Any, tmp_path: Path) -> None:
+    save(tmp_path)
+    before, loaded = content(tmp_path), used(fill=1)
+    with pytest.raises(DtypeError, match=r"^save_state: compressor must be a Compressor, got "):
+        save(tmp_path, compressor=compressor)
+    with pytest.raises(DtypeError, match=r"^load_state: compressor must be a Compressor, got "):
+        load(tmp_path, loaded, compressor=compressor)
+    assert content(tmp_path) == before
+    assert equal(loaded, used(fill=1))
