@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import gck
+from gck.compressor import REGISTRY, compressor_class
 
 DOCS = Path(__file__).parent.parent / "docs"
 ELSEWHERE = {"nccl.md"}  # needs a library: tests/nccl
@@ -38,6 +39,17 @@ def test_rows_of_tables_have_all_cells() -> None:
         for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), re.MULTILINE):
             cells = {row: len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
             assert len(set(cells.values())) == 1, f"{path.name}: {cells}"
+
+
+def test_methods_of_compressors_exist() -> None:
+    kinds = [compressor_class(name) for name in REGISTRY]
+    named = {
+        (path.name, name)
+        for path in (DOCS.parent / "README.md", *DOCS.rglob("*.md"))
+        for name in re.findall(r"`compressor\.(\w+)", path.read_text())
+    }
+    assert named
+    assert [place for place in named if not any(hasattr(kind, place[1]) for kind in kinds)] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
