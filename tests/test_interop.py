@@ -1,4 +1,4 @@
-"""Which stream of torch's a CuPy array is worked on in."""
+"""Arrays of other libraries: which stream of torch's they are worked on in, and that they come back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import gck
 from gck.interop import borrowed
 
 
@@ -47,3 +48,17 @@ def test_streams_by_their_handles(handle: int, expected: str, monkeypatch: pytes
     assert array.tensor.tolist() == [2, 2, 2]
     with borrowed("test", (), x=torch.ones(3)):  # of torch alone: its own current stream
         assert entered == [expected]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_results_come_back_as_what_was_given(many: bool) -> None:
+    np = pytest.importorskip("numpy")
+    payload = gck.topk(torch.tensor([1.0, 4.0, -3.0]), k=2)
+    out = np.ones(3, dtype=np.float32)
+    given = [payload, payload] if many else payload
+    assert gck.decompress(given, out=out) is out
+    assert gck.decompress_add_(out, given) is out
+    assert out.tolist() == [0.0, 8.0 * (1 + many), -6.0 * (1 + many)]
+    tensor = torch.ones(3)
+    assert gck.decompress(given, out=tensor) is tensor
+    assert gck.decompress_add_(tensor, given) is tensor

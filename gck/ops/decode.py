@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -26,7 +26,14 @@ from gck.wire import ALIGNMENT, body_of, layout_of
 __all__ = ["decompress", "decompress_add_"]
 
 
-def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor:
+A = TypeVar("A", bound=Array)
+
+
+@overload
+def decompress(payload: Payload | list[Any], out: None = None) -> Tensor: ...
+@overload
+def decompress(payload: Payload | list[Any], out: A) -> A: ...
+def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
     """The dense vector that a receiver of `payload` sees; of several payloads, the sum of theirs.
 
     Args:
@@ -36,7 +43,8 @@ def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
-        out, or a new (numel,) fp32 tensor; on the CPU its storage cannot be resized where it is large.
+        out, an array where it is one, or a new (numel,) fp32 tensor; on the CPU its storage cannot be resized
+        where it is large.
 
     Single payloads trace under torch.compile; lists, whose place in memory is looked at, do not.
 
@@ -61,7 +69,7 @@ def decompress(payload: Payload | list[Any], out: Array | None = None) -> Tensor
     return _decode("decompress", out, payload, 1.0, False)
 
 
-def decompress_add_(out: Array, payload: Payload | list[Any], alpha: float = 1.0) -> Tensor:
+def decompress_add_(out: A, payload: Payload | list[Any], alpha: float = 1.0) -> A:
     """Adds alpha * decompress(payload) to out: one product and one sum in fp32 an element.
 
     Of several payloads, one product and one sum each, in their order.
@@ -69,7 +77,7 @@ def decompress_add_(out: Array, payload: Payload | list[Any], alpha: float = 1.0
     Args and errors as for `decompress`; alpha must be finite. Returns out.
     """
     done = None if out is None else direct.decompress(payload, out, alpha, True)
-    return _decode("decompress_add_", out, payload, alpha, True) if done is None else done
+    return _decode("decompress_add_", out, payload, alpha, True) if done is None else cast(A, done)
 
 
 def _first(function: str, payload: Payload | list[Any]) -> Payload:
@@ -131,14 +139,13 @@ def _coded(function: str, payload: CodedSparse) -> tuple[list[Tensor], list[int]
     return [payload.values, payload.scales, payload.index_low, payload.index_high], options
 
 
-def _decode(
-    function: str, out: Array, payload: Payload | list[Any], alpha: float, accumulate: bool
-) -> Tensor:
+def _decode(function: str, out: A, payload: Payload | list[Any], alpha: float, accumulate: bool) -> A:
     first = _first(function, payload)
     name, fields, options = _parts(function, first)
     if not isinstance(out, Tensor):
         with interop.borrowed(function, ("out",), out=out) as (tensor,):
-            return _decode(function, tensor, payload, alpha, accumulate)
+            _decode(function, tensor, payload, alpha, accumulate)
+        return out
     checks.check_fp32(function, "out", out)
     if out.numel() != first.numel:
         raise ShapeMismatchError(
