@@ -72,6 +72,8 @@ def shown(value: Any) -> str:
     kind = type(value).__name__
     try:
         if isinstance(value, Tensor):
+            if value.is_nested:  # its shape may be none
+                return f"a nested tensor, {value.dtype}, {value.device}"
             return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
         if _is_array(value):
             return f"an array of shape {tuple(value.shape)}, {value.dtype} ({kind})"

@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "body_in_place",
     "body_of",
+    "has_memory",
     "layout_of",
     "memory_of",
     "payloads_of",
@@ -187,6 +188,7 @@ def body_in_place(*fields: Tensor) -> Tensor | None:
         for f, place in zip(fields, layout.fields, strict=True)
         if place.count  # what is empty lies nowhere
     )
+    in_place = in_place and not any(f.is_neg() for f in fields)  # memory holds the opposite
     if not in_place:
         return None
     whole = torch.empty(0, dtype=torch.uint8, device=first.device)
@@ -202,6 +204,14 @@ def payloads_of(like: P, rows: Iterable[Tensor]) -> list[P]:
         fields = (next(views).view(value.shape) if isinstance(value, Tensor) else value for value in like)
         payloads.append(type(like)(*fields))
     return payloads
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the elements of a strided tensor can be read from its memory. Tensors on the meta device, fake
+    and masked ones, zeros of forward-mode differentiation, and those whose storage was freed have none."""
+    if tensor.untyped_storage().device.type == "meta":  # of fake ones, too
+        return False
+    return not tensor.nbytes or tensor.data_ptr() != 0
 
 
 def memory_of(body: Tensor) -> memoryview:

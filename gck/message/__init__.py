@@ -26,7 +26,7 @@ from gck.message.formats import OPTIONS, Format, checked, format_of
 from gck.message.header import CHECKSUM, HEADER_NBYTES, MOST_NUMEL, VERSION, Header, parse
 from gck.payload import Payload
 from gck.values import check_flags, plain_int, shown
-from gck.wire import Layout, body_of, memory_of
+from gck.wire import Layout, body_of, has_memory, memory_of
 
 __all__ = ["HEADER_NBYTES", "VERSION", "Header", "from_bytes", "read_header", "to_buffers", "to_bytes"]
 
@@ -186,8 +186,7 @@ def _buffers(function: str, payload: Payload, checksum: bool) -> tuple[bytes, Te
 def _check_types(function: str, payload: Payload) -> None:
     for name, value in payload._asdict().items():
         if isinstance(value, Tensor):
-            if value.layout is not torch.strided or not value.is_contiguous():
-                raise LayoutError(f"{function}: payload.{name} must be contiguous, got {tuple(value.shape)}")
+            _check_memory(function, f"payload.{name}", value)
         elif name in ("scale", "index_codec"):
             if not isinstance(value, str):
                 raise DtypeError(f"{function}: payload.{name} must be a str, got {shown(value)}")
@@ -196,6 +195,13 @@ def _check_types(function: str, payload: Payload) -> None:
     for field in payload.fields:
         if not isinstance(field, Tensor):
             raise DtypeError(f"{function}: fields of a payload must be tensors, got {shown(field)}")
+
+
+def _check_memory(function: str, name: str, value: Tensor) -> None:
+    if value.is_nested or value.layout is not torch.strided or not value.is_contiguous():
+        raise LayoutError(f"{function}: {name} must be contiguous, got {shown(value)}")
+    if not has_memory(value):
+        raise LayoutError(f"{function}: {name} has no memory that can be read, got {shown(value)}")
 
 
 def _check(function: str, header: Header, format_: Format, layout: Layout, body: Tensor) -> None:
@@ -235,11 +241,9 @@ def _naming(function: str) -> Iterator[None]:
 def _viewed(function: str, data: Any) -> Iterator[memoryview]:
     """The bytes of `data`, for as long as the context lasts."""
     if isinstance(data, Tensor):
-        if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
-            raise DtypeError(
-                f"{function}: data must be contiguous (nbytes,) uint8, "
-                f"got {tuple(data.shape)} of {data.dtype}"
-            )
+        if data.is_nested or data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous():
+            raise DtypeError(f"{function}: data must be contiguous (nbytes,) uint8, got {shown(data)}")
+        _check_memory(function, "data", data)
         host = data.detach().cpu()
         yield memory_of(host)
         return

@@ -298,8 +298,8 @@ def test_what_is_not_finite_passes() -> None:
     [
         (5, DtypeError, r"got 5 \(int\)"),
         ("text", DtypeError, r"got 'text' \(str\)"),
-        (torch.zeros(64), DtypeError, r"got \(64,\) of torch.float32"),
-        (torch.zeros(2, 64, dtype=torch.uint8), DtypeError, r"got \(2, 64\)"),
+        (torch.zeros(64), DtypeError, r"got a tensor of shape \(64,\), torch.float32"),
+        (torch.zeros(2, 64, dtype=torch.uint8), DtypeError, r"got a tensor of shape \(2, 64\)"),
         (memoryview(bytes(128))[::2], LayoutError, r"got strides \(2,\)"),
         (b"", CorruptPayloadError, "got 0 bytes"),
     ],
