@@ -14,10 +14,20 @@ from torch import Tensor
 
 from gck.errors import DtypeError
 
-__all__ = ["MOST_FP32", "MOST_FP64", "check_flags", "make_plain", "plain_int", "plain_real", "shown"]
+__all__ = [
+    "MOST_FP32",
+    "MOST_FP64",
+    "ZERO_FP32",
+    "check_flags",
+    "make_plain",
+    "plain_int",
+    "plain_real",
+    "shown",
+]
 
 MOST = 80  # characters of a value's text
 MOST_FP32 = (2 - 2**-23) * 2.0**127  # the largest number of fp32
+ZERO_FP32 = 2.0**-150  # the largest number that fp32 rounds to 0
 MOST_FP64 = sys.float_info.max
 
 

@@ -52,7 +52,7 @@ def chunk_topk_ef_(
             and one of two levels, the means of the magnitudes above and below the mean.
         nonfinite: (1,) int64 on the same device; increased by the number of residuals cleared.
         decay: acc = fp32(grad) + clamp(decay * err, -clip, clip): the residual is multiplied by it as it is
-            read; in (0, 1], rounded to fp32. What travels is what would if each call ended with
+            read; in (0, 1] as fp32 rounds it. What travels is what would if each call ended with
             err = clamp(decay * (acc - decoded), -clip, clip).
         clip: bound of what is added to the gradient: a number above 0, or a one-element fp32 tensor on the
             same device, which nobody waits for, and which counts as 0 where it is not above 0. None: no

@@ -105,7 +105,7 @@ def topk_ef_(
             lists.
         flat: for lists: select from all tensors together.
         decay: acc = fp32(grad) + clamp(decay * err, -clip, clip): the residual is multiplied by it as it is
-            read; in (0, 1], rounded to fp32. What travels is what would if each call ended with
+            read; in (0, 1] as fp32 rounds it. What travels is what would if each call ended with
             err = clamp(decay * (acc - decoded), -clip, clip).
         clip: bound of what is added to the gradient: a number above 0, or a one-element fp32 tensor on the
             same device, which nobody waits for, and which counts as 0 where it is not above 0. None: no
@@ -133,6 +133,8 @@ def topk_ef_(
         if payload is not None:
             return payload
     check_flags("topk_ef_", flat=flat)
+    decay = plain_real(decay)
+    checks.check_residual("topk_ef_", decay, None)
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):
         if hint is not None:
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")

@@ -20,7 +20,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.statistics import FIELDS, Statistics
-from gck.values import MOST_FP32, plain_real, shown
+from gck.values import MOST_FP32, ZERO_FP32, plain_real, shown
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
@@ -267,20 +267,24 @@ def clip_of(clip: float, device: torch.device) -> Tensor:
     return torch.full((1,), limit, dtype=torch.float32, device=device)
 
 
+def _in_fp32(value: float) -> str:
+    return " as fp32 rounds it" if 0 < value <= ZERO_FP32 else ""
+
+
 def check_residual(function: str, decay: object, clip: object) -> None:
-    """Raises unless decay is a number in (0, 1], and clip None or a number above 0."""
+    """Raises unless decay is a number in (0, 1], and clip None or a number above 0, in fp32, too."""
     if clip is None and type(decay) is float and decay == 1:  # by far the most calls
         return
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
         raise DtypeError(f"{function}: decay must be a number, got {shown(decay)}")
-    if not 0 < decay <= 1:  # False for NaN
-        raise ArgumentError(f"{function}: decay must be in (0, 1], got {decay}")
+    if not ZERO_FP32 < decay <= 1:  # False for NaN
+        raise ArgumentError(f"{function}: decay must be in (0, 1]{_in_fp32(decay)}, got {decay}")
     if clip is None:
         return
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise DtypeError(f"{function}: clip must be a number or a tensor, got {shown(clip)}")
-    if not clip > 0:
-        raise ArgumentError(f"{function}: clip must be above 0, got {clip}")
+    if not clip > ZERO_FP32:
+        raise ArgumentError(f"{function}: clip must be above 0{_in_fp32(clip)}, got {clip}")
 
 
 def residual_options(
@@ -305,6 +309,10 @@ def residual_options(
         raise DtypeError(f"{function}: stats must be a gck.Statistics, got {shown(stats)}")
     values = stats.values
     check_written(function, "stats", values, torch.float64, len(FIELDS), grad)
+    if values.dim() != 1:
+        raise ShapeMismatchError(
+            f"{function}: stats must have shape ({len(FIELDS)},), got shape {tuple(values.shape)}"
+        )
     check_not_recorded(function, "stats", values)
     return float(cast(float, decay)), cast(Tensor | None, clip), values
 

@@ -1,15 +1,16 @@
-"""Options at their limits: clips above every number, and top-k in few bytes, which takes no statistics."""
+"""Options at their limits: clips above all numbers and at 0; top-k in few bytes, which has no statistics."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import gck
-from gck.errors import ArgumentError
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from tests.cases import make, same_bytes
 from tests.contract import check_case, kernels_of
 from tests.kernels.test_options import FUNCTIONS
@@ -55,3 +56,49 @@ def test_so_does_that_of_a_compressor(clip: float) -> None:
         compressor.compress_(grad, err, torch.zeros(1, compressor.layout(3000).nbytes, dtype=torch.uint8))
         left.append(err)
     assert same_bytes(*left)
+
+
+ZERO = 2.0**-150  # lies halfway to the least number, and is rounded to even
+
+
+@pytest.mark.parametrize("value", [ZERO, 1e-46, 5e-324])
+@pytest.mark.parametrize("name", ["decay", "clip"])
+def test_what_fp32_rounds_to_0_is_refused(name: str, value: float) -> None:
+    text = f"{name} must be .* as fp32 rounds it, got {value}"
+    grad, err = torch.ones(300), torch.ones(300)
+    for call in FUNCTIONS.values():
+        with pytest.raises(ArgumentError, match=f"_ef_: {text}"):
+            call(grad, err, **{name: value})
+    for make_one in (gck.Sign, gck.Quantize, gck.ChunkTopK):
+        with pytest.raises(ArgumentError, match=text):
+            make_one(**{name: value})
+    assert torch.equal(err, torch.ones(300))
+
+
+@pytest.mark.parametrize("name", ["decay", "clip"])
+def test_the_least_number_is_not_0(name: str) -> None:
+    err = torch.ones(300)
+    gck.topk_ef_(torch.zeros(300), err, k=1, **{name: math.nextafter(ZERO, 1.0)})  # type: ignore[call-overload]
+    assert err.count_nonzero() == 299
+
+
+@pytest.mark.parametrize("decay", [True, False, torch.tensor(1.0), "1"], ids=str)
+def test_decays_that_are_no_numbers(decay: Any) -> None:
+    grad, err = torch.ones(300), torch.ones(300)
+    for call in FUNCTIONS.values():
+        with pytest.raises(DtypeError, match="_ef_: decay must be a number, got "):
+            call(grad, err, decay=decay)
+    with pytest.raises(DtypeError, match=r"^topk_ef_: decay must be a number, got "):
+        gck.topk_ef_([grad], [err], k=3, decay=decay)  # type: ignore[call-overload]
+    assert torch.equal(err, torch.ones(300))
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
+def test_statistics_of_another_shape(shape: tuple[int, int]) -> None:
+    stats = gck.Statistics(torch.ones(shape, dtype=torch.float64))
+    grad, err = torch.ones(300), torch.ones(300)
+    for call in FUNCTIONS.values():
+        with pytest.raises(ShapeMismatchError, match=r"_ef_: stats must have shape \(5,\), got "):
+            call(grad, err, stats=stats)
+    assert torch.equal(err, torch.ones(300))
+    assert torch.equal(stats.values, torch.ones(shape, dtype=torch.float64))
