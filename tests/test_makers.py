@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import gck
 from gck._native import sees_tensors
@@ -113,14 +115,22 @@ def test_memory_that_is_given_away_meanwhile_is_not_used() -> None:
     assert not err.any()
 
 
+def freed() -> Tensor:
+    tensor = torch.ones(64)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("make", [freed, lambda: torch._efficientzerotensor(64)], ids=["freed", "zeros"])
 @pytest.mark.parametrize("name", ["grad", "err"])
-def test_tensors_without_memory_are_refused(name: str) -> None:
-    both = dict(zip(("grad", "err"), inputs(64), strict=True)) | {name: torch._efficientzerotensor(64)}
-    with pytest.raises(LayoutError, match=f"topk_ef_: {name} has no memory of its own"):
+def test_tensors_without_memory_are_refused(name: str, make: Callable[[], Tensor]) -> None:
+    both = dict(zip(("grad", "err"), inputs(64), strict=True)) | {name: make()}
+    text = "has no memory: its storage was freed, or it is zeros of forward-mode differentiation; got"
+    with pytest.raises(LayoutError, match=f"topk_ef_: {name} {text}"):
         gck.topk_ef_(**both, k=2)
     payload = gck.sign_ef_(*inputs(64))
-    with pytest.raises(LayoutError, match="out has no memory of its own"):
-        gck.decompress(payload, torch._efficientzerotensor(64))
+    with pytest.raises(LayoutError, match=f"out {text}"):
+        gck.decompress(payload, make())
 
 
 @needs_table

@@ -13,6 +13,7 @@ from gck.errors import (
     ArgumentError,
     AutogradError,
     DtypeError,
+    LayoutError,
 )
 from tests.ops_calls import FUNCTIONS, pair
 
@@ -137,3 +138,29 @@ def test_errors_name_the_function(function: str) -> None:
     for bad in ((grad, err.double()), (grad[::2], err), (grad.int(), err), (grad, err[1:]), (grad, grad)):
         with pytest.raises(gck.errors.GckError, match=f"^{function}: "):
             FUNCTIONS[function](*bad)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_views_that_are_negated_lazily_are_not_written_to(function: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    with pytest.raises(LayoutError, match=f"^{function}: err is negated lazily, and cannot be written to"):
+        FUNCTIONS[function](grad, torch._neg_view(err))
+    with pytest.raises(LayoutError, match=r"^decompress: out is negated lazily"):
+        gck.decompress(gck.sign_ef_(grad, err.clone()), out=torch._neg_view(err))
+    assert torch.equal(err, before)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nested_tensors(function: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    for name, pair_of in (("grad", (nested(grad), err)), ("err", (grad, nested(err)))):
+        with pytest.raises(LayoutError, match=f"^{function}: {name} must be contiguous, got a nested tensor"):
+            FUNCTIONS[function](*pair_of)
+    assert torch.equal(err, before)
+
+
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([tensor[:300], tensor[300:]])

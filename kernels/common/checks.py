@@ -30,6 +30,8 @@ _FP32, _STRIDED = torch.float32, torch.strided
 def check_tensor(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise DtypeError(f"{function}: {name} must be a tensor, got {shown(value)}")
+    if value.is_nested:
+        raise LayoutError(f"{function}: {name} must be contiguous, got {shown(value)}")
     if value.layout is not torch.strided or not value.is_contiguous():
         raise LayoutError(
             f"{function}: {name} must be contiguous, got shape {tuple(value.shape)} "
@@ -49,6 +51,8 @@ def check_fp32(function: str, name: str, value: Tensor) -> None:
     if value.dtype != torch.float32:
         raise DtypeError(f"{function}: {name} must be float32, got {value.dtype}")
     check_not_recorded(function, name, value)
+    if not torch.compiler.is_compiling() and value.is_neg():  # all that must be fp32 is written to
+        raise LayoutError(f"{function}: {name} is negated lazily, and cannot be written to")
 
 
 def check_not_recorded(function: str, name: str, value: Tensor) -> None:
@@ -97,6 +101,8 @@ def acceptable(grad: Tensor, err: Tensor) -> bool:
         and grad.numel() == err.numel()
         and ((grad.is_cpu and err.is_cpu) or grad.device == err.device)
         and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
+        and not (grad.is_nested or err.is_nested)
+        and (torch.compiler.is_compiling() or not err.is_neg())
     )
 
 
@@ -152,8 +158,8 @@ def check_no_overlap(function: str, **tensors: Tensor) -> None:
             continue
         if start == 0:
             raise LayoutError(
-                f"{function}: {name} has no memory of its own, as zeros of forward-mode differentiation, "
-                f"got {shown(tensor)}"
+                f"{function}: {name} has no memory: its storage was freed, or it is zeros of forward-mode "
+                f"differentiation; got {shown(tensor)}"
             )
         spans.append((start, start + nbytes, name))
     spans.sort()
