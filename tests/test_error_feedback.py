@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, ServerBinding
-from gck.errors import DtypeError, StateMismatchError
+from gck.errors import ArgumentError, DtypeError, StateMismatchError
 
 CPU = torch.device("cpu")
 BINDING = ServerBinding(rank=1, world_size=2, unit=64)
@@ -237,3 +237,51 @@ def test_map_is_unchanged_when_one_state_does_not_fit(options: Any, text: str) -
 def test_map_of_malformed_states(state: Any) -> None:
     with pytest.raises(StateMismatchError):
         ErrorFeedbackMap().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"rank": "a"}, DtypeError),
+        ({"rank": True}, DtypeError),
+        ({"rank": -1}, ArgumentError),
+        ({"rank": 2, "world_size": 2}, ArgumentError),
+        ({"world_size": 0}, ArgumentError),
+        ({"world_size": 2.0}, DtypeError),
+    ],
+)
+@pytest.mark.parametrize("saved", [ErrorFeedback, used])
+def test_places_that_are_none(saved: Any, options: Any, error: type[Exception]) -> None:
+    """Also where there is no server residual whose place could differ."""
+    many = ErrorFeedbackMap()
+    for state in (used(), many):
+        with pytest.raises(error, match=r"load_state_dict: (rank|world_size) "):
+            state.load_state_dict(saved().state_dict(), **options)
+        assert equal(state, used()) if isinstance(state, ErrorFeedback) else not many
+
+
+@pytest.mark.parametrize(
+    "change", [{"rank": -1}, {"rank": 2}, {"rank": "1"}, {"unit": 0}, {"world_size": 2.5}]
+)
+def test_saved_places_that_are_none(change: Any) -> None:
+    state = ErrorFeedback()
+    with pytest.raises(StateMismatchError, match=r"ServerBinding.* in the saved server residual"):
+        state.load_state_dict(used().state_dict() | change)
+    assert equal(state, ErrorFeedback())
+
+
+@pytest.mark.parametrize("numel", [-1, "100"])
+def test_sizes_that_are_none(numel: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^ErrorFeedback.load_state_dict: numel "):
+        ErrorFeedback().load_state_dict({"version": 1}, numel=numel)
+    with pytest.raises(DtypeError, match=r"^ErrorFeedbackMap.load_state_dict: numels must be a dict, got"):
+        ErrorFeedbackMap().load_state_dict({"version": 1, "tensors": {}}, numels=numel)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_residuals_that_are_loaded_are_part_of_no_graph(fresh: bool) -> None:
+    state = ErrorFeedback() if fresh else used()
+    state.load_state_dict(used().state_dict() | {"worker": torch.arange(100.0).requires_grad_()})
+    assert equal(state, used())
+    assert state.worker is not None
+    assert not state.worker.requires_grad

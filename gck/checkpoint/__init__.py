@@ -149,8 +149,9 @@ def load_state(
         state: replaced; of the same type as was saved.
         compressor: must be that which was saved, but for fields that are others at every step.
         step: load this one instead of the newest; must be given where `shared` is false.
-        numels: elements of each gradient by name (of the gradient, for an `ErrorFeedback`); names and sizes
-            that do not fit are errors.
+        numels: elements of each gradient by name (of the gradient, for an `ErrorFeedback`); a saved name that
+            it lacks and another size are errors. It may have names that were not saved: what was never
+            compressed has no residuals.
         scale: of the loss from now on; residuals that were saved under another one are rescaled, as by
             `ErrorFeedback.rescale_`. Default: they stay as saved.
         reshard: allow that another number of ranks has saved. Needs a shared directory.

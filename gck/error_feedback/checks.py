@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
-from gck.errors import ArgumentError, StateMismatchError
+from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.values import MOST_FP64, plain_real, shown
 
 __all__ = [
     "STATE_VERSION",
     "check_factor",
+    "check_place",
     "check_version",
     "checked_residual",
     "is_finite",
@@ -45,16 +47,40 @@ def check_version(function: str, state: Any) -> None:
         )
 
 
+def check_place(function: str, rank: object, world_size: object, numel: object = None) -> None:
+    """Each is None or an int in its range.
+
+    Raises:
+        DtypeError, ArgumentError: one is not.
+    """
+    size = math.inf if world_size is None else world_size
+    for name, value, least, end in (
+        ("world_size", world_size, 1, math.inf),
+        ("rank", rank, 0, size),
+        ("numel", numel, 0, math.inf),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
+        if value is not None and not least <= value < cast(float, end):
+            of = f" of world size {world_size}" if name == "rank" and world_size is not None else ""
+            raise ArgumentError(f"{function}: {name} out of range, got {value}{of}")
+
+
 def saved_binding(kind: type[B], state: Any, name: str) -> B:
     """The binding that the entries of `state` say; `name` is what it belongs to, for texts.
 
     Raises:
-        StateMismatchError: an entry is missing, or no int.
+        StateMismatchError: an entry is missing, no int, or out of range.
     """
     try:
-        return kind(*(int(state[key]) for key in kind._fields))
-    except (KeyError, TypeError, ValueError) as error:
+        values = [state[key] for key in kind._fields]
+    except (KeyError, TypeError) as error:
         raise StateMismatchError(f"load_state_dict: {error!r} in the saved {name}") from error
+    binding = kind(*values)
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    if not (whole and min(values) >= 0 and binding.rank < binding.world_size and binding.unit >= 1):
+        raise StateMismatchError(f"load_state_dict: {shown(binding)} in the saved {name}")
+    return binding
 
 
 def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:

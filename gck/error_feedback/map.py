@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gck.error_feedback.checks import STATE_VERSION, check_factor, check_version
+from gck.error_feedback.checks import STATE_VERSION, check_factor, check_place, check_version
 from gck.error_feedback.scaling import check_scaled
 from gck.error_feedback.state import ErrorFeedback
 from gck.errors import DtypeError, StateMismatchError
-from gck.values import check_flags, shown
+from gck.values import check_flags, plain_int, shown
 
 __all__ = ["ErrorFeedbackMap"]
 
@@ -75,13 +75,18 @@ class ErrorFeedbackMap:
         """Replaces all residuals; see `ErrorFeedback.load_state_dict`.
 
         Args:
-            numels: elements of each gradient; with it, unknown names are errors as well.
+            numels: elements of each gradient; with it, a saved name that it lacks is an error as well. It may
+                have more names than were saved.
 
         Raises:
             StateMismatchError: one of the states does not fit; nothing was changed.
         """
-        check_flags("ErrorFeedbackMap.load_state_dict", reset_server=reset_server)
-        check_version("ErrorFeedbackMap.load_state_dict", state)
+        function = "ErrorFeedbackMap.load_state_dict"
+        check_flags(function, reset_server=reset_server)
+        check_place(function, plain_int(rank), plain_int(world_size))
+        if numels is not None and not isinstance(numels, Mapping):
+            raise DtypeError(f"{function}: numels must be a dict, got {shown(numels)}")
+        check_version(function, state)
         tensors = state.get("tensors")
         if not isinstance(tensors, Mapping):
             raise StateMismatchError(f"load_state_dict: tensors must be a dict, got {shown(tensors)}")

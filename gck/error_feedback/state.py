@@ -12,6 +12,7 @@ from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.error_feedback.checks import (
     STATE_VERSION,
     check_factor,
+    check_place,
     check_version,
     saved_binding,
     saved_count,
@@ -19,7 +20,7 @@ from gck.error_feedback.checks import (
 )
 from gck.error_feedback.scaling import check_scaled, multiply_
 from gck.errors import StateMismatchError
-from gck.values import check_flags
+from gck.values import check_flags, plain_int
 
 __all__ = ["ErrorFeedback", "Snapshot"]
 
@@ -213,15 +214,21 @@ class ErrorFeedback:
                 of the world size.
 
         Raises:
+            DtypeError, ArgumentError: numel, rank or world_size is no int or out of range, or reset_server
+                no bool.
             StateMismatchError: the state is malformed, of another version, or belongs to another
                 number of elements, rank or world size; nothing was changed.
         """
-        check_flags("ErrorFeedback.load_state_dict", reset_server=reset_server)
+        function = "ErrorFeedback.load_state_dict"
+        check_flags(function, reset_server=reset_server)
+        numel, rank, world_size = plain_int(numel), plain_int(rank), plain_int(world_size)
+        check_place(function, rank, world_size, numel)
         loaded = self._parsed(state, numel, rank, world_size, reset_server)
         for name in ("worker", "server"):
             mine: Tensor | None = getattr(self, name)
             theirs: Tensor | None = getattr(loaded, name)
             if theirs is not None:
+                theirs = theirs.detach()
                 theirs = theirs.clone() if mine is None else theirs.to(mine, copy=True)
             setattr(self, name, theirs)
         self.binding, self.shard, self.nonfinite = loaded.binding, loaded.shard, loaded.nonfinite
