@@ -4,8 +4,9 @@ A payload is a NamedTuple of tensors. The tensors are views of one contiguous bu
 wire body (see `gck.wire`), so sending it copies nothing. Payloads made by hand from separate tensors
 are accepted everywhere as well.
 
-To keep a payload, write `gck.to_bytes(payload)`: torch.save and pickle write the memory that its tensors
-share once for each of them, or refuse to.
+To keep a payload or to send it to another process, use `gck.to_bytes(payload)` and `gck.from_bytes`, not
+torch.save or pickle: these write the memory that its tensors share once for each of them, refuse to, or
+write what they cannot read again (the words of `PackedSigns`); the errors are theirs.
 """
 
 from __future__ import annotations
