@@ -261,7 +261,7 @@ def test_places_that_are_none(saved: Any, options: Any, error: type[Exception]) 
 
 
 @pytest.mark.parametrize(
-    "change", [{"rank": -1}, {"rank": 2}, {"rank": "1"}, {"unit": 0}, {"world_size": 2.5}]
+    "change", [{"rank": -1}, {"world_size": 0}, {"rank": "1"}, {"unit": 0}, {"world_size": 2.5}]
 )
 def test_saved_places_that_are_none(change: Any) -> None:
     state = ErrorFeedback()

@@ -78,7 +78,7 @@ def saved_binding(kind: type[B], state: Any, name: str) -> B:
         raise StateMismatchError(f"load_state_dict: {error!r} in the saved {name}") from error
     binding = kind(*values)
     whole = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
-    if not (whole and min(values) >= 0 and binding.rank < binding.world_size and binding.unit >= 1):
+    if not (whole and min(values) >= 0 and binding.world_size >= 1 and binding.unit >= 1):
         raise StateMismatchError(f"load_state_dict: {shown(binding)} in the saved {name}")
     return binding
 
