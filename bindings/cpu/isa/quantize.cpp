@@ -338,7 +338,7 @@ int64_t quantize_reduce(const QuantizeDecode& from, const MeanInto& into, const 
   QuantizeChunks job = to;
   job.err = into.err;
   return compress_chunks<Dtype::none>(
-      job, begin, end, tile_by_tile(to.chunk_size, begin, end, [&](int64_t first, int64_t last) {
+      job, begin, end, tile_by_tile(to.chunk_size, from.ranks, begin, end, [&](int64_t first, int64_t last) {
         add_mean_of_all(from, into, first, last, some, decode_part);
       }));
 }

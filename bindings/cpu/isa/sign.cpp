@@ -264,7 +264,7 @@ int64_t sign_reduce(const SignDecode& from, const MeanInto& into, const SignChun
   SignChunks job = to;
   job.err = into.err;
   return compress_chunks<Dtype::none>(
-      job, begin, end, tile_by_tile(to.chunk_size, begin, end, [&](int64_t first, int64_t last) {
+      job, begin, end, tile_by_tile(to.chunk_size, from.ranks, begin, end, [&](int64_t first, int64_t last) {
         add_mean_of_all(from, into, first, last, some, decode_part);
       }));
 }

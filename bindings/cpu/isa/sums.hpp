@@ -197,10 +197,15 @@ inline void walk_mean(const MeanInto& into, int64_t ranks, int64_t chunk_size, i
   }
 }
 
+// Up to so many ranks a reduction goes by kReduceTile. More ranks take so long that memory is kept busy by
+// them alone, and a tile so small would have little of each rank, in too many places.
+constexpr int64_t kFewRanks = 2 * kRanksTogether;
+
 // Of chunks [begin, end): what calls make(first, last) for tiles of some, when it is called for each in turn.
 template <typename Make>
-inline auto tile_by_tile(int64_t chunk_size, int64_t begin, int64_t end, Make make) {
-  const int64_t step = chunk_size < kReduceTile ? kReduceTile / chunk_size : 1;
+inline auto tile_by_tile(int64_t chunk_size, int64_t ranks, int64_t begin, int64_t end, Make make) {
+  const int64_t tile = ranks <= kFewRanks ? kReduceTile : kSumTile;
+  const int64_t step = chunk_size < tile ? tile / chunk_size : 1;
   return [=](int64_t c) {
     if ((c - begin) % step == 0) make(c, c + step < end ? c + step : end);
   };
