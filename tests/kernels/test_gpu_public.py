@@ -79,11 +79,14 @@ def test_public_functions_in_a_graph() -> None:
         assert same_bytes(cuda_err, err)
 
 
-# With a residual that fades and is bounded; each returns a payload.
+# With a residual that fades and is bounded; each returns a payload, or several.
 WITH_OPTIONS: dict[str, Callable[..., Any]] = {
     "topk_ef_": partial(gck.topk_ef_, ratio=0.01),
     "topk_ef_ of a list": lambda grad, err, **options: gck.topk_ef_(
         list(grad.split(N // 3)), list(err.split(N // 3)), 0.01, flat=True, **options
+    ),
+    "topk_ef_ of each of a list": lambda grad, err, **options: gck.topk_ef_(
+        list(grad.split(N // 3)), list(err.split(N // 3)), 0.01, **options
     ),
     "chunk_topk_ef_": partial(gck.chunk_topk_ef_, value_bits=2),
     "sign_ef_": gck.sign_ef_,
@@ -92,10 +95,19 @@ WITH_OPTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+def fields_of(payloads: Any) -> list[torch.Tensor]:
+    return [
+        field
+        for payload in (payloads if isinstance(payloads, list) else [payloads])
+        for field in payload.fields
+    ]
+
+
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_options_in_a_graph(name: str) -> None:
     """Every replay looks at the clip that there is then."""
-    call, held = WITH_OPTIONS[name], []
+    call = WITH_OPTIONS[name]
+    held: list[Any] = []
     (grad, err), (cuda_grad, cuda_err) = on_both()
     clip, cuda_clip = torch.ones(1), torch.ones(1, device="cuda")
 
@@ -112,8 +124,9 @@ def test_options_in_a_graph(name: str) -> None:
         clip.fill_(limit)
         cuda_clip.fill_(limit)
         graph.replay()
-        payload = call(grad, err, decay=0.9, clip=clip)
-        for ours, theirs in zip(held[0].fields, payload.fields, strict=True):
+        for ours, theirs in zip(
+            fields_of(held[0]), fields_of(call(grad, err, decay=0.9, clip=clip)), strict=True
+        ):
             assert same_bytes(ours, theirs)
         assert same_bytes(cuda_err, err)
 
