@@ -14,7 +14,7 @@ from torch import Tensor
 from gck._native import load, num_threads, sees_tensors
 from gck.errors import AllocationError
 
-__all__ = ["LARGE", "WATCHERS", "copy_", "dlpack_type", "drop_results", "empty", "unwatched"]
+__all__ = ["LARGE", "WATCHERS", "copy_", "dlpack_type", "drop_results", "empty", "in_jit_trace", "unwatched"]
 
 LARGE = 1 << 17  # bytes, as in bindings/results.hpp
 
@@ -29,14 +29,15 @@ _DLPACK = {
     torch.uint32: (1, 32),
 }
 
-# Each answers with something true while a mode looks on, a transform is at work, or the profiler runs. Looked
-# up once: of a call on few elements, looking is a good part.
+# Each answers with something true while a mode looks on, a transform is at work, the profiler runs, or
+# torch.jit.trace records. Looked up once: of a call on few elements, looking is a good part.
 WATCHERS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._functorch.peek_interpreter_stack,
     torch._C._autograd._profiler_enabled,
+    torch._C._is_tracing,
 )
-_modes, _transforms, _profiler_enabled = WATCHERS
+_modes, _transforms, _profiler_enabled, _is_tracing = WATCHERS
 
 
 def dlpack_type(dtype: torch.dtype) -> tuple[int, int]:
@@ -46,7 +47,14 @@ def dlpack_type(dtype: torch.dtype) -> tuple[int, int]:
 
 def unwatched() -> bool:
     """Whether nobody traces, transforms or profiles, and no mode looks on."""
-    return not (torch.compiler.is_compiling() or _modes() or _transforms() is not None or _profiler_enabled())
+    if torch.compiler.is_compiling():
+        return False
+    return not (_modes() or _transforms() is not None or _profiler_enabled() or _is_tracing())
+
+
+def in_jit_trace() -> bool:
+    """Whether torch.jit.trace is recording, which sees nothing of what works on memory by itself."""
+    return not torch.compiler.is_compiling() and bool(_is_tracing())
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

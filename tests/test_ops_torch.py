@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.library import opcheck
 
 import gck
 from gck.errors import (
+    AutogradError,
     DtypeError,
     LayoutError,
 )
@@ -207,3 +209,31 @@ def test_eager_calls_show_in_a_profile_and_negated_views_are_negated() -> None:
         gck.topk(grad, k=3)
     assert "gck::topk" in {event.key for event in profile.key_averages()}
     assert same_bytes(gck.topk(torch._neg_view(grad), k=3).values, gck.topk(-grad, k=3).values)
+
+
+@pytest.mark.parametrize(
+    "function", [*FUNCTIONS, "topk_ef_ of a list", "topk", "decompress", "decompress_add_"]
+)
+def test_jit_trace_is_refused(function: str) -> None:
+    """It would record a result of any content."""
+    grad, err = pair()
+    payload = gck.topk_ef_(*pair(), k=5)
+    calls = FUNCTIONS | {
+        "topk_ef_ of a list": lambda g, e: gck.topk_ef_([g], [e], 0.01, flat=True),
+        "topk": lambda g, e: gck.topk(g, k=5),
+        "random_k": lambda g, e: gck.random_k(g, k=5, seed=1),
+        "decompress": lambda g, e: gck.decompress(payload),
+        "decompress_add_": lambda g, e: gck.decompress_add_(e, payload),
+    }
+
+    def step(grad: torch.Tensor, err: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(AutogradError, match=r"torch\.jit\.trace cannot record it"):
+            calls[function](grad, err)
+        return grad
+
+    before = err.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        torch.jit.trace(step, (grad, err), check_trace=False)
+    assert torch.equal(err, before)
+    calls[function](grad, err)

@@ -19,6 +19,7 @@ from gck.errors import (
     LayoutError,
     ShapeMismatchError,
 )
+from gck.memory import in_jit_trace
 from gck.statistics import FIELDS, Statistics
 from gck.values import MOST_FP32, ZERO_FP32, plain_real, shown
 
@@ -30,6 +31,10 @@ _FP32, _STRIDED = torch.float32, torch.strided
 def check_tensor(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise DtypeError(f"{function}: {name} must be a tensor, got {shown(value)}")
+    if in_jit_trace():
+        raise AutogradError(
+            f"{function}: torch.jit.trace cannot record it; use torch.compile or torch.export"
+        )
     if value.is_nested:
         raise LayoutError(f"{function}: {name} must be contiguous, got {shown(value)}")
     if value.layout is not torch.strided or not value.is_contiguous():
@@ -103,12 +108,13 @@ def acceptable(grad: Tensor, err: Tensor) -> bool:
         and not ((grad.requires_grad or err.requires_grad) and torch.is_grad_enabled())
         and not (grad.is_nested or err.is_nested)
         and (torch.compiler.is_compiling() or not err.is_neg())
+        and not in_jit_trace()
     )
 
 
 def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
     """`acceptable` of many: every gradient and its residual, and all of them on one device."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_jit_trace():
         return False
     tensors = [*grads, *errs]
     return (
