@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from gck._native import load
-from gck.errors import CorruptPayloadError
+from gck.errors import CorruptPayloadError, LayoutError
 from gck.memory import dlpack_type, empty
+from gck.values import shown
 
 __all__ = [
     "ALIGNMENT",
@@ -170,6 +171,9 @@ def body_of(*fields: Tensor) -> Tensor:
     body = body_in_place(*fields)
     if body is None:
         layout = layout_of(*fields)
+        for field in fields:
+            if not has_memory(field):
+                raise LayoutError(f"a field of a payload has no memory to be read, got {shown(field)}")
         body = torch.empty(layout.nbytes, dtype=torch.uint8, device=fields[0].device)
         layout.pack_(body, fields)
     return body
@@ -207,11 +211,17 @@ def payloads_of(like: P, rows: Iterable[Tensor]) -> list[P]:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether the elements of a strided tensor can be read from its memory. Tensors on the meta device, fake
-    and masked ones, zeros of forward-mode differentiation, and those whose storage was freed have none."""
-    if tensor.untyped_storage().device.type == "meta":  # of fake ones, too
+    """Whether the elements of a contiguous tensor can be read from its memory. Tensors on the meta device,
+    fake and masked ones, zeros of forward-mode differentiation, and those whose storage was freed or made
+    shorter have none."""
+    storage = tensor.untyped_storage()
+    # Of fake tensors, too, the storage is on the meta device: where that is asked for, a class may hide it.
+    if tensor.is_meta or (type(tensor) is not Tensor and storage.device.type == "meta"):
         return False
-    return not tensor.nbytes or tensor.data_ptr() != 0
+    if not tensor.nbytes:
+        return True
+    end = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
+    return end <= storage.nbytes() and tensor.data_ptr() != 0
 
 
 def memory_of(body: Tensor) -> memoryview:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -258,6 +259,17 @@ def test_places_that_are_none(saved: Any, options: Any, error: type[Exception]) 
         with pytest.raises(error, match=r"load_state_dict: (rank|world_size) "):
             state.load_state_dict(saved().state_dict(), **options)
         assert equal(state, used()) if isinstance(state, ErrorFeedback) else not many
+
+
+def test_places_may_be_numbers_of_numpy() -> None:
+    place: Any = np.int64(1), np.int64(2), 32
+    state = ErrorFeedback()
+    state.worker, state.server, state.binding = torch.ones(64), torch.ones(32), ServerBinding(*place)
+    saved = state.state_dict()
+    assert {type(saved[key]) for key in ("rank", "world_size", "unit")} == {int}
+    loaded = ErrorFeedback()
+    loaded.load_state_dict(saved | {"rank": np.int64(1)}, rank=place[0], world_size=2)
+    assert loaded.binding == (1, 2, 32)
 
 
 @pytest.mark.parametrize(

@@ -162,5 +162,47 @@ def test_nested_tensors(function: str) -> None:
     assert torch.equal(err, before)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_in_lists() -> None:
+    grad, err = pair()
+    before = err.clone()
+    for name, grads, errs in (("grad", nested(grad), err), ("err", grad, nested(err))):
+        with pytest.raises(LayoutError, match=rf"^topk_ef_: {name}\[1\] must be contiguous, got a nested"):
+            gck.topk_ef_([grad, grads], [err, errs], k=3)
+    assert torch.equal(err, before)
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+def test_payloads_and_bodies_whose_storage_was_freed() -> None:
+    grad, err = pair()
+    payload = gck.topk(grad, k=3)
+    broken = payload._replace(values=freed(payload.values))
+    with pytest.raises(LayoutError, match="a field of a payload has no memory to be read, got a tensor"):
+        gck.decompress([broken, broken])
+    compressor, before = gck.Sign(), err.clone()
+    bodies = torch.zeros(1, compressor.layout(grad.numel()).nbytes, dtype=torch.uint8)
+    with pytest.raises(LayoutError, match=r"^Sign.compress_: bodies have no memory, got a tensor"):
+        compressor.compress_(grad, err, freed(bodies))
+    assert torch.equal(err, before)
+
+
+@pytest.mark.parametrize(
+    "compressor", [gck.Sign(), gck.Quantize(), gck.ChunkTopK(), gck.TopK(k=3), gck.RandomK(k=3)], ids=str
+)
+def test_compressors_refuse_a_gradient_that_is_negated_lazily(compressor: Any) -> None:
+    """Of which memory holds the opposite."""
+    grad, err = pair()
+    before, bodies = err.clone(), torch.zeros(1, compressor.layout(grad.numel()).nbytes, dtype=torch.uint8)
+    with pytest.raises(LayoutError, match=r"compress_: grad is negated lazily; pass grad.resolve_neg\(\)"):
+        compressor.compress_(torch._neg_view(grad), err, bodies)
+    assert torch.equal(err, before)
+    assert not bodies.any()
+
+
 def nested(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nested.nested_tensor([tensor[:300], tensor[300:]])

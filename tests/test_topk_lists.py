@@ -201,6 +201,8 @@ def bad(which: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
         options = {"clip": errs[1][3:4]}
     elif which == "stats":
         options = {"stats": gck.Statistics.empty()}
+    elif which == "negated":
+        errs[1] = torch._neg_view(errs[1])
     return grads, errs, options
 
 
@@ -229,6 +231,7 @@ BAD: dict[str, tuple[type[GckError], str]] = {
     "clip's dtype": (DtypeError, r"clip must be float32, got torch\.int32"),
     "clip in err": (LayoutError, r"err\[1\] and clip overlap in memory"),
     "stats": (ArgumentError, r"stats are of single tensors, got Statistics"),
+    "negated": (LayoutError, r"err\[1\] is negated lazily, and cannot be written to"),
 }
 
 

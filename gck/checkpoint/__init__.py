@@ -19,7 +19,7 @@ from gck.checkpoint.file import (
     MOST_STEPS,
     Header,
     StateFile,
-    is_plain,
+    size_problem,
     sync_directory,
     write,
 )
@@ -108,9 +108,10 @@ def save_state(
     least = 1 if shared else 2
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < least:
         raise ArgumentError(f"{function}: keep must be at least {least} with shared={shared}, got {keep!r}")
-    states = {name: one.state_dict() for name, one in _states(function, state).items()}
-    for name, one in states.items():
-        _check_loads(name, one, rank, world_size)
+    states = {}
+    for name, one in _states(function, state).items():
+        states[name] = one.state_dict()
+        _check_loads(name, states[name], one.place(), (rank, world_size))
     folder = Path(directory)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,17 +336,22 @@ def _states(function: str, state: object) -> dict[str, ErrorFeedback]:
     raise DtypeError(f"{function}: state must be an ErrorFeedback or an ErrorFeedbackMap, got {shown(state)}")
 
 
-def _check_loads(name: str, state: Mapping[str, Any], rank: int, world_size: int) -> None:
+def _check_loads(
+    name: str, state: Mapping[str, Any], owner: tuple[int, int] | tuple[None, None], place: tuple[int, int]
+) -> None:
     """What `load_state` would refuse is not saved: it would push files that can be loaded out of `keep`."""
-    said = (state.get("rank", rank), state.get("world_size", world_size))
-    if is_plain(state) and said != (rank, world_size):
+    if owner[0] is not None and owner != place:
         raise StateMismatchError(
-            f"save_state: the server residual of {name!r} belongs to rank {said[0]} of {said[1]}, got rank "
-            f"{rank} of {world_size}"
+            f"save_state: the server residual of {name!r} belongs to rank {owner[0]} of {owner[1]}, got rank "
+            f"{place[0]} of {place[1]}"
         )
     for kind in KINDS:
         if kind in state:
             checked_residual(f"save_state: the {kind} residual of {name!r}", state[kind])
+    if "server" in state and "worker" in state:
+        problem = size_problem(state, state["worker"].numel(), state["server"].numel(), place[1])
+        if problem:
+            raise StateMismatchError(f"save_state: a server residual of {name!r} {problem}")
 
 
 def _text(compressor: Compressor | None) -> str | None:

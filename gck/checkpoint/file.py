@@ -34,6 +34,7 @@ __all__ = [
     "Header",
     "StateFile",
     "is_plain",
+    "size_problem",
     "sync_directory",
     "write",
 ]
@@ -90,6 +91,17 @@ class Entry(NamedTuple):
 def is_plain(state: Mapping[str, Any]) -> bool:
     """Whether residuals belong to the whole tensor and all ranks: what else a state has says otherwise."""
     return set(state) <= {"version", *KINDS, "rank", "world_size", "unit", "nonfinite"}
+
+
+def size_problem(fields: Mapping[str, Any], numel: int, server_numel: int, world_size: int) -> str | None:
+    """What is wrong with the size of a server residual beside a worker's of `numel`; None: nothing that can
+    be told."""
+    if fields["world_size"] != world_size:  # of nodes
+        return None
+    if not 1 <= fields["unit"] < LARGEST_UNIT:
+        return f"in units of {fields['unit']} elements, of at most {LARGEST_UNIT - 1}"
+    shard = shard_numel(numel, fields["unit"], world_size)
+    return None if server_numel == shard else f"of {server_numel} elements; a shard has {shard}"
 
 
 def write(path: Path, header: Header, states: Mapping[str, Mapping[str, Any]]) -> None:
@@ -231,12 +243,10 @@ class StateFile:
         checked = Entry(numel, crc32, fields)
         if ("unit" in fields) != ("server" in sizes):
             raise self._corrupt(f"says that {name!r} has a unit of {checked.unit}, and holds {sorted(sizes)}")
-        if "unit" in fields and numel is not None and fields["world_size"] == self.header.world_size:
-            shard = shard_numel(numel, _integer(fields["unit"], 1, LARGEST_UNIT), self.header.world_size)
-            if sizes["server"] != shard:
-                raise self._corrupt(
-                    f"has a server residual of {name!r} of {sizes['server']} elements; a shard has {shard}"
-                )
+        if "unit" in fields and numel is not None:
+            problem = size_problem(fields, numel, sizes["server"], self.header.world_size)
+            if problem:
+                raise self._corrupt(f"has a server residual of {name!r} {problem}")
         return checked
 
     def _corrupt(self, what: str) -> CorruptPayloadError:

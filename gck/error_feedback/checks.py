@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
-from gck.values import MOST_FP64, plain_real, shown
+from gck.values import MOST_FP64, plain_int, plain_real, shown
 
 __all__ = [
     "STATE_VERSION",
@@ -73,7 +73,7 @@ def saved_binding(kind: type[B], state: Any, name: str) -> B:
         StateMismatchError: an entry is missing, no int, or out of range.
     """
     try:
-        values = [state[key] for key in kind._fields]
+        values = [plain_int(state[key]) for key in kind._fields]
     except (KeyError, TypeError) as error:
         raise StateMismatchError(f"load_state_dict: {error!r} in the saved {name}") from error
     binding = kind(*values)

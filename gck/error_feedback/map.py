@@ -54,7 +54,7 @@ class ErrorFeedbackMap:
             residuals = {"worker residual": state.worker, "server residual": state.server}
             check_scaled(function, {f"{kind} of {name!r}": one for kind, one in residuals.items()}, factor)
         for state in self._states.values():
-            state.rescale_(factor, drop=drop)
+            state.multiply_(factor, drop=drop)
 
     def state_dict(self) -> dict[str, Any]:
         """A plain dict: the states by name, and a version."""

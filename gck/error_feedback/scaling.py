@@ -13,7 +13,7 @@ from gck.errors import ArgumentError
 
 __all__ = ["check_scaled", "multiply_"]
 
-PIECE = 1 << 22  # elements that are fp64 at a time
+PIECE = 1 << 18  # elements that are fp64 at a time: a near cache has them
 
 
 def multiply_(residual: Tensor, factor: float) -> None:

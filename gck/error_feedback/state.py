@@ -169,10 +169,14 @@ class ErrorFeedback:
         function = "ErrorFeedback.rescale_"
         factor = check_factor(function, factor)
         check_flags(function, drop=drop)
-        residuals = {"worker residual": self.worker, "server residual": self.server}
         if not drop:
+            residuals = {"worker residual": self.worker, "server residual": self.server}
             check_scaled(function, residuals, factor)
-        for residual in residuals.values():
+        self.multiply_(factor, drop=drop)
+
+    def multiply_(self, factor: float, *, drop: bool) -> None:
+        """`rescale_` by what has been checked."""
+        for residual in (self.worker, self.server):
             if residual is not None:
                 multiply_(residual, factor)
                 if drop and factor > 1:
@@ -187,9 +191,9 @@ class ErrorFeedback:
             state["worker"] = self.worker
         if self.server is not None and self.binding is not None:
             state["server"] = self.server
-            state |= self.binding._asdict()
+            state |= {key: plain_int(value) for key, value in self.binding._asdict().items()}
         if self.shard is not None:
-            state["shard"] = self.shard._asdict()
+            state["shard"] = {key: plain_int(value) for key, value in self.shard._asdict().items()}
         if self.nonfinite is not None:
             state["nonfinite"] = int(self.nonfinite)
         return state
@@ -255,8 +259,8 @@ class ErrorFeedback:
         if "server" in state and not reset_server:
             loaded.server = saved_residual(state, "server")
             loaded.binding = saved_binding(ServerBinding, state, "server residual")
-            own_rank, own_world_size = self._place()
-            saved_rank, saved_world_size = loaded._place()
+            own_rank, own_world_size = self.place()
+            saved_rank, saved_world_size = loaded.place()
             for name, saved, present in (
                 ("rank", saved_rank, own_rank if rank is None else rank),
                 ("world size", saved_world_size, own_world_size if world_size is None else world_size),
@@ -272,7 +276,7 @@ class ErrorFeedback:
             loaded.nonfinite = torch.tensor([count], dtype=torch.int64, device=device)
         return loaded
 
-    def _place(self) -> tuple[int, int] | tuple[None, None]:
+    def place(self) -> tuple[int, int] | tuple[None, None]:
         """Rank and size of the world that the server residual belongs to, all tiers together."""
         if self.binding is None:
             return None, None

@@ -132,7 +132,8 @@ def topk_ef_(
         payload: SparseGrad | None = direct.maker(TopK)(0, grad, err, ratio, k, value_dtype)
         if payload is not None:
             return payload
-    check_flags("topk_ef_", flat=flat)
+    if flat is not False:
+        check_flags("topk_ef_", flat=flat)
     decay = plain_real(decay)
     checks.check_residual("topk_ef_", decay, None)
     if isinstance(grad, (list, tuple)) or isinstance(err, (list, tuple)):

@@ -42,6 +42,7 @@ from gck.errors import (
     BackendUnavailableError,
     CorruptPayloadError,
     DeviceMismatchError,
+    LayoutError,
     ShapeMismatchError,
 )
 from gck.kernels.common import checks
@@ -227,6 +228,8 @@ class KernelCompressor(ABC):
     ) -> None:
         """`compress_` on behalf of the public function that error texts shall name."""
         self.check_inputs(function, grad, err, nonfinite)
+        if grad.is_neg():
+            raise LayoutError(f"{function}: grad is negated lazily; pass grad.resolve_neg()")
         self.check_fits(function, grad, bodies)
         self.run(function, grad, err, bodies, nonfinite)
 

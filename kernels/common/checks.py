@@ -22,6 +22,7 @@ from gck.errors import (
 from gck.memory import in_jit_trace
 from gck.statistics import FIELDS, Statistics
 from gck.values import MOST_FP32, ZERO_FP32, plain_real, shown
+from gck.wire import has_memory
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAD_DTYPES = frozenset(GRAD_DTYPES)
@@ -122,6 +123,8 @@ def acceptable_pairs(grads: Sequence[Tensor], errs: Sequence[Tensor]) -> bool:
         and False not in [tensor.is_contiguous() for tensor in tensors]
         and _GRAD_DTYPES.issuperset([grad.dtype for grad in grads])
         and {torch.float32}.issuperset([err.dtype for err in errs])
+        and True not in [tensor.is_nested for tensor in tensors]
+        and True not in [err.is_neg() for err in errs]
         and [grad.numel() for grad in grads] == [err.numel() for err in errs]
         and len({tensor.device for tensor in tensors}) == 1
         and not (torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in tensors])
@@ -238,6 +241,8 @@ def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "
             f"got {tuple(bodies.shape)} of {bodies.dtype}"
         )
     check_device(function, "bodies", bodies, like_name, like)
+    if not has_memory(bodies):
+        raise LayoutError(f"{function}: bodies have no memory, got {shown(bodies)}")
     rows, nbytes = bodies.shape
     aligned = bodies.storage_offset() % 16 == 0 and (rows == 1 or bodies.stride(0) % 16 == 0)
     apart = rows == 1 or bodies.stride(0) >= nbytes

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gck
+from gck.error_feedback import ServerBinding, ShardBinding
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from tests.cases import same_bytes
 from tests.checkpoint.saved import SIGN, equal, load, save, used
@@ -43,6 +44,35 @@ def test_a_residual_of_another_shape_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(StateMismatchError, match=r"worker residual of '' must be flat float32, got a tensor"):
         gck.save_state(tmp_path, state, rank=1, world_size=3, step=0, compressor=SIGN)
     assert not content(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("numel", "binding", "error"),
+    [
+        (64, ServerBinding(0, 1, 32), "of 64 elements; a shard has 128"),
+        (128, ServerBinding(0, 1, 1 << 24), "in units of 16777216 elements, of at most 16777215"),
+    ],
+)
+def test_a_server_residual_of_no_shard_is_not_saved(
+    numel: int, binding: Any, error: str, tmp_path: Path
+) -> None:
+    state = gck.ErrorFeedback()
+    state.worker, state.server, state.binding = torch.ones(128), torch.ones(numel), binding
+    with pytest.raises(StateMismatchError, match=f"^save_state: a server residual of '' {error}$"):
+        gck.save_state(tmp_path, state, rank=0, world_size=1, step=0, compressor=SIGN)
+    assert not content(tmp_path)
+
+
+def test_a_rank_of_a_node_saves_what_is_its_own(tmp_path: Path) -> None:
+    state = gck.ErrorFeedback()
+    state.worker, state.server = torch.ones(64), torch.ones(32)
+    state.binding, state.shard = ServerBinding(1, 2, 32), ShardBinding(128, 0, 2, 32)
+    place: Any = {"world_size": 4, "step": 0, "compressor": SIGN}
+    for rank in (0, 1, 3):
+        with pytest.raises(StateMismatchError, match=f"belongs to rank 2 of 4, got rank {rank} of 4"):
+            gck.save_state(tmp_path, state, rank=rank, **place)
+    assert not content(tmp_path)
+    gck.save_state(tmp_path, state, rank=2, **place)
 
 
 @pytest.mark.parametrize("factor", [1e39, 1e300])

@@ -141,7 +141,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         "random_k.compress_kernel[fp32, fp32, clip]": 104,
     }
     RARE |= {"random_k.compress_kernel[fp32, fp32, clip, stats]": 128}
-    SPILLED += (
+    SPILLED = (
         (r"topk\.stream_kernel\[fp32, fours, clip, stats\]", "sm_80", 10),
         (r"topk\.stream_kernel\[(bf16|fp16), fours\]", "sm_100", 12),
         (r"topk\.stream_kernel\[.*, last\]", "sm_(90|100)", 26),
@@ -150,6 +150,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         (r"topk\.list_guess_kernel\[all\]", "sm_80", 12),
         (r"topk\.list_emit_kernel\[fp16, i64\]", "sm_(90|100)", 96),
         (r"random_k\.compress_kernel\[fp32, fp32\]", "sm_80", 16),
+        *SPILLED,
     )
     MORE_INSTRUCTIONS |= {
         "topk.stream_kernel[fp32, fours, clip]": 48,
@@ -184,14 +185,10 @@ def compiled() -> dict[str, Any]:
 
 
 def spills_allowed(variant: str, target: str) -> int:
-    return max(
-        (
-            words
-            for variants, targets, words in SPILLED
-            if re.fullmatch(variants, variant) and re.fullmatch(targets, target)
-        ),
-        default=0,
-    )
+    for variants, targets, words in SPILLED:
+        if re.fullmatch(variants, variant) and re.fullmatch(targets, target):
+            return words
+    return 0
 
 
 def figures(report: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:

@@ -45,8 +45,15 @@ def masked(tensor: Tensor) -> Tensor:
     return result
 
 
+def shortened(tensor: Tensor) -> Tensor:
+    one = tensor.clone()
+    one.untyped_storage().resize_(one.nbytes - 1)
+    return one
+
+
 UNREADABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "freed": freed,
+    "shortened": shortened,
     "meta": lambda tensor: tensor.to("meta"),
     "fake": fake,
     "nested": nested,

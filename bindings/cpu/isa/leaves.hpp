@@ -169,8 +169,8 @@ struct EliasFano {
 
 constexpr int64_t kDrawn = 16;  // random numbers that are drawn together
 
-// Elements that are summed over ranks, and then compressed while the nearest cache has them: so few that
-// memory goes on with what has been asked for.
+// Elements that are summed over few ranks, and then compressed while the nearest cache has them: so few that
+// memory goes on with what has been asked for. Of more ranks, see kFewRanks in sums.hpp.
 constexpr int64_t kReduceTile = 512;
 
 // Elements whose sums are one number of the statistics of a residual.
