@@ -74,6 +74,13 @@ class Input {
 
 using Floats = std::unique_ptr<float[]>;
 
+// How a reduction reads the residual: as it is, or faded and bounded.
+ResidualOptions reading_of(const Input& input) {
+  static constexpr float kClip = 0.5f;
+  if (input.option(10, 0, 1) == 0) return {};
+  return {0.5f, &kClip, nullptr};
+}
+
 Floats floats(int64_t count) {
   Floats made(new float[static_cast<size_t>(count)]);
   std::fill_n(made.get(), count, kCanary);
@@ -166,7 +173,7 @@ void chunk_topk(Input& input, bool reduce) {
   const Reduced done = chunk_topk_reduce(job,
                                          {nullptr, Dtype::fp32, out.get(), c.numel, size, k, bits, index_bits,
                                           body.data(), 0, chunks, scales_at, indices_at},
-                                         3.0f, kThreads);
+                                         3.0f, reading_of(input), kThreads);
   if (done.bad < 0) return;
   require_untouched(out, c.numel);
   require(std::all_of(body.data(), body.data() + body.size(), [](char x) { return x == 0; }));
@@ -194,7 +201,7 @@ void quantize(Input& input, bool reduce) {
   quantize_reduce({codes.data(), scales.data(), c.ranks, stride, size, bits, two_levels, {}},
                   {nullptr, Dtype::fp32, out.get(), c.numel, size, bits, two_levels, stochastic, input.seed(),
                    0, body.data(), 0, chunks, scales_at},
-                  3.0f, kThreads);
+                  3.0f, reading_of(input), kThreads);
 }
 
 void sign(Input& input, bool reduce) {
@@ -212,7 +219,7 @@ void sign(Input& input, bool reduce) {
   const Field body(1, 0, scales_at + chunks * 4);
   sign_reduce({words.data(), scales.data(), c.ranks, stride, size, {}},
               {nullptr, Dtype::fp32, out.get(), c.numel, size, body.data(), 0, chunks, scales_at}, 3.0f,
-              kThreads);
+              reading_of(input), kThreads);
 }
 
 void random_k(Input& input) {
