@@ -27,14 +27,14 @@ def read_residual(b_err, decay, p_clip, RESIDUAL: tl.constexpr):
     return b_err
 
 
+def residual_arguments(decay: float, err: Tensor, clip: Tensor | None) -> tuple[float, Tensor, int]:
+    """(decay, clip, RESIDUAL) of a launch; without a clip, any address."""
+    kind = CLIPPED if clip is not None else DECAYED if decay != 1 else AS_IT_IS
+    return float(decay), err if clip is None else clip, kind.value
+
+
 def reduction_arguments(job: Any) -> tuple[float, Tensor, int]:
     """The same of a `gck.kernels.common.reduction.Reduction`."""
     if job.err is None:
         return 1.0, job.body, ABSENT.value
     return residual_arguments(job.server.decay, job.err, job.clip)
-
-
-def residual_arguments(decay: float, err: Tensor, clip: Tensor | None) -> tuple[float, Tensor, int]:
-    """(decay, clip, RESIDUAL) of a launch; without a clip, any address."""
-    kind = CLIPPED if clip is not None else DECAYED if decay != 1 else AS_IT_IS
-    return float(decay), err if clip is None else clip, kind.value
