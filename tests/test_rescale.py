@@ -10,7 +10,7 @@ import torch
 
 import gck
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
-from gck.errors import ArgumentError
+from gck.errors import ArgumentError, LayoutError
 from tests.test_error_feedback import BINDING, CPU, equal, used
 
 
@@ -116,3 +116,24 @@ def test_the_hook_drops_what_would_not_be_finite() -> None:
     state = hook.residuals["w"]
     assert state.worker_for(torch.ones(2)).tolist() == [0, 2]
     assert state.state_dict()["nonfinite"] == 65
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_residuals_without_memory_change_nothing(factor: float, drop: bool) -> None:
+    """Of a map, none is multiplied."""
+    states = ErrorFeedbackMap()
+    for name in ("a", "b"):
+        states[name].worker_for(torch.ones(100))
+        residual = states[name].worker
+        assert residual is not None
+        residual.fill_(1.0)
+    broken = states["b"].worker
+    assert broken is not None
+    broken.untyped_storage().resize_(396)
+    with pytest.raises(LayoutError, match=r"^ErrorFeedbackMap.rescale_: the worker residual of 'b' has no"):
+        states.rescale_(factor, drop=drop)
+    with pytest.raises(LayoutError, match=r"^ErrorFeedback.rescale_: the worker residual has no memory"):
+        states["b"].rescale_(factor, drop=drop)
+    assert states["a"].worker is not None
+    assert bool((states["a"].worker == 1).all())

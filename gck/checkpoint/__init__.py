@@ -243,9 +243,14 @@ def saved_steps(
     Args:
         rank: count this rank's files alone, as in a directory of its own; needs world_size.
         world_size: count what so many ranks have saved. Default: any number.
+
+    Raises:
+        ArgumentError, DtypeError: rank or world_size is out of range or no int.
     """
     if rank is not None:
         rank, world_size, _ = _checked_place("saved_steps", rank, world_size, 0)
+    elif world_size is not None:
+        _, world_size, _ = _checked_place("saved_steps", 0, world_size, 0)
     return sorted(
         {
             found.step

@@ -12,6 +12,7 @@ from torch import Tensor
 from gck.error_feedback.bindings import ServerBinding, ShardBinding
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.values import MOST_FP64, plain_int, plain_real, shown
+from gck.wire import has_memory
 
 __all__ = [
     "STATE_VERSION",
@@ -101,6 +102,8 @@ def checked_residual(what: str, value: object) -> Tensor:
     """
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1:
         raise StateMismatchError(f"{what} must be flat float32, got {shown(value)}")
+    if not has_memory(value):
+        raise StateMismatchError(f"{what} has no memory to be read, got {shown(value)}")
     if not is_finite(value):
         raise StateMismatchError(f"{what} must be finite")
     return value

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gck.error_feedback.checks import STATE_VERSION, check_factor, check_place, check_version
-from gck.error_feedback.scaling import check_scaled
+from gck.error_feedback.scaling import check_scaled, check_writable
 from gck.error_feedback.state import ErrorFeedback
 from gck.errors import DtypeError, StateMismatchError
 from gck.values import check_flags, plain_int, shown
@@ -50,9 +50,12 @@ class ErrorFeedbackMap:
         function = "ErrorFeedbackMap.rescale_"
         factor = check_factor(function, factor)
         check_flags(function, drop=drop)
-        for name, state in self._states.items() if not drop else ():
-            residuals = {"worker residual": state.worker, "server residual": state.server}
-            check_scaled(function, {f"{kind} of {name!r}": one for kind, one in residuals.items()}, factor)
+        for name, state in self._states.items():
+            residuals = {f"worker residual of {name!r}": state.worker}
+            residuals[f"server residual of {name!r}"] = state.server
+            check_writable(function, residuals)
+            if not drop:
+                check_scaled(function, residuals, factor)
         for state in self._states.values():
             state.multiply_(factor, drop=drop)
 

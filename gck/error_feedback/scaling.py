@@ -9,20 +9,30 @@ import torch
 from torch import Tensor
 
 from gck.error_feedback.checks import is_finite
-from gck.errors import ArgumentError
+from gck.errors import ArgumentError, LayoutError
+from gck.values import shown
+from gck.wire import has_memory
 
-__all__ = ["check_scaled", "multiply_"]
+__all__ = ["check_scaled", "check_writable", "multiply_"]
 
 PIECE = 1 << 18  # elements that are fp64 at a time: a near cache has them
 
 
 def multiply_(residual: Tensor, factor: float) -> None:
     """Each product is made in fp64 and rounded to fp32: the factor may be one that fp32 does not have."""
+    residual = residual.detach()
     if c_float(factor).value == factor:  # then fp64 would give the same bits
         residual.mul_(factor)
         return
     for piece in residual.split(PIECE):
         piece.copy_(piece.double().mul_(factor))
+
+
+def check_writable(function: str, residuals: Mapping[str, Tensor | None]) -> None:
+    """Raises LayoutError unless `multiply_` can write to all of them."""
+    for name, residual in residuals.items():
+        if residual is not None and not (residual.is_contiguous() and has_memory(residual)):
+            raise LayoutError(f"{function}: the {name} has no memory of its own, got {shown(residual)}")
 
 
 def check_scaled(function: str, residuals: Mapping[str, Tensor | None], factor: float) -> None:

@@ -18,7 +18,7 @@ from gck.error_feedback.checks import (
     saved_count,
     saved_residual,
 )
-from gck.error_feedback.scaling import check_scaled, multiply_
+from gck.error_feedback.scaling import check_scaled, check_writable, multiply_
 from gck.errors import StateMismatchError
 from gck.values import check_flags, plain_int
 
@@ -169,8 +169,9 @@ class ErrorFeedback:
         function = "ErrorFeedback.rescale_"
         factor = check_factor(function, factor)
         check_flags(function, drop=drop)
+        residuals = {"worker residual": self.worker, "server residual": self.server}
+        check_writable(function, residuals)
         if not drop:
-            residuals = {"worker residual": self.worker, "server residual": self.server}
             check_scaled(function, residuals, factor)
         self.multiply_(factor, drop=drop)
 

@@ -241,8 +241,6 @@ def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "
             f"got {tuple(bodies.shape)} of {bodies.dtype}"
         )
     check_device(function, "bodies", bodies, like_name, like)
-    if not has_memory(bodies):
-        raise LayoutError(f"{function}: bodies have no memory, got {shown(bodies)}")
     rows, nbytes = bodies.shape
     aligned = bodies.storage_offset() % 16 == 0 and (rows == 1 or bodies.stride(0) % 16 == 0)
     apart = rows == 1 or bodies.stride(0) >= nbytes
@@ -251,6 +249,8 @@ def check_bodies(function: str, bodies: object, like: Tensor, like_name: str = "
             f"{function}: rows of bodies must be contiguous, apart, and start at multiples of 16 bytes, "
             f"got strides {bodies.stride()} at offset {bodies.storage_offset()}"
         )
+    if not has_memory(bodies):
+        raise LayoutError(f"{function}: bodies have no memory, got {shown(bodies)}")
     return rows
 
 

@@ -142,3 +142,9 @@ def test_compressors_that_are_none(compressor: Any, tmp_path: Path) -> None:
         load(tmp_path, loaded, compressor=compressor)
     assert content(tmp_path) == before
     assert equal(loaded, used(fill=1))
+
+
+@pytest.mark.parametrize(("world_size", "error"), [("4", DtypeError), (True, DtypeError), (0, ArgumentError)])
+def test_steps_of_no_world(world_size: Any, error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(error, match=r"^saved_steps: world_size "):
+        gck.saved_steps(tmp_path, world_size=world_size)
