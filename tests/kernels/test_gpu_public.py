@@ -59,6 +59,15 @@ def test_public_functions_do_not_synchronise() -> None:
         step()
 
 
+def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def test_public_functions_in_a_graph() -> None:
     (grad, err), (cuda_grad, cuda_err) = on_both()
     out = torch.zeros(N, device="cuda")
@@ -66,11 +75,7 @@ def test_public_functions_in_a_graph() -> None:
     def step() -> None:
         gck.decompress(gck.topk_ef_(cuda_grad, cuda_err, 0.01), out=out)
 
-    step()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = captured(step)
     cuda_err.copy_(err)
     for _ in range(3):
         graph.replay()
@@ -114,11 +119,7 @@ def test_options_in_a_graph(name: str) -> None:
     def step() -> None:
         held[:] = [call(cuda_grad, cuda_err, decay=0.9, clip=cuda_clip)]
 
-    step()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = captured(step)
     cuda_err.copy_(err)
     for limit in (0.5, 1e-3, 2.0):
         clip.fill_(limit)
@@ -144,11 +145,7 @@ def test_a_reduction_in_a_graph(compressor: Any) -> None:
         cuda_body.zero_()
         compressor.reduce_(cuda_bodies, cuda_err, cuda_body, N, divisor=ranks)
 
-    step()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = captured(step)
     cuda_err.copy_(err)
     for _ in range(3):
         graph.replay()
