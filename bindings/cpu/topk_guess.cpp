@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 namespace gck {
 namespace {
@@ -13,7 +12,6 @@ constexpr int64_t kSampleFraction = 64;  // at most one element in this many is 
 constexpr int kCoarseShift = 17;         // sampled keys are first counted in 2^14 bins
 constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
 constexpr int64_t kDense = 25;               // one entry in this many to list is many
-constexpr int64_t kAhead = 24;               // lines asked for before one is looked at
 constexpr int64_t kLinesWorthWaiting = 256;  // for another thread
 constexpr int64_t kBehind = 32;              // that lists need room for behind their last entry
 constexpr float kHintMargin = 0.96f;
@@ -49,9 +47,8 @@ struct Sample {
   Line* places;             // of each line
   float* acc;               // kLine a line; zeros where a line lies past its run's end
   uint32_t* coarse_counts;  // kCoarseBins a part, by key >> kCoarseShift
-  float* values;            // of those that may be asked for, with their positions and keys
+  float* values;            // of those that may be asked for, with their positions
   uint32_t* positions;
-  int32_t* keys;
 
   Sample(int64_t numel, int64_t k, int threads, void* memory)
       : lines(lines_for(numel, k)), size(lines * kLine), parts(lines < kLinesWorthWaiting ? 1 : threads) {
@@ -65,7 +62,6 @@ struct Sample {
     coarse_counts = static_cast<uint32_t*>(take(int64_t{parts} * kCoarseBins, sizeof(uint32_t)));
     values = static_cast<float*>(take(size + kBehind, sizeof(float)));
     positions = static_cast<uint32_t*>(take(size + kBehind, sizeof(uint32_t)));
-    keys = static_cast<int32_t*>(take(size, sizeof(int32_t)));
   }
 
   size_t bytes = 0;
@@ -102,11 +98,10 @@ void take_sample(Sample& sample, const std::vector<TopkRun>& runs, int64_t numel
     const auto [first, last] = part_of(sample.lines, sample.parts, t, 1);
     uint32_t* counts = sample.coarse_counts + t * kCoarseBins;
     std::fill_n(counts, kCoarseBins, 0);
-    // All places first of all: memory answers while others are being asked for.
+    // All lines first of all: memory answers while others are being asked for.
     find_lines(runs, stride, draw, first, last, sample.places);
-    for (int64_t i = first; i < std::min(first + kAhead, last); ++i) ask_for(sample.places[i]);
+    for (int64_t i = first; i < last; ++i) ask_for(sample.places[i]);
     for (int64_t i = first; i < last; ++i) {
-      if (i + kAhead < last) ask_for(sample.places[i + kAhead]);
       const Line& line = sample.places[i];
       float* acc = sample.acc + i * kLine;
       if (line.length < kLine) std::fill_n(acc, kLine, 0.0f);
@@ -147,27 +142,18 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
   Candidates top{sample.values, sample.positions, size, 0, 0, false};
   leaves().topk_collect(sample.acc, size, static_cast<int32_t>(bin) << kCoarseShift, &top);
 
-  int32_t *const keys = sample.keys, *const keys_end = keys + top.count;
-  std::transform(top.values, top.values + top.count, keys, key_of);
   const auto key_of_rank = [&](int64_t rank) {
-    int32_t* place = keys + (std::clamp<int64_t>(rank, 1, top.count) - 1);
-    std::nth_element(keys, place, keys_end, std::greater<>());
-    return *place;
+    return leaves().topk_kth(top.values, top.count, std::clamp<int64_t>(rank, 1, top.count), 0);
   };
   const int32_t middle = key_of_rank(clamped(expected));
-  double squares = 0;
-  for (int64_t j = 0; j < top.count;) {
-    const uint32_t line = top.indices[j] / kLine;
-    double hits = 0;
-    for (; j < top.count && top.indices[j] / kLine == line; ++j) hits += key_of(top.values[j]) >= middle;
-    squares += hits * hits;
-  }
+  const auto squares = static_cast<double>(leaves().topk_squares(sample.acc, sample.lines, middle));
   const double margin = 5 * std::sqrt(squares) + 8;
   const int64_t rank = clamped(expected + margin);
   const int32_t low = key_of_rank(rank), highest = key_of_rank(clamped(expected - margin));
   // Too few of the sample lie above for a bound: none.
   const int32_t high = expected > margin + 1 ? highest + 1 : INT32_MAX;
-  const int64_t equal = std::count(keys, keys_end, low);
+  const int64_t equal =
+      std::count_if(top.values, top.values + top.count, [low](float x) { return key_of(x) == low; });
   if (equal > rank / 4 + kLine) return {{low + 1, true, false, low + 1}, std::max(high, low + 2)};
   // Whatever is not finite always reaches the list.
   return {{std::min(low, kInfKey), false, k > numel / kDense, std::min(middle, kInfKey)}, high};

@@ -70,16 +70,20 @@ def test_small_vectors(n: int, case: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("cuts", [(), (7, 1_250_010)], ids=["one", "three"])
-def test_payloads_past_the_caches(threads: int, cuts: tuple[int, ...]) -> None:
-    """Lines of them are shared by parts and by the pieces that lists have."""
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_payloads_past_the_caches(threads: int, cuts: tuple[int, ...], value_dtype: torch.dtype) -> None:
+    """Lines of them are shared by parts and by the pieces that lists have. Lists are many stretches long,
+    with entries to mend in each: the guess at the threshold is of a sample."""
     n, k, before = 2_500_001, 1_060_007, torch.get_num_threads()
     grad, err = make("gaussian", n, torch.float32)
-    (values, indices), residual, _ = reference.compress(gck.TopK(k=k), grad, err)
+    compressor = gck.TopK(k=k, value_dtype=value_dtype)
+    (values, indices), residual, _ = reference.compress(compressor, grad, err)
     ends = (*cuts, n)
     grads, errs = ([x[a:b] for a, b in zip((0, *cuts), ends, strict=True)] for x in (grad, err))
     torch.set_num_threads(threads)
     try:
-        payload = gck.topk_ef_(grads, errs, k=k, flat=True) if cuts else gck.topk_ef_(grad, err, k=k)
+        given = (grads, errs) if cuts else (grad, err)
+        payload = gck.topk_ef_(*given, k=k, flat=bool(cuts), value_dtype=value_dtype)
     finally:
         torch.set_num_threads(before)
     assert same_bytes(payload.values, values)

@@ -21,6 +21,7 @@ const Leaves& leaves() {
                                 topk_look,
                                 topk_maxima,
                                 topk_collect,
+                                topk_squares,
                                 topk_split,
                                 topk_kth,
                                 topk_emit,

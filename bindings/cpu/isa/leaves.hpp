@@ -199,6 +199,8 @@ struct Leaves {
                       float* maxima);
   // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
   void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
+  // The sum, over lines of 16 entries, of the squared number of those with key >= threshold.
+  int64_t (*topk_squares)(const float* x, int64_t lines, int32_t threshold);
   // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more, and
   // may be x.
   int64_t (*topk_split)(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys,

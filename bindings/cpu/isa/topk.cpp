@@ -1,16 +1,15 @@
 #include "cpu/isa/topk.hpp"
 
 #include "cpu/isa/keys.hpp"
+#include "cpu/isa/left.hpp"
 #include "cpu/isa/ranks.hpp"
 #include "cpu/isa/vec.hpp"
-#include "cpu/isa/winners.hpp"
 
 namespace gck::GCK_ISA {
 namespace {
 
-constexpr int64_t kAhead = 32 * kLanes;  // candidates between asking for a place and writing to it
-constexpr int kPair = 2 * kLanes;        // entries between two looks whether any of them is wanted
-constexpr int kBlock = 4 * kLanes;       // bits of a mask
+constexpr int kPair = 2 * kLanes;   // entries between two looks whether any of them is wanted
+constexpr int kBlock = 4 * kLanes;  // bits of a mask
 // How the wanted lanes of a vector are taken together: by an instruction; by looking permutations up in a
 // table, which is worth a branch where there is nothing to take; or one by one.
 enum class Take { instruction, table, one_by_one };
@@ -29,20 +28,6 @@ inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_
   return count + __builtin_popcount(m);
 }
 
-// What a winner leaves in err.
-inline Vec left_by(Vec acc, Dtype value_dtype) {
-  if (value_dtype == Dtype::fp32) return set1(0.0f);
-  const Vec rest = sub(acc, rounded(acc, value_dtype));
-  return select(key_ge(rest, kInfKey), set1(0.0f), rest);
-}
-
-inline float left_by(float acc, Dtype value_dtype) {
-  if (value_dtype == Dtype::fp32) return 0.0f;
-  uint16_t sent;
-  const float rest = acc - store_rounded(&sent, value_dtype, 0, acc);
-  return key_of(rest) < kInfKey ? rest : 0.0f;
-}
-
 // Lists entries of a tile that lies in err already, at positions behind those that are listed. One by one,
 // and without looking whether an entry wins.
 inline void put_listed(const Candidates& out, int64_t begin, int64_t end, float* err, int32_t expected,
@@ -53,53 +38,6 @@ inline void put_listed(const Candidates& out, int64_t begin, int64_t end, float*
     out.values[j] = acc == acc ? acc : float_of(kNanKey);
     place = key_of(acc) >= expected ? left_by(acc, value_dtype) : acc;
   }
-}
-
-// What is to be mended lies far apart: memory is asked for several at a time.
-inline void ask_for_mended(const Candidates& list, const float* err, int64_t j, const Winners& to) {
-  if (err == nullptr || j + kLanes > list.count) return;
-  const Vec acc = load(list.values + j);
-  for (Mask mend = key_ge(acc, to.threshold) ^ key_ge(acc, to.expected); mend; mend &= mend - 1) {
-    __builtin_prefetch(err + list.indices[j + __builtin_ctz(mend)], 1);
-  }
-}
-
-template <typename Outlet>
-GCK_INLINE int64_t emit_to(Outlet& outlet, const Candidates& list, float* err, int32_t base, Winners& out) {
-  Winners to = out;
-  const Dtype dtype = to.value_dtype;
-  int64_t nonfinite = 0, taken = 0;
-  for (int64_t j = 0; j < list.count; j += kLanes) {
-    ask_for_mended(list, err, j + kAhead, to);
-    const Mask live = list.count - j >= kLanes ? 0xffffu : (1u << (list.count - j)) - 1;
-    const Vec acc = load(list.values + j);
-    const Mask reach = key_ge(acc, to.threshold) & live;
-    Mask wins = key_ge(acc, to.threshold + 1) & live;
-    for (Mask ties = reach & ~wins; ties && to.quota; ties &= ties - 1, --to.quota) wins |= ties & -ties;
-    const Mask wild = key_ge(acc, kInfKey) & live;
-    // Rounding makes some finite winners infinite.
-    const Mask grown = dtype == Dtype::fp32 ? wild : (key_ge(rounded(acc, dtype), kInfKey) & wins) | wild;
-    nonfinite += __builtin_popcount(grown);
-    // Whatever is not finite was expected to win.
-    const Mask expected = err == nullptr ? wins : key_ge(acc, to.expected) & live;
-    for (Mask lose = expected & ~wins & ~wild; lose; lose &= lose - 1) {
-      const int lane = __builtin_ctz(lose);
-      err[list.indices[j + lane]] = list.values[j + lane];
-    }
-    for (Mask win = wins & ~expected; win; win &= win - 1) {
-      const int lane = __builtin_ctz(win);
-      err[list.indices[j + lane]] = left_by(list.values[j + lane], dtype);
-    }
-    outlet.put(wins, acc, list.indices + j, base);
-    taken += __builtin_popcount(wins);
-  }
-  outlet.finish();
-  const int64_t size = dtype == Dtype::fp32 ? sizeof(float) : sizeof(uint16_t);
-  to.values = static_cast<char*>(to.values) + size * taken;
-  to.indices += taken;
-  to.left -= taken;
-  out = to;
-  return nonfinite;
 }
 
 template <Dtype D, bool kGrad>
@@ -322,6 +260,15 @@ void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* 
   out->count = listed;
 }
 
+int64_t topk_squares(const float* x, int64_t lines, int32_t threshold) {
+  int64_t squares = 0;
+  for (int64_t line = 0; line < lines; ++line) {
+    const int64_t hits = __builtin_popcount(key_ge(canonical(load(x + line * kLanes)), threshold));
+    squares += hits * hits;
+  }
+  return squares;
+}
+
 int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int32_t* keys, int64_t* inside) {
   int64_t above = 0, listed = 0;
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -340,17 +287,6 @@ int64_t topk_split(const float* x, int64_t count, int32_t low, int32_t high, int
 
 int32_t topk_kth(const float* x, int64_t count, int64_t rank, int64_t slack) {
   return count <= kFewest ? kth_of_fewest(x, count, rank) : bisected(x, count, rank, slack);
-}
-
-int64_t topk_emit(const Candidates& list, float* err, int32_t base, Winners* out) {
-#if defined(GCK_AVX512)
-  if (out->past_caches && out->value_dtype == Dtype::fp32) {
-    PastCaches lines(*out);
-    return emit_to(lines, list, err, base, *out);
-  }
-#endif
-  ToMemory memory(*out);
-  return emit_to(memory, list, err, base, *out);
 }
 
 int64_t topk_clear(float* x, int64_t count) { return clear_nonfinite(x, count); }
