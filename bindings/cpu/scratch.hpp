@@ -31,7 +31,7 @@ class Scratch {
 
   static size_t padded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-  static constexpr size_t kKept = size_t{128} << 20;  // what 10 % of 100M entries need between calls
+  static constexpr size_t kKept = size_t{160} << 20;  // what 10 % of 100M entries need between calls
 
  private:
   static constexpr size_t kPage = 4096;

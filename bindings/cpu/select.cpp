@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kFew = 4096;  // entries that a histogram does not pay for
 constexpr int kBinBits = 11;    // of the histogram that select_near makes of [low, high)
-constexpr int64_t kLanes = 16;  // that a leaf may write beyond its count
 
 Share count_share(const float* x, int64_t count, int32_t threshold) {
   Share share{0, 0};
@@ -121,20 +120,15 @@ Selection select_largest(const std::vector<Group>& groups, int64_t k, int thread
 }
 
 Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low, int32_t high,
-                      int32_t* scratch, int threads) {
+                      const std::vector<int32_t*>& keys, int threads) {
   const size_t parts = lists.size();
   int64_t total = 0;
   for (const Segment& list : lists) total += list.count;
   if (total <= kFew) return select_few(lists, k);
 
   // Keys in [low, high), and how many lie above.
-  std::vector<int32_t*> keys(parts);
   std::vector<int64_t> inside(parts);
   std::vector<Share> shares(parts);
-  for (size_t p = 0; p < parts; ++p) {
-    keys[p] = scratch;
-    scratch += lists[p].count + kLanes;
-  }
   share_parts(static_cast<int>(parts), threads, total, [&](int t) {
     const auto p = static_cast<size_t>(t);
     shares[p].above = leaves().topk_split(lists[p].x, lists[p].count, low, high, keys[p], &inside[p]);

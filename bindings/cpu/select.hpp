@@ -42,9 +42,9 @@ Threshold kth_largest(const std::vector<Group>& groups, int64_t rank, int thread
 Selection select_largest(const std::vector<Group>& groups, int64_t k, int threads);
 
 // The same for one list a group, each with room for a vector more. Fast where the k-th key lies in [low,
-// high) and few others do. `scratch` has room for as many keys as there are entries, and 16 more a list.
+// high) and few others do. `keys`: room for as many as a list has entries, and 16 more, for each.
 Selection select_near(const std::vector<Segment>& lists, int64_t k, int32_t low, int32_t high,
-                      int32_t* scratch, int threads);
+                      const std::vector<int32_t*>& keys, int threads);
 
 // Hands the quota of ties out to the groups in order.
 std::vector<Slot> slots_of(const Selection& selection);

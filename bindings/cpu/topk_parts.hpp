@@ -68,16 +68,15 @@ class Lists {
   // `more`: bytes of memory for whoever needs some.
   Lists(const std::vector<Part>& parts, int64_t capacity, size_t more = 0)
       : scratch_(bytes(parts, capacity) + Scratch::padded(more)) {
-    size_t total = 0;
     for (const Part& part : parts) {
       const int64_t room = std::min(part.count, capacity) + kSpare;
       const auto slots = static_cast<size_t>(room + kBehind);
       rooms_.push_back({static_cast<float*>(scratch_.region(slots * sizeof(float))),
                         static_cast<uint32_t*>(scratch_.region(slots * sizeof(uint32_t))), room, 0, 0,
                         false});
-      total += slots;
+      // A region each: what a part has few of then lies in few pages, which stay.
+      keys_.push_back(static_cast<int32_t*>(scratch_.region(slots * sizeof(int32_t))));
     }
-    keys_ = static_cast<int32_t*>(scratch_.region(total * sizeof(int32_t)));
     more_ = scratch_.region(more);
   }
 
@@ -87,23 +86,22 @@ class Lists {
     const Candidates& all = rooms_[part];
     return {all.values + listed, all.indices + listed, all.capacity - listed, 0, 0, false};
   }
-  int32_t* keys() const { return keys_; }
+  const std::vector<int32_t*>& keys() const { return keys_; }
   void* more() const { return more_; }
 
  private:
   static size_t bytes(const std::vector<Part>& parts, int64_t capacity) {
-    size_t sum = 0, slots = 0;
+    size_t sum = 0;
     for (const Part& part : parts) {
       const auto room = static_cast<size_t>(std::min(part.count, capacity) + kSpare + kBehind);
-      sum += 2 * Scratch::padded(room * sizeof(float));
-      slots += room;
+      sum += 3 * Scratch::padded(room * sizeof(float));
     }
-    return sum + Scratch::padded(slots * sizeof(int32_t));
+    return sum;
   }
 
   Scratch scratch_;
   std::vector<Candidates> rooms_;
-  int32_t* keys_;
+  std::vector<int32_t*> keys_;
   void* more_;
 };
 
