@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import gck
+from gck._native import sees_tensors
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, LayoutError, ShapeMismatchError
 from gck.ops import decode
-from gck.wire import body_of, layout_of
+from gck.wire import ALIGNMENT, body_of, layout_of
 from tests.cases import make, one_nan, same_bytes
 
 SIZES = [1, 33, 4096, 70_001, 2_100_003]  # the last is written past the caches
@@ -86,6 +87,23 @@ def test_memory_that_no_one_touched_yet(kind: str) -> None:
     untouched = mmap.mmap(-1, 4 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     out = gck.decompress(payload, out=torch.frombuffer(untouched, dtype=torch.float32))
     assert same_bytes(out, gck.decompress(payload, out=torch.full((n,), math.nan)))
+
+
+@pytest.mark.skipif(not sees_tensors(), reason="torch has no DLPack table of functions")
+def test_payloads_that_lie_apart_are_copied_to_memory_that_was_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh pages for all of them took longer than the decoding."""
+    payloads, places = [signs(2_100_003, rank) for rank in range(4)], []
+    original = decode._decompress_sum
+
+    def watched(out: Tensor, bodies: Tensor, *rest: Any) -> None:
+        places.append(bodies.data_ptr())
+        original(out, bodies, *rest)
+
+    monkeypatch.setattr(decode, "_decompress_sum", watched)
+    for _ in range(4):
+        gck.decompress(payloads, out=torch.empty(2_100_003))
+    assert len(set(places)) == 1
+    assert places[0] % ALIGNMENT == 0
 
 
 def test_order_counts() -> None:

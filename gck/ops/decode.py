@@ -16,7 +16,7 @@ from gck.kernels.common import checks
 from gck.kernels.index_codecs import check_index_codec
 from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
-from gck.memory import empty
+from gck.memory import copy_, empty
 from gck.ops import direct
 from gck.ops.registration import Array, plain, register
 from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
@@ -39,7 +39,8 @@ def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
     Args:
         payload: any payload of gck, or a list of them, such as `gck.sparse_all_gather` returns: at least one,
             all made by one compressor from vectors of one size. They are added in their order, to zeros, one
-            rounding each: the same bits on every rank and device.
+            rounding each: the same bits on every rank and device. Payloads that do not lie at equal distances
+            in one buffer are copied into one first.
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
@@ -188,8 +189,17 @@ def _bodies(function: str, payloads: list[Any], fields: list[Tensor], options: l
         )
     )
     if not in_place:
-        return torch.stack(bodies)
+        return _stacked(bodies)
     return bodies[0].as_strided((len(bodies), bodies[0].numel()), (stride, 1))
+
+
+def _stacked(bodies: list[Tensor]) -> Tensor:
+    """torch.stack(bodies), on the CPU in memory that results have freed: fresh pages would take several times
+    as long as the decoding."""
+    rows = empty(len(bodies) * bodies[0].numel(), torch.uint8, bodies[0].device).view(len(bodies), -1)
+    for row, body in zip(rows, bodies, strict=True):
+        copy_(row, body)
+    return rows
 
 
 def _described(payload: Payload) -> str:
