@@ -76,9 +76,10 @@ struct Means {
   void ask(int64_t, const float*) const {}
 };
 
-// acc to err, with the largest key of each group.
+// acc to err, with the largest key of each group. Returns the largest of all.
 template <typename Source>
-inline void accumulate(const Source& source, float* err, int64_t chunk, int64_t depth, int32_t* maxima) {
+inline int32_t accumulate(const Source& source, float* err, int64_t chunk, int64_t depth, int32_t* maxima) {
+  Vec all = set1(0.0f);
   for (int64_t i = 0; i < chunk; maxima += kLanes) {
     Vec best = set1(0.0f);
     for (int64_t stop = i + depth * kLanes; i < stop; i += kLanes) {
@@ -88,15 +89,19 @@ inline void accumulate(const Source& source, float* err, int64_t chunk, int64_t 
       source.ask(i, err);
     }
     store(reinterpret_cast<float*>(maxima), best);
+    all = max_key(all, best);
   }
+  return largest_key(all);
 }
 
 // The same where groups are whole quadruples of vectors, with the positions of what reaches the threshold.
-// Returns how many there are; where they are more than `most`, some number above it.
+// `count` becomes how many there are; where they are more than `most`, some number above it.
 template <typename Source>
-inline int64_t accumulate_and_collect(const Source& source, float* err, int64_t chunk, int64_t depth,
-                                      int32_t* maxima, int32_t threshold, uint32_t* positions, int64_t most) {
+inline int32_t accumulate_and_collect(const Source& source, float* err, int64_t chunk, int64_t depth,
+                                      int32_t* maxima, int32_t threshold, uint32_t* positions, int64_t most,
+                                      int64_t& count) {
   uint32_t *out = positions, *const last = positions + most;
+  Vec all = set1(0.0f);
   for (int64_t i = 0; i < chunk; maxima += kLanes) {
     Vec best = set1(0.0f);
     for (int64_t stop = i + depth * kLanes; i < stop; i += kQuad) {
@@ -111,8 +116,10 @@ inline int64_t accumulate_and_collect(const Source& source, float* err, int64_t 
       if (out <= last) out = put_positions(bits, i, out);
     }
     store(reinterpret_cast<float*>(maxima), best);
+    all = max_key(all, best);
   }
-  return out - positions;
+  count = out - positions;
+  return largest_key(all);
 }
 
 // `at_low` keys are >= low, which are at least k; `above` are >= high, which are fewer.
@@ -194,24 +201,18 @@ inline int64_t compress_chunk(const ChunkTopk& job, const ChunkScratch& s, const
   const int64_t most = 3 * job.k + kLanes;
   int32_t low = threshold_of(*s.guess);
   int64_t candidates = 0;
-  if (depth * kLanes >= kQuad) {
-    candidates = accumulate_and_collect(source, err, chunk, depth, s.maxima, low, s.positions, most);
-  } else {
-    accumulate(source, err, chunk, depth, s.maxima);
-  }
-  int32_t least = INT32_MAX, top = 0;
-  for (int64_t i = 0; i < groups; ++i) {
-    least = s.maxima[i] < least ? s.maxima[i] : least;
-    top = s.maxima[i] > top ? s.maxima[i] : top;
-  }
+  int32_t top = depth * kLanes >= kQuad ? accumulate_and_collect(source, err, chunk, depth, s.maxima, low,
+                                                                 s.positions, most, candidates)
+                                        : accumulate(source, err, chunk, depth, s.maxima);
   const bool wild = top >= kWildKey;
   if (wild) {
     make_canonical(err, chunk, s.maxima, groups);
     top = top < kNanKey ? top : kNanKey;
-    least = least < kNanKey ? least : kNanKey;
   }
   const int64_t guessed = candidates;
   if (wild || candidates < k || candidates > most) {
+    int32_t least = INT32_MAX;
+    for (int64_t i = 0; i < groups; ++i) least = s.maxima[i] < least ? s.maxima[i] : least;
     Bounds rough{least, top + 1, groups, 0};
     bisect(rough, reinterpret_cast<const float*>(s.maxima), groups, k, k / 4);
     low = rough.low;

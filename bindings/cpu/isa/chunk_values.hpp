@@ -25,9 +25,42 @@ inline ChunkRow row_of(const ChunkTopk& job, int64_t c) {
 
 inline float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 
+// pack_codes, sixteen codes at a time where there are instructions for it.
+inline void pack_row(const uint32_t* codes, int64_t count, int bits, char* row) {
+  auto* out = reinterpret_cast<unsigned char*>(row);
+  int64_t j = 0;
+#if defined(GCK_AVX512)
+  for (; j + kLanes <= count; j += kLanes, out += 2 * bits) {
+    const __m512i sixteen = _mm512_loadu_si512(codes + j);
+    uint64_t packed[4];  // two eights of codes of a byte; four fours of 16 bits
+    if (bits == 12) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi32_epi16(sixteen));
+      for (auto& four : packed) four = _pext_u64(four, 0x0fff0fff0fff0fff);
+      const uint64_t joined[3] = {packed[0] | packed[1] << 48, packed[1] >> 16 | packed[2] << 32,
+                                  packed[2] >> 32 | packed[3] << 16};
+      std::memcpy(out, joined, sizeof joined);
+      continue;
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(sixteen));
+    if (bits == 8) {
+      std::memcpy(out, packed, 16);
+    } else if (bits == 4) {
+      const uint64_t all = _pext_u64(packed[0], 0x0f0f0f0f0f0f0f0f) | _pext_u64(packed[1], 0x0f0f0f0f0f0f0f0f)
+                                                                          << 32;
+      std::memcpy(out, &all, 8);
+    } else {
+      const auto all = static_cast<uint32_t>(_pext_u64(packed[0], 0x0303030303030303) |
+                                             _pext_u64(packed[1], 0x0303030303030303) << 16);
+      std::memcpy(out, &all, 4);
+    }
+  }
+#endif
+  pack_codes(codes + j, count - j, bits, out);
+}
+
 inline void put_indices(const ChunkTopk& job, const uint32_t* positions, const ChunkRow& row) {
   if (job.index_bits == 12) {
-    pack_codes(positions, job.k, 12, reinterpret_cast<unsigned char*>(row.indices));
+    pack_row(positions, job.k, 12, row.indices);
     return;
   }
   auto* out = reinterpret_cast<uint16_t*>(row.indices);
@@ -59,34 +92,36 @@ inline void put_scaled(const ChunkTopk& job, const ChunkScratch& s, int64_t k, i
   for (int64_t j = k; j < job.k; ++j) codes[j] = 0;
   for (int64_t j = 0; j < k; ++j) s.decoded[j] = static_cast<float>(codes[j]) * scale;
   *row.scales = scale;
-  pack_codes(s.codes, job.k, job.value_bits, reinterpret_cast<unsigned char*>(row.values));
+  pack_row(s.codes, job.k, job.value_bits, row.values);
 }
 
 // A sign and one of two levels: the means of the magnitudes below the mean, and of the others.
 inline void put_two_levels(const ChunkTopk& job, const ChunkScratch& s, int64_t k, const ChunkRow& row) {
   int64_t width = 1;
   while (width < job.k) width *= 2;
-  float* tree = s.tree;
-  // Mean of the magnitudes that `chosen` tells, and their number; 0 of none.
-  const auto mean_of = [&](auto chosen, int64_t& count) {
-    int64_t some = 0;
-    for (int64_t j = 0; j < k; ++j) {
-      const float x = magnitude(s.values[j]);
-      const bool in = chosen(x);
-      tree[j] = in ? x : 0.0f;
-      some += in;
-    }
-    for (int64_t j = k; j < width; ++j) tree[j] = 0.0f;
-    count = some;
+  const Vec zero = set1(0.0f);
+  const auto live = [k](int64_t j) { return j + kLanes <= k ? 0xffffu : j < k ? (1u << (k - j)) - 1 : 0u; };
+  const auto mean_of = [width](float* tree, int64_t count) {
     const float sum = tree_sum(tree, width);
-    return some ? canonical(sum / static_cast<float>(some)) : 0.0f;
+    return count ? canonical(sum / static_cast<float>(count)) : 0.0f;
   };
-  int64_t all, highs, lows;
-  const float mean = mean_of([](float) { return true; }, all);
-  float high = mean_of([mean](float x) { return x >= mean; }, highs);
-  float low = mean_of([mean](float x) { return !(x >= mean); }, lows);
+  float *const first = s.tree, *const second = s.tree + (width > kLanes ? width : kLanes);
+  for (int64_t j = 0; j < width; j += kLanes)
+    store(first + j, select(live(j), abs(load(s.values + j)), zero));
+  const float mean = mean_of(first, k);
+  // Magnitudes are ordered as their keys. Where one is NaN so is the mean, which nothing reaches.
+  const int32_t key = mean == mean ? key_of(mean) : INT32_MAX;
+  int64_t highs = 0;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Vec x = abs(load(s.values + j));
+    const Mask high = key_ge(x, key) & live(j);
+    store(first + j, select(high, x, zero));
+    store(second + j, select(live(j) & ~high, x, zero));
+    highs += __builtin_popcount(high);
+  }
+  float high = mean_of(first, highs), low = mean_of(second, k - highs);
   if (!highs) high = low;
-  if (!lows) low = high;
+  if (highs == k) low = high;
   row.scales[0] = low;
   row.scales[1] = high;
   for (int64_t j = 0; j < job.k; ++j) {
@@ -95,7 +130,7 @@ inline void put_two_levels(const ChunkTopk& job, const ChunkScratch& s, int64_t 
     const float level = is_high ? high : low;
     s.decoded[j] = positive ? level : -level;
   }
-  pack_codes(s.codes, job.k, 2, reinterpret_cast<unsigned char*>(row.values));
+  pack_row(s.codes, job.k, 2, row.values);
 }
 
 // Writes job.k values, of which the first k are entries and the rest zeros; decoded[0, k) is what a
