@@ -184,6 +184,8 @@ void chunk_topk_put(const ChunkTopkDecode& job, const ChunkEntries& scratch, int
     read_values(job, rank, chunk, scratch.values);
     ask_for_next(job.indices, job.rank_stride, rank, chunk, packed_bytes(job.k, job.index_bits));
     ask_for_next(job.values, job.rank_stride, rank, chunk, packed_bytes(job.k, job.value_bits));
+    if (job.value_bits < 16)
+      ask_for_next(job.scales, job.rank_stride, rank, chunk, job.value_bits == 2 ? 8 : 4);
     if (job.add) {
       for (int64_t j = 0; j < count; ++j) out[at[j]] += values[j];
     } else {
