@@ -42,6 +42,7 @@ def check_tensor(function: str, name: str, value: object) -> None:
         raise LayoutError(
             f"{function}: {name} must be contiguous, got shape {tuple(value.shape)} "
             + (f"with strides {value.stride()}" if value.layout == torch.strided else f"as {value.layout}")
+            + ("; to_dense() makes it so" if value.is_sparse else "")
         )
 
 
@@ -299,7 +300,9 @@ def check_residual(function: str, decay: object, clip: object) -> None:
     if clip is None:
         return
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
-        raise DtypeError(f"{function}: clip must be a number or a tensor, got {shown(clip)}")
+        # Functions have taken tensors away before they ask.
+        kind = "a number; functions take tensors, too" if isinstance(clip, Tensor) else "a number or a tensor"
+        raise DtypeError(f"{function}: clip must be {kind}, got {shown(clip)}")
     if not clip > ZERO_FP32:
         raise ArgumentError(f"{function}: clip must be above 0{_in_fp32(clip)}, got {clip}")
 

@@ -42,7 +42,20 @@ def variants() -> list[Variant]:
         *(aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k),
         *(aot_index_codecs, aot_statistics),
     )
-    return [variant for module in modules for variant in module.variants()]
+    made = [variant for module in modules for variant in module.variants()]
+    return made + _past_2_31(made)
+
+
+def _past_2_31(made: list[Variant]) -> list[Variant]:
+    """One more of each kernel that is told the size of the vector: its first one, of more elements than 32
+    bits can count."""
+    first: dict[str, Variant] = {}
+    for variant in made:
+        if variant.types.get("n") == "i32" and "n" in variant.function().arg_names:
+            first.setdefault(f"{variant.compressor}.{variant.kernel}", variant)
+    return [
+        v._replace(label=f"{v.label}, past 2^31", types=v.types | {"n": "i64"}) for v in first.values()
+    ]
 
 
 def kernels() -> list[str]:

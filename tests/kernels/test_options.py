@@ -379,6 +379,8 @@ def test_compressors_with_options() -> None:
                 make_one(**options, **needed)
         with pytest.raises(DtypeError, match=f"^{name}: clip must be a number"):
             make_one(clip="1", **needed)
+        with pytest.raises(DtypeError, match=f"^{name}: clip must be a number; functions take tensors, too"):
+            make_one(clip=torch.ones(()), **needed)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
