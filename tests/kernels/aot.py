@@ -53,9 +53,7 @@ def _past_2_31(made: list[Variant]) -> list[Variant]:
     for variant in made:
         if variant.types.get("n") == "i32" and "n" in variant.function().arg_names:
             first.setdefault(f"{variant.compressor}.{variant.kernel}", variant)
-    return [
-        v._replace(label=f"{v.label}, past 2^31", types=v.types | {"n": "i64"}) for v in first.values()
-    ]
+    return [v._replace(label=f"{v.label}, past 2^31", types=v.types | {"n": "i64"}) for v in first.values()]
 
 
 def kernels() -> list[str]:
