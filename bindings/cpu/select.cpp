@@ -12,6 +12,7 @@ namespace gck {
 namespace {
 
 constexpr int64_t kFew = 4096;  // entries that a histogram does not pay for
+constexpr int64_t kLanes = 16;  // room that a leaf needs behind entries
 constexpr int kBinBits = 11;    // of the histogram that select_near makes of [low, high)
 
 Share count_share(const float* x, int64_t count, int32_t threshold) {
@@ -24,15 +25,15 @@ Share count_share(const float* x, int64_t count, int32_t threshold) {
   return share;
 }
 
+// Of lists whose entries are few enough to be put one behind the other.
 int32_t kth_of_few(const std::vector<Segment>& lists, int64_t k) {
   if (lists.size() == 1) return leaves().topk_kth(lists[0].x, lists[0].count, k, 0);
   int64_t total = 0;
   for (const Segment& list : lists) total += list.count;
-  std::vector<int32_t> keys(static_cast<size_t>(total));
-  auto next = keys.begin();
-  for (const auto& [x, count] : lists) next = std::transform(x, x + count, next, key_of);
-  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
-  return keys[static_cast<size_t>(k - 1)];
+  std::vector<float> all(static_cast<size_t>(total + kLanes));
+  auto next = all.begin();
+  for (const auto& [x, count] : lists) next = std::copy_n(x, count, next);
+  return leaves().topk_kth(all.data(), total, k, 0);
 }
 
 // The same as select_largest, for lists so short that no histogram pays.

@@ -3,6 +3,9 @@
 
 #include <omp.h>
 
+#include <atomic>
+#include <vector>
+
 #include "cpu/types.hpp"
 
 #if defined(__SSE__)
@@ -45,9 +48,10 @@ void for_each_part(int parts, F f) {
 
 constexpr int64_t kWorthWaiting = 1 << 18;  // entries to look at, for share_parts to wake other threads
 
-// Calls f(t) for t in [0, parts) on `threads` threads, which take the next part when they are done with one:
-// a thread that shares its processor with others then takes fewer. On this thread alone where the entries to
-// look at are few: waiting for the others costs little on an idle machine, and milliseconds on a busy one.
+// Calls f(t) for t in [0, parts) on `threads` threads. Each has parts that follow each other, the same ones in
+// every call, which its caches may still hold; a thread that is done with its own takes those of others: one
+// that shares its processor then does fewer. On this thread alone where the entries to look at are few: waiting
+// for the others costs little on an idle machine, and milliseconds on a busy one.
 template <typename F>
 void share_parts(int parts, int threads, int64_t entries, F f) {
   if (parts == 1 || threads == 1 || entries < kWorthWaiting) {
@@ -55,10 +59,16 @@ void share_parts(int parts, int threads, int64_t entries, F f) {
     for (int t = 0; t < parts; ++t) f(t);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int t = 0; t < parts; ++t) {
+  std::vector<std::atomic<int>> taken(static_cast<size_t>(threads));
+#pragma omp parallel num_threads(threads)
+  {
     const KeepDenormals guard;
-    f(t);
+    const int team = omp_get_num_threads();
+    for (int turn = 0; turn < team; ++turn) {
+      const int owner = (omp_get_thread_num() + turn) % team;
+      const int first = parts * owner / team, end = parts * (owner + 1) / team;
+      for (int t; (t = first + taken[static_cast<size_t>(owner)]++) < end;) f(t);
+    }
   }
 }
 

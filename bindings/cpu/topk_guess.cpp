@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kLine = 16;            // elements of a sampled line: one cache line of fp32
 constexpr int64_t kMaxLines = 4096;      // lines in the sample
 constexpr int64_t kSampleFraction = 64;  // at most one element in this many is sampled
-constexpr int kCoarseShift = 17;         // sampled keys are first counted in 2^14 bins
+constexpr int kCoarseShift = 20;         // sampled keys are first counted in 2^11 bins
 constexpr int kCoarseBins = 1 << (31 - kCoarseShift);
 constexpr int64_t kDense = 25;               // one entry in this many to list is many
 constexpr int64_t kLinesWorthWaiting = 256;  // for another thread

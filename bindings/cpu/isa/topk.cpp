@@ -29,14 +29,24 @@ inline int64_t put(const Candidates& out, int64_t count, Mask m, Vec acc, int64_
 }
 
 // Lists entries of a tile that lies in err already, at positions behind those that are listed. One by one,
-// and without looking whether an entry wins.
+// and without a branch that depends on whether an entry wins, where winners leave nothing.
 inline void put_listed(const Candidates& out, int64_t begin, int64_t end, float* err, int32_t expected,
                        Dtype value_dtype) {
+  if (value_dtype != Dtype::fp32) {
+    for (int64_t j = begin; j < end; ++j) {
+      float& place = err[out.indices[j]];
+      const float acc = place;
+      out.values[j] = acc == acc ? acc : float_of(kNanKey);
+      if (key_of(acc) >= expected) place = left_by(acc, value_dtype);
+    }
+    return;
+  }
   for (int64_t j = begin; j < end; ++j) {
     float& place = err[out.indices[j]];
     const float acc = place;
+    const auto stays = static_cast<uint32_t>(-static_cast<int32_t>(key_of(acc) < expected));
     out.values[j] = acc == acc ? acc : float_of(kNanKey);
-    place = key_of(acc) >= expected ? left_by(acc, value_dtype) : acc;
+    place = float_of(bits_of(acc) & stays);
   }
 }
 
