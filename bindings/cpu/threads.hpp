@@ -48,10 +48,10 @@ void for_each_part(int parts, F f) {
 
 constexpr int64_t kWorthWaiting = 1 << 18;  // entries to look at, for share_parts to wake other threads
 
-// Calls f(t) for t in [0, parts) on `threads` threads. Each has parts that follow each other, the same ones in
-// every call, which its caches may still hold; a thread that is done with its own takes those of others: one
-// that shares its processor then does fewer. On this thread alone where the entries to look at are few: waiting
-// for the others costs little on an idle machine, and milliseconds on a busy one.
+// Calls f(t) for t in [0, parts) on `threads` threads. Each has parts that follow each other, the same ones
+// in every call, which its caches may still hold; a thread that is done with its own takes those of others:
+// one that shares its processor then does fewer. On this thread alone where the entries to look at are few:
+// waiting for the others costs little on an idle machine, and milliseconds on a busy one.
 template <typename F>
 void share_parts(int parts, int threads, int64_t entries, F f) {
   if (parts == 1 || threads == 1 || entries < kWorthWaiting) {
