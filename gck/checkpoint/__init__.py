@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gck.checkpoint.checks import check_apart, check_loads
 from gck.checkpoint.file import (
     KINDS,
     MOST_RANKS,
     MOST_STEPS,
     Header,
     StateFile,
-    size_problem,
     sync_directory,
     write,
 )
@@ -32,7 +32,6 @@ from gck.error_feedback import (
     ErrorFeedbackMap,
     check_factor,
     check_scaled,
-    checked_residual,
     multiply_,
 )
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError, StateMismatchError
@@ -95,7 +94,8 @@ def save_state(
     Raises:
         ArgumentError, DtypeError: an argument is out of range or of a wrong type.
         StateMismatchError: a server residual belongs to another rank or world size, or a residual is not
-            finite, which `load_state` would refuse; nothing was written or removed.
+            finite, which `load_state` would refuse, or shares memory with another; nothing was written or
+            removed.
         BackendUnavailableError: safetensors or numpy is missing.
         OSError: the file cannot be written; the older ones are as they were.
     """
@@ -111,7 +111,8 @@ def save_state(
     states = {}
     for name, one in _states(function, state).items():
         states[name] = one.state_dict()
-        _check_loads(name, states[name], one.place(), (rank, world_size))
+        check_loads(name, states[name], one.place(), (rank, world_size))
+    check_apart(states)
     folder = Path(directory)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -339,24 +340,6 @@ def _states(function: str, state: object) -> dict[str, ErrorFeedback]:
     if isinstance(state, ErrorFeedbackMap):
         return dict(state.items())
     raise DtypeError(f"{function}: state must be an ErrorFeedback or an ErrorFeedbackMap, got {shown(state)}")
-
-
-def _check_loads(
-    name: str, state: Mapping[str, Any], owner: tuple[int, int] | tuple[None, None], place: tuple[int, int]
-) -> None:
-    """What `load_state` would refuse is not saved: it would push files that can be loaded out of `keep`."""
-    if owner[0] is not None and owner != place:
-        raise StateMismatchError(
-            f"save_state: the server residual of {name!r} belongs to rank {owner[0]} of {owner[1]}, got rank "
-            f"{place[0]} of {place[1]}"
-        )
-    for kind in KINDS:
-        if kind in state:
-            checked_residual(f"save_state: the {kind} residual of {name!r}", state[kind])
-    if "server" in state and "worker" in state:
-        problem = size_problem(state, state["worker"].numel(), state["server"].numel(), place[1])
-        if problem:
-            raise StateMismatchError(f"save_state: a server residual of {name!r} {problem}")
 
 
 def _text(compressor: Compressor | None) -> str | None:

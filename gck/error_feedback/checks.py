@@ -102,6 +102,8 @@ def checked_residual(what: str, value: object) -> Tensor:
     """
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() != 1:
         raise StateMismatchError(f"{what} must be flat float32, got {shown(value)}")
+    if value.layout is not torch.strided:
+        raise StateMismatchError(f"{what} must be dense, got {value.layout}")
     if not has_memory(value):
         raise StateMismatchError(f"{what} has no memory to be read, got {shown(value)}")
     if not is_finite(value):

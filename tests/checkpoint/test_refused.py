@@ -46,6 +46,29 @@ def test_a_residual_of_another_shape_is_not_saved(tmp_path: Path) -> None:
     assert not content(tmp_path)
 
 
+def test_residuals_that_share_memory_are_not_saved(tmp_path: Path) -> None:
+    memory, state = torch.ones(200), gck.ErrorFeedbackMap()
+    state["a"].worker, state["b"].worker = memory[100:], memory[:100]  # of one buffer
+    gck.save_state(tmp_path, state, rank=0, world_size=1, step=1)
+    before = content(tmp_path)
+    for other in (memory[99:199], memory[:100], memory[150:], memory[100:101]):
+        state["a"].worker, state["b"].worker = memory[100:], other
+        if other.data_ptr() == memory.data_ptr():
+            state["a"].worker = memory[:50]
+        with pytest.raises(
+            StateMismatchError, match="^save_state: the residuals worker of '[ab]' and worker of"
+        ):
+            gck.save_state(tmp_path, state, rank=0, world_size=1, step=2)
+    assert content(tmp_path) == before
+
+
+def test_a_sparse_residual_is_not_saved(tmp_path: Path) -> None:
+    state = gck.ErrorFeedback()
+    state.worker = torch.ones(5).to_sparse()
+    with pytest.raises(StateMismatchError, match=r"residual of '' must be dense, got torch\.sparse_coo$"):
+        gck.save_state(tmp_path, state, rank=0, world_size=1, step=0)
+
+
 @pytest.mark.parametrize(
     ("numel", "binding", "error"),
     [
