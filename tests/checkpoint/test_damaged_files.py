@@ -118,7 +118,7 @@ def test_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = ErrorFeedback()
     state.worker_for(torch.ones(10))[4] = float("nan")
     with monkeypatch.context() as patch:
-        patch.setattr(gck.checkpoint, "checked_residual", lambda *_: None)
+        patch.setattr(gck.checkpoint.checks, "checked_residual", lambda *_: None)
         save(tmp_path, state)
     with pytest.raises(CorruptPayloadError, match="worker residual of '' that is not finite"):
         load(tmp_path, ErrorFeedback())
