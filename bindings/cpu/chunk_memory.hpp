@@ -23,7 +23,7 @@ struct ThreadMemory {
               reinterpret_cast<uint32_t*>(at[1]),
               at[2],
               at[3],
-              reinterpret_cast<uint32_t*>(at[4]),
+              reinterpret_cast<int8_t*>(at[4]),
               at[5],
               at[6],
               at[7],

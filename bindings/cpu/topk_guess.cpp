@@ -47,8 +47,7 @@ struct Sample {
   Line* places;             // of each line
   float* acc;               // kLine a line; zeros where a line lies past its run's end
   uint32_t* coarse_counts;  // kCoarseBins a part, by key >> kCoarseShift
-  float* values;            // of those that may be asked for, with their positions
-  uint32_t* positions;
+  float* values;            // those that may be asked for
 
   Sample(int64_t numel, int64_t k, int threads, void* memory)
       : lines(lines_for(numel, k)), size(lines * kLine), parts(lines < kLinesWorthWaiting ? 1 : threads) {
@@ -61,7 +60,6 @@ struct Sample {
     acc = static_cast<float*>(take(size, sizeof(float)));
     coarse_counts = static_cast<uint32_t*>(take(int64_t{parts} * kCoarseBins, sizeof(uint32_t)));
     values = static_cast<float*>(take(size + kBehind, sizeof(float)));
-    positions = static_cast<uint32_t*>(take(size + kBehind, sizeof(uint32_t)));
   }
 
   size_t bytes = 0;
@@ -139,11 +137,12 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
     for (int t = 0; t < sample.parts; ++t) above += sample.coarse_counts[t * kCoarseBins + bin];
     if (above >= farthest) break;
   }
-  Candidates top{sample.values, sample.positions, size, 0, 0, false};
-  leaves().topk_collect(sample.acc, size, static_cast<int32_t>(bin) << kCoarseShift, &top);
+  const float* top = sample.values;
+  const int64_t count =
+      leaves().topk_collect(sample.acc, size, static_cast<int32_t>(bin) << kCoarseShift, sample.values);
 
   const auto key_of_rank = [&](int64_t rank) {
-    return leaves().topk_kth(top.values, top.count, std::clamp<int64_t>(rank, 1, top.count), 0);
+    return leaves().topk_kth(top, count, std::clamp<int64_t>(rank, 1, count), 0);
   };
   const int32_t middle = key_of_rank(clamped(expected));
   const auto squares = static_cast<double>(leaves().topk_squares(sample.acc, sample.lines, middle));
@@ -152,8 +151,7 @@ Sampled guess_by_sample(const std::vector<TopkRun>& runs, int64_t numel, int64_t
   const int32_t low = key_of_rank(rank), highest = key_of_rank(clamped(expected - margin));
   // Too few of the sample lie above for a bound: none.
   const int32_t high = expected > margin + 1 ? highest + 1 : INT32_MAX;
-  const int64_t equal =
-      std::count_if(top.values, top.values + top.count, [low](float x) { return key_of(x) == low; });
+  const int64_t equal = std::count_if(top, top + count, [low](float x) { return key_of(x) == low; });
   if (equal > rank / 4 + kLine) return {{low + 1, true, false, low + 1}, std::max(high, low + 2)};
   // Whatever is not finite always reaches the list.
   return {{std::min(low, kInfKey), false, k > numel / kDense, std::min(middle, kInfKey)}, high};

@@ -189,14 +189,20 @@ def _bodies(function: str, payloads: list[Any], fields: list[Tensor], options: l
         )
     )
     if not in_place:
-        return _stacked(bodies)
+        return _stacked(function, bodies)
     return bodies[0].as_strided((len(bodies), bodies[0].numel()), (stride, 1))
 
 
-def _stacked(bodies: list[Tensor]) -> Tensor:
+def _stacked(function: str, bodies: list[Tensor]) -> Tensor:
     """torch.stack(bodies), on the CPU in memory that results have freed: fresh pages would take several times
     as long as the decoding."""
-    rows = empty(len(bodies) * bodies[0].numel(), torch.uint8, bodies[0].device).view(len(bodies), -1)
+    if not bodies[0].is_cpu:
+        return torch.stack(bodies)
+    try:
+        rows = empty(len(bodies) * bodies[0].numel(), torch.uint8, bodies[0].device)
+    except AllocationError as error:
+        raise AllocationError(f"{function}: payloads cannot be put into one buffer: {error}") from error
+    rows = rows.view(len(bodies), -1)
     for row, body in zip(rows, bodies, strict=True):
         copy_(row, body)
     return rows

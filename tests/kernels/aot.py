@@ -46,14 +46,26 @@ def variants() -> list[Variant]:
     return made + _past_2_31(made)
 
 
+# The size of the vector, and places in it.
+SIZES, PLACES = {"n", "numel"}, {"rotation", "first"}
+
+
+def sized() -> list[str]:
+    """Names of the kernels that are told how long the vector is."""
+    return sorted({v.name.partition("[")[0] for v in variants() if SIZES & set(v.function().arg_names)})
+
+
 def _past_2_31(made: list[Variant]) -> list[Variant]:
     """One more of each kernel that is told the size of the vector: its first one, of more elements than 32
     bits can count."""
     first: dict[str, Variant] = {}
     for variant in made:
-        if variant.types.get("n") == "i32" and "n" in variant.function().arg_names:
-            first.setdefault(f"{variant.compressor}.{variant.kernel}", variant)
-    return [v._replace(label=f"{v.label}, past 2^31", types=v.types | {"n": "i64"}) for v in first.values()]
+        if SIZES & set(variant.function().arg_names):
+            first.setdefault(variant.name.partition("[")[0], variant)
+    return [
+        v._replace(label=f"{v.label}, past 2^31", types=v.types | dict.fromkeys(SIZES | PLACES, "i64"))
+        for v in first.values()
+    ]
 
 
 def kernels() -> list[str]:
@@ -181,7 +193,7 @@ def main() -> None:
     pattern = sys.argv[1] if sys.argv[1:] else ""
     chosen = [i for i, variant in enumerate(variants()) if re.search(pattern, variant.name)]
     jobs = [(index, target) for index in chosen for target in TARGETS]
-    report: dict[str, Any] = {"kernels": kernels(), "variants": {}}
+    report: dict[str, Any] = {"kernels": kernels(), "sized": sized(), "variants": {}}
     with ProcessPoolExecutor(2) as pool:
         for name, target, figures in pool.map(cost, *zip(*jobs, strict=True), chunksize=4):
             report["variants"].setdefault(name, {})[target] = figures

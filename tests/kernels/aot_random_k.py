@@ -11,8 +11,6 @@ def variants() -> list[Variant]:
     types = {"p_err": "*fp32", "p_out": "*fp32", "p_spoilt": "*u8", "p_nonfinite": "*i64"}
     types |= dict.fromkeys((*RING, "ranks", "row_units"), "i32")
     types |= {"factor": "fp32", "alpha": "fp32", **RESIDUAL_TYPES}
-    # As beyond 2^31 - 1 elements.
-    wide = types | dict.fromkeys(("numel", "k", "rotation", "first"), "i64")
     made = []
 
     def add(kernel: str, label: str, held: dict[str, str], **constants: object) -> None:
@@ -23,9 +21,6 @@ def variants() -> list[Variant]:
         for options in ("", ", clip", ", clip, stats") if grad == value else ("",):
             constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS, **residual_constants(options)}
             add("compress_kernel", f"{grad}, {value}{options}", held, **constants)
-    held = wide | {"p_grad": "*fp32", "p_values": "*bf16"}
-    constants = {"TILE": gpu.TILE, "SLOTS": gpu.SLOTS, **residual_constants("")}
-    add("compress_kernel", "fp32, bf16, i64", held, **constants)
     add("left_kernel", "", types, TILE=gpu.TILE)
     for value in ("fp32", "bf16", "fp16"):
         add("spoil_kernel", value, types | {"p_values": f"*{value}"}, BLOCK=gpu.SPOIL_BLOCK)

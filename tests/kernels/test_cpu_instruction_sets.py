@@ -72,8 +72,8 @@ def test_small_vectors(n: int, case: str) -> None:
 @pytest.mark.parametrize("cuts", [(), (7, 1_250_010)], ids=["one", "three"])
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_payloads_past_the_caches(threads: int, cuts: tuple[int, ...], value_dtype: torch.dtype) -> None:
-    """Lines of them are shared by parts and by the pieces that lists have. Lists are many stretches long,
-    with entries to mend in each: the guess at the threshold is of a sample."""
+    """Lines of a payload of fp32 values are shared by parts and by the pieces that lists have. Candidates
+    fill many stretches, with some to mend in each, of narrow values, too: the guess is of a sample."""
     n, k, before = 2_500_001, 1_060_007, torch.get_num_threads()
     grad, err = make("gaussian", n, torch.float32)
     compressor = gck.TopK(k=k, value_dtype=value_dtype)

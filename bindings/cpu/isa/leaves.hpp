@@ -64,7 +64,7 @@ struct ChunkScratch {
   uint32_t* positions;  // of the candidates, then of the selected
   float* values;        // acc of these
   float* decoded;       // what a receiver reads of them
-  uint32_t* codes;      // of the selected
+  int8_t* codes;        // of the selected
   float* tree;          // sums on their way
   float* err;           // a last chunk that is cut short, padded
   float* grad;
@@ -197,8 +197,9 @@ struct Leaves {
   // b-th run of `vectors` vectors of 16 entries; every NaN becomes the one that gck lets out.
   void (*topk_maxima)(const void* grad, Dtype dtype, float* err, int64_t count, int64_t vectors,
                       float* maxima);
-  // Lists the entries of x with key >= threshold; changes nothing. count <= out->capacity.
-  void (*topk_collect)(const float* x, int64_t count, int32_t threshold, Candidates* out);
+  // Copies the entries of x with key >= threshold to out, which has room for 16 more; returns how many.
+  // `count` is a multiple of 16.
+  int64_t (*topk_collect)(const float* x, int64_t count, int32_t threshold, float* out);
   // The sum, over lines of 16 entries, of the squared number of those with key >= threshold.
   int64_t (*topk_squares)(const float* x, int64_t lines, int32_t threshold);
   // Counts the keys of x that are >= high, and lists those in [low, high). `keys` has room for 16 more, and

@@ -257,20 +257,20 @@ void topk_maxima(const void* grad, Dtype dtype, float* err, int64_t count, int64
   with_dtype(dtype, [&]<Dtype D>() { maxima_of<D>(grad, err, count, vectors, maxima); });
 }
 
-void topk_collect(const float* x, int64_t count, int32_t threshold, Candidates* out) {
-  int64_t listed = out->count, i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+int64_t topk_collect(const float* x, int64_t count, int32_t threshold, float* out) {
+  int64_t listed = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
     const Vec acc = load(x + i);
-    if (const Mask m = key_ge(acc, threshold)) listed = put(*out, listed, m, acc, i);
+    if (const Mask m = key_ge(acc, threshold)) {
+      compress(out + listed, m, canonical(acc));
+      listed += __builtin_popcount(m);
+    }
   }
-  if (const int rest = static_cast<int>(count - i)) {
-    const Vec acc = load_part<Dtype::fp32>(x, i, rest);
-    if (const Mask m = key_ge(acc, threshold) & ((1u << rest) - 1)) listed = put(*out, listed, m, acc, i);
-  }
-  out->count = listed;
+  return listed;
 }
 
 int64_t topk_squares(const float* x, int64_t lines, int32_t threshold) {
+  static_assert(kLanes == 16);  // a line's entries
   int64_t squares = 0;
   for (int64_t line = 0; line < lines; ++line) {
     const int64_t hits = __builtin_popcount(key_ge(canonical(load(x + line * kLanes)), threshold));
