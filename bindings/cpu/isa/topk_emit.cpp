@@ -21,7 +21,7 @@ class Mended {
     count_ += mend != 0;
   }
 
-  // `list`: from where the stretch begins.
+  // `positions`: of the stretch.
   void ask(const uint32_t* positions, const float* err) const {
     for (int v = 0; v < count_; ++v) {
       for (Mask mend = vectors_[v].mend; mend; mend &= mend - 1) {
