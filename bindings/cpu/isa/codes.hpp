@@ -35,9 +35,8 @@ inline Vec one_of_four(const float* values, uint32_t word) {
 inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
   reaching = key_ge(a, threshold);
   const __m512 magnitude = _mm512_abs_ps(a.v);
-  const auto in = static_cast<__mmask16>(reaching);
-  return {{_mm512_maskz_mov_ps(in, magnitude)},
-          {_mm512_maskz_mov_ps(static_cast<__mmask16>(~in), magnitude)}};
+  const __m512 low = _mm512_mask_mov_ps(magnitude, static_cast<__mmask16>(reaching), _mm512_setzero_ps());
+  return {{_mm512_xor_ps(magnitude, low)}, {low}};
 }
 
 // The magnitude with the sign that acc has, whose mask tells where it is >= 0, as -0 is, too.

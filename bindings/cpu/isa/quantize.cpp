@@ -4,8 +4,11 @@
 #include "cpu/isa/codes.hpp"
 #include "cpu/isa/keys.hpp"
 #include "cpu/isa/philox.hpp"
+#include "cpu/isa/quantize_chunk.hpp"
+#include "cpu/isa/rows.hpp"
 #include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
+#include "cpu/isa/two_levels.hpp"
 
 namespace gck::GCK_ISA {
 namespace {
@@ -14,39 +17,22 @@ constexpr int64_t kMaxChunk = 8192;
 // From this magnitude on (2^96), NaN, infinities and products that overflow are possible.
 constexpr int32_t kWildKey = (96 + 127) << 23;
 
-// One chunk that is whole in memory, and where its packed codes and scales go.
-struct Chunk {
-  const void* grad;
-  int64_t width;  // of an element of grad; 0: there is none
-  int64_t at;     // of its first element, in grad
-  int64_t first;  // the same, in the vector
-  float* err;
-  int64_t size, valid;  // elements from `valid` on are zeros
-  char* codes;
-  float* scales;
-};
-
-// Asks for what the chunk after the next one has in the place of elements [i, i + 16): while codes are made
-// of what the nearest cache has, the hardware looks no further ahead.
-inline void ask_for_later(const Chunk& c, int64_t i) {
-  if (!c.width) return;
-  __builtin_prefetch(static_cast<const char*>(c.grad) + (c.at + 2 * c.size + i) * c.width, 0, 2);
-  __builtin_prefetch(c.err + 2 * c.size + i, 1, 2);
-}
-
 // acc to err; the largest magnitude's key.
 template <Dtype D>
 inline int32_t accumulate(const Chunk& c) {
+  float* const err = c.err;  // what is stored might change the chunk, for all that the compiler knows
+  const void* const grad = c.grad;
+  const int64_t at = c.at, size = c.size;
   Vec best = set1(0.0f), other = set1(0.0f);
-  for (int64_t i = 0; i < c.size; i += 2 * kLanes) {
-    const Vec a = add(load_as<D>(c.grad, c.at + i), load(c.err + i));
-    const Vec b = add(load_as<D>(c.grad, c.at + i + kLanes), load(c.err + i + kLanes));
+  for (int64_t i = 0; i < size; i += 2 * kLanes) {
+    const Vec x = add(load_as<D>(grad, at + i), load(err + i));
+    const Vec y = add(load_as<D>(grad, at + i + kLanes), load(err + i + kLanes));
     if constexpr (D != Dtype::none) {
-      store(c.err + i, a);
-      store(c.err + i + kLanes, b);
+      store(err + i, x);
+      store(err + i + kLanes, y);
     }
-    best = max_key(best, a);
-    other = max_key(other, b);
+    best = max_key(best, x);
+    other = max_key(other, y);
   }
   return largest_key(max_key(best, other));
 }
@@ -56,42 +42,44 @@ struct Scaled {
   Chunk chunk;
   int32_t top;  // the largest magnitude's key
   float scale, inverse;
-};
 
-template <Dtype D>
-inline Scaled scaled(const Chunk& c, int bits) {
-  const int32_t top = accumulate<D>(c);
-  const float scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (bits - 1)) - 1);
-  return {c, top, scale, 1.0f / scale};
-}
+  template <Dtype D>
+  void find(int bits) {
+    top = accumulate<D>(chunk);
+    scale = float_of(static_cast<uint32_t>(top)) / static_cast<float>((1 << (bits - 1)) - 1);
+    inverse = 1.0f / scale;
+  }
+};
 
 // Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err.
 template <int Bits, bool Stochastic, int Vecs>
 void round_all(const Scaled& s, DrawnWords& drawn) {
   const Vec inverse = set1(s.inverse), step = set1(s.scale);
   const Vec qmax = set1(static_cast<float>((1 << (Bits - 1)) - 1));
-  const Chunk c = s.chunk;
-  for (int64_t i = 0; i < c.size; i += Vecs * kLanes) {
+  const Chunk& c = s.chunk;
+  float* const err = c.err;
+  char* const codes = c.codes;
+  const int64_t size = c.size, first = c.first;
+  const Later later(c);
+  for (int64_t i = 0; i < size; i += Vecs * kLanes) {
     Vec acc[Vecs], code[Vecs];
     for (int v = 0; v < Vecs; ++v) {
-      ask_for_later(c, i + v * kLanes);
-      acc[v] = load(c.err + i + v * kLanes);
+      later.ask(i + v * kLanes);
+      acc[v] = load(err + i + v * kLanes);
     }
     if constexpr (Stochastic) {
-      const uint64_t* words = drawn.of(c.first + i);
+      const uint64_t* words = drawn.of(first + i);
       const auto round = [&]<int V>() {
         code[V % Vecs] = round_by(numbers<V>(words), acc[V % Vecs], inverse, qmax);
       };
-      if (Vecs == 4 || (c.first + i) % 64 == 0)
-        round.template operator()<0>(), round.template operator()<1>();
-      if (Vecs == 4 || (c.first + i) % 64 != 0)
-        round.template operator()<2>(), round.template operator()<3>();
+      if (Vecs == 4 || (first + i) % 64 == 0) round.template operator()<0>(), round.template operator()<1>();
+      if (Vecs == 4 || (first + i) % 64 != 0) round.template operator()<2>(), round.template operator()<3>();
     } else {
       // No quotient exceeds qmax by half, so that none rounds to more.
       for (int v = 0; v < Vecs; ++v) code[v] = round_even(mul(acc[v], inverse));
     }
-    store_codes<Bits>(c.codes + i * Bits / 8, code);
-    for (int v = 0; v < Vecs; ++v) store(c.err + i + v * kLanes, sub(acc[v], mul(code[v], step)));
+    store_codes<Bits>(codes + i * Bits / 8, code);
+    for (int v = 0; v < Vecs; ++v) store(err + i + v * kLanes, sub(acc[v], mul(code[v], step)));
   }
 }
 
@@ -131,73 +119,39 @@ int64_t send_scaled(const Scaled& s, int bits, bool stochastic, DrawnWords& draw
   return bits == 4 ? send_scaled<4>(s, stochastic, drawn) : send_scaled<2>(s, stochastic, drawn);
 }
 
-// A chunk whose err is acc, with the mean of its magnitudes.
-struct Mean {
-  Chunk chunk;
-  float mean;
-};
-
+// The last chunk, cut short: on a copy padded with zeros.
 template <Dtype D>
-inline Mean mean_of(const Chunk& c) {
-  alignas(64) float tree[kMaxChunk / 2];
-  if constexpr (D != Dtype::none) {
-    for (int64_t i = 0; i < c.size; i += kLanes)
-      store(c.err + i, add(load_as<D>(c.grad, c.at + i), load(c.err + i)));
+int64_t compress_part(const QuantizeChunks& job, int64_t i, const Place<QuantizeChunks>& place,
+                      DrawnWords& drawn) {
+  constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
+  const int64_t size = job.chunk_size, row = size * job.bits / 8, at = i * size, valid = job.numel - at;
+  alignas(64) float part[kMaxChunk] = {};
+  alignas(64) char grads[kMaxChunk * 4] = {};
+  char codes[kMaxChunk];
+  std::memcpy(part, job.err + at, sizeof(float) * static_cast<size_t>(valid));
+  if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
+    std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
   }
-  return {c, canonical(sum_of_magnitudes(c.err, c.size, tree) / static_cast<float>(c.valid))};
-}
-
-// Codes of 2 bits from element `first` on.
-void clear_codes(char* codes, int64_t first, int64_t size) {
-  std::memset(codes + (first + 3) / 4, 0, static_cast<size_t>(size / 4 - (first + 3) / 4));
-  if (first % 4) codes[first / 4] = static_cast<char>(codes[first / 4] & ((1 << 2 * (first % 4)) - 1));
-}
-
-// A sign and one of two levels: the means of the magnitudes below the mean, and of the others.
-int64_t send_two_levels(const Mean& m) {
-  alignas(64) float tree[kMaxChunk / 2], low_tree[kMaxChunk / 2];
-  const Chunk c = m.chunk;
-  const float mean = m.mean;
-  // Nothing compares with NaN: then no key may reach this one, which that of a NaN of ones alone does.
-  const auto key = static_cast<int32_t>(mean == mean ? bits_of(mean) : 0x7fffffffu);
-  if (mean != mean) {
-    for (int64_t i = 0; i < c.size; i += kLanes) store(c.err + i, canonical(load(c.err + i)));
+  auto* const scales = reinterpret_cast<float*>(place.body + job.scales_offset);
+  Chunk c{grads, 0, 0, job.first + at, part, size, valid, codes, scales};
+  int64_t cleared = 0;
+  if (job.two_levels) {
+    c.scales += 2 * place.slot;
+    TwoLevels levels;
+    levels.chunk = c;
+    levels.find_mean<D>();
+    levels.find_levels();
+    cleared = levels.subtract();
+  } else {
+    c.scales += place.slot;
+    Scaled scaled;
+    scaled.chunk = c;
+    scaled.find<D>(job.bits);
+    cleared = send_scaled(scaled, job.bits, job.stochastic, drawn);
   }
-  int64_t highs = 0;
-  const auto split = [&](int64_t i) {
-    ask_for_later(c, i);
-    Mask in;
-    const Halves both = split_at(load(c.err + i), key, in);
-    highs += __builtin_popcount(in);
-    return both;
-  };
-  const int64_t width = first_sums(c.size, split, [&](int64_t i, const Halves& both) {
-    store(tree + i, both.high);
-    store(low_tree + i, both.low);
-  });
-  // The zeros behind a short chunk reach a mean of 0, as then do all of its elements.
-  if (highs > c.valid) highs = c.valid;
-  const int64_t lows = c.valid - highs;
-  float high = highs ? canonical(tree_sum(tree, width) / static_cast<float>(highs)) : 0.0f;
-  float low = lows ? canonical(tree_sum(low_tree, width) / static_cast<float>(lows)) : 0.0f;
-  if (!highs) high = low;
-  if (!lows) low = high;
-  c.scales[0] = low;
-  c.scales[1] = high;
-  const Vec far = set1(high), near = set1(low);
-  for (int64_t i = 0; i < c.size; i += 2 * kLanes) {
-    uint32_t words[2];
-    for (int v = 0; v < 2; ++v) {
-      float* at = c.err + i + v * kLanes;
-      const Vec acc = load(at);
-      const Mask positive = ge_zero(acc), is_high = key_ge(acc, key);
-      store(at, sub(acc, signed_like(acc, positive, select(is_high, far, near))));
-      words[v] = interleave(is_high, positive);
-    }
-    std::memcpy(c.codes + i / 4, words, sizeof words);
-  }
-  if (c.valid < c.size) clear_codes(c.codes, c.valid, c.size);
-  return is_finite(low) && is_finite(high) ? 0 : clear_nonfinite(c.err, c.valid);
+  std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
+  std::memcpy(place.body + place.slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));
+  return cleared;
 }
 
 // Calls make(i) before it looks at chunk i.
@@ -207,51 +161,51 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
   const int64_t size = job.chunk_size, row = size * job.bits / 8;
   DrawnWords drawn{job.seed};
   int64_t cleared = 0;
-  // A chunk gets its codes when the next one's scale is being made, which takes long, and from little.
-  Scaled last{};
-  Mean last_mean{};
-  const auto send_last = [&] {
-    if (last.chunk.size) cleared += send_scaled(last, job.bits, job.stochastic, drawn);
-    if (last_mean.chunk.size) cleared += send_two_levels(last_mean);
+  // A chunk gets its codes when the next one's scale is being made, which takes long, and from little. None
+  // is copied: that would wait for all that has been stored meanwhile.
+  Scaled scaled[2];
+  TwoLevels levels[3];
+  const auto finish = [&](int64_t i) {  // all that can be done before chunk i is looked at again
+    if (!job.two_levels) {
+      if (i > begin) cleared += send_scaled(scaled[(i - 1 - begin) % 2], job.bits, job.stochastic, drawn);
+      return;
+    }
+    if (i > begin + 1) cleared += levels[(i - 2 - begin) % 3].subtract();
+    if (i > begin) levels[(i - 1 - begin) % 3].find_levels();
   };
-  for (int64_t i = begin; i < end; ++i) {
+  const auto set = [&](Chunk& c, int64_t at, char* codes, float* scales) {
+    c.grad = job.grad;
+    c.width = D == Dtype::none ? 0 : width;
+    c.at = at;
+    c.first = job.first + at;
+    c.err = job.err + at;
+    c.size = c.valid = size;
+    c.codes = codes;
+    c.scales = scales;
+  };
+  Place place(job, begin);
+  int64_t i = begin;
+  for (; i < end && (i + 1) * size <= job.numel; ++i, place.next()) {
     make(i);
-    char* body = job.bodies + i / job.chunks_per_row * job.row_stride;
-    const int64_t slot = i % job.chunks_per_row, at = i * size;
-    auto* scales = reinterpret_cast<float*>(body + job.scales_offset) + slot * (job.two_levels ? 2 : 1);
-    const int64_t valid = job.numel - at < size ? job.numel - at : size;
-    if (valid == size) {
-      const Chunk c{job.grad,     D == Dtype::none ? 0 : width,
-                    at,           job.first + at,
-                    job.err + at, size,
-                    size,         body + slot * row,
-                    scales};
-      if (job.two_levels) {
-        const Mean next = mean_of<D>(c);
-        send_last();
-        last_mean = next;
-        continue;
-      }
-      const Scaled next = scaled<D>(c, job.bits);
-      send_last();
-      last = next;
-      continue;
+    char* const codes = place.body + place.slot * row;
+    auto* const scales = reinterpret_cast<float*>(place.body + job.scales_offset);
+    if (job.two_levels) {
+      TwoLevels& next = levels[(i - begin) % 3];
+      set(next.chunk, i * size, codes, scales + 2 * place.slot);
+      next.find_mean<D>();
+    } else {
+      Scaled& next = scaled[(i - begin) % 2];
+      set(next.chunk, i * size, codes, scales + place.slot);
+      next.find<D>(job.bits);
     }
-    // The last chunk, cut short: on a copy padded with zeros.
-    alignas(64) float part[kMaxChunk] = {};
-    alignas(64) char grads[kMaxChunk * 4] = {};
-    char codes[kMaxChunk];
-    std::memcpy(part, job.err + at, sizeof(float) * static_cast<size_t>(valid));
-    if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
-      std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
-    }
-    const Chunk c{grads, 0, 0, job.first + at, part, size, valid, codes, scales};
-    cleared += job.two_levels ? send_two_levels(mean_of<D>(c))
-                              : send_scaled(scaled<D>(c, job.bits), job.bits, job.stochastic, drawn);
-    std::memcpy(job.err + at, part, sizeof(float) * static_cast<size_t>(valid));
-    std::memcpy(body + slot * row, codes, static_cast<size_t>((valid * job.bits + 7) / 8));
+    finish(i);
   }
-  send_last();
+  finish(i);
+  if (job.two_levels && i > begin) cleared += levels[(i - 1 - begin) % 3].subtract();
+  if (i < end) {
+    make(i);
+    cleared += compress_part<D>(job, i, place, drawn);
+  }
   return cleared;
 }
 
@@ -267,15 +221,19 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
       ask_ahead(scales + r * stride + c * scales_size, 64);
     }
     if (run.is_copy()) {
-      copy_blocks<Vecs, Values::kWays>(run, c * size, (c + 1) * size, [&](int64_t i, int v) {
-        return values[0].at(codes + i * Bits / 8, v);
+      copy_blocks<Vecs, Values::kWays>(run, c * size, (c + 1) * size, [&](int64_t i, Vec* x) {
+        for (int v = 0; v < Vecs; ++v) x[v] = values[0].at(codes + i * Bits / 8, v);
       });
       continue;
     }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
       ask_ahead<Bits>(codes, stride, run.ranks, i);
-      sum_block<Vecs, Values::kWays>(
-          run, i, [&](int64_t r, int v) { return values[r].at(codes + r * stride + i * Bits / 8, v); });
+      const auto of = [&](int64_t r, Vec* x) {
+        const char* at = codes + r * stride + i * Bits / 8;
+        for (int v = 0; v < Vecs; ++v) x[v] = values[r].at(at, v);
+      };
+      Vec sums[Vecs];
+      sum_block<Vecs, Values::kWays>(run, i, run.ranks, of, sums);
     }
   }
 }

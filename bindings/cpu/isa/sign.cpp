@@ -1,5 +1,6 @@
 #include "cpu/isa/sign.hpp"
 
+#include "cpu/isa/rows.hpp"
 #include "cpu/isa/sums.hpp"
 #include "cpu/isa/tree.hpp"
 #include "cpu/isa/vec.hpp"
@@ -36,31 +37,51 @@ struct Pending {
   }
 };
 
+// acc of a vector, which err becomes; returns its magnitude. `last`, the chunk before, is finished meanwhile
+// unless this is the `First`, so that memory never waits for a pass over what the caches hold.
+template <Dtype D, bool First>
+GCK_INLINE Vec take(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk, int64_t i,
+                    const Pending& last) {
+  const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
+  if constexpr (D != Dtype::none) store(err + i, acc);
+  put_bits(words, i, ge_zero(acc));
+  if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
+  return abs(acc);
+}
+
+template <Dtype D, bool First, int64_t Chunk>
+inline float accumulate_short(const void* grad, int64_t at, float* err, uint32_t* words,
+                              const Pending& last) {
+  UpwardSum<Chunk> magnitudes;
+#pragma GCC unroll 16
+  for (int v = 0; v < Chunk / kLanes; ++v) {
+    magnitudes.take(v, take<D, First>(grad, at, err, words, Chunk, v * kLanes, last));
+  }
+  return magnitudes.sum();
+}
+
 // From this size on, the first level of a chunk's sum would take too much of the nearest cache.
 constexpr int64_t kLongChunk = 1024;
 
 // err becomes acc; returns the sum of its magnitudes. Strictly upwards, since halves read side by side are
-// streams that processors do not foresee, unless a near cache has them; and `last`, the chunk before, is
-// finished meanwhile unless this is the `First`, so that memory never waits for a pass over what the caches
-// hold.
+// streams that processors do not foresee, unless a near cache has them.
 template <Dtype D, bool First>
 inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk,
                         const Pending& last) {
+  if (64 <= chunk && chunk <= kShort) {
+    if (chunk == 64) return accumulate_short<D, First, 64>(grad, at, err, words, last);
+    if (chunk == 128) return accumulate_short<D, First, 128>(grad, at, err, words, last);
+    return accumulate_short<D, First, 256>(grad, at, err, words, last);
+  }
   alignas(64) float tree[kMaxChunk / 2];
   const int64_t half = chunk / 2;
-  const auto take = [&](int64_t i) {
-    const Vec acc = add(load_as<D>(grad, at + i), load(err + i));
-    if constexpr (D != Dtype::none) store(err + i, acc);
-    put_bits(words, i, ge_zero(acc));
-    if constexpr (!First) last.subtract((i + kSkew) & (chunk - 1));
-    return abs(acc);
-  };
+  const auto magnitude = [&](int64_t i) { return take<D, First>(grad, at, err, words, chunk, i, last); };
   if (D == Dtype::none || chunk >= kLongChunk) {
-    for (int64_t i = 0; i < chunk; i += kLanes) take(i);
+    for (int64_t i = 0; i < chunk; i += kLanes) magnitude(i);
     return sum_of_magnitudes(err, chunk, tree);
   }
-  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, take(i));
-  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), take(half + i)));
+  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, magnitude(i));
+  for (int64_t i = 0; i < half; i += kLanes) store(tree + i, add(load(tree + i), magnitude(half + i)));
   return tree_sum(tree, half);
 }
 
@@ -99,12 +120,12 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make 
   constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
   int64_t cleared = 0;
   Pending last = Pending::of(nullptr, 0, 0);
-  for (int64_t c = begin; c < end; ++c) {
+  Place place(job, begin);
+  for (int64_t c = begin; c < end; ++c, place.next()) {
     make(c);
-    char* body = job.bodies + c / job.chunks_per_row * job.row_stride;
-    const int64_t slot = c % job.chunks_per_row, at = c * job.chunk_size;
-    auto* words = reinterpret_cast<uint32_t*>(body) + slot * (job.chunk_size / 32);
-    auto* scale = reinterpret_cast<float*>(body + job.scales_offset) + slot;
+    const int64_t at = c * job.chunk_size;
+    auto* words = reinterpret_cast<uint32_t*>(place.body) + place.slot * (job.chunk_size / 32);
+    auto* scale = reinterpret_cast<float*>(place.body + job.scales_offset) + place.slot;
     float* err = job.err + at;
     const int64_t valid = job.numel - at < job.chunk_size ? job.numel - at : job.chunk_size;
     if (valid == job.chunk_size) {
@@ -145,86 +166,99 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make 
   return cleared;
 }
 
-// The sums of four ranks' signed scales, from zero, by their four signs: to begin a sum of more ranks with.
+// The sums of the first ranks' signed scales, from zero, are one of thirty-two numbers by five signs, or one
+// of sixteen by four: to begin a sum of more ranks with.
 #if defined(GCK_AVX512)
-struct FourRanks {
-  Vec sums;
+template <int Ranks>
+struct Begun {
+  Vec low, high;  // by the first four signs, where the fifth is minus, and where it is plus
 
-  explicit FourRanks(const float* scales) {
+  void set(const float* scales) {
     constexpr Mask positive[4] = {0xaaaa, 0xcccc, 0xf0f0, 0xff00};
-    sums = set1(0.0f);
-    for (int r = 0; r < 4; ++r) sums = add(sums, select(positive[r], set1(scales[r]), set1(-scales[r])));
+    low = set1(0.0f);
+    for (int r = 0; r < 4; ++r) low = add(low, select(positive[r], set1(scales[r]), set1(-scales[r])));
+    if constexpr (Ranks == 5) {
+      high = add(low, set1(scales[4]));
+      low = add(low, set1(-scales[4]));
+    }
   }
 
   // Of 64 elements, whose words lie at `words`, `stride` further for each rank.
-  void put(const char* words, int64_t stride, Vec* out) const {
+  GCK_INLINE void put(const char* words, int64_t stride, Vec* out) const {
     __m512i signs = _mm512_setzero_si512();
-    for (int r = 0; r < 4; ++r) {
+#pragma GCC unroll 5
+    for (int r = 0; r < Ranks; ++r) {
       uint64_t bits;
       std::memcpy(&bits, words + r * stride, sizeof bits);
       signs = _mm512_mask_add_epi8(signs, bits, signs, _mm512_set1_epi8(static_cast<char>(1 << r)));
     }
     alignas(64) char bytes[64];
     _mm512_store_si512(bytes, signs);
+    // Else GCC takes them from the register, which costs one more instruction of the scarcest kind for each.
+    asm("" : "+m"(bytes));
     for (int v = 0; v < 4; ++v) {
       const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16 * v));
-      out[v] = {_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(some), sums.v)};
+      const __m512i index = _mm512_cvtepu8_epi32(some);
+      out[v] = {Ranks == 5 ? _mm512_permutex2var_ps(low.v, index, high.v)
+                           : _mm512_permutexvar_ps(index, low.v)};
     }
   }
 };
-constexpr bool kHasFourRanks = true;
+constexpr bool kBegins = true;
 #else
-struct FourRanks {
-  explicit FourRanks(const float*) {}
+template <int Ranks>
+struct Begun {
+  void set(const float*) {}
   void put(const char*, int64_t, Vec*) const {}
 };
-constexpr bool kHasFourRanks = false;
+constexpr bool kBegins = false;
 #endif
 
-// Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
-template <int Vecs>
-void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+// Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time. Sums are begun by the First
+// ranks.
+template <int Vecs, int First, typename Count>
+void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run,
+                   Count ranks) {
   const int64_t size = job.chunk_size, stride = job.rank_stride;
   const char *words = job.words + run.first * stride, *scales = job.scales + run.first * stride;
   for (int64_t c = begin; c < end; ++c) {
     float scale[kRanksTogether];
-    for (int64_t r = 0; r < run.ranks; ++r) {
+    for (int64_t r = 0; r < ranks; ++r) {
       std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
       // alpha * -scale == -(alpha * scale), so one product a chunk does.
       scale[r] *= alpha;
       ask_ahead(scales + r * stride + 4 * c, 64);
     }
-    const auto value = [&](int64_t i, int64_t r, int v) {
-      uint16_t bits;
-      std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
-      return select(bits, set1(scale[r]), set1(-scale[r]));
+    const auto values = [&](int64_t r, int64_t i, Vec* x) {
+      const Vec plus = in_register(set1(scale[r])), minus = in_register(set1(-scale[r]));
+      for (int v = 0; v < Vecs; ++v) {
+        uint16_t bits;
+        std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
+        x[v] = select(bits, plus, minus);
+      }
     };
     if (run.is_copy()) {
-      const Vec plus = set1(scale[0]), minus = set1(-scale[0]);
-      copy_blocks<Vecs>(run, c * size, (c + 1) * size, [&](int64_t i, int v) {
-        uint16_t bits;
-        std::memcpy(&bits, words + i / 8 + 2 * v, sizeof bits);
-        return select(bits, plus, minus);
-      });
+      copy_blocks<Vecs>(run, c * size, (c + 1) * size, [&](int64_t i, Vec* x) { values(0, i, x); });
       continue;
     }
-    if (kHasFourRanks && Vecs == 4 && !run.from && run.ranks >= 4) {
-      const FourRanks four(scale);
-      for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-        ask_ahead<1>(words, stride, run.ranks, i);
-        const auto first_four = [&](Vec* sums) {
-          four.put(words + i / 8, stride, sums);
-          return int64_t{4};
-        };
-        sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); }, first_four);
-      }
-      continue;
-    }
+    Begun<First> first;
+    if constexpr (First > 0) first.set(scale);
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      ask_ahead<1>(words, stride, run.ranks, i);
-      sum_block<Vecs>(run, i, [&](int64_t r, int v) { return value(i, r, v); });
+      ask_ahead<1>(words, stride, ranks, i);
+      Vec sums[Vecs];
+      if constexpr (First > 0) first.put(words + i / 8, stride, sums);
+      sum_block<Vecs, 1, First>(run, i, ranks, [&](int64_t r, Vec* x) { values(r, i, x); }, sums);
     }
   }
+}
+
+void decode_some(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+  if (job.chunk_size < 4 * kLanes) return decode_chunks<2, 0>(job, alpha, begin, end, run, run.ranks);
+  if (!kBegins || run.from || run.written || run.ranks < 4)
+    return decode_chunks<4, 0>(job, alpha, begin, end, run, run.ranks);
+  if (run.ranks == 4) return decode_chunks<4, 4>(job, alpha, begin, end, run, Known<4>{});
+  if (run.ranks == 8) return decode_chunks<4, 5>(job, alpha, begin, end, run, Known<8>{});
+  decode_chunks<4, 5>(job, alpha, begin, end, run, run.ranks);
 }
 
 // One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
@@ -248,9 +282,7 @@ int64_t sign_compress(const SignChunks& job, int64_t begin, int64_t end) {
 
 void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
   const auto some = [&](int64_t from, int64_t to, const Run& run) {
-    const float alpha = job.into.alpha;
-    job.chunk_size < 4 * kLanes ? decode_chunks<2>(job, alpha, from, to, run)
-                                : decode_chunks<4>(job, alpha, from, to, run);
+    decode_some(job, job.into.alpha, from, to, run);
   };
   decode_all(job, begin, end, some, decode_part);
 }
@@ -258,8 +290,7 @@ void sign_decompress(const SignDecode& job, int64_t begin, int64_t end) {
 int64_t sign_reduce(const SignDecode& from, const MeanInto& into, const SignChunks& to, int64_t begin,
                     int64_t end) {
   const auto some = [&](int64_t first, int64_t last, const Run& run) {
-    from.chunk_size < 4 * kLanes ? decode_chunks<2>(from, 1.0f, first, last, run)
-                                 : decode_chunks<4>(from, 1.0f, first, last, run);
+    decode_some(from, 1.0f, first, last, run);
   };
   SignChunks job = to;
   job.err = into.err;

@@ -1,6 +1,9 @@
 // Sums over ranks, of elements that stay in registers while ranks are walked.
 #pragma once
 
+#include <utility>
+
+#include "cpu/isa/known.hpp"
 #include "cpu/isa/residual.hpp"
 #include "cpu/isa/vec.hpp"
 
@@ -92,25 +95,32 @@ struct Run {
   bool is_copy() const { return written && ranks == 1 && from == nullptr && err == nullptr; }
 };
 
-// Vecs vectors of 16 at element i; value(rank, vector) of each rank in turn. begin(sums), where it is given,
-// makes the sum of the first ranks, and returns how many these are; 0: none. Of every Ways vectors of values,
-// the first has elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on: sums stay in this
-// order while ranks are walked.
-template <int Vecs, int Ways = 1, typename Value, typename Begin>
-inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
-  Vec sum[Vecs];
-  int64_t rank = begin(sum);
-  if (rank == 0 && run.written) {
-    for (int v = 0; v < Vecs; ++v) sum[v] = value(0, v);
-    rank = 1;
-  } else if (rank == 0) {
+// Vecs vectors of 16 at element i. `First` of the ranks have been summed already, from zero, else `sum` is
+// made here; values(rank, x) of each other rank in turn. Of every Ways vectors of values, the first has
+// elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on: sums stay in this order while
+// ranks are walked. Count: int64_t, or Known.
+template <int Vecs, int Ways = 1, int First = 0, typename Count, typename Values>
+GCK_INLINE void sum_block(const Run& run, int64_t i, Count ranks, Values values, Vec* sum) {
+  const auto add_rank = [&](int64_t rank) {
+    Vec x[Vecs];
+    values(rank, x);
+    for (int v = 0; v < Vecs; ++v) sum[v] = add(sum[v], x[v]);
+  };
+  const bool begun = First == 0 && run.written;
+  if (begun) {
+    values(0, sum);
+  } else if (First == 0) {
     for (int v = 0; v < Vecs; ++v) sum[v] = run.from ? load(run.from + i + v * kLanes) : set1(0.0f);
     if (run.from) {
       for (int v = 0; v < Vecs; v += Ways) take_apart<Ways>(sum + v);
     }
   }
-  for (; rank < run.ranks; ++rank) {
-    for (int v = 0; v < Vecs; ++v) sum[v] = add(sum[v], value(rank, v));
+  if constexpr (is_known<Count>) {
+    [&]<int... R>(std::integer_sequence<int, R...>) {
+      (add_rank(First + R), ...);
+    }(std::make_integer_sequence<int, static_cast<int>(Count::number) - First>());
+  } else {
+    for (int64_t rank = begun ? 1 : First; rank < ranks; ++rank) add_rank(rank);
   }
   for (int v = 0; v < Vecs; v += Ways) put_together<Ways>(sum + v);
   if (run.err) {
@@ -127,12 +137,12 @@ inline void sum_block(const Run& run, int64_t i, Value value, Begin begin) {
 }
 
 // The same of elements [begin, end) of a run that is_copy, without asking at each block what is to be done.
-template <int Vecs, int Ways = 1, typename Value>
-inline void copy_blocks(const Run& run, int64_t begin, int64_t end, Value value) {
+template <int Vecs, int Ways = 1, typename Values>
+inline void copy_blocks(const Run& run, int64_t begin, int64_t end, Values values) {
   const auto copy = [&]<bool PastCaches>() {
     for (int64_t i = begin; i < end; i += Vecs * kLanes) {
       Vec x[Vecs];
-      for (int v = 0; v < Vecs; ++v) x[v] = value(i, v);
+      values(i, x);
       for (int v = 0; v < Vecs; v += Ways) put_together<Ways>(x + v);
       for (int v = 0; v < Vecs; ++v) {
         float* to = run.to + i + v * kLanes;
@@ -141,11 +151,6 @@ inline void copy_blocks(const Run& run, int64_t begin, int64_t end, Value value)
     }
   };
   run.past_caches ? copy.template operator()<true>() : copy.template operator()<false>();
-}
-
-template <int Vecs, int Ways = 1, typename Value>
-inline void sum_block(const Run& run, int64_t i, Value value) {
-  sum_block<Vecs, Ways>(run, i, value, [](Vec*) { return int64_t{0}; });
 }
 
 // Calls some(chunk_begin, chunk_end, run) for all of chunks [begin, end), which are whole, and all ranks, in

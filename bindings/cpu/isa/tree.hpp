@@ -1,6 +1,7 @@
 // Sums whose order is part of the contract, and what they can be.
 #pragma once
 
+#include "cpu/isa/known.hpp"
 #include "cpu/isa/vec.hpp"
 
 namespace gck::GCK_ISA {
@@ -59,14 +60,15 @@ inline float tree_sum(float* t, int64_t width) {
 
 // The first levels of the same tree, over value(i) of the vectors at i < width: hands what is left to put(i,
 // sum) and returns its width, at most the half. Runs are read side by side: for what a near cache has.
-template <typename Value, typename Put>
-inline int64_t first_sums(int64_t width, Value value, Put put) {
+template <typename Width, typename Value, typename Put>
+GCK_INLINE int64_t first_sums(Width width, Value value, Put put) {
   const int64_t run = width / 8;
   if (run < kLanes) {
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i += kLanes) put(i, add(value(i), value(half + i)));
     return half;
   }
+#pragma GCC unroll 1
   for (int64_t i = 0; i < run; i += kLanes) {
     const auto two = [&](int j) { return add(value(i + j * run), value(i + (j + 4) * run)); };
     const auto evens = add(two(0), two(2));
@@ -75,8 +77,33 @@ inline int64_t first_sums(int64_t width, Value value, Put put) {
   return run;
 }
 
+// The sum in the same order of Size elements that come strictly upwards, a vector at a time: half of them
+// stay in registers. There are enough for that up to kShort.
+#if defined(GCK_AVX512)
+constexpr int64_t kShort = 256;
+#else
+constexpr int64_t kShort = 0;
+#endif
+template <int64_t Size>
+class UpwardSum {
+ public:
+  // x is the nth vector, in a loop that is unrolled.
+  GCK_INLINE void take(int nth, Vec x) { sums_[nth % kHalf] = nth < kHalf ? x : add(sums_[nth % kHalf], x); }
+  GCK_INLINE float sum() {
+    for (int width = kHalf / 2; width >= 1; width /= 2) {
+      for (int v = 0; v < width; ++v) sums_[v] = add(sums_[v], sums_[v + width]);
+    }
+    return halved(sums_[0]);
+  }
+
+ private:
+  static constexpr int kHalf = Size / kLanes / 2;
+  Vec sums_[kHalf];
+};
+
 // Sum of |x[0, width)| in the same order; `t` has room for half as many.
-inline float sum_of_magnitudes(const float* x, int64_t width, float* t) {
+template <typename Width>
+inline float sum_of_magnitudes(const float* x, Width width, float* t) {
   const auto magnitude = [&](int64_t i) { return abs(load(x + i)); };
   return tree_sum(t, first_sums(width, magnitude, [&](int64_t i, Vec sum) { store(t + i, sum); }));
 }

@@ -23,6 +23,11 @@ inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store_past_caches(float* p, Vec a) { _mm512_stream_ps(p, a.v); }  // p aligned to a Vec
 inline void order_stores() { _mm_sfence(); }
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+// Hides where a comes from: GCC would take a broadcast apart and do it again for each use, lane by lane.
+inline Vec in_register(Vec a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -36,6 +36,7 @@ inline void order_stores() {}
 inline Vec set1(float x) {
   return each([&](int) { return x; });
 }
+inline Vec in_register(Vec a) { return a; }
 inline Vec add(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] + b.x[i]; });
 }
