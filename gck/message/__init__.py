@@ -111,10 +111,10 @@ def from_bytes(
                 f"{function}: the checksum of these {header.nbytes} bytes is {found:#018x}, "
                 f"the header says {header.checksum:#018x}"
             )
-    _check(function, header, format_, layout, body)
+    fields = _checked_fields(function, header, format_, layout, body)
     if device is not None:
-        body = body.to(device)
-    return format_.payload(header, _fields(format_, layout, header, body))
+        fields = _fields(format_, layout, header, body.to(device))
+    return format_.payload(header, fields)
 
 
 def _usable(function: str, device: torch.device | str) -> torch.device:
@@ -177,7 +177,7 @@ def _buffers(function: str, payload: Payload, checksum: bool) -> tuple[bytes, Te
         raise CorruptPayloadError(f"{function}: fields of this {kind} must be {wanted}, got {found}")
     with torch.no_grad():
         body = with_clear_padding(body_of(*payload.fields).cpu(), layout)
-    _check(function, header, format_, layout, body)
+    _checked_fields(function, header, format_, layout, body)
     if checksum:
         header = header._replace(checksum=_checksum(function, header, body))
     return header.pack(), body
@@ -204,10 +204,14 @@ def _check_memory(function: str, name: str, value: Tensor) -> None:
         raise LayoutError(f"{function}: {name} has no memory that can be read, got {shown(value)}")
 
 
-def _check(function: str, header: Header, format_: Format, layout: Layout, body: Tensor) -> None:
+def _checked_fields(
+    function: str, header: Header, format_: Format, layout: Layout, body: Tensor
+) -> tuple[Tensor, ...]:
     with _naming(function):
+        fields = _fields(format_, layout, header, body)
         check_padding(body, layout)
-        format_.check(header, _fields(format_, layout, header, body))
+        format_.check(header, fields)
+    return fields
 
 
 def _fields(format_: Format, layout: Layout, header: Header, body: Tensor) -> tuple[Tensor, ...]:
