@@ -103,7 +103,7 @@ Reduced chunk_topk_reduce(const ChunkTopkDecode& from, const ChunkTopk& to, floa
       const float* later = c + 1 < end ? err + (c + 1) * to.chunk_size : nullptr;
       residual.read(err + c * to.chunk_size, valid_of(from, c));
       isa.chunk_topk_put(from, entries[p].arrays(), c, sums[p].data(), later);
-      cleared += isa.chunk_topk_compress_mean(job, scratch[p].arrays, sums[p].data(), divisor, c);
+      cleared += isa.chunk_topk_compress_mean(job, scratch[p].arrays, sums[p].data(), divisor, c, later);
     }
     return cleared;
   };

@@ -177,7 +177,8 @@ void chunk_topk_put(const ChunkTopkDecode& job, const ChunkEntries& scratch, int
   const int64_t valid = valid_of(job, chunk), count = job.k < valid ? job.k : valid;
   const uint16_t* at = scratch.positions;
   const float* values = scratch.values;
-  const int64_t share = later == nullptr ? 0 : (job.chunk_size / kLanes + job.ranks - 1) / job.ranks * kLanes;
+  const int64_t half = job.chunk_size / kLanes / 2;
+  const int64_t share = later == nullptr ? 0 : (half + job.ranks - 1) / job.ranks * kLanes;
   for (int64_t rank = 0; rank < job.ranks; ++rank) {
     for (int64_t i = rank * share; i < (rank + 1) * share; i += kLanes) __builtin_prefetch(later + i, 1, 2);
     read_positions(job, rank, chunk, scratch.positions);

@@ -62,10 +62,12 @@ struct Gradient {
   }
 };
 
-// or the mean of ranks, from a chunk's sums, which become zeros.
+// or the mean of ranks, from a chunk's sums, which become zeros. Asks for half a chunk from `later` on,
+// unless that is null.
 template <bool Exact>
 struct Means {
   float* sums;
+  const float* later;
   Vec divisor, inverse;
 
   Vec take(int64_t i) const {
@@ -73,7 +75,11 @@ struct Means {
     store(sums + i, set1(0.0f));
     return Exact ? mul(sum, inverse) : div(sum, divisor);
   }
-  void ask(int64_t, const float*) const {}
+  void ask(int64_t i, const float*) const {
+    if (later == nullptr || i % kQuad) return;
+    __builtin_prefetch(later + i / 2, 1, 2);
+    __builtin_prefetch(later + i / 2 + kLanes, 1, 2);
+  }
 };
 
 // acc to err, with the largest key of each group. Returns the largest of all.
@@ -281,7 +287,7 @@ int64_t chunk_topk_compress(const ChunkTopk& job, const ChunkScratch& scratch, i
 }
 
 int64_t chunk_topk_compress_mean(const ChunkTopk& job, const ChunkScratch& scratch, float* sums,
-                                 float divisor, int64_t chunk) {
+                                 float divisor, int64_t chunk, const float* later) {
   const auto compress = [&](const auto& means) {
     const int64_t valid = valid_of(job, chunk);
     float* err = job.err + chunk * job.chunk_size;
@@ -291,7 +297,9 @@ int64_t chunk_topk_compress_mean(const ChunkTopk& job, const ChunkScratch& scrat
   // The inverse of a power of two is exact: the product then rounds as the quotient does, and sooner.
   const bool exact = (bits_of(divisor) & 0x7fffffu) == 0;
   const Vec whole = set1(divisor), inverse = set1(1.0f / divisor);
-  return exact ? compress(Means<true>{sums, whole, inverse}) : compress(Means<false>{sums, whole, inverse});
+  if (later != nullptr) later += job.chunk_size / 2;
+  return exact ? compress(Means<true>{sums, later, whole, inverse})
+               : compress(Means<false>{sums, later, whole, inverse});
 }
 
 }  // namespace gck::GCK_ISA

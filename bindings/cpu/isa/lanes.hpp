@@ -10,6 +10,7 @@
 namespace gck::GCK_ISA {
 
 constexpr int kLanes = 16;
-using Mask = uint32_t;  // bit i is lane i
+constexpr int64_t kMaxChunk = 8192;  // of signs and of codes
+using Mask = uint32_t;               // bit i is lane i
 
 }  // namespace gck::GCK_ISA

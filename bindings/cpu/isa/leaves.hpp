@@ -233,9 +233,10 @@ struct Leaves {
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*chunk_topk_compress)(const ChunkTopk& job, const ChunkScratch& scratch, int64_t begin,
                                  int64_t end);
-  // The same of one chunk, with sums / divisor for its gradient; sums become zeros.
+  // The same of one chunk, with sums / divisor for its gradient; sums become zeros. Meanwhile memory is asked
+  // for the second half of a chunk from `later` on, unless that is null.
   int64_t (*chunk_topk_compress_mean)(const ChunkTopk& job, const ChunkScratch& scratch, float* sums,
-                                      float divisor, int64_t chunk);
+                                      float divisor, int64_t chunk, const float* later);
   // Chunks [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*quantize_compress)(const QuantizeChunks& job, int64_t begin, int64_t end);
   void (*quantize_decompress)(const QuantizeDecode& job, int64_t begin, int64_t end);
@@ -246,7 +247,7 @@ struct Leaves {
   int64_t (*chunk_topk_first_bad)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t begin,
                                   int64_t end);
   // All ranks' entries of a chunk to or onto `out`, the chunk's place, rank after rank. Meanwhile memory is
-  // asked for a chunk from `later` on, unless that is null.
+  // asked for the first half of a chunk from `later` on, unless that is null.
   void (*chunk_topk_put)(const ChunkTopkDecode& job, const ChunkEntries& scratch, int64_t chunk, float* out,
                          const float* later);
   // Random numbers of 64 bits with counters [first, first + count), first at a multiple of kDrawn; `out` has

@@ -13,7 +13,6 @@
 namespace gck::GCK_ISA {
 namespace {
 
-constexpr int64_t kMaxChunk = 8192;
 // From this magnitude on (2^96), NaN, infinities and products that overflow are possible.
 constexpr int32_t kWildKey = (96 + 127) << 23;
 
@@ -165,13 +164,15 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
   // is copied: that would wait for all that has been stored meanwhile.
   Scaled scaled[2];
   TwoLevels levels[3];
+  const bool staged = size <= 256;      // three longer ones would leave the nearest cache
   const auto finish = [&](int64_t i) {  // all that can be done before chunk i is looked at again
     if (!job.two_levels) {
       if (i > begin) cleared += send_scaled(scaled[(i - 1 - begin) % 2], job.bits, job.stochastic, drawn);
       return;
     }
-    if (i > begin + 1) cleared += levels[(i - 2 - begin) % 3].subtract();
+    if (i > begin + 1 && staged) cleared += levels[(i - 2 - begin) % 3].subtract();
     if (i > begin) levels[(i - 1 - begin) % 3].find_levels();
+    if (i > begin && !staged) cleared += levels[(i - 1 - begin) % 3].subtract();
   };
   const auto set = [&](Chunk& c, int64_t at, char* codes, float* scales) {
     c.grad = job.grad;
@@ -201,7 +202,7 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
     finish(i);
   }
   finish(i);
-  if (job.two_levels && i > begin) cleared += levels[(i - 1 - begin) % 3].subtract();
+  if (job.two_levels && i > begin && staged) cleared += levels[(i - 1 - begin) % 3].subtract();
   if (i < end) {
     make(i);
     cleared += compress_part<D>(job, i, place, drawn);

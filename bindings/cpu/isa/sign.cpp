@@ -8,8 +8,6 @@
 namespace gck::GCK_ISA {
 namespace {
 
-constexpr int64_t kMaxChunk = 8192;
-
 // Two runs of err are worked on together; apart by this many elements more than whole pages, so that a load
 // is not taken for one of what was just stored (processors compare the lowest twelve bits of addresses).
 constexpr int64_t kSkew = 256;
@@ -49,33 +47,23 @@ GCK_INLINE Vec take(const void* grad, int64_t at, float* err, uint32_t* words, i
   return abs(acc);
 }
 
-template <Dtype D, bool First, int64_t Chunk>
-inline float accumulate_short(const void* grad, int64_t at, float* err, uint32_t* words,
-                              const Pending& last) {
-  UpwardSum<Chunk> magnitudes;
-#pragma GCC unroll 16
-  for (int v = 0; v < Chunk / kLanes; ++v) {
-    magnitudes.take(v, take<D, First>(grad, at, err, words, Chunk, v * kLanes, last));
-  }
-  return magnitudes.sum();
-}
-
 // From this size on, the first level of a chunk's sum would take too much of the nearest cache.
 constexpr int64_t kLongChunk = 1024;
 
 // err becomes acc; returns the sum of its magnitudes. Strictly upwards, since halves read side by side are
 // streams that processors do not foresee, unless a near cache has them.
-template <Dtype D, bool First>
-inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, int64_t chunk,
+template <Dtype D, bool First, typename Size>
+inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, Size chunk,
                         const Pending& last) {
-  if (64 <= chunk && chunk <= kShort) {
-    if (chunk == 64) return accumulate_short<D, First, 64>(grad, at, err, words, last);
-    if (chunk == 128) return accumulate_short<D, First, 128>(grad, at, err, words, last);
-    return accumulate_short<D, First, 256>(grad, at, err, words, last);
+  const auto magnitude = [&](int64_t i) { return take<D, First>(grad, at, err, words, chunk, i, last); };
+  if constexpr (is_short<Size>) {
+    UpwardSum<Size::number> sum;
+#pragma GCC unroll 16
+    for (int v = 0; v < Size::number / kLanes; ++v) sum.take(v, magnitude(v * kLanes));
+    return sum.sum();
   }
   alignas(64) float tree[kMaxChunk / 2];
   const int64_t half = chunk / 2;
-  const auto magnitude = [&](int64_t i) { return take<D, First>(grad, at, err, words, chunk, i, last); };
   if (D == Dtype::none || chunk >= kLongChunk) {
     for (int64_t i = 0; i < chunk; i += kLanes) magnitude(i);
     return sum_of_magnitudes(err, chunk, tree);
@@ -117,7 +105,7 @@ inline float accumulate_long(const void* grad, int64_t at, float* err, uint32_t*
 // Calls make(c) before it looks at chunk c.
 template <Dtype D, typename Make>
 int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make make) {
-  constexpr int64_t size = D == Dtype::fp32 ? 4 : 2;
+  constexpr int64_t width = D == Dtype::fp32 ? 4 : 2;
   int64_t cleared = 0;
   Pending last = Pending::of(nullptr, 0, 0);
   Place place(job, begin);
@@ -130,9 +118,13 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make 
     const int64_t valid = job.numel - at < job.chunk_size ? job.numel - at : job.chunk_size;
     if (valid == job.chunk_size) {
       const bool very_long = D != Dtype::none && valid >= kVeryLongChunk;
+      const auto sum_of = [&]<bool First>() {
+        return with_size(
+            valid, [&](auto size) { return accumulate<D, First>(job.grad, at, err, words, size, last); });
+      };
       const float sum = very_long    ? accumulate_long<D>(job.grad, at, err, words, valid, last)
-                        : last.count ? accumulate<D, false>(job.grad, at, err, words, valid, last)
-                                     : accumulate<D, true>(job.grad, at, err, words, valid, last);
+                        : last.count ? sum_of.template operator()<false>()
+                                     : sum_of.template operator()<true>();
       *scale = canonical(sum / static_cast<float>(valid));
       last = Pending::of(err, valid, *scale);
       if (!is_finite(*scale)) {
@@ -148,7 +140,7 @@ int64_t compress_chunks(const SignChunks& job, int64_t begin, int64_t end, Make 
     uint32_t bits[kMaxChunk / 32];
     std::memcpy(part, err, sizeof(float) * static_cast<size_t>(valid));
     if constexpr (D != Dtype::none) {  // else there is no memory behind job.grad
-      std::memcpy(grads, static_cast<const char*>(job.grad) + at * size, static_cast<size_t>(valid * size));
+      std::memcpy(grads, static_cast<const char*>(job.grad) + at * width, static_cast<size_t>(valid * width));
     }
     const float sum = accumulate<D, true>(grads, 0, part, bits, job.chunk_size, last);
     *scale = canonical(sum / static_cast<float>(valid));

@@ -1,8 +1,6 @@
 // Sums over ranks, of elements that stay in registers while ranks are walked.
 #pragma once
 
-#include <utility>
-
 #include "cpu/isa/known.hpp"
 #include "cpu/isa/residual.hpp"
 #include "cpu/isa/vec.hpp"
@@ -14,7 +12,7 @@ namespace gck::GCK_ISA {
 constexpr int64_t kRanksTogether = 8;
 // Elements that these ranks are walked for before the next ones come: a part of the nearest cache.
 constexpr int64_t kSumTile = 4096;
-constexpr int64_t kMostOfTile = 8192;  // the largest chunk is a tile as well
+constexpr int64_t kMostOfTile = kMaxChunk;  // which is a tile as well
 
 // Elements that ranks' payloads are asked for ahead of where sums are made: processors by themselves stop
 // where a tile is left for something else. More would only push what is used soon out of the nearest cache.
@@ -95,6 +93,15 @@ struct Run {
   bool is_copy() const { return written && ranks == 1 && from == nullptr && err == nullptr; }
 };
 
+// add_rank(rank) for all ranks of [First, Last), which are known.
+template <int64_t First, int64_t Last, typename AddRank>
+GCK_INLINE void add_known_ranks(AddRank add_rank) {
+  if constexpr (First < Last) {
+    add_rank(First);
+    add_known_ranks<First + 1, Last>(add_rank);
+  }
+}
+
 // Vecs vectors of 16 at element i. `First` of the ranks have been summed already, from zero, else `sum` is
 // made here; values(rank, x) of each other rank in turn. Of every Ways vectors of values, the first has
 // elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on: sums stay in this order while
@@ -116,9 +123,8 @@ GCK_INLINE void sum_block(const Run& run, int64_t i, Count ranks, Values values,
     }
   }
   if constexpr (is_known<Count>) {
-    [&]<int... R>(std::integer_sequence<int, R...>) {
-      (add_rank(First + R), ...);
-    }(std::make_integer_sequence<int, static_cast<int>(Count::number) - First>());
+    static_assert(First > 0);  // else what a run starts from would have to be asked for
+    add_known_ranks<First, Count::number>(add_rank);
   } else {
     for (int64_t rank = begun ? 1 : First; rank < ranks; ++rank) add_rank(rank);
   }

@@ -77,13 +77,15 @@ GCK_INLINE int64_t first_sums(Width width, Value value, Put put) {
   return run;
 }
 
-// The sum in the same order of Size elements that come strictly upwards, a vector at a time: half of them
-// stay in registers. There are enough for that up to kShort.
+// Whether half of so many elements fit in registers.
+template <typename Size>
+constexpr bool is_short = false;
 #if defined(GCK_AVX512)
-constexpr int64_t kShort = 256;
-#else
-constexpr int64_t kShort = 0;
+template <int64_t Size>
+constexpr bool is_short<Known<Size>> = Size <= 256;
 #endif
+
+// The sum in the same order of Size elements, which are short, and come strictly upwards, a vector at a time.
 template <int64_t Size>
 class UpwardSum {
  public:
