@@ -222,16 +222,16 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
       ask_ahead(scales + r * stride + c * scales_size, 64);
     }
     if (run.is_copy()) {
-      copy_blocks<Vecs, Values::kWays>(run, c * size, (c + 1) * size, [&](int64_t i, Vec* x) {
-        for (int v = 0; v < Vecs; ++v) x[v] = values[0].at(codes + i * Bits / 8, v);
+      copy_blocks<Vecs, Values::kWays>(run, c * size, (c + 1) * size, [&](int64_t i, auto take) {
+        for (int v = 0; v < Vecs; ++v) take(v, values[0].at(codes + i * Bits / 8, v));
       });
       continue;
     }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
       ask_ahead<Bits>(codes, stride, run.ranks, i);
-      const auto of = [&](int64_t r, Vec* x) {
+      const auto of = [&](int64_t r, auto take) {
         const char* at = codes + r * stride + i * Bits / 8;
-        for (int v = 0; v < Vecs; ++v) x[v] = values[r].at(at, v);
+        for (int v = 0; v < Vecs; ++v) take(v, values[r].at(at, v));
       };
       Vec sums[Vecs];
       sum_block<Vecs, Values::kWays>(run, i, run.ranks, of, sums);

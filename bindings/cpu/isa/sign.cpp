@@ -221,16 +221,16 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       scale[r] *= alpha;
       ask_ahead(scales + r * stride + 4 * c, 64);
     }
-    const auto values = [&](int64_t r, int64_t i, Vec* x) {
+    const auto values = [&](int64_t r, int64_t i, auto take) {
       const Vec plus = in_register(set1(scale[r])), minus = in_register(set1(-scale[r]));
       for (int v = 0; v < Vecs; ++v) {
         uint16_t bits;
         std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
-        x[v] = select(bits, plus, minus);
+        take(v, select(bits, plus, minus));
       }
     };
     if (run.is_copy()) {
-      copy_blocks<Vecs>(run, c * size, (c + 1) * size, [&](int64_t i, Vec* x) { values(0, i, x); });
+      copy_blocks<Vecs>(run, c * size, (c + 1) * size, [&](int64_t i, auto take) { values(0, i, take); });
       continue;
     }
     Begun<First> first;
@@ -239,7 +239,7 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
       ask_ahead<1>(words, stride, ranks, i);
       Vec sums[Vecs];
       if constexpr (First > 0) first.put(words + i / 8, stride, sums);
-      sum_block<Vecs, 1, First>(run, i, ranks, [&](int64_t r, Vec* x) { values(r, i, x); }, sums);
+      sum_block<Vecs, 1, First>(run, i, ranks, [&](int64_t r, auto take) { values(r, i, take); }, sums);
     }
   }
 }

@@ -103,19 +103,15 @@ GCK_INLINE void add_known_ranks(AddRank add_rank) {
 }
 
 // Vecs vectors of 16 at element i. `First` of the ranks have been summed already, from zero, else `sum` is
-// made here; values(rank, x) of each other rank in turn. Of every Ways vectors of values, the first has
-// elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on: sums stay in this order while
-// ranks are walked. Count: int64_t, or Known.
+// made here; values(rank, take) hands those of each other rank in turn to take(vector, x). Of every Ways
+// vectors of values, the first has elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on:
+// sums stay in this order while ranks are walked. Count: int64_t, or Known.
 template <int Vecs, int Ways = 1, int First = 0, typename Count, typename Values>
 GCK_INLINE void sum_block(const Run& run, int64_t i, Count ranks, Values values, Vec* sum) {
-  const auto add_rank = [&](int64_t rank) {
-    Vec x[Vecs];
-    values(rank, x);
-    for (int v = 0; v < Vecs; ++v) sum[v] = add(sum[v], x[v]);
-  };
+  const auto add_rank = [&](int64_t rank) { values(rank, [&](int v, Vec x) { sum[v] = add(sum[v], x); }); };
   const bool begun = First == 0 && run.written;
   if (begun) {
-    values(0, sum);
+    values(0, [&](int v, Vec x) { sum[v] = x; });
   } else if (First == 0) {
     for (int v = 0; v < Vecs; ++v) sum[v] = run.from ? load(run.from + i + v * kLanes) : set1(0.0f);
     if (run.from) {
@@ -148,7 +144,7 @@ inline void copy_blocks(const Run& run, int64_t begin, int64_t end, Values value
   const auto copy = [&]<bool PastCaches>() {
     for (int64_t i = begin; i < end; i += Vecs * kLanes) {
       Vec x[Vecs];
-      values(i, x);
+      values(i, [&](int v, Vec value) { x[v] = value; });
       for (int v = 0; v < Vecs; v += Ways) put_together<Ways>(x + v);
       for (int v = 0; v < Vecs; ++v) {
         float* to = run.to + i + v * kLanes;

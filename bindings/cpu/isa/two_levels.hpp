@@ -121,7 +121,7 @@ class TwoLevels {
   // Whether codes are made with the sums, which they tell the number of, and not with the residual: those of
   // a longer chunk would be written in too many places.
   template <typename Size>
-  static constexpr bool kCodesFirst = is_known<Size>;
+  static constexpr bool kCodesFirst = is_short<Size>;
 
   static GCK_INLINE void put_codes(char* codes, int64_t i, Mask high, Mask positive) {
     const uint32_t word = interleave(high, positive);
