@@ -56,12 +56,7 @@ template <Dtype D, bool First, typename Size>
 inline float accumulate(const void* grad, int64_t at, float* err, uint32_t* words, Size chunk,
                         const Pending& last) {
   const auto magnitude = [&](int64_t i) { return take<D, First>(grad, at, err, words, chunk, i, last); };
-  if constexpr (is_short<Size>) {
-    UpwardSum<Size::number> sum;
-#pragma GCC unroll 16
-    for (int v = 0; v < Size::number / kLanes; ++v) sum.take(v, magnitude(v * kLanes));
-    return sum.sum();
-  }
+  if constexpr (is_short<Size>) return upward_sum<Size::number>(magnitude);
   alignas(64) float tree[kMaxChunk / 2];
   const int64_t half = chunk / 2;
   if (D == Dtype::none || chunk >= kLongChunk) {

@@ -85,23 +85,21 @@ template <int64_t Size>
 constexpr bool is_short<Known<Size>> = Size <= 256;
 #endif
 
-// The sum in the same order of Size elements, which are short, and come strictly upwards, a vector at a time.
-template <int64_t Size>
-class UpwardSum {
- public:
-  // x is the nth vector, in a loop that is unrolled.
-  GCK_INLINE void take(int nth, Vec x) { sums_[nth % kHalf] = nth < kHalf ? x : add(sums_[nth % kHalf], x); }
-  GCK_INLINE float sum() {
-    for (int width = kHalf / 2; width >= 1; width /= 2) {
-      for (int v = 0; v < width; ++v) sums_[v] = add(sums_[v], sums_[v + width]);
-    }
-    return halved(sums_[0]);
+// The sum in the same order of Size elements, which are short, and which value(i) makes strictly upwards.
+template <int64_t Size, typename Value>
+GCK_INLINE float upward_sum(Value value) {
+  constexpr int half = Size / kLanes / 2;
+  Vec sums[half];
+#pragma GCC unroll 16
+  for (int v = 0; v < 2 * half; ++v) {
+    const Vec x = value(v * kLanes);
+    sums[v % half] = v < half ? x : add(sums[v % half], x);
   }
-
- private:
-  static constexpr int kHalf = Size / kLanes / 2;
-  Vec sums_[kHalf];
-};
+  for (int width = half / 2; width >= 1; width /= 2) {
+    for (int v = 0; v < width; ++v) sums[v] = add(sums[v], sums[v + width]);
+  }
+  return halved(sums[0]);
+}
 
 // Sum of |x[0, width)| in the same order; `t` has room for half as many.
 template <typename Width>

@@ -57,12 +57,7 @@ class TwoLevels {
       if constexpr (D != Dtype::none) store(err + i, acc);
       return abs(acc);
     };
-    if constexpr (is_short<Size>) {
-      UpwardSum<Size::number> sum;
-#pragma GCC unroll 16
-      for (int v = 0; v < Size::number / kLanes; ++v) sum.take(v, take(v * kLanes));
-      return sum.sum();
-    }
+    if constexpr (is_short<Size>) return upward_sum<Size::number>(take);
     if constexpr (D != Dtype::none) {
       for (int64_t i = 0; i < size; i += kLanes) take(i);
     }
