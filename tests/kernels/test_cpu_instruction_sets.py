@@ -15,6 +15,7 @@ import gck
 from gck._native import load
 from gck.kernels.topk import reference
 from tests.cases import make, same_bytes
+from tests.contract import check_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def test_contract(isa: str) -> None:
         "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
         " or one_by_one or hostile or random_bits or laid_out_for_more or (test_ranks and 17)"
         " or golden or any_number_of_threads or (test_bytes and gaussian and 65537)"
-        " or small_vectors or past_the_caches"
+        " or small_vectors or past_the_caches or every_chunk_size"
     )
     reduce = "tests/kernels/test_reduce.py"
     codecs = "tests/kernels/test_index_codecs.py"
@@ -51,6 +52,21 @@ def test_contract(isa: str) -> None:
     done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("case", ["gaussian", "ties", "nonfinite"])
+@pytest.mark.parametrize("chunk_size", [2**i for i in range(5, 14)])
+def test_every_chunk_size(chunk_size: int, case: str) -> None:
+    """Some have code of their own. Chunks enough for all that are under way at a time, in two rows, with a last
+    one that is cut short; alone, too, and with few others."""
+    compressors = (
+        gck.Sign(chunk_size),
+        gck.Quantize(8, chunk_size),
+        gck.Quantize(2, chunk_size, scale="mean"),
+    )
+    for compressor in compressors:
+        for n in (chunk_size - 5, chunk_size, 2 * chunk_size + 1, 9 * chunk_size + 17):
+            check_case(compressor, "cpu", *make(case, n, torch.float32), shards=2)
 
 
 @pytest.mark.parametrize("case", ["gaussian", "ties", "nonfinite", "denormal", "all equal", "sorted"])
