@@ -57,8 +57,8 @@ def test_contract(isa: str) -> None:
 @pytest.mark.parametrize("case", ["gaussian", "ties", "nonfinite"])
 @pytest.mark.parametrize("chunk_size", [2**i for i in range(5, 14)])
 def test_every_chunk_size(chunk_size: int, case: str) -> None:
-    """Some have code of their own. Chunks enough for all that are under way at a time, in two rows, with a last
-    one that is cut short; alone, too, and with few others."""
+    """Some have code of their own. Chunks enough for all that are under way at a time, in two rows, with a
+    last one that is cut short; alone, too, and with few others."""
     compressors = (
         gck.Sign(chunk_size),
         gck.Quantize(8, chunk_size),
