@@ -53,6 +53,17 @@ gck::TopkJob topk_job(Address grad, int grad_dtype, Address err, int64_t numel, 
           threads};
 }
 
+// The payloads of several ranks: where the body of each begins.
+using Bodies = std::vector<Address>;
+
+std::vector<const char*> bodies_at(const Bodies& addresses) {
+  std::vector<const char*> bodies;
+  for (const Address address : addresses) bodies.push_back(at<char>(address));
+  return bodies;
+}
+
+int64_t ranks_of(const Bodies& addresses) { return static_cast<int64_t>(addresses.size()); }
+
 int64_t chunks_of(int64_t numel, int64_t chunk_size) { return (numel + chunk_size - 1) / chunk_size; }
 
 }  // namespace
@@ -129,16 +140,12 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "sparse_decompress",
-      [](Address bodies, int64_t rows, int64_t row_stride, int64_t count, int value_dtype,
-         int64_t indices_offset, bool wide_indices, Address out, int64_t numel, float alpha, bool clear,
-         bool add, int threads, float divisor) {
+      [](const Bodies& bodies, int64_t count, int value_dtype, int64_t indices_offset, bool wide_indices,
+         Address out, int64_t numel, float alpha, bool clear, bool add, int threads, float divisor) {
         SparseJob job{
             {},      count,  Dtype{value_dtype}, wide_indices, at<float>(out), numel, alpha, clear, add,
             threads, divisor};
-        for (int64_t row = 0; row < rows; ++row) {
-          const auto* body = at<char>(bodies) + row * row_stride;
-          job.rows.push_back({body, body + indices_offset});
-        }
+        for (const char* body : bodies_at(bodies)) job.rows.push_back({body, body + indices_offset});
         const BadIndex bad = sparse_decompress(job);
         return std::pair(bad.row, bad.position);
       },
@@ -158,11 +165,11 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "chunk_topk_decompress",
-      [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
-         int64_t chunk_size, int64_t k, int value_bits, int index_bits, Address out, int64_t numel,
-         float alpha, bool clear, bool add, float divisor, int threads) {
+      [](const Bodies& bodies, int64_t scales_offset, int64_t indices_offset, int64_t chunk_size, int64_t k,
+         int value_bits, int index_bits, Address out, int64_t numel, float alpha, bool clear, bool add,
+         float divisor, int threads) {
         return chunk_topk_decompress(
-            {at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride, chunk_size, k,
+            {bodies_at(bodies).data(), ranks_of(bodies), scales_offset, indices_offset, chunk_size, k,
              value_bits, index_bits, at<float>(out), numel, alpha, clear, add, divisor},
             threads);
       },
@@ -170,16 +177,16 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "chunk_topk_reduce",
-      [](Address values, Address scales, Address indices, int64_t ranks, int64_t rank_stride,
-         int64_t chunk_size, int64_t k, int value_bits, int index_bits, float divisor, Address err,
-         int64_t numel, int64_t server_k, int server_value_bits, int server_index_bits, Address body,
-         int64_t scales_offset, int64_t indices_offset, int threads, const Options& options) {
+      [](const Bodies& bodies, int64_t scales_offset, int64_t indices_offset, int64_t chunk_size, int64_t k,
+         int value_bits, int index_bits, float divisor, Address err, int64_t numel, int64_t server_k,
+         int server_value_bits, int server_index_bits, Address body, int64_t server_scales_offset,
+         int64_t server_indices_offset, int threads, const Options& options) {
         const Reduced done =
-            chunk_topk_reduce({at<char>(values), at<char>(scales), at<char>(indices), ranks, rank_stride,
+            chunk_topk_reduce({bodies_at(bodies).data(), ranks_of(bodies), scales_offset, indices_offset,
                                chunk_size, k, value_bits, index_bits, nullptr, numel, 1.0f, true, true, 1.0f},
                               {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_k,
                                server_value_bits, server_index_bits, at<char>(body), 0,
-                               chunks_of(numel, chunk_size), scales_offset, indices_offset},
+                               chunks_of(numel, chunk_size), server_scales_offset, server_indices_offset},
                               divisor, residual_of(options), threads);
         return std::pair(done.bad, done.cleared);
       },
@@ -199,12 +206,11 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "quantize_decompress",
-      [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
-         bool two_levels, Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
-        quantize_decompress({at<char>(codes),
-                             at<char>(scales),
-                             ranks,
-                             rank_stride,
+      [](const Bodies& bodies, int64_t scales_offset, int64_t chunk_size, int bits, bool two_levels,
+         Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
+        quantize_decompress({bodies_at(bodies).data(),
+                             ranks_of(bodies),
+                             scales_offset,
                              chunk_size,
                              bits,
                              two_levels,
@@ -215,15 +221,15 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "quantize_reduce",
-      [](Address codes, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, int bits,
-         bool two_levels, float divisor, Address err, int64_t numel, int server_bits, bool server_two_levels,
-         bool stochastic, int64_t seed, int64_t first, Address body, int64_t scales_offset, int threads,
+      [](const Bodies& bodies, int64_t scales_offset, int64_t chunk_size, int bits, bool two_levels,
+         float divisor, Address err, int64_t numel, int server_bits, bool server_two_levels, bool stochastic,
+         int64_t seed, int64_t first, Address body, int64_t server_scales_offset, int threads,
          const Options& options) {
         return quantize_reduce(
-            {at<char>(codes), at<char>(scales), ranks, rank_stride, chunk_size, bits, two_levels, {}},
+            {bodies_at(bodies).data(), ranks_of(bodies), scales_offset, chunk_size, bits, two_levels, {}},
             {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, server_bits, server_two_levels,
              stochastic, static_cast<uint64_t>(seed), first, at<char>(body), 0, chunks_of(numel, chunk_size),
-             scales_offset},
+             server_scales_offset},
             divisor, residual_of(options), threads);
       },
       nogil);
@@ -240,11 +246,11 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "random_k_decompress",
-      [](Address values, int64_t ranks, int64_t rank_stride, int64_t k, int value_dtype, int64_t seed,
-         Address out, int64_t numel, float alpha, bool clear, bool add, int threads) {
-        random_k_decompress(
-            {at<char>(values), ranks, rank_stride, Dtype{value_dtype}, at<float>(out), alpha, clear, add},
-            {numel, k, static_cast<uint64_t>(seed)}, threads);
+      [](const Bodies& bodies, int64_t k, int value_dtype, int64_t seed, Address out, int64_t numel,
+         float alpha, bool clear, bool add, int threads) {
+        random_k_decompress({bodies_at(bodies).data(), ranks_of(bodies), Dtype{value_dtype}, at<float>(out),
+                             alpha, clear, add},
+                            {numel, k, static_cast<uint64_t>(seed)}, threads);
       },
       nogil);
 
@@ -268,12 +274,11 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "sign_decompress",
-      [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, Address out,
-         int64_t numel, float alpha, bool clear, bool add, int threads) {
-        sign_decompress({at<char>(words),
-                         at<char>(scales),
-                         ranks,
-                         rank_stride,
+      [](const Bodies& bodies, int64_t scales_offset, int64_t chunk_size, Address out, int64_t numel,
+         float alpha, bool clear, bool add, int threads) {
+        sign_decompress({bodies_at(bodies).data(),
+                         ranks_of(bodies),
+                         scales_offset,
                          chunk_size,
                          {at<float>(out), numel, alpha, clear, add, false}},
                         threads);
@@ -282,12 +287,11 @@ void bind_cpu(py::module_& m) {
 
   m.def(
       "sign_reduce",
-      [](Address words, Address scales, int64_t ranks, int64_t rank_stride, int64_t chunk_size, float divisor,
-         Address err, int64_t numel, Address body, int64_t scales_offset, int threads,
-         const Options& options) {
-        return sign_reduce({at<char>(words), at<char>(scales), ranks, rank_stride, chunk_size, {}},
+      [](const Bodies& bodies, int64_t scales_offset, int64_t chunk_size, float divisor, Address err,
+         int64_t numel, Address body, int64_t server_scales_offset, int threads, const Options& options) {
+        return sign_reduce({bodies_at(bodies).data(), ranks_of(bodies), scales_offset, chunk_size, {}},
                            {nullptr, Dtype::fp32, at<float>(err), numel, chunk_size, at<char>(body), 0,
-                            chunks_of(numel, chunk_size), scales_offset},
+                            chunks_of(numel, chunk_size), server_scales_offset},
                            divisor, residual_of(options), threads);
       },
       nogil);

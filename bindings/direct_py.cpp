@@ -29,14 +29,14 @@ BodyField field_of(int code, int bits, int64_t offset, const std::vector<int64_t
   return field;
 }
 
-// out (+)= alpha * decoded; False where the payload or out are for others to look at, and nothing was
-// written.
-bool decompress(const Direct& direct, const py::tuple& payload, py::handle out, float alpha, bool add,
-                int64_t seed, int threads) {
-  const auto outputs = outputs_of(payload, direct.layout, out, direct.numel);
+// alpha * decoded of each payload in turn, written to `out`, or added to what is there, or where `clear` to
+// zeros; False where payloads or out are for others to look at, and nothing was written.
+bool decompress(const Direct& direct, const py::list& payloads, py::handle out, float alpha, bool clear,
+                bool add, int64_t seed, int threads) {
+  const auto outputs = outputs_of(payloads, direct.layout, out, direct.numel);
   if (!outputs) return false;
   const py::gil_scoped_release nogil;
-  return direct.decompress(outputs->fields, {outputs->out, direct.numel, alpha, !add, add, false}, seed,
+  return direct.decompress(outputs->received, {outputs->out, direct.numel, alpha, clear, add, false}, seed,
                            threads);
 }
 
@@ -56,17 +56,11 @@ Direct topk(int64_t numel, const BodyLayout& layout, int value_dtype) {
                            nullptr,
                            threads});
           },
-          [=](const Fields& fields, const DecodeInto& into, int64_t, int threads) {
-            return sparse_decompress({{{fields[0], fields[1]}},
-                                      k,
-                                      dtype,
-                                      wide,
-                                      into.out,
-                                      numel,
-                                      into.alpha,
-                                      into.clear,
-                                      into.add,
-                                      threads})
+          [=](const Received& from, const DecodeInto& into, int64_t, int threads) {
+            std::vector<SparseRow> rows;
+            for (const char* values : from.bodies) rows.push_back({values, values + from.offsets[1]});
+            return sparse_decompress({std::move(rows), k, dtype, wide, into.out, numel, into.alpha,
+                                      into.clear, into.add, threads})
                        .row < 0;
           }};
 }
@@ -78,9 +72,8 @@ Direct sign(int64_t numel, const BodyLayout& layout, int64_t chunk_size) {
             sign_compress({in.grad, in.dtype, in.err, numel, chunk_size, body, 0, chunks, scales}, {},
                           threads);
           },
-          [=](const Fields& fields, DecodeInto into, int64_t, int threads) {
-            into.clear = false;
-            sign_decompress({fields[0], fields[1], 1, 0, chunk_size, into}, threads);
+          [=](const Received& from, const DecodeInto& into, int64_t, int threads) {
+            sign_decompress({from.bodies.data(), from.ranks(), from.offsets[1], chunk_size, into}, threads);
             return true;
           }};
 }
@@ -94,9 +87,10 @@ Direct quantize(int64_t numel, const BodyLayout& layout, int64_t chunk_size, int
                                static_cast<uint64_t>(seed), 0, body, 0, chunks, scales},
                               {}, threads);
           },
-          [=](const Fields& fields, DecodeInto into, int64_t, int threads) {
-            into.clear = false;
-            quantize_decompress({fields[0], fields[1], 1, 0, chunk_size, bits, two_levels, into}, threads);
+          [=](const Received& from, const DecodeInto& into, int64_t, int threads) {
+            quantize_decompress(
+                {from.bodies.data(), from.ranks(), from.offsets[1], chunk_size, bits, two_levels, into},
+                threads);
             return true;
           }};
 }
@@ -111,10 +105,10 @@ Direct chunk_topk(int64_t numel, const BodyLayout& layout, int64_t chunk_size, i
                                  body, 0, chunks, scales, indices},
                                 {}, threads);
           },
-          [=](const Fields& fields, const DecodeInto& into, int64_t, int threads) {
+          [=](const Received& from, const DecodeInto& into, int64_t, int threads) {
             return chunk_topk_decompress(
-                       {fields[0], fields[1], fields[2], 1, 0, chunk_size, k, value_bits, index_bits,
-                        into.out, numel, into.alpha, into.clear, into.add, 1.0f},
+                       {from.bodies.data(), from.ranks(), from.offsets[1], from.offsets[2], chunk_size, k,
+                        value_bits, index_bits, into.out, numel, into.alpha, into.clear, into.add, 1.0f},
                        threads) < 0;
           }};
 }
@@ -127,9 +121,10 @@ Direct random_k(int64_t numel, const BodyLayout& layout, int value_dtype) {
             random_k_compress({in.grad, in.dtype, in.err, 1.0f, body, dtype},
                               {numel, k, static_cast<uint64_t>(seed)}, {}, threads);
           },
-          [=](const Fields& fields, const DecodeInto& into, int64_t seed, int threads) {
-            random_k_decompress({fields[0], 1, 0, dtype, into.out, into.alpha, into.clear, into.add},
-                                {numel, k, static_cast<uint64_t>(seed)}, threads);
+          [=](const Received& from, const DecodeInto& into, int64_t seed, int threads) {
+            random_k_decompress(
+                {from.bodies.data(), from.ranks(), dtype, into.out, into.alpha, into.clear, into.add},
+                {numel, k, static_cast<uint64_t>(seed)}, threads);
             return true;
           }};
 }

@@ -138,15 +138,24 @@ bool are_still(const Inputs& inputs, py::handle grad, py::handle err) {
   return is_at(grad, inputs.grad) && is_at(err, inputs.err);
 }
 
-std::optional<Outputs> outputs_of(const py::tuple& payload, const BodyLayout& layout, py::handle out,
+std::optional<Outputs> outputs_of(const py::list& payloads, const BodyLayout& layout, py::handle out,
                                   int64_t numel) {
   const auto o = look_at(out);
   if (!o || o->numel != numel || !same(o->tensor.dtype, kFloat32)) return std::nullopt;
   Outputs outputs{{}, reinterpret_cast<float*>(o->data)};
-  for (size_t i = 0; i < layout.fields.size(); ++i) {
-    const auto field = look_at(payload[i]);
-    if (!field || !fits(*field, layout.fields[i]) || !apart(*field, *o)) return std::nullopt;
-    outputs.fields[i] = field->data;
+  auto& [bodies, offsets] = outputs.received;
+  for (const py::handle payload : payloads) {
+    if (!PyTuple_Check(payload.ptr())) return std::nullopt;
+    for (size_t i = 0; i < layout.fields.size(); ++i) {
+      const auto field = look_at(PyTuple_GetItem(payload.ptr(), static_cast<py::ssize_t>(i)));
+      if (!field || !fits(*field, layout.fields[i]) || !apart(*field, *o)) return std::nullopt;
+      if (i == 0) bodies.push_back(field->data);
+      // Fields may have memory of their own, so that addresses are subtracted.
+      const auto offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(field->data) -
+                                               reinterpret_cast<uintptr_t>(bodies.back()));
+      if (bodies.size() == 1) offsets[i] = offset;
+      if (field->numel > 0 && offset != offsets[i]) return std::nullopt;  // what is empty lies nowhere
+    }
   }
   return outputs;
 }

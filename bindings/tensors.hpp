@@ -47,15 +47,24 @@ struct BodyLayout {
 
 constexpr size_t kMostFields = 3;
 
-// The fields of a payload, and the vector that it is decoded to.
+// Payloads of one layout, which lie anywhere.
+struct Received {
+  std::vector<const char*> bodies;  // the first field of each
+  // Of every field from there, in bytes: the same for all payloads.
+  std::array<int64_t, kMostFields> offsets;
+
+  int64_t ranks() const { return static_cast<int64_t>(bodies.size()); }
+};
+
+// Them, and the vector that they are decoded to.
 struct Outputs {
-  std::array<const char*, kMostFields> fields;
+  Received received;
   float* out;
 };
 
-// Nothing unless the payload begins with tensors of this layout's dtypes and shapes, `out` is fp32 and of
+// Nothing unless each payload begins with tensors of this layout's dtypes and shapes, `out` is fp32 and of
 // `numel` elements and shares no memory with them, and all are otherwise as `inputs_of` wants them.
-std::optional<Outputs> outputs_of(const pybind11::tuple& payload, const BodyLayout& layout,
+std::optional<Outputs> outputs_of(const pybind11::list& payloads, const BodyLayout& layout,
                                   pybind11::handle out, int64_t numel);
 
 // A new body, its padding zero.

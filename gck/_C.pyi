@@ -14,7 +14,14 @@ class BodyLayout:
 
 class Direct:
     def decompress(
-        self, payload: tuple[object, ...], out: Tensor, alpha: float, add: bool, seed: int, threads: int
+        self,
+        payloads: list[Any],
+        out: Tensor,
+        alpha: float,
+        clear: bool,
+        add: bool,
+        seed: int,
+        threads: int,
     ) -> bool: ...
 
 def direct_topk(numel: int, layout: BodyLayout, value_dtype: int) -> Direct: ...
@@ -79,9 +86,7 @@ def topk_compress_each(
     options: tuple[float, int, int] | None,
 ) -> int: ...
 def sparse_decompress(
-    bodies: int,
-    rows: int,
-    row_stride: int,
+    bodies: list[int],
     count: int,
     value_dtype: int,
     indices_offset: int,
@@ -112,11 +117,9 @@ def chunk_topk_compress(
     options: tuple[float, int, int] | None,
 ) -> int: ...
 def chunk_topk_decompress(
-    values: int,
-    scales: int,
-    indices: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
+    indices_offset: int,
     chunk_size: int,
     k: int,
     value_bits: int,
@@ -130,11 +133,9 @@ def chunk_topk_decompress(
     threads: int,
 ) -> int: ...
 def chunk_topk_reduce(
-    values: int,
-    scales: int,
-    indices: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
+    indices_offset: int,
     chunk_size: int,
     k: int,
     value_bits: int,
@@ -146,8 +147,8 @@ def chunk_topk_reduce(
     server_value_bits: int,
     server_index_bits: int,
     body: int,
-    scales_offset: int,
-    indices_offset: int,
+    server_scales_offset: int,
+    server_indices_offset: int,
     threads: int,
     options: tuple[float, int, int] | None,
 ) -> tuple[int, int]: ...
@@ -170,10 +171,8 @@ def quantize_compress(
     options: tuple[float, int, int] | None,
 ) -> int: ...
 def quantize_decompress(
-    codes: int,
-    scales: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
     chunk_size: int,
     bits: int,
     two_levels: bool,
@@ -198,9 +197,7 @@ def random_k_compress(
     options: tuple[float, int, int] | None,
 ) -> int: ...
 def random_k_decompress(
-    values: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
     k: int,
     value_dtype: int,
     seed: int,
@@ -213,10 +210,8 @@ def random_k_decompress(
 ) -> None: ...
 def random_k_indices(seed: int, numel: int, k: int, first: int, count: int, out: int) -> None: ...
 def quantize_reduce(
-    codes: int,
-    scales: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
     chunk_size: int,
     bits: int,
     two_levels: bool,
@@ -229,7 +224,7 @@ def quantize_reduce(
     seed: int,
     first: int,
     body: int,
-    scales_offset: int,
+    server_scales_offset: int,
     threads: int,
     options: tuple[float, int, int] | None,
 ) -> int: ...
@@ -247,10 +242,8 @@ def sign_compress(
     options: tuple[float, int, int] | None,
 ) -> int: ...
 def sign_decompress(
-    words: int,
-    scales: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
     chunk_size: int,
     out: int,
     numel: int,
@@ -260,16 +253,14 @@ def sign_decompress(
     threads: int,
 ) -> None: ...
 def sign_reduce(
-    words: int,
-    scales: int,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
     chunk_size: int,
     divisor: float,
     err: int,
     numel: int,
     body: int,
-    scales_offset: int,
+    server_scales_offset: int,
     threads: int,
     options: tuple[float, int, int] | None,
 ) -> int: ...

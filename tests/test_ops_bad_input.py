@@ -182,7 +182,7 @@ def test_payloads_and_bodies_whose_storage_was_freed() -> None:
     grad, err = pair()
     payload = gck.topk(grad, k=3)
     broken = payload._replace(values=freed(payload.values))
-    with pytest.raises(LayoutError, match="a field of a payload has no memory to be read, got a tensor"):
+    with pytest.raises(LayoutError, match=r"^decompress: payload 0 field 0 has no memory"):
         gck.decompress([broken, broken])
     compressor, before = gck.Sign(), err.clone()
     bodies = torch.zeros(1, compressor.layout(grad.numel()).nbytes, dtype=torch.uint8)

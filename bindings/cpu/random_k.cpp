@@ -192,7 +192,7 @@ void decompress(const RandomKDecode& job, const Strata& strata, Range part, bool
       while (c < b.count && b.picks[c] < stop) ++c;
       float* place = job.clear ? tile : job.out + at;
       for (int64_t row = 0; row < job.ranks; ++row) {
-        const char* values = job.values + row * job.rank_stride;
+        const char* values = job.values[row];
         for (int64_t j = first; j < c; ++j) {
           const float value = job.alpha * load_widened(values, D, b.rank + j);
           float& x = place[b.picks[j] - at];

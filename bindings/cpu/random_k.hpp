@@ -45,9 +45,8 @@ int64_t random_k_compress(const RandomKJob& job, const Strata& strata, const Res
                           int threads);
 
 struct RandomKDecode {
-  // Values of the first rank; those of the others follow, each rank_stride bytes further.
-  const char* values;
-  int64_t ranks, rank_stride;
+  const char* const* values;  // of each rank
+  int64_t ranks;
   Dtype value_dtype;
   float* out;
   float alpha;

@@ -39,8 +39,9 @@ def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
     Args:
         payload: any payload of gck, or a list of them, such as `gck.sparse_all_gather` returns: at least one,
             all made by one compressor from vectors of one size. They are added in their order, to zeros, one
-            rounding each: the same bits on every rank and device. Payloads that do not lie at equal distances
-            in one buffer are copied into one first.
+            rounding each: the same bits on every rank and device. They are read where they lie on the CPU
+            (torch 2.10 or later), and where they lie at equal distances in one buffer, as collectives leave
+            them; else they are copied into one first. Those with coded indices are decoded before.
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
@@ -154,7 +155,7 @@ def _decode(function: str, out: A, payload: Payload | list[Any], alpha: float, a
         )
     alpha = checks.check_alpha(function, alpha)
     if isinstance(payload, list):
-        bodies = _bodies(function, payload, fields, options)
+        bodies = _bodies(function, out, payload, fields, options)
         add = _decompress_sum if plain(out, bodies, *fields) else torch.ops.gck.decompress_sum_
         add(out, bodies, name, fields, options, alpha, accumulate)
     else:
@@ -163,7 +164,9 @@ def _decode(function: str, out: A, payload: Payload | list[Any], alpha: float, a
     return out
 
 
-def _bodies(function: str, payloads: list[Any], fields: list[Tensor], options: list[int]) -> Tensor:
+def _bodies(
+    function: str, out: Tensor, payloads: list[Any], fields: list[Tensor], options: list[int]
+) -> Tensor:
     """(W, nbytes) uint8: the payloads' bodies, in one buffer. Copied unless they lie in one already."""
     bodies = []
     for index, payload in enumerate(payloads):
@@ -175,6 +178,8 @@ def _bodies(function: str, payloads: list[Any], fields: list[Tensor], options: l
                 f"{_described(payload)} and {_described(payloads[0])}"
             )
         checks.check_device(function, f"payload {index}", own[0], "payload 0", fields[0])
+        for place, field in enumerate(own):  # of copies no one could tell any more
+            checks.check_no_overlap(function, **{"out": out, f"payload {index} field {place}": field})
         bodies.append(body_of(*own))
     stride = bodies[1].data_ptr() - bodies[0].data_ptr() if len(bodies) > 1 else 0
     storage = bodies[0].untyped_storage()

@@ -68,24 +68,39 @@ def _known(kind: Any, numel: int, *options: Any) -> tuple[Any, type, tuple[Any, 
 
 
 def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor | None:
-    """out, or a new one where it is None, with alpha * decoded written or added; None: nothing was done."""
-    if not (unwatched() and type(payload) in _MAKERS and type(alpha) is float and abs(alpha) <= MOST_FP32):
+    """out, or a new one where it is None, with alpha * decoded written or added, of each payload of a list in
+    turn; None: nothing was done.
+
+    The payloads of a list are read where they lie, if in each the fields lie at the same distances.
+    """
+    if not (unwatched() and type(alpha) is float and abs(alpha) <= MOST_FP32):
         return None
-    done = False
+    done, summed = False, type(payload) is list
     try:
-        kind, options = _MAKERS[type(payload)]
-        seed = payload.seed if kind is RandomK else 0
-        native = _native(kind, payload.numel, *options(payload)) if payload[0].is_cpu else None
-        if native is not None and type(seed) is int:
+        first, *others = payloads = payload if summed else [payload]
+        known = _decoder(first)
+        if known is not None and all(_decoder(other) == known for other in others):
+            native, seed = known
             if out is None:
-                out = empty(payload.numel, torch.float32, CPU)
-            done = native.decompress(payload, out, alpha, accumulate, seed, num_threads())
-    except (GckError, TypeError, AttributeError):
+                out = empty(first.numel, torch.float32, CPU)
+            add = summed or accumulate
+            done = native.decompress(payloads, out, alpha, not accumulate, add, seed, num_threads())
+    except (GckError, TypeError, ValueError, AttributeError, IndexError):
         return None
     if not done:
         return None
     increment_version(out)
     return cast(Tensor, out)
+
+
+def _decoder(payload: Any) -> tuple[Any, int] | None:
+    """What decodes a payload, in the compiled module, and its seed; None: it is for others to look at."""
+    if type(payload) not in _MAKERS or not payload[0].is_cpu:
+        return None
+    kind, options = _MAKERS[type(payload)]
+    seed = payload.seed if kind is RandomK else 0
+    native = _native(kind, payload.numel, *options(payload))
+    return None if native is None or type(seed) is not int else (native, seed)
 
 
 @lru_cache(maxsize=1024, typed=True)  # True is no number

@@ -9,7 +9,7 @@ from torch import Tensor
 from gck._native import load, num_threads
 from gck.compressor import shard_numel
 from gck.errors import CorruptPayloadError
-from gck.kernels.common.native import DTYPE_CODE, residual_options
+from gck.kernels.common.native import DTYPE_CODE, addresses, offsets, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.chunk_topk import ChunkTopK
@@ -65,7 +65,8 @@ def compress_(
 def decompress_(
     compressor: ChunkTopK, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
 ) -> None:
-    _decompress(compressor, out, fields, 1, 0, alpha, clear=not accumulate, add=accumulate)
+    bodies, others = [fields[0].data_ptr()], offsets(fields)
+    _decompress(compressor, out, bodies, others, alpha, clear=not accumulate, add=accumulate)
 
 
 def decompress_sum_(
@@ -82,10 +83,9 @@ def decompress_sum_(
 
     Chunk by chunk, so that a dense chunk stays in the nearest cache while the ranks are walked.
     """
-    fields = layout.views(bodies[0])
-    ranks, stride = bodies.shape[0], bodies.stride(0)
+    others = [field.offset for field in layout.fields[1:]]
     _decompress(
-        compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True, divisor=divisor
+        compressor, out, addresses(bodies), others, alpha, clear=not accumulate, add=True, divisor=divisor
     )
 
 
@@ -95,22 +95,18 @@ decompress_mean_ = decompress_sum_
 def _decompress(
     compressor: ChunkTopK,
     out: Tensor,
-    fields: tuple[Tensor, ...],
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    others: list[int],
     alpha: float,
     *,
     clear: bool,
     add: bool,
     divisor: int = 1,
 ) -> None:
-    values, scales, indices = fields
+    """`others`: where scales and indices lie, from the values, which a body begins with."""
     bad = load().chunk_topk_decompress(
-        values.data_ptr(),
-        scales.data_ptr(),
-        indices.data_ptr(),
-        ranks,
-        rank_stride,
+        bodies,
+        *others,
         compressor.chunk_size,
         compressor.k,
         compressor.value_bits,
@@ -123,20 +119,18 @@ def _decompress(
         float(divisor),
         num_threads(),
     )
-    _refuse(compressor, bad, out.numel(), ranks)
+    _refuse(compressor, bad, out.numel(), len(bodies))
 
 
 def reduce_(compressor: ChunkTopK, job: Reduction) -> None:
     """See `gck.kernels.common.reduction.Reduction`; chunk by chunk, so that sums stay in a near cache."""
-    values, scales, indices = job.layout.views(job.bodies[0])
-    ranks, server = job.bodies.shape[0], job.server
+    server = job.server
+    _, scales, indices = job.layout.fields
     _, server_scales, server_indices = server.layout(job.numel).fields
     bad, cleared = load().chunk_topk_reduce(
-        values.data_ptr(),
-        scales.data_ptr(),
-        indices.data_ptr(),
-        ranks,
-        job.bodies.stride(0),
+        addresses(job.bodies),
+        scales.offset,
+        indices.offset,
         compressor.chunk_size,
         compressor.k,
         compressor.value_bits,
@@ -153,7 +147,7 @@ def reduce_(compressor: ChunkTopK, job: Reduction) -> None:
         num_threads(),
         residual_options(job.server.decay, job.clip, None),
     )
-    _refuse(compressor, bad, job.numel, ranks)
+    _refuse(compressor, bad, job.numel, job.bodies.shape[0])
     if job.nonfinite is not None:
         job.nonfinite.add_(cleared)
 

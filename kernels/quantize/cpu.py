@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gck._native import load, num_threads
 from gck.compressor import shard_numel
-from gck.kernels.common.native import DTYPE_CODE, residual_options
+from gck.kernels.common.native import DTYPE_CODE, addresses, offsets, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.common.reduction import Reduction
@@ -66,7 +66,8 @@ def compress_(
 def decompress_(
     compressor: Quantize, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
 ) -> None:
-    _decompress(compressor, out, fields, 1, 0, alpha, clear=False, add=accumulate)
+    bodies, (scales,) = [fields[0].data_ptr()], offsets(fields)
+    _decompress(compressor, out, bodies, scales, alpha, clear=False, add=accumulate)
 
 
 def decompress_sum_(
@@ -76,28 +77,23 @@ def decompress_sum_(
 
     Chunk by chunk, so that a dense chunk stays in the nearest cache while the ranks are walked.
     """
-    fields = layout.views(bodies[0])
-    ranks, stride = bodies.shape[0], bodies.stride(0)
-    _decompress(compressor, out, fields, ranks, stride, alpha, clear=not accumulate, add=True)
+    scales = layout.fields[1].offset
+    _decompress(compressor, out, addresses(bodies), scales, alpha, clear=not accumulate, add=True)
 
 
 def _decompress(
     compressor: Quantize,
     out: Tensor,
-    fields: tuple[Tensor, ...],
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    scales_offset: int,
     alpha: float,
     *,
     clear: bool,
     add: bool,
 ) -> None:
-    codes, scales = fields
     load().quantize_decompress(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        ranks,
-        rank_stride,
+        bodies,
+        scales_offset,
         compressor.chunk_size,
         compressor.bits,
         compressor.two_levels,
@@ -112,13 +108,10 @@ def _decompress(
 
 def reduce_(compressor: Quantize, job: Reduction) -> None:
     """See `gck.kernels.common.reduction.Reduction`; tile by tile, so that sums stay in the nearest cache."""
-    codes, scales = job.layout.views(job.bodies[0])
     server = job.server
     cleared = load().quantize_reduce(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        job.bodies.shape[0],
-        job.bodies.stride(0),
+        addresses(job.bodies),
+        job.layout.fields[1].offset,
         compressor.chunk_size,
         compressor.bits,
         compressor.two_levels,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gck._native import load, num_threads
-from gck.kernels.common.native import DTYPE_CODE, residual_options
+from gck.kernels.common.native import DTYPE_CODE, addresses, residual_options
 
 if TYPE_CHECKING:
     from gck.kernels.random_k import RandomK
@@ -51,7 +51,9 @@ def compress_(
 def decompress_(
     compressor: RandomK, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
 ) -> None:
-    _decompress(compressor, out, fields[0], 1, 0, alpha, clear=not accumulate, add=accumulate)
+    (values,) = fields
+    entries = values.numel(), values.dtype
+    _decompress(compressor, out, [values.data_ptr()], entries, alpha, clear=not accumulate, add=accumulate)
 
 
 def decompress_sum_(
@@ -61,28 +63,26 @@ def decompress_sum_(
 
     Tile by tile, so that the same few lines of `out` stay in the nearest cache while the ranks are walked.
     """
-    (values,) = layout.views(bodies[0])
-    ranks, stride = bodies.shape[0], bodies.stride(0)
-    _decompress(compressor, out, values, ranks, stride, alpha, clear=not accumulate, add=True)
+    (values,) = layout.fields
+    entries = values.count, values.dtype
+    _decompress(compressor, out, addresses(bodies), entries, alpha, clear=not accumulate, add=True)
 
 
 def _decompress(
     compressor: RandomK,
     out: Tensor,
-    values: Tensor,
-    ranks: int,
-    rank_stride: int,
+    bodies: list[int],
+    entries: tuple[int, torch.dtype],
     alpha: float,
     *,
     clear: bool,
     add: bool,
 ) -> None:
+    k, value_dtype = entries
     load().random_k_decompress(
-        values.data_ptr(),
-        ranks,
-        rank_stride,
-        values.numel(),
-        DTYPE_CODE[values.dtype],
+        bodies,
+        k,
+        DTYPE_CODE[value_dtype],
         compressor.seed,
         out.data_ptr(),
         out.numel(),

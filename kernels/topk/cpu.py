@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gck._native import load, num_threads
 from gck.errors import CorruptPayloadError
-from gck.kernels.common.native import DTYPE_CODE, residual_options
+from gck.kernels.common.native import DTYPE_CODE, addresses, offsets, residual_options
 from gck.kernels.topk import coded
 
 if TYPE_CHECKING:
@@ -143,12 +143,10 @@ def decompress_(
         return
     values, indices = fields
     _, bad = load().sparse_decompress(
-        values.data_ptr(),
-        1,
-        0,
+        [values.data_ptr()],
         values.numel(),
         DTYPE_CODE[values.dtype],
-        indices.data_ptr() - values.data_ptr(),
+        *offsets(fields),
         indices.dtype == torch.int64,
         out.data_ptr(),
         out.numel(),
@@ -179,9 +177,7 @@ def decompress_sum_(
         return
     values, indices = layout.fields
     row, bad = load().sparse_decompress(
-        bodies.data_ptr(),
-        bodies.shape[0],
-        bodies.stride(0),
+        addresses(bodies),
         values.count,
         DTYPE_CODE[values.dtype],
         indices.offset,

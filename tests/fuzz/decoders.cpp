@@ -2,8 +2,10 @@
 // UndefinedBehaviorSanitizer).
 //
 // The first 16 bytes of an input choose kind, options and sizes, as a receiver knows them, always in range;
-// the rest is what a peer sent, repeated where a body needs more. Every field has memory of exactly its size.
-// What a decoder refuses it must leave as it was.
+// the rest is what a peer sent, repeated where a body needs more. Every rank's body has memory of its own,
+// and what is between its fields must not be touched. What a decoder refuses it must leave as it was.
+#include <sanitizer/asan_interface.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -28,17 +30,50 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Where the next field starts.
 int64_t aligned(int64_t nbytes) { return ceil_div(nbytes, 16) * 16; }
 
-// One field of all ranks: the last rank's ends with the memory.
-class Field {
+// A body: its fields, and between them what must not be touched.
+class Body {
  public:
-  Field(int64_t ranks, int64_t stride, int64_t nbytes)
-      : size_((ranks - 1) * stride + nbytes), memory_(new char[static_cast<size_t>(size_)]()) {}
+  explicit Body(const std::vector<int64_t>& sizes) : sizes_(sizes), memory_(new char[size()]()) {
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      const char* end = field(i) + sizes_[i];
+      ASAN_POISON_MEMORY_REGION(end, static_cast<size_t>(data() + offset(i + 1) - end));
+    }
+  }
+  Body(Body&&) = default;
+  ~Body() {
+    if (memory_) ASAN_UNPOISON_MEMORY_REGION(data(), size());
+  }
+
   char* data() const { return memory_.get(); }
-  int64_t size() const { return size_; }
+  char* field(size_t i) const { return data() + offset(i); }
+  int64_t offset(size_t field) const {
+    int64_t offset = 0;
+    for (size_t i = 0; i < field; ++i) offset = aligned(offset + sizes_[i] + 1);
+    return offset;
+  }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
 
  private:
-  int64_t size_;
+  size_t size() const { return static_cast<size_t>(offset(sizes_.size())); }
+
+  std::vector<int64_t> sizes_;
   std::unique_ptr<char[]> memory_;
+};
+
+// Those of all ranks, which lie anywhere.
+class Bodies {
+ public:
+  void add(Body body) {
+    at_.push_back(body.data());
+    bodies_.push_back(std::move(body));
+  }
+  const char* const* at() const { return at_.data(); }
+  int64_t offset(size_t field) const { return bodies_[0].offset(field); }
+  const Body& operator[](size_t rank) const { return bodies_[rank]; }
+
+ private:
+  std::vector<Body> bodies_;
+  std::vector<const char*> at_;
 };
 
 class Input {
@@ -56,17 +91,25 @@ class Input {
     return seed;
   }
 
-  // Fields that are filled one after the other take what follows.
-  Field field(int64_t ranks, int64_t stride, int64_t nbytes) {
-    Field made(ranks, stride, nbytes);
-    for (int64_t i = 0; i < made.size() && !body_.empty(); ++i) {
-      made.data()[i] = static_cast<char>(body_[next_]);
-      next_ = next_ + 1 < body_.size() ? next_ + 1 : 0;
+  // Fields of the same sizes for each rank, filled one after the other.
+  Bodies bodies(int64_t ranks, const std::vector<int64_t>& sizes) {
+    Bodies made;
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      Body body(sizes);
+      for (size_t i = 0; i < sizes.size(); ++i) fill(body.field(i), sizes[i]);
+      made.add(std::move(body));
     }
     return made;
   }
 
  private:
+  void fill(char* field, int64_t nbytes) {
+    for (int64_t i = 0; i < nbytes && !body_.empty(); ++i) {
+      field[i] = static_cast<char>(body_[next_]);
+      next_ = next_ + 1 < body_.size() ? next_ + 1 : 0;
+    }
+  }
+
   uint8_t options_[16] = {};
   std::vector<uint8_t> body_;
   size_t next_ = 0;
@@ -116,12 +159,9 @@ void sparse(Input& input) {
   const int64_t values_size = count * (dtype == Dtype::fp32 ? 4 : 2), indices_size = count * (wide ? 8 : 4);
   const Floats out = floats(c.numel);
   SparseJob job{{}, count, dtype, wide, out.get(), c.numel, c.alpha, c.clear, c.add, kThreads};
-  std::vector<Field> fields;
-  for (int64_t rank = 0; rank < c.ranks; ++rank) {
-    fields.push_back(input.field(1, 0, values_size));
-    fields.push_back(input.field(1, 0, indices_size));
-  }
-  for (size_t i = 0; i < fields.size(); i += 2) job.rows.push_back({fields[i].data(), fields[i + 1].data()});
+  const Bodies bodies = input.bodies(c.ranks, {values_size, indices_size});
+  for (size_t rank = 0; rank < static_cast<size_t>(c.ranks); ++rank)
+    job.rows.push_back({bodies[rank].field(0), bodies[rank].field(1)});
   const BadIndex bad = sparse_decompress(job);
   require(bad.row >= -1 && bad.row < c.ranks && bad.position >= -1 &&
           bad.position < std::max<int64_t>(count, 1));
@@ -139,17 +179,13 @@ void chunk_topk(Input& input, bool reduce) {
                 scales_size = (chunks + more) * (bits > 8    ? 0
                                                  : bits == 2 ? 8
                                                              : 4),
-                indices_size = (chunks + more) * packed_bytes(k, index_bits),
-                stride = aligned(std::max({values_size, scales_size, indices_size}));
-  const Field values = input.field(c.ranks, stride, values_size),
-              scales = input.field(c.ranks, stride, scales_size),
-              indices = input.field(c.ranks, stride, indices_size);
+                indices_size = (chunks + more) * packed_bytes(k, index_bits);
+  const Bodies bodies = input.bodies(c.ranks, {values_size, scales_size, indices_size});
   const Floats out = floats(c.numel);
-  ChunkTopkDecode job{values.data(),
-                      scales.data(),
-                      indices.data(),
+  ChunkTopkDecode job{bodies.at(),
                       c.ranks,
-                      stride,
+                      bodies.offset(1),
+                      bodies.offset(2),
                       size,
                       k,
                       bits,
@@ -165,18 +201,20 @@ void chunk_topk(Input& input, bool reduce) {
     return;
   }
   job.out = nullptr, job.alpha = 1.0f, job.clear = job.add = true;
-  const int64_t scales_at = aligned(chunks * packed_bytes(k, bits)),
-                indices_at = aligned(scales_at + chunks * (bits > 8    ? 0
-                                                           : bits == 2 ? 8
-                                                                       : 4));
-  const Field body(1, 0, indices_at + chunks * packed_bytes(k, index_bits));
+  const Body body({chunks * packed_bytes(k, bits),
+                   chunks * (bits > 8    ? 0
+                             : bits == 2 ? 8
+                                         : 4),
+                   chunks * packed_bytes(k, index_bits)});
   const Reduced done = chunk_topk_reduce(job,
                                          {nullptr, Dtype::fp32, out.get(), c.numel, size, k, bits, index_bits,
-                                          body.data(), 0, chunks, scales_at, indices_at},
+                                          body.data(), 0, chunks, body.offset(1), body.offset(2)},
                                          3.0f, reading_of(input), kThreads);
   if (done.bad < 0) return;
   require_untouched(out, c.numel);
-  require(std::all_of(body.data(), body.data() + body.size(), [](char x) { return x == 0; }));
+  for (size_t i = 0; i < body.sizes().size(); ++i) {
+    require(std::all_of(body.field(i), body.field(i) + body.sizes()[i], [](char x) { return x == 0; }));
+  }
 }
 
 void quantize(Input& input, bool reduce) {
@@ -186,39 +224,33 @@ void quantize(Input& input, bool reduce) {
   const int bits = all_bits[which];
   const bool two_levels = which == 3, stochastic = !two_levels && input.option(6, 0, 1);
   const int64_t size = int64_t{32} << input.option(2, 0, 8), chunks = ceil_div(c.numel, size);
-  const int64_t codes_size = ceil_div(c.numel * bits, 8), scales_size = chunks * (two_levels ? 8 : 4),
-                stride = aligned(std::max(codes_size, scales_size));
-  const Field codes = input.field(c.ranks, stride, codes_size),
-              scales = input.field(c.ranks, stride, scales_size);
+  const int64_t codes_size = ceil_div(c.numel * bits, 8), scales_size = chunks * (two_levels ? 8 : 4);
+  const Bodies bodies = input.bodies(c.ranks, {codes_size, scales_size});
   const Floats out = floats(c.numel);
   const DecodeInto into{out.get(), c.numel, c.alpha, c.clear, c.add, false};
   if (!reduce) {
-    return quantize_decompress({codes.data(), scales.data(), c.ranks, stride, size, bits, two_levels, into},
+    return quantize_decompress({bodies.at(), c.ranks, bodies.offset(1), size, bits, two_levels, into},
                                kThreads);
   }
-  const int64_t scales_at = aligned(codes_size);
-  const Field body(1, 0, scales_at + scales_size);
-  quantize_reduce({codes.data(), scales.data(), c.ranks, stride, size, bits, two_levels, {}},
+  const Body body({codes_size, scales_size});
+  quantize_reduce({bodies.at(), c.ranks, bodies.offset(1), size, bits, two_levels, {}},
                   {nullptr, Dtype::fp32, out.get(), c.numel, size, bits, two_levels, stochastic, input.seed(),
-                   0, body.data(), 0, chunks, scales_at},
+                   0, body.data(), 0, chunks, body.offset(1)},
                   3.0f, reading_of(input), kThreads);
 }
 
 void sign(Input& input, bool reduce) {
   const Common c(input);
   const int64_t size = int64_t{32} << input.option(2, 0, 8), chunks = ceil_div(c.numel, size);
-  const int64_t words_size = ceil_div(c.numel, 32) * 4, stride = aligned(std::max(words_size, chunks * 4));
-  const Field words = input.field(c.ranks, stride, words_size),
-              scales = input.field(c.ranks, stride, chunks * 4);
+  const Bodies bodies = input.bodies(c.ranks, {ceil_div(c.numel, 32) * 4, chunks * 4});
   const Floats out = floats(c.numel);
   const DecodeInto into{out.get(), c.numel, c.alpha, c.clear, c.add, false};
   if (!reduce) {
-    return sign_decompress({words.data(), scales.data(), c.ranks, stride, size, into}, kThreads);
+    return sign_decompress({bodies.at(), c.ranks, bodies.offset(1), size, into}, kThreads);
   }
-  const int64_t scales_at = aligned(words_size);
-  const Field body(1, 0, scales_at + chunks * 4);
-  sign_reduce({words.data(), scales.data(), c.ranks, stride, size, {}},
-              {nullptr, Dtype::fp32, out.get(), c.numel, size, body.data(), 0, chunks, scales_at}, 3.0f,
+  const Body body(bodies[0].sizes());
+  sign_reduce({bodies.at(), c.ranks, bodies.offset(1), size, {}},
+              {nullptr, Dtype::fp32, out.get(), c.numel, size, body.data(), 0, chunks, body.offset(1)}, 3.0f,
               reading_of(input), kThreads);
 }
 
@@ -226,10 +258,9 @@ void random_k(Input& input) {
   const Common c(input);
   const auto dtype = static_cast<Dtype>(input.option(1, 0, 2));
   const int64_t k = std::min((input.option(2, 0, 255) << 4) + input.option(6, 1, 16), c.numel);
-  const int64_t values_size = k * (dtype == Dtype::fp32 ? 4 : 2), stride = aligned(values_size);
-  const Field values = input.field(c.ranks, stride, values_size);
+  const Bodies bodies = input.bodies(c.ranks, {k * (dtype == Dtype::fp32 ? 4 : 2)});
   const Floats out = floats(c.numel);
-  random_k_decompress({values.data(), c.ranks, stride, dtype, out.get(), c.alpha, c.clear, c.add},
+  random_k_decompress({bodies.at(), c.ranks, dtype, out.get(), c.alpha, c.clear, c.add},
                       {c.numel, k, input.seed()}, kThreads);
 }
 

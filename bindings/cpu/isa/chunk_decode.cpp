@@ -9,10 +9,11 @@
 namespace gck::GCK_ISA {
 namespace {
 
-// Where one rank's part of a chunk lies in a field that has `nbytes` bytes a chunk.
-inline const unsigned char* row_of(const ChunkTopkDecode& job, const char* field, int64_t rank, int64_t chunk,
+// Where one rank's part of a chunk lies in a field that has `nbytes` bytes a chunk, `offset` bytes from the
+// start of the body.
+inline const unsigned char* row_of(const ChunkTopkDecode& job, int64_t offset, int64_t rank, int64_t chunk,
                                    int64_t nbytes) {
-  return reinterpret_cast<const unsigned char*>(field + rank * job.rank_stride + chunk * nbytes);
+  return reinterpret_cast<const unsigned char*>(job.bodies[rank] + offset + chunk * nbytes);
 }
 
 inline int64_t valid_of(const ChunkTopkDecode& job, int64_t chunk) {
@@ -48,7 +49,7 @@ inline void unpack_12(const unsigned char* row, int64_t count, uint16_t* out) {
 
 inline void read_positions(const ChunkTopkDecode& job, int64_t rank, int64_t chunk, uint16_t* out) {
   const int64_t nbytes = packed_bytes(job.k, job.index_bits);
-  const unsigned char* row = row_of(job, job.indices, rank, chunk, nbytes);
+  const unsigned char* row = row_of(job, job.indices_offset, rank, chunk, nbytes);
   if (job.index_bits == 12)
     unpack_12(row, job.k, out);
   else
@@ -81,7 +82,7 @@ inline Values with_scales(const char* scales, float alpha) {
 inline void read_values(const ChunkTopkDecode& job, int64_t rank, int64_t chunk, float* out) {
   const int bits = job.value_bits;
   const int64_t k = job.k, scales = bits == 2 ? 2 : 1;
-  const unsigned char* row = row_of(job, job.values, rank, chunk, packed_bytes(k, bits));
+  const unsigned char* row = row_of(job, 0, rank, chunk, packed_bytes(k, bits));
   const float alpha = job.alpha;
   if (bits >= 16) {
     const Dtype dtype = bits == 32 ? Dtype::fp32 : Dtype::bf16;
@@ -90,7 +91,8 @@ inline void read_values(const ChunkTopkDecode& job, int64_t rank, int64_t chunk,
     for (; j < k; ++j) out[j] = alpha * load_widened(row, dtype, j);
     return;
   }
-  const auto* of_chunk = reinterpret_cast<const char*>(row_of(job, job.scales, rank, chunk, 4 * scales));
+  const auto* of_chunk =
+      reinterpret_cast<const char*>(row_of(job, job.scales_offset, rank, chunk, 4 * scales));
   float scale[2];
   std::memcpy(scale, of_chunk, sizeof(float) * static_cast<size_t>(scales));
   if (bits == 8) {
@@ -143,9 +145,8 @@ inline int64_t first_bad(const uint16_t* at, int64_t count, int64_t valid) {
 }
 
 // Asks for a rank's next rows: there are more of them than processors follow by themselves.
-inline void ask_for_next(const char* field, int64_t rank_stride, int64_t rank, int64_t chunk,
-                         int64_t nbytes) {
-  const auto row = reinterpret_cast<uintptr_t>(field) + static_cast<uintptr_t>(rank * rank_stride);
+inline void ask_for_next(const char* body, int64_t offset, int64_t chunk, int64_t nbytes) {
+  const auto row = reinterpret_cast<uintptr_t>(body) + static_cast<uintptr_t>(offset);
   for (int64_t byte = 0; byte < nbytes; byte += 64)
     __builtin_prefetch(
         reinterpret_cast<const void*>(row + static_cast<uintptr_t>((chunk + 1) * nbytes + byte)));
@@ -159,7 +160,7 @@ int64_t chunk_topk_first_bad(const ChunkTopkDecode& job, const ChunkEntries& scr
   for (int64_t rank = 0; rank < job.ranks; ++rank) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t valid = valid_of(job, c), count = job.k < valid ? job.k : valid;
-      const unsigned char* row = row_of(job, job.indices, rank, c, 2 * job.k);
+      const unsigned char* row = row_of(job, job.indices_offset, rank, c, 2 * job.k);
       if (job.index_bits == 12) {
         read_positions(job, rank, c, scratch.positions);
         row = reinterpret_cast<const unsigned char*>(scratch.positions);
@@ -183,10 +184,10 @@ void chunk_topk_put(const ChunkTopkDecode& job, const ChunkEntries& scratch, int
     for (int64_t i = rank * share; i < (rank + 1) * share; i += kLanes) __builtin_prefetch(later + i, 1, 2);
     read_positions(job, rank, chunk, scratch.positions);
     read_values(job, rank, chunk, scratch.values);
-    ask_for_next(job.indices, job.rank_stride, rank, chunk, packed_bytes(job.k, job.index_bits));
-    ask_for_next(job.values, job.rank_stride, rank, chunk, packed_bytes(job.k, job.value_bits));
-    if (job.value_bits < 16)
-      ask_for_next(job.scales, job.rank_stride, rank, chunk, job.value_bits == 2 ? 8 : 4);
+    const char* body = job.bodies[rank];
+    ask_for_next(body, job.indices_offset, chunk, packed_bytes(job.k, job.index_bits));
+    ask_for_next(body, 0, chunk, packed_bytes(job.k, job.value_bits));
+    if (job.value_bits < 16) ask_for_next(body, job.scales_offset, chunk, job.value_bits == 2 ? 8 : 4);
     if (job.add) {
       for (int64_t j = 0; j < count; ++j) out[at[j]] += values[j];
     } else {

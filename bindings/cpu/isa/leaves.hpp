@@ -73,9 +73,8 @@ struct ChunkScratch {
 constexpr int64_t kChunkSlack = 64;
 
 struct ChunkTopkDecode {
-  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
-  const char *values, *scales, *indices;
-  int64_t ranks, rank_stride, chunk_size, k;
+  const char* const* bodies;  // of each rank: values, and the other fields behind
+  int64_t ranks, scales_offset, indices_offset, chunk_size, k;
   int value_bits, index_bits;
   float* out;
   int64_t numel;
@@ -128,9 +127,8 @@ struct MeanInto {
 };
 
 struct SignDecode {
-  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
-  const char *words, *scales;
-  int64_t ranks, rank_stride, chunk_size;
+  const char* const* bodies;  // of each rank: words, then scales at scales_offset
+  int64_t ranks, scales_offset, chunk_size;
   DecodeInto into;
 };
 
@@ -148,9 +146,8 @@ struct QuantizeChunks {
 };
 
 struct QuantizeDecode {
-  // Fields of the first rank's body; those of the others follow, each rank_stride bytes further.
-  const char *codes, *scales;
-  int64_t ranks, rank_stride, chunk_size;
+  const char* const* bodies;  // of each rank: codes, then scales at scales_offset
+  int64_t ranks, scales_offset, chunk_size;
   int bits;
   bool two_levels;
   DecodeInto into;

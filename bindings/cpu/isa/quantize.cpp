@@ -211,38 +211,45 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
 }
 
 // Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
-template <int Bits, typename Values, int Vecs>
-void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
-  const int64_t size = job.chunk_size, stride = job.rank_stride, scales_size = job.two_levels ? 8 : 4;
-  const char *codes = job.codes + run.first * stride, *scales = job.scales + run.first * stride;
+template <int Bits, typename Values, int Vecs, typename Count>
+void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run,
+                   Count ranks) {
+  const int64_t size = job.chunk_size, scales_size = job.two_levels ? 8 : 4;
+  const BodiesOfRun codes(job.bodies + run.first, ranks);
   Values values[kRanksTogether];
   for (int64_t c = begin; c < end; ++c) {
-    for (int64_t r = 0; r < run.ranks; ++r) {
-      values[r].set(scales + r * stride + c * scales_size, alpha);
-      ask_ahead(scales + r * stride + c * scales_size, 64);
+    for (int64_t r = 0; r < ranks; ++r) {
+      const char* scales = codes.of[r] + job.scales_offset + c * scales_size;
+      values[r].set(scales, alpha);
+      ask_ahead(scales, 64);
     }
     if (run.is_copy()) {
       copy_blocks<Vecs, Values::kWays>(run, c * size, (c + 1) * size, [&](int64_t i, auto take) {
-        for (int v = 0; v < Vecs; ++v) take(v, values[0].at(codes + i * Bits / 8, v));
+        for (int v = 0; v < Vecs; ++v) take(v, values[0].at(codes.of[0] + i * Bits / 8, v));
       });
       continue;
     }
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      ask_ahead<Bits>(codes, stride, run.ranks, i);
+      ask_ahead<Bits>(codes.of, ranks, i);
       const auto of = [&](int64_t r, auto take) {
-        const char* at = codes + r * stride + i * Bits / 8;
+        const char* at = codes.of[r] + i * Bits / 8;
         for (int v = 0; v < Vecs; ++v) take(v, values[r].at(at, v));
       };
       Vec sums[Vecs];
-      sum_block<Vecs, Values::kWays>(run, i, run.ranks, of, sums);
+      sum_block<Vecs, Values::kWays>(run, i, ranks, of, sums);
     }
   }
 }
 
 template <int Bits, typename Values>
 void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
-  if (job.chunk_size >= 4 * kLanes) return decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run);
-  if constexpr (Values::kWays <= 2) decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run);
+  if (job.chunk_size >= 4 * kLanes) {
+    // Only scales of these have all a register each; tables would be moved to and fro.
+    if (Bits == 8 && run.ranks == kRanksTogether && !run.written)
+      return decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run, Known<kRanksTogether>{});
+    return decode_chunks<Bits, Values, 4>(job, alpha, begin, end, run, run.ranks);
+  }
+  if constexpr (Values::kWays <= 2) decode_chunks<Bits, Values, 2>(job, alpha, begin, end, run, run.ranks);
 }
 
 template <bool Levels>
@@ -264,13 +271,16 @@ void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t 
 // One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
 // others' memory lies behind.
 void decode_part(const QuantizeDecode& job, int64_t rank, int64_t c, int64_t valid, float* part) {
-  char codes[kMaxChunk] = {};
-  std::memcpy(codes, job.codes + rank * job.rank_stride + c * job.chunk_size * job.bits / 8,
+  const int64_t scales_size = job.two_levels ? 8 : 4;
+  char copy[kMaxChunk + 8] = {};
+  const char *body = job.bodies[rank], *const copies[] = {copy};
+  std::memcpy(copy, body + c * job.chunk_size * job.bits / 8,
               static_cast<size_t>((valid * job.bits + 7) / 8));
+  std::memcpy(copy + kMaxChunk, body + job.scales_offset + c * scales_size, static_cast<size_t>(scales_size));
   QuantizeDecode one = job;
-  one.codes = codes;
-  one.scales += rank * job.rank_stride + c * (job.two_levels ? 8 : 4);
+  one.bodies = copies;
   one.ranks = 1;
+  one.scales_offset = kMaxChunk;
   one.into = {part, job.chunk_size, job.into.alpha, false, job.into.add, false};
   quantize_decompress(one, 0, 1);
 }

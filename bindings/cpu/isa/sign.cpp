@@ -170,13 +170,13 @@ struct Begun {
     }
   }
 
-  // Of 64 elements, whose words lie at `words`, `stride` further for each rank.
-  GCK_INLINE void put(const char* words, int64_t stride, Vec* out) const {
+  // Of 64 elements, whose words lie `offset` bytes behind those of each rank.
+  GCK_INLINE void put(const char* const* words, int64_t offset, Vec* out) const {
     __m512i signs = _mm512_setzero_si512();
 #pragma GCC unroll 5
     for (int r = 0; r < Ranks; ++r) {
       uint64_t bits;
-      std::memcpy(&bits, words + r * stride, sizeof bits);
+      std::memcpy(&bits, words[r] + offset, sizeof bits);
       signs = _mm512_mask_add_epi8(signs, bits, signs, _mm512_set1_epi8(static_cast<char>(1 << r)));
     }
     alignas(64) char bytes[64];
@@ -196,7 +196,7 @@ constexpr bool kBegins = true;
 template <int Ranks>
 struct Begun {
   void set(const float*) {}
-  void put(const char*, int64_t, Vec*) const {}
+  void put(const char* const*, int64_t, Vec*) const {}
 };
 constexpr bool kBegins = false;
 #endif
@@ -206,21 +206,22 @@ constexpr bool kBegins = false;
 template <int Vecs, int First, typename Count>
 void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run,
                    Count ranks) {
-  const int64_t size = job.chunk_size, stride = job.rank_stride;
-  const char *words = job.words + run.first * stride, *scales = job.scales + run.first * stride;
+  const int64_t size = job.chunk_size;
+  const BodiesOfRun words(job.bodies + run.first, ranks);
   for (int64_t c = begin; c < end; ++c) {
     float scale[kRanksTogether];
     for (int64_t r = 0; r < ranks; ++r) {
-      std::memcpy(&scale[r], scales + r * stride + 4 * c, sizeof(float));
+      const char* at = words.of[r] + job.scales_offset + 4 * c;
+      std::memcpy(&scale[r], at, sizeof(float));
       // alpha * -scale == -(alpha * scale), so one product a chunk does.
       scale[r] *= alpha;
-      ask_ahead(scales + r * stride + 4 * c, 64);
+      ask_ahead(at, 64);
     }
     const auto values = [&](int64_t r, int64_t i, auto take) {
       const Vec plus = in_register(set1(scale[r])), minus = in_register(set1(-scale[r]));
       for (int v = 0; v < Vecs; ++v) {
         uint16_t bits;
-        std::memcpy(&bits, words + r * stride + i / 8 + 2 * v, sizeof bits);
+        std::memcpy(&bits, words.of[r] + i / 8 + 2 * v, sizeof bits);
         take(v, select(bits, plus, minus));
       }
     };
@@ -231,9 +232,9 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
     Begun<First> first;
     if constexpr (First > 0) first.set(scale);
     for (int64_t i = c * size; i < (c + 1) * size; i += Vecs * kLanes) {
-      ask_ahead<1>(words, stride, ranks, i);
+      ask_ahead<1>(words.of, ranks, i);
       Vec sums[Vecs];
-      if constexpr (First > 0) first.put(words + i / 8, stride, sums);
+      if constexpr (First > 0) first.put(words.of, i / 8, sums);
       sum_block<Vecs, 1, First>(run, i, ranks, [&](int64_t r, auto take) { values(r, i, take); }, sums);
     }
   }
@@ -251,13 +252,13 @@ void decode_some(const SignDecode& job, float alpha, int64_t begin, int64_t end,
 // One rank's last chunk, cut short: decoded to, or added to `part`, of a whole chunk. Of a copy, because
 // others' memory lies behind.
 void decode_part(const SignDecode& job, int64_t rank, int64_t c, int64_t valid, float* part) {
-  char words[kMaxChunk / 8] = {};
-  float scale;
-  std::memcpy(words, job.words + rank * job.rank_stride + c * job.chunk_size / 8,
-              static_cast<size_t>((valid + 31) / 32 * 4));
-  std::memcpy(&scale, job.scales + rank * job.rank_stride + 4 * c, sizeof scale);
+  constexpr int64_t kScale = kMaxChunk / 8;
+  char copy[kScale + 4] = {};
+  const char *body = job.bodies[rank], *const copies[] = {copy};
+  std::memcpy(copy, body + c * job.chunk_size / 8, static_cast<size_t>((valid + 31) / 32 * 4));
+  std::memcpy(copy + kScale, body + job.scales_offset + 4 * c, 4);
   const DecodeInto into{part, job.chunk_size, job.into.alpha, false, job.into.add, false};
-  sign_decompress({words, reinterpret_cast<const char*>(&scale), 1, 0, job.chunk_size, into}, 0, 1);
+  sign_decompress({copies, 1, kScale, job.chunk_size, into}, 0, 1);
 }
 
 }  // namespace

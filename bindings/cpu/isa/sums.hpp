@@ -26,9 +26,9 @@ inline void ask_ahead(const char* at, int64_t ahead) {
 
 // The same of all ranks' codes of Bits bits from element i on, at each new line.
 template <int Bits>
-inline void ask_ahead(const char* codes, int64_t stride, int64_t ranks, int64_t i) {
+inline void ask_ahead(const char* const* codes, int64_t ranks, int64_t i) {
   if (i * Bits / 8 % 64) return;
-  for (int64_t r = 0; r < ranks; ++r) ask_ahead(codes + r * stride + i * Bits / 8, kAskAhead * Bits / 8);
+  for (int64_t r = 0; r < ranks; ++r) ask_ahead(codes[r] + i * Bits / 8, kAskAhead * Bits / 8);
 }
 
 // Of Ways vectors, of which the first has elements 0, Ways, ..., and so on, vectors of consecutive elements;
@@ -102,6 +102,20 @@ GCK_INLINE void add_known_ranks(AddRank add_rank) {
   }
 }
 
+// The bodies of these ranks, where no store that follows can change them, as compilers see it.
+struct BodiesOfRun {
+  const char* of[kRanksTogether];
+
+  template <typename Count>
+  GCK_INLINE BodiesOfRun(const char* const* bodies, Count ranks) {
+    if constexpr (is_known<Count>) {
+      add_known_ranks<0, Count::number>([&](int64_t r) { of[r] = bodies[r]; });
+    } else {
+      for (int64_t r = 0; r < ranks; ++r) of[r] = bodies[r];
+    }
+  }
+};
+
 // Vecs vectors of 16 at element i. `First` of the ranks have been summed already, from zero, else `sum` is
 // made here; values(rank, take) hands those of each other rank in turn to take(vector, x). Of every Ways
 // vectors of values, the first has elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on:
@@ -109,7 +123,7 @@ GCK_INLINE void add_known_ranks(AddRank add_rank) {
 template <int Vecs, int Ways = 1, int First = 0, typename Count, typename Values>
 GCK_INLINE void sum_block(const Run& run, int64_t i, Count ranks, Values values, Vec* sum) {
   const auto add_rank = [&](int64_t rank) { values(rank, [&](int v, Vec x) { sum[v] = add(sum[v], x); }); };
-  const bool begun = First == 0 && run.written;
+  const bool begun = First == 0 && !is_known<Count> && run.written;
   if (begun) {
     values(0, [&](int v, Vec x) { sum[v] = x; });
   } else if (First == 0) {
@@ -118,8 +132,7 @@ GCK_INLINE void sum_block(const Run& run, int64_t i, Count ranks, Values values,
       for (int v = 0; v < Vecs; v += Ways) take_apart<Ways>(sum + v);
     }
   }
-  if constexpr (is_known<Count>) {
-    static_assert(First > 0);  // else what a run starts from would have to be asked for
+  if constexpr (is_known<Count>) {  // not `written`
     add_known_ranks<First, Count::number>(add_rank);
   } else {
     for (int64_t rank = begun ? 1 : First; rank < ranks; ++rank) add_rank(rank);
