@@ -13,6 +13,7 @@ import gck
 from bench import (
     bench_decode,
     bench_index_codecs,
+    bench_messages,
     bench_quantize,
     bench_reduce,
     bench_sign,
@@ -59,6 +60,18 @@ def test_verification_notices_wrong_known_places(small_pool: Pool, monkeypatch: 
     monkeypatch.setattr(bench_decode, "_index_copy", lambda given: right(given).roll(1))
     with pytest.raises(peers.PeerMismatchError, match="disagree"):
         bench_decode._verify_known(name, small_pool)
+
+
+@pytest.mark.parametrize("name", bench_messages.COMPRESSORS)
+@pytest.mark.parametrize("peer", bench_messages.PEERS)
+def test_verification_notices_wrong_sums_of_messages(
+    peer: str, name: str, small_pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_messages._verify(bench_messages.PEERS[peer], name, small_pool)
+    right = bench_messages._where_they_lie
+    monkeypatch.setattr(bench_messages, "_where_they_lie", lambda given: right(given).roll(1))
+    with pytest.raises(peers.PeerMismatchError, match="disagree"):
+        bench_messages._verify(bench_messages.PEERS[peer], name, small_pool)
 
 
 @pytest.mark.parametrize("setting", bench_reduce.SETTINGS, ids=str)
