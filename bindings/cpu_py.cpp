@@ -139,6 +139,14 @@ void bind_cpu(py::module_& m) {
       nogil);
 
   m.def(
+      "residual_measure",
+      [](Address grad, int grad_dtype, Address err, int64_t numel, int threads, const Options& options) {
+        residual_measure({at<void>(grad), Dtype{grad_dtype}, at<float>(err), numel}, residual_of(options),
+                         threads);
+      },
+      nogil);
+
+  m.def(
       "sparse_decompress",
       [](const Bodies& bodies, int64_t count, int value_dtype, int64_t indices_offset, bool wide_indices,
          Address out, int64_t numel, float alpha, bool clear, bool add, int threads, float divisor) {

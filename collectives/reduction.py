@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from gck.collectives.dense import dense
 from gck.collectives.failure import give_up
 from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
+from gck.collectives.measured import Measured
 from gck.collectives.pieces import check_piece_numel, choose_piece_numel, piece_numel_of
 from gck.collectives.scratch import Scratch, scratch
 from gck.collectives.seeded import seeded
@@ -96,6 +97,7 @@ class Reduction:
         plan: which tensors go by which algorithm.
         cuts: how the ranks of a node share each tensor.
         shards: this rank's part of each, on a hierarchy.
+        measured: statistics that are taken.
     """
 
     function: str
@@ -113,6 +115,7 @@ class Reduction:
     begun: bool = False
     spoilt: bool = False
     written: bool = False
+    measured: list[Measured] = field(default_factory=list)
 
     def __call__(self) -> None:
         """Agrees with the other ranks, reduces, and writes only when everything succeeded."""
@@ -142,7 +145,7 @@ class Reduction:
             undo = [Undo(grad, state, memory) for grad, state in zip(flat, self.states, strict=True)]
             finish = None
             try:
-                finish = self._reduce(tier, local, flat, places, undo, memory)
+                finish = partial(self._finish, self._reduce(tier, local, flat, places, undo, memory))
                 self.transport.synchronize()
                 self.written = True  # from here on Ctrl-C finds everything there
                 finish()
@@ -156,6 +159,11 @@ class Reduction:
                 for each in undo:
                     each.restore()
                 raise
+
+    def _finish(self, write: Callable[[], None]) -> None:
+        write()
+        for each in self.measured:
+            each.publish()
 
     def _reduce(
         self,
@@ -237,8 +245,22 @@ class Reduction:
             undo.server.keep()
         if algorithm == "dense":
             states = [state for _, state, *_ in some]
-            return dense(transport, self.compressor, grads, states, self._divisor, memory)
-        return seeded(transport, self.compressor, grads, *_residuals(some), self._divisor, memory)
+            errs = [None if state is None else state.worker for state in states]
+            measured = self._measure(some, errs, lossy=False)
+            results = dense(transport, self.compressor, grads, states, self._divisor, memory)
+        else:
+            errs, counters = _residuals(some)
+            measured = self._measure(some, errs)
+            given = transport, self.compressor, grads, errs, counters
+            results = seeded(*given, self._divisor, memory)
+        measured.end()
+        return results
+
+    def _measure(self, some: list[Member], errs: list[Tensor | None], *, lossy: bool = True) -> Measured:
+        """Begins statistics, which are published when all is done."""
+        grads, states = [grad for grad, *_ in some], [state for _, state, *_ in some]
+        self.measured.append(Measured(self.compressor, grads, errs, states, lossy=lossy))
+        return self.measured[-1]
 
     def _begin(
         self,
@@ -252,16 +274,21 @@ class Reduction:
         """One or two phases; what this returns decodes what is left to `results`, which may be the gradients
         themselves: `straight`."""
         grads, (errs, counters) = [grad for grad, *_ in some], _residuals(some)
+        measured = self._measure(some, errs)
         given, undo = (transport, self.compressor, grads), [undo for *_, undo in some]
         ends = results, self._divisor, self.piece_numel
         keep = [each.grad.keep for each in undo] if straight else None
         if algorithm == "one_phase":
-            return one_phase(*given, errs, counters, undo, *ends, memory=memory, keep=keep)
+            finish = one_phase(*given, errs, counters, undo, *ends, memory=memory, keep=keep)
+            measured.end()
+            return finish
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
             for grad, state, (_, bound), _ in some
         ]
-        return two_phase(*given, Residuals(errs, servers, counters, undo), *ends, memory=memory, keep=keep)
+        finish = two_phase(*given, Residuals(errs, servers, counters, undo), *ends, memory=memory, keep=keep)
+        measured.end()
+        return finish
 
     @property
     def _divisor(self) -> int:

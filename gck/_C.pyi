@@ -85,6 +85,14 @@ def topk_compress_each(
     threads: int,
     options: tuple[float, int, int] | None,
 ) -> int: ...
+def residual_measure(
+    grad: int,
+    grad_dtype: int,
+    err: int,
+    numel: int,
+    threads: int,
+    options: tuple[float, int, int] | None,
+) -> None: ...
 def sparse_decompress(
     bodies: list[int],
     count: int,

@@ -30,6 +30,7 @@ __all__ = [
     "decodes_anything",
     "decompress_sum_",
     "describe",
+    "entries_of",
     "is_seeded",
     "preview_",
     "previews",
@@ -128,6 +129,13 @@ def sums_or_raises(compressor: Compressor) -> bool:
     """Whether `decompress_sum_` and `decompress_mean_` leave `out` as it was where they raise. Such a
     compressor has an attribute of that name which is True."""
     return bool(getattr(compressor, "sums_or_raises", False))
+
+
+def entries_of(compressor: Compressor, numel: int) -> int:
+    """How many entries of `numel` elements a payload has: what the method `entries(numel)` says, where the
+    compressor has one, else all."""
+    entries = getattr(compressor, "entries", None)
+    return numel if entries is None else int(entries(numel))
 
 
 def is_seeded(compressor: Compressor) -> bool:

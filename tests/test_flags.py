@@ -41,6 +41,7 @@ CALLS: dict[str, tuple[str, Callable[..., Any]]] = {
         "shared reshard read_only",
         lambda d, **o: gck.load_state(d, ErrorFeedback(), step=0, **PLACE, **o),
     ),
+    "ErrorFeedback": ("measure", lambda d, **o: ErrorFeedback(**o)),
     "ErrorFeedback.load_state_dict": (
         "reset_server",
         lambda d, **o: ErrorFeedback().load_state_dict(EMPTY, **o),
@@ -52,7 +53,7 @@ CALLS: dict[str, tuple[str, Callable[..., Any]]] = {
     "ErrorFeedback.rescale_": ("drop", lambda d, **o: ErrorFeedback().rescale_(2.0, **o)),
     "ErrorFeedbackMap.rescale_": ("drop", lambda d, **o: ErrorFeedbackMap().rescale_(2.0, **o)),
     "HookState": (
-        "bypass_1d checksum overlap skip_nonfinite",
+        "bypass_1d checksum overlap skip_nonfinite measure",
         lambda d, **o: gck.ddp.HookState(TOPK, **o),
     ),
     "HookState.load_state_dict": (

@@ -1,5 +1,7 @@
 #include "cpu/residual.hpp"
 
+#include <cstring>
+
 namespace gck {
 namespace {
 
@@ -46,6 +48,27 @@ void ResidualPass::finish(int64_t selected) {
 void ResidualPass::finish_sent(int64_t selected, std::vector<double> sent) {
   finish(selected);
   statistics_[2] = std::max(statistics_[1] - total(std::move(sent)), 0.0);
+}
+
+void residual_measure(const Measured& vector, const ResidualOptions& options, int threads) {
+  ResidualPass residual(vector.numel, options);
+  const int64_t width = vector.grad_dtype == Dtype::fp32 ? 4 : 2;
+  const int parts = parts_for(vector.numel, threads);
+  for_each_part(parts, [&](int t) {
+    const auto [begin, end] = part_of(vector.numel, parts, t, kResidualTile);
+    alignas(64) float read[kResidualTile];
+    for (int64_t at = begin; at < end; at += kResidualTile) {
+      const int64_t count = std::min(kResidualTile, end - at);
+      if (vector.grad == nullptr) {
+        residual.after(vector.err + at, at, count);
+        continue;
+      }
+      std::memcpy(read, vector.err + at, sizeof(float) * static_cast<size_t>(count));
+      const auto* grad = static_cast<const char*>(vector.grad) + at * width;
+      residual.before(grad, vector.grad_dtype, read, at, count);
+    }
+  });
+  residual.finish(0);
 }
 
 }  // namespace gck

@@ -75,6 +75,16 @@ class ResidualPass {
   std::vector<double> l1_, acc_sq_, nonfinite_, err_sq_;  // of each block
 };
 
+// The statistics of a vector that others compress: before, of acc, which is grad and `err` as it is read;
+// afterwards, where grad is null, of what is left in `err`. The rest of them becomes 0.
+struct Measured {
+  const void* grad;
+  Dtype grad_dtype;
+  const float* err;
+  int64_t numel;
+};
+void residual_measure(const Measured& vector, const ResidualOptions& options, int threads);
+
 // A vector that is compressed by chunks.
 struct Chunked {
   const void* grad;

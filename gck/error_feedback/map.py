@@ -9,6 +9,7 @@ from gck.error_feedback.checks import STATE_VERSION, check_factor, check_place, 
 from gck.error_feedback.scaling import check_scaled, check_writable
 from gck.error_feedback.state import ErrorFeedback
 from gck.errors import DtypeError, StateMismatchError
+from gck.statistics import Statistics
 from gck.values import check_flags, plain_int, shown
 
 __all__ = ["ErrorFeedbackMap"]
@@ -36,6 +37,11 @@ class ErrorFeedbackMap:
 
     def items(self) -> Iterator[tuple[str, ErrorFeedback]]:
         return iter(self._states.items())
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Those that were taken (see `ErrorFeedback.measure`), by name; the next ones overwrite them."""
+        taken = {name: state.statistics for name, state in self._states.items()}
+        return {name: each for name, each in taken.items() if each is not None}
 
     def rename(self, old: str, new: str) -> None:
         """Moves a state to another name."""

@@ -20,6 +20,7 @@ from gck.error_feedback.checks import (
 )
 from gck.error_feedback.scaling import check_scaled, check_writable, multiply_
 from gck.errors import StateMismatchError
+from gck.statistics import Statistics
 from gck.values import check_flags, plain_int
 
 __all__ = ["ErrorFeedback", "Snapshot"]
@@ -49,9 +50,17 @@ class ErrorFeedback:
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
             cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
             does, which turns it into an int.
+        measure: whether all-reduces take statistics of what they compress. May be changed at any time; the
+            bits of results and residuals are the same.
+        statistics: the `gck.Statistics` of the last all-reduce that took them, on the gradient's device; the
+            next one overwrites them. None before the first. Of what this rank compressed: its gradient,
+            or its part of a node's sum, with the worker residual, and what was left of that. Not saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, measure: bool = False) -> None:
+        check_flags("ErrorFeedback", measure=measure)
+        self.measure = measure
+        self.statistics: Statistics | None = None
         self.worker: Tensor | None = None
         self.server: Tensor | None = None
         self.binding: ServerBinding | None = None
@@ -64,8 +73,8 @@ class ErrorFeedback:
         return f"ErrorFeedback(worker={worker}, server={server}, binding={self.binding})"
 
     def reset(self) -> None:
-        """Forgets both residuals and the counter."""
-        self.worker = self.server = self.binding = self.shard = self.nonfinite = None
+        """Forgets both residuals, the counter and the statistics."""
+        self.worker = self.server = self.binding = self.shard = self.nonfinite = self.statistics = None
 
     @property
     def numel(self) -> int | None:
@@ -112,6 +121,12 @@ class ErrorFeedback:
         elif self.nonfinite.device != device:
             self.nonfinite = self.nonfinite.to(device)
         return self.nonfinite
+
+    def statistics_for(self, device: torch.device) -> Statistics:
+        """The statistics, on `device`."""
+        if self.statistics is None or self.statistics.values.device != device:
+            self.statistics = Statistics.empty(device)
+        return self.statistics
 
     def check_numel(self, numel: int, shard: ShardBinding | None = None) -> None:
         """Raises StateMismatchError when the residuals belong to another part of a tensor, or the worker

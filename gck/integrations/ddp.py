@@ -128,13 +128,14 @@ def register(
     overlap: bool = True,
     scaler: Any = None,
     skip_nonfinite: bool = False,
+    measure: bool = False,
 ) -> HookState:
     """Makes a `HookState` for `model` and registers the hook.
 
     Args:
         model: not yet with a communication hook.
         compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, checksum,
-            link, overlap, scaler, skip_nonfinite: as for `HookState`.
+            link, overlap, scaler, skip_nonfinite, measure: as for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -161,6 +162,7 @@ def register(
         overlap=overlap,
         scaler=scaler,
         skip_nonfinite=skip_nonfinite,
+        measure=measure,
     )
     # What is wrong is found here, and not in a backward pass.
     resolve(state.group, state.timeout)

@@ -54,6 +54,9 @@ class HookState:
             alike, put all residuals back as they were before the step, since its optimizer step will be
             skipped. Costs a copy of the residuals for the time of a step and a read of the gradients, at
             whose end the host waits for the device. An error in a step puts them back as well.
+        measure: take statistics of what is compressed of each parameter: `residuals.statistics()` has those
+            of the last step that took them; nothing waits for them. They take about as long as compressing,
+            so turn it on for one step in many: it is an attribute, to be changed between steps.
 
     Attributes:
         step: synchronising steps done, skipped ones included.
@@ -82,12 +85,14 @@ class HookState:
         overlap: bool = True,
         scaler: Any = None,
         skip_nonfinite: bool = False,
+        measure: bool = False,
     ) -> None:
         check_algorithm("HookState", compressor, algorithm)
         check_validate("HookState", validate)
         if timeout is not None:
             check_timeout(timeout)
         flags = {"overlap": overlap, "checksum": checksum, "skip_nonfinite": skip_nonfinite}
+        flags["measure"] = measure
         check_flags("HookState", bypass_1d=bypass_1d, **flags)
         if link is not None and not isinstance(link, Link):
             raise DtypeError(f"HookState: link must be a Link or None, got {shown(link)}")
@@ -106,6 +111,7 @@ class HookState:
         self.overlap = overlap
         self.scaler = scaler
         self.guard = StepGuard() if skip_nonfinite or scaler is not None else None
+        self.measure = measure
         self.step = 0
         self.skipped = 0
         self.scale = 1.0
@@ -155,7 +161,10 @@ class HookState:
                 )
             name = self._names[id(parameter)] = f"<unnamed parameter {len(self._names)}>"
             self._parameters.append(parameter)
-        return self.residuals[name] if create or name in self.residuals else None
+        if not create and name not in self.residuals:
+            return None
+        self.residuals[name].measure = self.measure
+        return self.residuals[name]
 
     def set_scale(self, scale: float) -> None:
         """Tells the scale of the loss from the next step on; residuals are rescaled where it has changed.

@@ -114,6 +114,11 @@ class ChunkTopK(KernelCompressor):
     def chunks(self, numel: int) -> int:
         return -(-numel // self.chunk_size)
 
+    def entries(self, numel: int) -> int:
+        """See `gck.compressor.entries_of`."""
+        whole, rest = divmod(numel, self.chunk_size)
+        return whole * self.k + min(rest, self.k)
+
     def layout(self, numel: int) -> Layout:
         chunks, row = self.chunks(numel), self.row
         return Layout.of(

@@ -234,7 +234,7 @@ def compress_(
             *arguments, **options, num_warps=num_warps, **EXACT
         )
     if stats is not None:
-        finish(sums, stats, n // chunk * k + min(n % chunk, k))
+        finish(sums, stats, compressor.entries(n))
 
 
 def reduce_(compressor: Any, job: Reduction) -> None:

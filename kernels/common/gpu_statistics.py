@@ -9,11 +9,13 @@ from torch import Tensor
 
 from gck.kernels.common.keys import is_finite, widen
 from gck.kernels.common.launch import EXACT, launching_on
-from gck.kernels.common.statistics import BLOCK, LEVELS
+from gck.kernels.common.residual import residual_arguments
+from gck.kernels.common.statistics import BLOCK, LEVELS, store_err_sums, sum_read
 from gck.kernels.common.tree import halving_sum
 
 ROWS = 4
 WARPS = 4
+MEASURED = 2048  # elements a program
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -45,6 +47,45 @@ def sent_kernel(p_values, p_indices, p_err, p_sums, k, ROUNDED: tl.constexpr):
         b_both = b_acc * b_acc - b_left * b_left
     b_sum = halving_sum(tl.reshape(b_both, (1, BLOCK)), 1, LEVELS)
     tl.store(p_sums + i_block + tl.arange(0, 1), b_sum)
+
+
+@triton.jit(do_not_specialize=["n"])
+def measure_kernel(
+    p_grad, p_err, p_sums, n, decay, p_clip, SIZE: tl.constexpr, ACC: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """Partial sums of acc, or else of the residual alone, of SIZE elements a program."""
+    base = tl.program_id(0).to(tl.int64) * SIZE
+    if ACC:
+        sum_read(p_grad, p_err, p_sums, n, base, tl.cast(n, tl.int64), decay, p_clip, SIZE, RESIDUAL)
+    else:
+        b_at = base + tl.arange(0, SIZE)
+        store_err_sums(p_sums, n, base, tl.load(p_err + b_at, mask=b_at < n, other=0.0))
+
+
+def measure_acc(grad: Tensor, err: Tensor, decay: float, clip: Tensor | None) -> Tensor:
+    """Partial sums of acc = grad + err as it is read; `measure_err` takes them."""
+    sums = torch.empty((ROWS, triton.cdiv(err.numel(), BLOCK.value)), dtype=torch.float64, device=err.device)
+    _measure(grad, err, sums, residual_arguments(decay, err, clip), acc=True)
+    return sums
+
+
+def measure_err(sums: Tensor, err: Tensor, selected: int) -> Tensor:
+    """(5,) statistics of what `measure_acc` saw, and of the residual that was left of it."""
+    _measure(err, err, sums, residual_arguments(1.0, err, None), acc=False)
+    values = torch.empty(ROWS + 1, dtype=torch.float64, device=err.device)
+    finish(sums, values, selected)
+    return values
+
+
+def _measure(
+    grad: Tensor, err: Tensor, sums: Tensor, residual: tuple[float, Tensor, int], *, acc: bool
+) -> None:
+    decay, clip, kind = residual
+    options = {"SIZE": MEASURED, "ACC": acc, "RESIDUAL": kind, "num_warps": WARPS, **EXACT}
+    with launching_on(err):
+        measure_kernel[(triton.cdiv(err.numel(), MEASURED),)](
+            grad, err, sums, err.numel(), decay, clip, **options
+        )
 
 
 def partial_sums(err: Tensor, stats: Tensor | None) -> Tensor:

@@ -85,6 +85,10 @@ class RandomK(KernelCompressor):
     def layout(self, numel: int) -> Layout:
         return Layout.of((self.value_dtype, resolve_k("RandomK", numel, self.ratio, self.k)))
 
+    def entries(self, numel: int) -> int:
+        """See `gck.compressor.entries_of`."""
+        return resolve_k("RandomK", numel, self.ratio, self.k)
+
     def factor(self, numel: int) -> float:
         """What each value is multiplied by: numel / k, in double precision and then in fp32, or 1."""
         if not self.rescale:

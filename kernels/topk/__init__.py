@@ -123,6 +123,10 @@ class TopK(KernelCompressor):
             numel, self.ratio, self.k, self.value_dtype, self.index_codec, self.value_bits
         )
 
+    def entries(self, numel: int) -> int:
+        """See `gck.compressor.entries_of`."""
+        return resolve_k("TopK", numel, self.ratio, self.k)
+
     @classmethod
     def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> TopK:
         """The compressor that decodes a payload with these fields; options: none of plain ones, else k,
