@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -107,6 +108,26 @@ def test_a_slow_link_is_sent_pieces() -> None:
             counts.append(count)
     assert counts == [1, 1, 4, 4]  # 141 kB, of which a piece's message has 30 KiB or more
     assert all(same_bytes(flat, flats[0]) for flat in flats)
+
+
+def test_what_is_compressed_is_measured_while_asked_for() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        state = ddp.HookState(Sign(32), group=member, algorithm="two_phase", measure=True)
+        bucket = bucket_of(member.rank, (5,), (40, 40), (33, 64))
+        given = bucket.flat.clone()
+        ddp.hook(state, bucket)
+        taken = state.residuals.statistics()
+        assert [int(each.selected) for each in taken.values()] == [1600, 2112]  # not of what is bypassed
+        for each, grad in zip(taken.values(), given[5:].split([1600, 2112]), strict=True):
+            assert math.isclose(float(each.acc_sq), float(grad.double().square().sum()), rel_tol=1e-12)
+            assert 0 < float(each.err_sq) < float(each.acc_sq)
+        before = [each.values.clone() for each in taken.values()]
+        state.measure = False
+        ddp.hook(state, bucket)
+        after = [each.values for each in state.residuals.statistics().values()]
+        assert all(map(torch.equal, before, after))
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
 
 
 @pytest.mark.parametrize(

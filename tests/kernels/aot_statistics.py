@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gck.kernels.common.gpu_statistics import WARPS
-from tests.kernels.aot_variant import Variant
+from gck.kernels.common.gpu_statistics import MEASURED, WARPS
+from tests.kernels.aot_variant import RESIDUAL_TYPES, Variant, residual_constants
 
 
 def variants() -> list[Variant]:
@@ -15,4 +15,9 @@ def variants() -> list[Variant]:
         made.append(
             Variant("common", "gpu_statistics", "sent_kernel", f"{value}, {index}", held, constants, WARPS)
         )
+    for grad, acc, residual in (("fp32", True, "clip"), ("bf16", True, ""), ("fp32", False, "")):
+        constants = {"SIZE": MEASURED, "ACC": acc, "RESIDUAL": residual_constants(residual)["RESIDUAL"]}
+        held = {"p_grad": f"*{grad}", "p_err": "*fp32", "n": "i64"} | RESIDUAL_TYPES
+        label = f"{grad}, {'acc' if acc else 'residual'}"
+        made.append(Variant("common", "gpu_statistics", "measure_kernel", label, held, constants, WARPS))
     return made
