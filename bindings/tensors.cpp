@@ -146,8 +146,9 @@ std::optional<Outputs> outputs_of(const py::list& payloads, const BodyLayout& la
   auto& [bodies, offsets] = outputs.received;
   for (const py::handle payload : payloads) {
     if (!PyTuple_Check(payload.ptr())) return std::nullopt;
+    if (PyTuple_GET_SIZE(payload.ptr()) < static_cast<py::ssize_t>(layout.fields.size())) return std::nullopt;
     for (size_t i = 0; i < layout.fields.size(); ++i) {
-      const auto field = look_at(PyTuple_GetItem(payload.ptr(), static_cast<py::ssize_t>(i)));
+      const auto field = look_at(PyTuple_GET_ITEM(payload.ptr(), static_cast<py::ssize_t>(i)));
       if (!field || !fits(*field, layout.fields[i]) || !apart(*field, *o)) return std::nullopt;
       if (i == 0) bodies.push_back(field->data);
       // Fields may have memory of their own, so that addresses are subtracted.

@@ -62,8 +62,9 @@ struct Outputs {
   float* out;
 };
 
-// Nothing unless each payload begins with tensors of this layout's dtypes and shapes, `out` is fp32 and of
-// `numel` elements and shares no memory with them, and all are otherwise as `inputs_of` wants them.
+// Nothing unless each payload is a tuple that begins with tensors of this layout's dtypes and shapes, `out`
+// is fp32 and of `numel` elements and shares no memory with them, and all are otherwise as `inputs_of` wants
+// them. Nobody else may hold the list.
 std::optional<Outputs> outputs_of(const pybind11::list& payloads, const BodyLayout& layout,
                                   pybind11::handle out, int64_t numel);
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from gck.compressor import Compressor, entries_of
 from gck.error_feedback import ErrorFeedback
 from gck.kernels.common.measure import Measurement
+from gck.statistics import Statistics
 
 __all__ = ["Measured"]
 
@@ -52,6 +53,6 @@ class Measured:
         self._values = [(state, begun.finish(err, sent)) for state, err, begun, sent in self._begun]
 
     def publish(self) -> None:
-        """Overwrites the states' statistics; may be called again."""
+        """Replaces the states' statistics, which cannot fail any more; may be called again."""
         for state, values in self._values:
-            state.statistics_for(values.device).values.copy_(values)
+            state.statistics = Statistics(values)

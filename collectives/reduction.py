@@ -245,7 +245,7 @@ class Reduction:
             undo.server.keep()
         if algorithm == "dense":
             states = [state for _, state, *_ in some]
-            errs = [None if state is None else state.worker for state in states]
+            errs = _worker_residuals(some)
             measured = self._measure(some, errs, lossy=False)
             results = dense(transport, self.compressor, grads, states, self._divisor, memory)
         else:
@@ -301,6 +301,14 @@ def _residuals(some: list[Member]) -> tuple[list[Tensor | None], list[Tensor | N
     errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _), _ in some]
     counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, *_ in some]
     return errs, counters
+
+
+def _worker_residuals(some: list[Member]) -> list[Tensor | None]:
+    """Those that there are, of what is sent dense: none are made."""
+    return [
+        None if state is None or state.worker is None else state.worker_for(grad, state.shard)
+        for grad, state, *_ in some
+    ]
 
 
 def _to_the_end(finish: Callable[[], None]) -> Exception | None:

@@ -135,7 +135,7 @@ def entries_of(compressor: Compressor, numel: int) -> int:
     """How many entries of `numel` elements a payload has: what the method `entries(numel)` says, where the
     compressor has one, else all."""
     entries = getattr(compressor, "entries", None)
-    return numel if entries is None else int(entries(numel))
+    return int(entries(numel)) if callable(entries) else numel
 
 
 def is_seeded(compressor: Compressor) -> bool:

@@ -18,7 +18,8 @@ FIELDS = ("acc_l1", "acc_sq", "err_sq", "nonfinite", "selected")
 class Statistics(NamedTuple):
     """Five numbers of one call, on the device where it ran: nobody waits until one is read.
 
-    A call that is given one as `stats=` overwrites it. Every attribute below is a () float64 view of
+    A call that is given one as `stats=` overwrites it; all-reduces make one where `gck.ErrorFeedback.measure`
+    says so. Every attribute below is a () float64 view of
     `values`. In the norms, what is not finite counts as 0. They are sums of 512 numbers, then of 512 of
     these, and so on, each added as a halving tree, so that every device and any number of threads gives the
     same bits.
@@ -48,8 +49,9 @@ class Statistics(NamedTuple):
     def err_sq(self) -> Tensor:
         """The sum of the squares of the residual that the call left.
 
-        Of top-k it is acc_sq less what was sent of it, and so exact to within 2**-45 acc_sq. An entry that
-        became infinite in a narrow `value_dtype`, and left nothing, counts with what it was.
+        Of `topk_ef_` it is acc_sq less what was sent of it, and so exact to within 2**-45
+        acc_sq. An entry that became infinite in a narrow `value_dtype`, and left nothing, counts with what it
+        was.
         """
         return self.values[2]
 

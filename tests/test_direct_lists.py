@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gck
-from gck.ops import decode
+from gck.ops import decode, direct
 from tests.cases import one_nan
 from tests.test_direct import Ways, inputs, needs_table, same, variants
 
@@ -90,6 +90,39 @@ def test_fields_of_their_own(make: Any, ways: Ways) -> None:
     alike = [with_fields(payload, *apart) for payload in payloads]
     assert ways.short(lambda: gck.decompress(alike)) is not None
     assert same(one_nan(gck.decompress(alike)), one_nan(ways.long(lambda: gck.decompress([payloads[1]] * 3))))
+
+
+@needs_table
+def test_a_list_that_another_thread_changes_meanwhile(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it has been looked at, no one can take payloads out of it."""
+    payloads = payloads_of(gck.sign_ef_, 1000, 3)
+    dense = gck.decompress(payloads)
+    look = direct._decoder
+
+    def looking(payload: Any) -> Any:
+        seen = look(payload)
+        if payload is payloads_given[-1]:
+            changed.clear()
+            changed.extend([None, (1,), ()])
+        return seen
+
+    payloads_given, changed = payloads, list(payloads)
+    monkeypatch.setattr(direct, "_decoder", looking)
+    assert torch.equal(ways.short(lambda: gck.decompress(changed)), dense)
+    assert changed == [None, (1,), ()]
+
+
+@needs_table
+def test_arrays_and_whole_numbers(ways: Ways) -> None:
+    payloads = payloads_of(gck.sign_ef_, 1000, 3)
+    for given in (payloads, payloads[0]):
+        out = torch.ones(1000)
+        array = out.clone().numpy()
+        assert ways.short(lambda given=given, out=out: gck.decompress_add_(out, given, 2)) is out
+        wanted = ways.long(lambda given=given: gck.decompress_add_(torch.ones(1000), given, 2))
+        assert torch.equal(out, wanted)
+        assert gck.decompress_add_(array, given, 2.0) is array
+        assert torch.equal(torch.from_numpy(array), out)
 
 
 @needs_table

@@ -39,7 +39,7 @@ class ErrorFeedbackMap:
         return iter(self._states.items())
 
     def statistics(self) -> dict[str, Statistics]:
-        """Those that were taken (see `ErrorFeedback.measure`), by name; the next ones overwrite them."""
+        """Those that were taken (see `ErrorFeedback.measure`), by name."""
         taken = {name: state.statistics for name, state in self._states.items()}
         return {name: each for name, each in taken.items() if each is not None}
 
@@ -107,7 +107,7 @@ class ErrorFeedbackMap:
             present = self._states.get(name)
             if numel is None and present is not None:
                 numel = present.numel
-            fresh[name] = ErrorFeedback()
+            fresh[name] = ErrorFeedback(measure=present is not None and present.measure)
             try:
                 fresh[name].load_state_dict(
                     saved, numel=numel, rank=rank, world_size=world_size, reset_server=reset_server

@@ -53,14 +53,18 @@ class ErrorFeedback:
         measure: whether all-reduces take statistics of what they compress. May be changed at any time; the
             bits of results and residuals are the same.
         statistics: the `gck.Statistics` of the last all-reduce that took them, on the gradient's device; the
-            next one overwrites them. None before the first. Of what this rank compressed: its gradient,
+            next one makes new ones. None before the first. Of what this rank compressed: its gradient,
             or its part of a node's sum, with the worker residual, and what was left of that. Not saved.
     """
+
+    # Of states that were pickled before there were any.
+    measure: bool = False
+    statistics: Statistics | None = None
 
     def __init__(self, *, measure: bool = False) -> None:
         check_flags("ErrorFeedback", measure=measure)
         self.measure = measure
-        self.statistics: Statistics | None = None
+        self.statistics = None
         self.worker: Tensor | None = None
         self.server: Tensor | None = None
         self.binding: ServerBinding | None = None
@@ -121,12 +125,6 @@ class ErrorFeedback:
         elif self.nonfinite.device != device:
             self.nonfinite = self.nonfinite.to(device)
         return self.nonfinite
-
-    def statistics_for(self, device: torch.device) -> Statistics:
-        """The statistics, on `device`."""
-        if self.statistics is None or self.statistics.values.device != device:
-            self.statistics = Statistics.empty(device)
-        return self.statistics
 
     def check_numel(self, numel: int, shard: ShardBinding | None = None) -> None:
         """Raises StateMismatchError when the residuals belong to another part of a tensor, or the worker

@@ -56,7 +56,8 @@ class HookState:
             whose end the host waits for the device. An error in a step puts them back as well.
         measure: take statistics of what is compressed of each parameter: `residuals.statistics()` has those
             of the last step that took them; nothing waits for them. They take about as long as compressing,
-            so turn it on for one step in many: it is an attribute, to be changed between steps.
+            so turn it on for one step in many: it is an attribute, to be changed between steps, which each
+            parameter's `ErrorFeedback` follows.
 
     Attributes:
         step: synchronising steps done, skipped ones included.

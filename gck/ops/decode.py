@@ -39,9 +39,10 @@ def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
     Args:
         payload: any payload of gck, or a list of them, such as `gck.sparse_all_gather` returns: at least one,
             all made by one compressor from vectors of one size. They are added in their order, to zeros, one
-            rounding each: the same bits on every rank and device. They are read where they lie on the CPU
-            (torch 2.10 or later), and where they lie at equal distances in one buffer, as collectives leave
-            them; else they are copied into one first. Those with coded indices are decoded before.
+            rounding each: the same bits on every rank and device. On the CPU they are read where they lie,
+            with torch 2.10 or later, unless a mode or a profiler looks on, or fields of one have other
+            distances than in the first; and so are those at equal distances in one buffer, as collectives
+            leave them. Else they are copied into one first; those with coded indices are decoded.
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
@@ -59,6 +60,7 @@ def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
     done = direct.decompress(payload, out, 1.0, False)
     if done is not None:
         return done
+    payload = _own(payload)
     _, fields, _ = _parts("decompress", _first("decompress", payload))
     if out is None:
         numel = _first("decompress", payload).numel
@@ -79,7 +81,12 @@ def decompress_add_(out: A, payload: Payload | list[Any], alpha: float = 1.0) ->
     Args and errors as for `decompress`; alpha must be finite. Returns out.
     """
     done = None if out is None else direct.decompress(payload, out, alpha, True)
-    return _decode("decompress_add_", out, payload, alpha, True) if done is None else cast(A, done)
+    return _decode("decompress_add_", out, _own(payload), alpha, True) if done is None else cast(A, done)
+
+
+def _own(payload: Any) -> Any:
+    """A list of our own: whoever holds the other one may change it meanwhile, on another thread."""
+    return [*payload] if isinstance(payload, list) else payload
 
 
 def _first(function: str, payload: Payload | list[Any]) -> Payload:
@@ -146,7 +153,8 @@ def _decode(function: str, out: A, payload: Payload | list[Any], alpha: float, a
     name, fields, options = _parts(function, first)
     if not isinstance(out, Tensor):
         with interop.borrowed(function, ("out",), out=out) as (tensor,):
-            _decode(function, tensor, payload, alpha, accumulate)
+            if direct.decompress(payload, tensor, alpha, accumulate) is None:
+                _decode(function, tensor, payload, alpha, accumulate)
         return out
     checks.check_fp32(function, "out", out)
     if out.numel() != first.numel:

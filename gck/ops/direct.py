@@ -73,18 +73,20 @@ def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor
 
     The payloads of a list are read where they lie, if in each the fields lie at the same distances.
     """
-    if not (unwatched() and type(alpha) is float and abs(alpha) <= MOST_FP32):
+    if not (unwatched() and type(alpha) in (float, int) and abs(alpha) <= MOST_FP32):
         return None
     done, summed = False, type(payload) is list
     try:
-        first, *others = payloads = payload if summed else [payload]
+        # A list of our own: the other one may be changed meanwhile, by another thread.
+        payloads = [*payload] if summed else [payload]
+        first, *others = payloads
         known = _decoder(first)
         if known is not None and all(_decoder(other) == known for other in others):
             native, seed = known
             if out is None:
                 out = empty(first.numel, torch.float32, CPU)
             add = summed or accumulate
-            done = native.decompress(payloads, out, alpha, not accumulate, add, seed, num_threads())
+            done = native.decompress(payloads, out, float(alpha), not accumulate, add, seed, num_threads())
     except (GckError, TypeError, ValueError, AttributeError, IndexError):
         return None
     if not done:

@@ -107,7 +107,8 @@ def test_many_tensors_and_only_those_that_ask() -> None:
         states[3].measure = False
         all_reduce_many_([gradient(member.rank, 9, 4000)], [states[3]], gck.Sign(32), member)
         assert states[3].statistics is first
-        assert torch.equal(states[3].statistics.values, values)  # type: ignore[union-attr]
+        assert first is not None
+        assert torch.equal(first.values, values)
         states[3].reset()
         assert states[3].statistics is None
 
@@ -144,6 +145,54 @@ def test_a_call_that_fails_leaves_them(fail_at: int) -> None:
     with pytest.raises(MemoryError):
         all_reduce_(gradient(0, 1), state, compressor, member, algorithm="one_phase")
     assert torch.equal(state.statistics.values, before)
+
+
+@pytest.mark.parametrize("algorithm", ["one_phase", "two_phase", "dense"])
+def test_in_inference_mode_and_out_of_it(algorithm: str) -> None:
+    member, state = SimulatedGroup(1).members[0], ErrorFeedback(measure=True)
+    state.worker_for(gradient(0, 0))
+    taken = []
+    for step in range(3):
+        with torch.inference_mode(step == 1):
+            all_reduce_(gradient(0, step), state, gck.Sign(32), member, algorithm=algorithm)
+        assert state.statistics is not None
+        taken.append(state.statistics.values)
+    assert len({float(values[0]) for values in taken}) == 3  # each call makes its own
+
+
+def test_a_residual_that_follows_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To another device: what is sent dense is measured where it is sent from."""
+    member, state = SimulatedGroup(1).members[0], ErrorFeedback(measure=True)
+    state.worker = gradient(1, 1)
+    followed = ErrorFeedback.worker_for
+
+    def worker_for(self: ErrorFeedback, grad: Tensor, shard: Any = None) -> Tensor:
+        if self.worker is not None and not self.worker.is_contiguous():  # as if it were elsewhere
+            self.worker = self.worker.contiguous()
+        return followed(self, grad, shard)
+
+    state.worker = torch.stack([state.worker, state.worker], 1)[:, 0]
+    monkeypatch.setattr(ErrorFeedback, "worker_for", worker_for)
+    all_reduce_(gradient(0, 0), state, gck.Sign(32), member, algorithm="dense")
+    assert state.statistics is not None
+    wanted = statistics(gradient(0, 0) + gradient(1, 1), torch.zeros(N), N)
+    assert same_bytes(state.statistics.values, wanted)
+
+
+def test_settings_outlive_what_is_loaded() -> None:
+    residuals = ErrorFeedbackMap()
+    residuals["a"].measure = True
+    member = SimulatedGroup(1).members[0]
+    for name in "ab":
+        all_reduce_(gradient(0, 0), residuals[name], gck.Sign(32), member, algorithm="one_phase")
+    residuals.load_state_dict(residuals.state_dict())
+    assert [residuals[name].measure for name in "ab"] == [True, False]
+
+
+def test_entries_that_are_no_method() -> None:
+    compressor: Any = Fragile(gck.Sign(32), fail_at=99)
+    object.__setattr__(compressor, "entries", 12)
+    assert entries_of(compressor, 70) == 70
 
 
 def test_by_name() -> None:
