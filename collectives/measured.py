@@ -38,7 +38,7 @@ class Measured:
         lossy: bool = True,
     ) -> None:
         self._begun: list[tuple[ErrorFeedback, Tensor, Measurement, int]] = []
-        self._values: list[tuple[ErrorFeedback, Tensor]] = []
+        self._values: list[tuple[ErrorFeedback, Tensor, int]] = []
         for grad, err, state in zip(grads, errs, states, strict=True):
             numel = grad.numel()
             if state is None or not state.measure or not numel:
@@ -50,9 +50,11 @@ class Measured:
 
     def end(self) -> None:
         """Measures what was left."""
-        self._values = [(state, begun.finish(err, sent)) for state, err, begun, sent in self._begun]
+        self._values = [
+            (state, begun.finish(err, sent), err.numel()) for state, err, begun, sent in self._begun
+        ]
 
     def publish(self) -> None:
         """Replaces the states' statistics, which cannot fail any more; may be called again."""
-        for state, values in self._values:
-            state.statistics = Statistics(values)
+        for state, values, numel in self._values:
+            state.statistics = Statistics(values, numel)

@@ -26,9 +26,11 @@ class Statistics(NamedTuple):
 
     Attributes:
         values: (5,) float64: acc_l1, acc_sq, err_sq, nonfinite, selected.
+        numel: elements of acc, where whoever took them said so, as all-reduces do.
     """
 
     values: Tensor
+    numel: int | None = None
 
     @classmethod
     def empty(cls, device: torch.device | str | None = None) -> Statistics:
@@ -65,15 +67,21 @@ class Statistics(NamedTuple):
         """How many entries the payload has: k, those of all chunks, or all where each has a code."""
         return self.values[4]
 
-    def density(self, numel: int) -> Tensor:
+    @property
+    def left(self) -> Tensor:
+        """err_sq / acc_sq, () float64: the share that is left for later; 0 where acc is 0, and of what was
+        sent dense. The delta of a delta-compressor is 1 less that."""
+        return torch.where(self.acc_sq > 0, self.err_sq / self.acc_sq, 0.0)
+
+    def density(self, numel: int | None = None) -> Tensor:
         """acc_l1**2 / (numel * acc_sq), () float64 in [1 / numel, 1]; 0 where acc is 0.
 
-        numel is that of acc, an int in [0, 2**63).
+        numel is that of acc, an int in [0, 2**63). Default: that of the statistics, where they have it.
 
         A sign compressor with one scale leaves (1 - density) of acc_sq. Source: Karimireddy et al., "Error
         Feedback Fixes SignSGD and other Gradient Compression Schemes" (ICML 2019), Lemma 8.
         """
-        numel = plain_int(numel)
+        numel = plain_int(self.numel if numel is None else numel)
         if isinstance(numel, bool) or not isinstance(numel, (int, torch.SymInt)):
             raise DtypeError(f"Statistics.density: numel must be an int, got {shown(numel)}")
         if not 0 <= numel < 2**63:

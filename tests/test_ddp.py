@@ -145,6 +145,20 @@ def test_which_parameters_are_bypassed(options: dict[str, Any], expected: list[b
     assert [state.bypassed(torch.zeros(shape)) for shape in shapes] == expected
 
 
+def test_parameters_are_bypassed_by_name() -> None:
+    model = nn.Sequential(nn.Linear(50, 60), nn.Linear(60, 50))
+    state = ddp.HookState(Sign(32), model=model, bypass_names=["1.weight"])
+    assert [state.bypassed(each) for each in model.parameters()] == [False, True, True, True]
+    with pytest.raises(ArgumentError, match=r"bind: model has no parameters of bypass_names \['2.weight'\]"):
+        ddp.HookState(Sign(32), model=model, bypass_names={"0.weight", "2.weight"})
+    for wrong in ("1.weight", ["1.weight", 2], 3, iter(["1.weight"])):
+        with pytest.raises(DtypeError, match="HookState: bypass_names must be"):
+            ddp.HookState(Sign(32), bypass_names=wrong)  # type: ignore[arg-type]
+    unbound = ddp.HookState(Sign(32), group=SimulatedGroup(1).members[0], bypass_names=["1.weight"])
+    with pytest.raises(ArgumentError, match="parameters have no names"):
+        ddp.hook(unbound, bucket_of(0, (40, 40)))
+
+
 def test_error_leaves_the_bucket_as_it_was() -> None:
     """The bypassed tensors are reduced first; the failure comes after."""
 

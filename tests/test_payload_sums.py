@@ -173,7 +173,8 @@ def test_bad_lists_change_nothing() -> None:
         "numel": (ShapeMismatchError, "numel=1001", one._replace(numel=1001)),
         "k": (ShapeMismatchError, r"values=\(10,\) torch\.float32", gck.topk(torch.ones(n), k=10)),
         "dtype": (ShapeMismatchError, r"values=\(50,\) torch\.bfloat16", topk(n, 0, torch.bfloat16)),
-        "nothing": (DtypeError, "payload must be a payload of gck, got None", None),
+        "nothing": (DtypeError, "payload must be a payload of gck, got None$", None),
+        "tuple": (DtypeError, r"got \(1,\) \(tuple\); several are given as a list$", (1,)),
     }
     for error, text, other in others.values():
         with pytest.raises(error, match=text):

@@ -43,9 +43,12 @@ SHOWN: dict[str, tuple[Any, str]] = {
     ),
     "statistics": (
         gck.Statistics(torch.ones(5)),
-        "Statistics(values=<Tensor of shape (5,)>) (Statistics)",
+        "Statistics(values=<Tensor of shape (5,)>, numel=None) (Statistics)",
     ),
-    "nested": ([gck.Statistics(torch.ones(5))], "[Statistics(values=<Tensor of shape (5,)>)] (list)"),
+    "nested": (
+        [gck.Statistics(torch.ones(5))],
+        "[Statistics(values=<Tensor of shape (5,)>, numel=None)] (list)",
+    ),
     "deep": ([[[[[1]]]]], "[[[[...]]]] (list)"),
     "no repr": (Nothing(), "<Nothing object> (Nothing)"),
     "a large number": (10**5000, "an object that cannot be shown (int)"),

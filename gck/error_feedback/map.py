@@ -16,15 +16,31 @@ __all__ = ["ErrorFeedbackMap"]
 
 
 class ErrorFeedbackMap:
-    """One `ErrorFeedback` a name, made on first use: ``residuals["layer.weight"]``."""
+    """One `ErrorFeedback` a name, made on first use: ``residuals["layer.weight"]``.
 
-    def __init__(self) -> None:
+    Attributes:
+        measure: of those that will be made; setting it sets those that there are, too. See `ErrorFeedback`.
+    """
+
+    def __init__(self, *, measure: bool = False) -> None:
         self._states: dict[str, ErrorFeedback] = {}
+        self.measure = measure
+
+    @property
+    def measure(self) -> bool:
+        return self._measure
+
+    @measure.setter
+    def measure(self, value: bool) -> None:
+        check_flags("ErrorFeedbackMap", measure=value)
+        self._measure = value
+        for state in self._states.values():
+            state.measure = value
 
     def __getitem__(self, name: str) -> ErrorFeedback:
         if not isinstance(name, str):
             raise DtypeError(f"ErrorFeedbackMap: a name must be a str, got {shown(name)}")
-        return self._states.setdefault(name, ErrorFeedback())
+        return self._states.setdefault(name, ErrorFeedback(measure=self.measure))
 
     def __contains__(self, name: object) -> bool:
         return name in self._states
@@ -81,7 +97,7 @@ class ErrorFeedbackMap:
         world_size: int | None = None,
         reset_server: bool = False,
     ) -> None:
-        """Replaces all residuals; see `ErrorFeedback.load_state_dict`.
+        """Replaces all states by new ones with what was saved; see `ErrorFeedback.load_state_dict`.
 
         Args:
             numels: elements of each gradient; with it, a saved name that it lacks is an error as well. It may
@@ -107,7 +123,7 @@ class ErrorFeedbackMap:
             present = self._states.get(name)
             if numel is None and present is not None:
                 numel = present.numel
-            fresh[name] = ErrorFeedback(measure=present is not None and present.measure)
+            fresh[name] = ErrorFeedback(measure=(self if present is None else present).measure)
             try:
                 fresh[name].load_state_dict(
                     saved, numel=numel, rank=rank, world_size=world_size, reset_server=reset_server

@@ -34,6 +34,7 @@ class Snapshot(NamedTuple):
     server: tuple[Tensor, Tensor] | None
     nonfinite: tuple[Tensor, Tensor] | None
     shard: ShardBinding | None
+    statistics: Statistics | None  # never changed once made
 
 
 class ErrorFeedback:
@@ -50,19 +51,19 @@ class ErrorFeedback:
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
             cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
             does, which turns it into an int.
-        measure: whether all-reduces take statistics of what they compress. May be changed at any time; the
-            bits of results and residuals are the same.
+        measure: whether all-reduces take statistics of what they compress; looked at when a call runs, which
+            is later where it is asynchronous. The bits of results and residuals are the same.
         statistics: the `gck.Statistics` of the last all-reduce that took them, on the gradient's device; the
-            next one makes new ones. None before the first. Of what this rank compressed: its gradient,
-            or its part of a node's sum, with the worker residual, and what was left of that. Not saved.
+            next one makes new ones. None before the first, and of a gradient without elements. Of what this
+            rank compressed as a worker: its gradient, or its part of a node's sum, with the worker residual,
+            and what was left of that. Not saved.
     """
 
     # Of states that were pickled before there were any.
-    measure: bool = False
+    _measure: bool = False
     statistics: Statistics | None = None
 
     def __init__(self, *, measure: bool = False) -> None:
-        check_flags("ErrorFeedback", measure=measure)
         self.measure = measure
         self.statistics = None
         self.worker: Tensor | None = None
@@ -70,6 +71,15 @@ class ErrorFeedback:
         self.binding: ServerBinding | None = None
         self.shard: ShardBinding | None = None
         self.nonfinite: Tensor | None = None
+
+    @property
+    def measure(self) -> bool:
+        return self._measure
+
+    @measure.setter
+    def measure(self, value: bool) -> None:
+        check_flags("ErrorFeedback", measure=value)
+        self._measure = value
 
     def __repr__(self) -> str:
         worker = None if self.worker is None else self.worker.numel()
@@ -154,11 +164,11 @@ class ErrorFeedback:
         """Copies to `restore` from, made by `clone`; the buffers themselves stay where they are."""
         buffers = (self.worker, self.server, self.nonfinite)
         worker, server, nonfinite = (None if b is None else (b, clone(b)) for b in buffers)
-        return Snapshot(self.binding, worker, server, nonfinite, self.shard)
+        return Snapshot(self.binding, worker, server, nonfinite, self.shard, self.statistics)
 
     def restore(self, saved: Snapshot) -> None:
         """Puts everything back as it was at `snapshot`, in the same buffers."""
-        self.binding, self.shard = saved.binding, saved.shard
+        self.binding, self.shard, self.statistics = saved.binding, saved.shard, saved.statistics
         self.worker, self.server, self.nonfinite = (
             None if pair is None else pair[0].copy_(pair[1])
             for pair in (saved.worker, saved.server, saved.nonfinite)
@@ -250,6 +260,7 @@ class ErrorFeedback:
                 theirs = theirs.clone() if mine is None else theirs.to(mine, copy=True)
             setattr(self, name, theirs)
         self.binding, self.shard, self.nonfinite = loaded.binding, loaded.shard, loaded.nonfinite
+        self.statistics = None
 
     def _parsed(
         self,

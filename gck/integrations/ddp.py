@@ -15,7 +15,7 @@ units of the scaled gradient: give it to the state, which then follows its scale
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,13 +129,14 @@ def register(
     scaler: Any = None,
     skip_nonfinite: bool = False,
     measure: bool = False,
+    bypass_names: Collection[str] = (),
 ) -> HookState:
     """Makes a `HookState` for `model` and registers the hook.
 
     Args:
         model: not yet with a communication hook.
         compressor, warmup_steps, bypass_numel, bypass_1d, group, algorithm, validate, timeout, checksum,
-            link, overlap, scaler, skip_nonfinite, measure: as for `HookState`.
+            link, overlap, scaler, skip_nonfinite, measure, bypass_names: as for `HookState`.
 
     Returns:
         The state, whose `state_dict` belongs into the checkpoint of its rank.
@@ -163,6 +164,7 @@ def register(
         scaler=scaler,
         skip_nonfinite=skip_nonfinite,
         measure=measure,
+        bypass_names=bypass_names,
     )
     # What is wrong is found here, and not in a backward pass.
     resolve(state.group, state.timeout)

@@ -38,11 +38,12 @@ def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
 
     Args:
         payload: any payload of gck, or a list of them, such as `gck.sparse_all_gather` returns: at least one,
-            all made by one compressor from vectors of one size. They are added in their order, to zeros, one
-            rounding each: the same bits on every rank and device. On the CPU they are read where they lie,
-            with torch 2.10 or later, unless a mode or a profiler looks on, or fields of one have other
-            distances than in the first; and so are those at equal distances in one buffer, as collectives
-            leave them. Else they are copied into one first; those with coded indices are decoded.
+            all made by one compressor, its seed, k and dtypes included, from vectors of one size. They are
+            added in their order, to zeros, one rounding each: the same bits on every rank and device. On the
+            CPU they are read where they lie, with torch 2.10 or later, unless a mode or a profiler looks on,
+            or fields of one have other distances than in the first; and so are those at equal distances in
+            one buffer, as collectives leave them. Else they are copied into one first; those with coded
+            indices are decoded.
         out: (payload.numel elements) fp32, contiguous, on the payload's device; overwritten.
 
     Returns:
@@ -121,7 +122,8 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
         name, fields, options = "random_k", [payload.values], [payload.seed]
         checks.check_seed(function, payload.seed)
     else:
-        raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}")
+        hint = "; several are given as a list" if isinstance(payload, tuple | set) else ""
+        raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}{hint}")
     for index, field in enumerate(fields):
         checks.check_tensor(function, f"payload field {index}", field)
         checks.check_not_recorded(function, f"payload field {index}", field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import gck
 from gck.collectives import HierarchicalGroup, SimulatedGroup, all_reduce_, all_reduce_many_
 from gck.compressor import Compressor, entries_of
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
+from gck.errors import DtypeError
 from gck.kernels.reference import read_residual, statistics
 from tests.cases import same_bytes
 from tests.collectives.fragile import Fragile
@@ -187,6 +189,39 @@ def test_settings_outlive_what_is_loaded() -> None:
         all_reduce_(gradient(0, 0), residuals[name], gck.Sign(32), member, algorithm="one_phase")
     residuals.load_state_dict(residuals.state_dict())
     assert [residuals[name].measure for name in "ab"] == [True, False]
+    assert not residuals.statistics()
+    residuals.measure = True
+    saved = residuals.state_dict()
+    residuals.reset()
+    residuals.load_state_dict(saved)
+    assert [residuals[name].measure for name in "abc"] == [True] * 3
+    for each in (residuals, residuals["a"], gck.ddp.HookState(gck.Sign())):
+        with pytest.raises(DtypeError, match=f"^{type(each).__name__}: measure must be a bool, got 'no'"):
+            each.measure = "no"  # type: ignore[assignment]
+
+
+def test_a_step_that_is_skipped_leaves_those_before_it() -> None:
+    member, state = SimulatedGroup(1).members[0], ErrorFeedback(measure=True)
+    taken = []
+    for step, spoilt in enumerate((False, True, False, True)):
+        grad = gradient(0, step)
+        if spoilt:
+            grad[7] = torch.inf
+        with gck.skip_nonfinite(state, [grad]) as guard:
+            all_reduce_(grad, state, gck.Sign(32), member, algorithm="one_phase")
+        assert guard.skipped == spoilt
+        taken.append(state.statistics)
+    assert taken[0] is taken[1]
+    assert taken[2] is taken[3]
+    assert taken[1] is not taken[2]
+
+
+def test_a_state_that_was_pickled_before_there_were_any() -> None:
+    state = ErrorFeedback()
+    old = {name: value for name, value in vars(state).items() if name not in ("_measure", "statistics")}
+    state.__dict__ = old
+    assert not state.measure
+    assert state.statistics is None
 
 
 def test_entries_that_are_no_method() -> None:
@@ -203,5 +238,10 @@ def test_by_name() -> None:
         all_reduce_(gradient(0, 0), residuals[name], gck.Sign(32), member, algorithm="one_phase")
     taken = residuals.statistics()
     assert list(taken) == ["a"]
-    assert 0.5 < float(taken["a"].density(N)) < 0.7  # 2 / pi of a Gaussian
+    assert 0.6 < float(taken["a"].density()) < 0.68  # 2 / pi of a Gaussian
+    assert float(taken["a"].density()) == float(taken["a"].density(N))
+    assert math.isclose(float(taken["a"].left), 1 - float(taken["a"].density()), abs_tol=0.03)
+    assert float(gck.Statistics.empty().left) == 0
+    with pytest.raises(DtypeError, match="density: numel must be an int, got None"):
+        gck.Statistics.empty().density()
     assert "statistics" not in residuals["a"].state_dict()
