@@ -30,11 +30,13 @@ BodyField field_of(int code, int bits, int64_t offset, const std::vector<int64_t
 }
 
 // alpha * decoded of each payload in turn, written to `out`, or added to what is there, or where `clear` to
-// zeros; False where payloads or out are for others to look at, and nothing was written.
-bool decompress(const Direct& direct, const py::list& payloads, py::handle out, float alpha, bool clear,
-                bool add, int64_t seed, int threads) {
+// zeros. One alpha, or as many as payloads. False where payloads or out are for others to look at, and
+// nothing was written.
+bool decompress(const Direct& direct, const py::list& payloads, py::handle out,
+                const std::vector<float>& alphas, bool clear, bool add, int64_t seed, int threads) {
   const auto outputs = outputs_of(payloads, direct.layout, out, direct.numel);
   if (!outputs) return false;
+  const Alphas alpha = alphas.size() == 1 ? Alphas(alphas[0]) : Alphas(alphas.data());
   const py::gil_scoped_release nogil;
   return direct.decompress(outputs->received, {outputs->out, direct.numel, alpha, clear, add, false}, seed,
                            threads);

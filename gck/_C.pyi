@@ -1,7 +1,7 @@
 # Addresses are tensor.data_ptr(); dtypes are numbered as in kernels/common/native.py.
 # options: (decay, clip, statistics), the latter two 0 where there are none.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ class Direct:
         self,
         payloads: list[Any],
         out: Tensor,
-        alpha: float,
+        alphas: Sequence[float],
         clear: bool,
         add: bool,
         seed: int,

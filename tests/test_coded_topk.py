@@ -148,6 +148,18 @@ def test_encode_indices_of_what_is_wrong() -> None:
         gck.encode_indices(good._replace(indices=good.indices.flip(0)))
 
 
+@pytest.mark.parametrize("compressor", CODED, ids=str)
+def test_sums_with_a_weight_each(compressor: gck.TopK) -> None:
+    n, weights = 3000, [0.5, -3.0, 1.0]
+    bodies, _ = bodies_of(compressor, n, 3)
+    payloads = [compressor.payload(body, n) for body in bodies]
+    out, wanted = torch.linspace(-1, 1, n), torch.linspace(-1, 1, n)
+    for payload, weight in zip(payloads, weights, strict=True):
+        gck.decompress_add_(wanted, payload, weight)
+    assert gck.decompress_add_(out, payloads, weights) is out
+    assert same_bytes(out, wanted)
+
+
 @pytest.mark.parametrize("compressor", [c for c in CODED if c.index_codec != "int32"], ids=str)
 def test_damaged_payloads_change_nothing(compressor: gck.TopK) -> None:
     n = 3000

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gck
+from gck.errors import ArgumentError, CorruptPayloadError, LayoutError, ShapeMismatchError
 from gck.ops import decode, direct
 from tests.cases import one_nan
 from tests.test_direct import Ways, inputs, needs_table, same, variants
@@ -123,6 +124,53 @@ def test_arrays_and_whole_numbers(ways: Ways) -> None:
         assert torch.equal(out, wanted)
         assert gck.decompress_add_(array, given, 2.0) is array
         assert torch.equal(torch.from_numpy(array), out)
+
+
+@needs_table
+@variants
+@pytest.mark.parametrize("n", [1, 1000, 70_001])
+def test_a_weight_each(make: Any, n: int, ways: Ways) -> None:
+    """The bytes of one after the other, in one pass and otherwise."""
+    payloads = payloads_of(make, n, RANKS)
+    weights = [0.3, -2.0, 1, 0.0, 1e-3, 7.0, 1.0, 0.5, 1 / 3, 2.5, -0.1]
+    base = torch.linspace(-2, 3, n)
+    wanted = base.clone()
+    for payload, weight in zip(payloads, weights, strict=True):
+        gck.decompress_add_(wanted, payload, weight)
+    for way in (ways.short, ways.long):
+        out = base.clone()
+        assert way(lambda out=out: gck.decompress_add_(out, payloads, weights)) is out
+        assert torch.equal(one_nan(out), one_nan(wanted))
+    array = base.clone().numpy()
+    assert gck.decompress_add_(array, payloads, tuple(weights)) is array  # type: ignore[arg-type]
+    assert torch.equal(one_nan(torch.from_numpy(array)), one_nan(wanted))
+    ones = [torch.zeros(n), torch.zeros(n)]
+    gck.decompress_add_(ones[0], payloads, [1.0] * RANKS)
+    gck.decompress_add_(ones[1], payloads)
+    assert torch.equal(*map(one_nan, ones))
+
+
+@needs_table
+def test_weights_that_do_not_fit(ways: Ways) -> None:
+    out = torch.ones(64)
+    signs = gck.sign_ef_(*inputs(64), 32)
+    topk = gck.topk_ef_(*inputs(64), k=3)
+    beyond = topk._replace(indices=topk.indices.clone())
+    beyond.indices[1] = 64
+    for payload, weights, error, text in (
+        (signs, [1.0], ArgumentError, "got 1 numbers and one payload$"),
+        ([signs], [], ArgumentError, "got 0 numbers and 1 payloads$"),
+        ([], [], ArgumentError, r"at least one, got \[\]$"),
+        ([signs, signs], [1.0], ArgumentError, "got 1 numbers and 2 payloads$"),
+        ([signs, signs], [1.0, float("nan")], ArgumentError, "must be a finite number of fp32, got nan$"),
+        ([signs, signs], [1.0, True], ArgumentError, "must be a finite number of fp32, got True$"),
+        ([signs, topk], [1.0, 1.0], ShapeMismatchError, "payload 1 must be of the kind"),
+        ([topk, beyond], [1.0, 1.0], CorruptPayloadError, "^decompress_add_: payload 1: indices must ascend"),
+        ([topk, topk._replace(values=out[:3])], [1.0, 1.0], LayoutError, "overlap in memory"),
+    ):
+        with pytest.raises(error, match=text):
+            gck.decompress_add_(out, payload, weights)  # type: ignore[arg-type]
+        assert torch.equal(out, torch.ones(64))
 
 
 @needs_table

@@ -193,8 +193,9 @@ void decompress(const RandomKDecode& job, const Strata& strata, Range part, bool
       float* place = job.clear ? tile : job.out + at;
       for (int64_t row = 0; row < job.ranks; ++row) {
         const char* values = job.values[row];
+        const float alpha = job.alpha.of(row);
         for (int64_t j = first; j < c; ++j) {
-          const float value = job.alpha * load_widened(values, D, b.rank + j);
+          const float value = alpha * load_widened(values, D, b.rank + j);
           float& x = place[b.picks[j] - at];
           x = job.add ? x + value : value;
         }

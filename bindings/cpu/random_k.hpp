@@ -49,7 +49,7 @@ struct RandomKDecode {
   int64_t ranks;
   Dtype value_dtype;
   float* out;
-  float alpha;
+  Alphas alpha;
   bool clear;  // out is set to zeros first
   bool add;    // decoded values are added to what is there, else written over it
 };

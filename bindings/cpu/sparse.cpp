@@ -63,7 +63,7 @@ int64_t put(const SparseJob& job, const SparseRow& row, int64_t j, float* tile, 
   const auto* indices = static_cast<const Index*>(row.indices);
   const void* values = row.values;
   const int64_t count = job.count;
-  const float alpha = job.alpha;
+  const float alpha = job.alpha.of(&row - job.rows.data());
   const auto one = [=](int64_t at) {
     const float value = alpha * load_widened(values, D, at);
     float& place = tile[indices[at] - begin];

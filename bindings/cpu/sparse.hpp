@@ -20,7 +20,7 @@ struct SparseJob {
   bool wide_indices;  // int64, else int32
   float* out;
   int64_t numel;
-  float alpha;
+  Alphas alpha;
   bool clear, add;
   int threads;
   float divisor = 1.0f;  // of the sums; only where clear

@@ -55,4 +55,19 @@ static inline Range part_of(int64_t n, int parts, int t, int64_t unit) {
   return {cut(t), t + 1 == parts ? n : cut(t + 1)};
 }
 
+// What decoded values are multiplied with: one number of all ranks, or one each. Always inlined, so that
+// there is nothing to merge.
+class Alphas {
+ public:
+  [[gnu::always_inline]] Alphas(float all = 1.0f) : all_(all) {}
+  [[gnu::always_inline]] explicit Alphas(const float* each) : each_(each) {}
+
+  [[gnu::always_inline]] float of(int64_t rank) const { return each_ == nullptr ? all_ : each_[rank]; }
+  [[gnu::always_inline]] bool is_one() const { return each_ == nullptr && all_ == 1.0f; }
+
+ private:
+  float all_ = 1.0f;
+  const float* each_ = nullptr;
+};
+
 }  // namespace gck

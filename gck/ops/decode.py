@@ -10,7 +10,7 @@ from torch import Tensor
 from gck import interop
 from gck.coded_layout import INDEX_CODECS
 from gck.compressor import compressor_class
-from gck.errors import AllocationError, ArgumentError, DtypeError, ShapeMismatchError
+from gck.errors import AllocationError, ArgumentError, CorruptPayloadError, DtypeError, ShapeMismatchError
 from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
 from gck.kernels.index_codecs import check_index_codec
@@ -74,13 +74,17 @@ def decompress(payload: Payload | list[Any], out: Any = None) -> Any:
     return _decode("decompress", out, payload, 1.0, False)
 
 
-def decompress_add_(out: A, payload: Payload | list[Any], alpha: float = 1.0) -> A:
+def decompress_add_(out: A, payload: Payload | list[Any], alpha: float | list[float] = 1.0) -> A:
     """Adds alpha * decompress(payload) to out: one product and one sum in fp32 an element.
 
     Of several payloads, one product and one sum each, in their order.
 
-    Args and errors as for `decompress`; alpha must be finite. Returns out.
+    Args and errors as for `decompress`. alpha: finite; of a list of payloads a list of as many numbers, too,
+    such as weights of clients: in one pass where payloads are read where they lie, else one after the other
+    on a copy of out, all or nothing. Returns out.
     """
+    if isinstance(alpha, tuple | list):
+        return _add_weighted("decompress_add_", out, _own(payload), [*alpha])
     done = None if out is None else direct.decompress(payload, out, alpha, True)
     return _decode("decompress_add_", out, _own(payload), alpha, True) if done is None else cast(A, done)
 
@@ -174,11 +178,41 @@ def _decode(function: str, out: A, payload: Payload | list[Any], alpha: float, a
     return out
 
 
-def _bodies(
+def _add_weighted(function: str, out: A, payloads: Any, alphas: list[Any]) -> A:
+    if not isinstance(payloads, list) or len(payloads) != len(alphas):
+        given = f"{len(payloads)} payloads" if isinstance(payloads, list) else "one payload"
+        raise ArgumentError(
+            f"{function}: alpha must be a number, or a list of one for each payload of a list, got "
+            f"{len(alphas)} numbers and {given}"
+        )
+    if not isinstance(out, Tensor):
+        with interop.borrowed(function, ("out",), out=out) as (tensor,):
+            _add_weighted(function, tensor, payloads, alphas)
+        return out
+    alphas = [checks.check_alpha(function, alpha) for alpha in alphas]
+    if direct.decompress(payloads, out, alphas, True) is not None:
+        return out
+    first = _first(function, payloads)
+    _, fields, options = _parts(function, first)
+    checks.check_fp32(function, "out", out)
+    _check_alike(function, out, payloads, fields, options)
+    total = out.clone()
+    for index, (payload, alpha) in enumerate(zip(payloads, alphas, strict=True)):
+        try:
+            _decode(function, total, payload, alpha, True)
+        except CorruptPayloadError as error:
+            said = str(error).removeprefix(f"{function}: ")
+            raise CorruptPayloadError(f"{function}: payload {index}: {said}") from None
+    out.copy_(total)
+    return out
+
+
+def _check_alike(
     function: str, out: Tensor, payloads: list[Any], fields: list[Tensor], options: list[int]
-) -> Tensor:
-    """(W, nbytes) uint8: the payloads' bodies, in one buffer. Copied unless they lie in one already."""
-    bodies = []
+) -> list[list[Tensor]]:
+    """The fields of all payloads, which must be of the kind, options and size of the first, whose fields and
+    options are given, and share no memory with out."""
+    of_all = []
     for index, payload in enumerate(payloads):
         _, own, own_options = _parts(f"{function}: payload {index}", payload)
         alike = type(payload) is type(payloads[0]) and own_options == options
@@ -190,7 +224,15 @@ def _bodies(
         checks.check_device(function, f"payload {index}", own[0], "payload 0", fields[0])
         for place, field in enumerate(own):  # of copies no one could tell any more
             checks.check_no_overlap(function, **{"out": out, f"payload {index} field {place}": field})
-        bodies.append(body_of(*own))
+        of_all.append(own)
+    return of_all
+
+
+def _bodies(
+    function: str, out: Tensor, payloads: list[Any], fields: list[Tensor], options: list[int]
+) -> Tensor:
+    """(W, nbytes) uint8: the payloads' bodies, in one buffer. Copied unless they lie in one already."""
+    bodies = [body_of(*own) for own in _check_alike(function, out, payloads, fields, options)]
     stride = bodies[1].data_ptr() - bodies[0].data_ptr() if len(bodies) > 1 else 0
     storage = bodies[0].untyped_storage()
     aligned = stride % ALIGNMENT == 0 and bodies[0].storage_offset() % ALIGNMENT == 0

@@ -67,13 +67,14 @@ def _known(kind: Any, numel: int, *options: Any) -> tuple[Any, type, tuple[Any, 
     return native, payload, rest(numel, *options)
 
 
-def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor | None:
+def decompress(payload: Any, out: Any, alpha: Any, accumulate: bool) -> Tensor | None:
     """out, or a new one where it is None, with alpha * decoded written or added, of each payload of a list in
-    turn; None: nothing was done.
+    turn; None: nothing was done. alpha may be a list, too.
 
     The payloads of a list are read where they lie, if in each the fields lie at the same distances.
     """
-    if not (unwatched() and type(alpha) in (float, int) and abs(alpha) <= MOST_FP32):
+    alphas = [*alpha] if type(alpha) is list else [alpha]
+    if not (unwatched() and all(type(each) in (float, int) and abs(each) <= MOST_FP32 for each in alphas)):
         return None
     done, summed = False, type(payload) is list
     try:
@@ -81,12 +82,13 @@ def decompress(payload: Any, out: Any, alpha: float, accumulate: bool) -> Tensor
         payloads = [*payload] if summed else [payload]
         first, *others = payloads
         known = _decoder(first)
-        if known is not None and all(_decoder(other) == known for other in others):
+        fitting = type(alpha) is not list or (summed and len(alphas) == len(payloads))
+        if fitting and known is not None and all(_decoder(other) == known for other in others):
             native, seed = known
             if out is None:
                 out = empty(first.numel, torch.float32, CPU)
             add = summed or accumulate
-            done = native.decompress(payloads, out, float(alpha), not accumulate, add, seed, num_threads())
+            done = native.decompress(payloads, out, alphas, not accumulate, add, seed, num_threads())
     except (GckError, TypeError, ValueError, AttributeError, IndexError):
         return None
     if not done:

@@ -138,17 +138,21 @@ void require_untouched(const Floats& x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) require(x[static_cast<size_t>(i)] == kCanary);
 }
 
+constexpr float kEach[] = {0.7f, -1.0f, 3.0f};  // of as many ranks as there are
+
 struct Common {
   int64_t numel, ranks;
   bool clear, add;
-  float alpha;
+  Alphas alpha;
 
   explicit Common(const Input& input)
       : numel(input.numel()),
         ranks(input.option(3, 1, 3)),
         clear(input.option(7, 0, 1)),
         add(input.option(7, 0, 3) > 1 || ranks > 1),
-        alpha(input.option(7, 0, 7) > 3 ? 1.0f : 0.7f) {}
+        alpha(input.option(11, 0, 1)      ? Alphas(kEach)
+              : input.option(7, 0, 7) > 3 ? 1.0f
+                                          : 0.7f) {}
 };
 
 void sparse(Input& input) {

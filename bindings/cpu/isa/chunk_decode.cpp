@@ -83,7 +83,7 @@ inline void read_values(const ChunkTopkDecode& job, int64_t rank, int64_t chunk,
   const int bits = job.value_bits;
   const int64_t k = job.k, scales = bits == 2 ? 2 : 1;
   const unsigned char* row = row_of(job, 0, rank, chunk, packed_bytes(k, bits));
-  const float alpha = job.alpha;
+  const float alpha = job.alpha.of(rank);
   if (bits >= 16) {
     const Dtype dtype = bits == 32 ? Dtype::fp32 : Dtype::bf16;
     int64_t j = bits == 32 ? read_vectors(Narrow<Dtype::fp32>{alpha}, row, k, out)

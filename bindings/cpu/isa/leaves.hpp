@@ -78,7 +78,7 @@ struct ChunkTopkDecode {
   int value_bits, index_bits;
   float* out;
   int64_t numel;
-  float alpha;
+  Alphas alpha;
   bool clear;     // out starts from zero
   bool add;       // entries are added to what is there, else written over it
   float divisor;  // of the sums, where `clear`
@@ -103,7 +103,7 @@ struct SignChunks {
 struct DecodeInto {
   float* out;
   int64_t numel;
-  float alpha;
+  Alphas alpha;
   bool clear;        // of what is added to: it starts from zero
   bool add;          // decoded values are added to what is there, else written over it
   bool past_caches;  // out is written, is aligned to a vector of 16 and would not stay in the caches

@@ -212,15 +212,16 @@ int64_t compress_chunks(const QuantizeChunks& job, int64_t begin, int64_t end, M
 
 // Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time.
 template <int Bits, typename Values, int Vecs, typename Count>
-void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run,
+void decode_chunks(const QuantizeDecode& job, const Alphas& alpha, int64_t begin, int64_t end, const Run& run,
                    Count ranks) {
   const int64_t size = job.chunk_size, scales_size = job.two_levels ? 8 : 4;
   const BodiesOfRun codes(job.bodies + run.first, ranks);
+  const AlphasOfRun factors(alpha, run);
   Values values[kRanksTogether];
   for (int64_t c = begin; c < end; ++c) {
     for (int64_t r = 0; r < ranks; ++r) {
       const char* scales = codes.of[r] + job.scales_offset + c * scales_size;
-      values[r].set(scales, alpha);
+      values[r].set(scales, factors.of[r]);
       ask_ahead(scales, 64);
     }
     if (run.is_copy()) {
@@ -242,7 +243,8 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
 }
 
 template <int Bits, typename Values>
-void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+void decode_chunks(const QuantizeDecode& job, const Alphas& alpha, int64_t begin, int64_t end,
+                   const Run& run) {
   if (job.chunk_size >= 4 * kLanes) {
     // Only scales of these have all a register each; tables would be moved to and fro.
     if (Bits == 8 && run.ranks == kRanksTogether && !run.written)
@@ -253,18 +255,19 @@ void decode_chunks(const QuantizeDecode& job, float alpha, int64_t begin, int64_
 }
 
 template <bool Levels>
-void decode_of_four(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+void decode_of_four(const QuantizeDecode& job, const Alphas& alpha, int64_t begin, int64_t end,
+                    const Run& run) {
   if (job.chunk_size < 4 * kLanes)
     decode_chunks<2, FourValues<Levels>>(job, alpha, begin, end, run);
   else
     decode_chunks<2, Table<2, Levels>>(job, alpha, begin, end, run);
 }
 
-void decode_some(const QuantizeDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+void decode_some(const QuantizeDecode& job, const Alphas& alpha, int64_t begin, int64_t end, const Run& run) {
   if (job.two_levels) return decode_of_four<true>(job, alpha, begin, end, run);
   if (job.bits == 2) return decode_of_four<false>(job, alpha, begin, end, run);
   if (job.bits == 4) return decode_chunks<4, Table<4>>(job, alpha, begin, end, run);
-  if (alpha == 1.0f) return decode_chunks<8, Steps<8, true>>(job, alpha, begin, end, run);
+  if (alpha.is_one()) return decode_chunks<8, Steps<8, true>>(job, alpha, begin, end, run);
   decode_chunks<8, Steps<8>>(job, alpha, begin, end, run);
 }
 
@@ -281,7 +284,7 @@ void decode_part(const QuantizeDecode& job, int64_t rank, int64_t c, int64_t val
   one.bodies = copies;
   one.ranks = 1;
   one.scales_offset = kMaxChunk;
-  one.into = {part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+  one.into = {part, job.chunk_size, job.into.alpha.of(rank), false, job.into.add, false};
   quantize_decompress(one, 0, 1);
 }
 

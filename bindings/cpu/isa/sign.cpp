@@ -204,17 +204,18 @@ constexpr bool kBegins = false;
 // Chunks that are whole, of some of the ranks; Vecs vectors of a chunk at a time. Sums are begun by the First
 // ranks.
 template <int Vecs, int First, typename Count>
-void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run,
+void decode_chunks(const SignDecode& job, const Alphas& alpha, int64_t begin, int64_t end, const Run& run,
                    Count ranks) {
   const int64_t size = job.chunk_size;
   const BodiesOfRun words(job.bodies + run.first, ranks);
+  const AlphasOfRun factors(alpha, run);
   for (int64_t c = begin; c < end; ++c) {
     float scale[kRanksTogether];
     for (int64_t r = 0; r < ranks; ++r) {
       const char* at = words.of[r] + job.scales_offset + 4 * c;
       std::memcpy(&scale[r], at, sizeof(float));
       // alpha * -scale == -(alpha * scale), so one product a chunk does.
-      scale[r] *= alpha;
+      scale[r] *= factors.of[r];
       ask_ahead(at, 64);
     }
     const auto values = [&](int64_t r, int64_t i, auto take) {
@@ -240,7 +241,7 @@ void decode_chunks(const SignDecode& job, float alpha, int64_t begin, int64_t en
   }
 }
 
-void decode_some(const SignDecode& job, float alpha, int64_t begin, int64_t end, const Run& run) {
+void decode_some(const SignDecode& job, const Alphas& alpha, int64_t begin, int64_t end, const Run& run) {
   if (job.chunk_size < 4 * kLanes) return decode_chunks<2, 0>(job, alpha, begin, end, run, run.ranks);
   if (!kBegins || run.from || run.written || run.ranks < 4)
     return decode_chunks<4, 0>(job, alpha, begin, end, run, run.ranks);
@@ -257,7 +258,7 @@ void decode_part(const SignDecode& job, int64_t rank, int64_t c, int64_t valid, 
   const char *body = job.bodies[rank], *const copies[] = {copy};
   std::memcpy(copy, body + c * job.chunk_size / 8, static_cast<size_t>((valid + 31) / 32 * 4));
   std::memcpy(copy + kScale, body + job.scales_offset + 4 * c, 4);
-  const DecodeInto into{part, job.chunk_size, job.into.alpha, false, job.into.add, false};
+  const DecodeInto into{part, job.chunk_size, job.into.alpha.of(rank), false, job.into.add, false};
   sign_decompress({copies, 1, kScale, job.chunk_size, into}, 0, 1);
 }
 

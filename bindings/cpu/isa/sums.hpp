@@ -116,6 +116,15 @@ struct BodiesOfRun {
   }
 };
 
+// And what their decoded values are multiplied with.
+struct AlphasOfRun {
+  float of[kRanksTogether];
+
+  AlphasOfRun(const Alphas& alpha, const Run& run) {
+    for (int64_t r = 0; r < run.ranks; ++r) of[r] = alpha.of(run.first + r);
+  }
+};
+
 // Vecs vectors of 16 at element i. `First` of the ranks have been summed already, from zero, else `sum` is
 // made here; values(rank, take) hands those of each other rank in turn to take(vector, x). Of every Ways
 // vectors of values, the first has elements 0, Ways, 2 * Ways, ..., the next one 1, Ways + 1, ..., and so on:
