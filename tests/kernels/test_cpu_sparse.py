@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gck._native import load
-from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.native import DTYPE_CODE, addresses
 from tests.cases import same_bytes
 
 CANARY, MARGIN = -77.25, 64
@@ -44,12 +44,9 @@ class Gathered:
     def to(
         self, out: Tensor, alpha: float, clear: bool, add: bool, threads: int, divisor: float = 1.0
     ) -> tuple[int, int]:
-        world, count = self.values.shape
         return load().sparse_decompress(
-            self.bodies.data_ptr(),
-            world,
-            self.bodies.stride(0),
-            count,
+            addresses(self.bodies),
+            self.values.shape[1],
             DTYPE_CODE[self.values.dtype],
             self.offset,
             self.indices.dtype == torch.int64,
