@@ -15,13 +15,12 @@ from torch import Tensor
 
 import gck
 from bench import inputs, peers_decode
+from bench.bench_reduce import APART, SUM_BYTES
 from bench.measure import Buffers, Pool
 from bench.suite import GCK, Case, Plan
 from gck.wire import body_of, payloads_of
 
 CLIENTS = 8
-APART = 4099  # elements between what two clients have of the same draw
-SUM_BYTES = 4  # an element: written
 COMPRESSORS: dict[str, Any] = {
     "sign": gck.Sign(256),
     "8 bits": gck.Quantize(8, 256),

@@ -69,7 +69,7 @@ def _known(kind: Any, numel: int, *options: Any) -> tuple[Any, type, tuple[Any, 
 
 def decompress(payload: Any, out: Any, alpha: Any, accumulate: bool) -> Tensor | None:
     """out, or a new one where it is None, with alpha * decoded written or added, of each payload of a list in
-    turn; None: nothing was done. alpha may be a list, too.
+    turn; None: nothing was done. alpha may be a list, too, of as many numbers as payloads.
 
     The payloads of a list are read where they lie, if in each the fields lie at the same distances.
     """
@@ -82,8 +82,7 @@ def decompress(payload: Any, out: Any, alpha: Any, accumulate: bool) -> Tensor |
         payloads = [*payload] if summed else [payload]
         first, *others = payloads
         known = _decoder(first)
-        fitting = type(alpha) is not list or (summed and len(alphas) == len(payloads))
-        if fitting and known is not None and all(_decoder(other) == known for other in others):
+        if known is not None and all(_decoder(other) == known for other in others):
             native, seed = known
             if out is None:
                 out = empty(first.numel, torch.float32, CPU)
