@@ -106,7 +106,7 @@ def test_survivors_of_a_kill() -> None:
     ],
 )
 def test_a_rank_that_is_frozen(changes: dict[str, Any], wrong: int) -> None:
-    operation = frozen(plan(3, 4, 3, 0.0), 3, 3, every=4)[3]
+    operation = frozen(plan(3, 4, 3, 0.0), 3, 3, every=4)[2]
     assert operation.fault is not None
     assert operation.fault.kind == "frozen"
     told = reports(error="CollectiveTimeoutError", seconds=FREEZE_TIMEOUT, injected=True)

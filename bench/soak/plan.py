@@ -100,9 +100,12 @@ def plan(seed: int, operations: int, world_size: int, rate: float) -> list[Opera
 
 
 def frozen(planned: Sequence[Operation], seed: int, world_size: int, every: int) -> list[Operation]:
-    """The same operations, but every `every`-th has a rank that is stopped for longer than its peers wait."""
+    """The same operations, but one of `every` has a rank that is stopped for longer than its peers wait.
+
+    It is in the middle of them: what comes afterwards goes by the group that was made anew.
+    """
     rng, made, changed = random.Random(seed + 2), slots(seed), list(planned)
-    for i in range(every - 1, len(planned), every):
+    for i in range(every // 2, len(planned), every):
         chunked = made[planned[i].slot].compressor.shard_unit is not None
         fault, algorithm = _fault(rng, "frozen", world_size, chunked)
         changed[i] = replace(planned[i], algorithm=algorithm, validate="off", fault=fault)
