@@ -35,6 +35,7 @@ __all__ = [
     "Slice",
     "check_piece_numel",
     "choose_piece_numel",
+    "count_pieces",
     "cut",
     "gathered",
     "in_one_call",
@@ -131,6 +132,14 @@ def choose_piece_numel(
     message = compressor.layout(shard_numel(numel, unit, shards)).nbytes
     pieces = min(message // LEAST, int(message / link.bandwidth / SHORTEST), MOST)
     return -(-numel // pieces) if pieces > 1 else 0
+
+
+def count_pieces(
+    compressor: Compressor, numel: int, world_size: int, link: Link, algorithm: str = "auto"
+) -> int:
+    """How many pieces of a CPU's gradient `choose_piece_numel` means, at least 1: for `Cost.seconds`."""
+    piece = choose_piece_numel(compressor, numel, world_size, link=link, algorithm=algorithm)
+    return -(-numel // piece) if piece else 1
 
 
 def piece_numel_of(compressor: Compressor, numels: Sequence[int], piece_numel: int | None) -> int:

@@ -13,7 +13,8 @@ from rich.table import Table
 from bench.link.methods import BASELINE, METHODS
 from gck.cli.links import default_burst, format_rate, parse_rate
 from gck.cli.network import Network
-from gck.collectives import Link, all_reduce_cost, choose_piece_numel
+from gck.collectives import Link, all_reduce_cost
+from gck.collectives.pieces import count_pieces
 
 __all__ = ["draw", "goodput", "record_of", "show"]
 
@@ -74,9 +75,7 @@ def predicted(event: Record, workers: int, network: Network, latency: float, bur
     link = Link.ethernet(network.nodes[0].bits_per_second or 0, latency, burst=burst)
     numel = event["numel"]
     cost = all_reduce_cost(method.compressor, [numel], workers, method.algorithm)
-    pieces = 1
-    if piece := choose_piece_numel(method.compressor, numel, workers, link=link, algorithm=cost.algorithm):
-        pieces = -(-numel // piece)
+    pieces = count_pieces(method.compressor, numel, workers, link, cost.algorithm)
     return {
         "latency": cost.rounds * latency,
         "bytes": cost.nbytes / link.bandwidth,

@@ -1,4 +1,4 @@
-"""The command line: `gck doctor` and `gck demo`.
+"""The command line: `gck doctor`, `gck plan` and `gck demo`.
 
 The commands are imported when they run, so that one whose parts are missing does not take the others
 along.
@@ -15,7 +15,7 @@ from gck.version import __version__
 
 __all__ = ["app"]
 
-# Commands have private names: `gck.cli.doctor` and `gck.cli.demo` are the modules.
+# Commands have private names: `gck.cli.doctor` and so on are the modules.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -76,3 +76,48 @@ def _doctor(
     from gck.cli.doctor import main
 
     raise typer.Exit(main(as_json))
+
+
+@app.command("plan")
+def _plan(
+    numel: Annotated[str, typer.Option(help="Elements of the gradient, such as 124M, 7B or 25e6.")],
+    world_size: Annotated[
+        int, typer.Option(help="Ranks; or nodes, of a HierarchicalGroup, behind a link each.")
+    ],
+    rate: Annotated[
+        str, typer.Option(help="Rate of each link, in each direction, such as 100mbit or 1gbit.")
+    ],
+    latency_ms: Annotated[
+        float, typer.Option(help="What a message takes beside its bytes: of small ones, with their software.")
+    ] = 0.5,
+    backward_ms: Annotated[
+        float | None,
+        typer.Option(help="Of a step, the time in which links could be busy; unknown if left out."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where gradients are: cpu or cuda.")] = "cpu",
+    compressor: Annotated[
+        list[str] | None, typer.Option(help='One more, such as "TopK(ratio=0.001)"; may be repeated.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a picture and a JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Predicts what compressing gains, or does not, on a link.
+
+    Bytes and rounds follow from the configuration; the time to compress is measured on this machine, which
+    should be one that trains. docs/collectives.md compares such predictions with measured times.
+    """
+    from gck.cli.plan.command import main
+
+    raise typer.Exit(
+        main(
+            numel=numel,
+            world_size=world_size,
+            rate=rate,
+            latency_ms=latency_ms,
+            backward_ms=backward_ms,
+            device=device,
+            compressors=compressor or [],
+            out=out,
+            as_json=as_json,
+        )
+    )

@@ -11,6 +11,7 @@ from gck.cli.demo.configurations import CONFIGURATIONS
 from gck.cli.demo.runner import run
 from gck.cli.demo.settings import Settings
 from gck.cli.links import parse_rate
+from gck.cli.messages import stop
 from gck.cli.signals import Terminated
 from gck.errors import ArgumentError, GckError
 
@@ -27,14 +28,16 @@ def main(
         parse_rate(rate)
         run(console, settings, _chosen(only), rate=rate, use_links=use_links, out=out, limit=limit)
     except ArgumentError as error:
-        return _stop(str(error), 2)
+        return stop("gck demo", str(error), 2)
     except GckError as error:
-        return _stop(str(error), 1)
+        return stop("gck demo", str(error), 1)
     except KeyboardInterrupt:
-        return _stop("interrupted; no worker and no namespace is left", 130)
+        return stop("gck demo", "interrupted; no worker and no namespace is left", 130)
     except Terminated as ended:
-        return _stop(
-            f"ended by signal {ended.number}; no worker and no namespace is left", 128 + ended.number
+        return stop(
+            "gck demo",
+            f"ended by signal {ended.number}; no worker and no namespace is left",
+            128 + ended.number,
         )
     return 0
 
@@ -44,10 +47,3 @@ def _chosen(only: Sequence[str]) -> list[str]:
         if name not in CONFIGURATIONS:
             raise ArgumentError(f"--only must be one of {', '.join(CONFIGURATIONS)}, got {name!r}")
     return [name for name in CONFIGURATIONS if not only or name in only]
-
-
-def _stop(message: str, status: int) -> int:
-    console = Console(stderr=True)
-    console.print("gck demo:", style="bold red", end=" ")
-    console.print(message, markup=False, highlight=False)
-    return status

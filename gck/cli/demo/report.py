@@ -17,7 +17,7 @@ from rich.table import Table
 from gck.cli.demo.configurations import BASELINE
 from gck.cli.demo.settings import Settings
 from gck.cli.links import format_rate, parse_rate
-from gck.errors import BackendUnavailableError
+from gck.cli.pictures import canvas
 
 __all__ = [
     "Point",
@@ -25,7 +25,6 @@ __all__ = [
     "Result",
     "network_sentence",
     "print_table",
-    "require_matplotlib",
     "verdict",
     "write_files",
 ]
@@ -149,21 +148,6 @@ def verdict(report: Report) -> str:
     return "\n".join(parts)
 
 
-def require_matplotlib() -> None:
-    """Raises before anything is trained if the picture could not be drawn afterwards.
-
-    Raises:
-        BackendUnavailableError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"the picture needs matplotlib, which cannot be imported ({error}); "
-            '`pip install ".[demo]"` in the sources of gck'
-        ) from error
-
-
 def write_files(report: Report, out: Path) -> Sequence[Path]:
     """Writes demo.json and demo.png into the folder `out`, and returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
@@ -174,12 +158,7 @@ def write_files(report: Report, out: Path) -> Sequence[Path]:
 
 
 def _draw(report: Report, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = canvas(8, 4.8)
     for result, (colour, marker) in zip(report.results, STYLES, strict=False):
         axes.plot(
             [point.seconds for point in result.curve],

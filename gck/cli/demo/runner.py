@@ -22,12 +22,12 @@ from gck.cli.demo.report import (
     Result,
     network_sentence,
     print_table,
-    require_matplotlib,
     verdict,
     write_files,
 )
 from gck.cli.demo.settings import Assignment, Settings
 from gck.cli.network import Network, join
+from gck.cli.pictures import require_matplotlib
 from gck.cli.signals import raising
 
 __all__ = ["run"]

@@ -1,0 +1,187 @@
+"""What a plan says at its end: a table, advice, a picture and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gck.cli.links import format_rate
+from gck.cli.pictures import canvas
+from gck.cli.plan.estimate import Estimate, Plan
+
+__all__ = ["advice", "print_table", "to_dict", "write_files"]
+
+WORTH = 1.1  # times faster than 16 bits, from which on compressing is advised: no model knows it better
+RATES = [10 ** (6 + step / 20) for step in range(101)]  # bits a second, of the picture
+
+
+def print_table(console: Console, plan: Plan) -> None:
+    settings = plan.settings
+    options: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": 0, "caption_justify": "left"}
+    table = Table(title=title(plan), caption=_caption(plan), **options)
+    table.add_column("", overflow="fold", min_width=22)
+    for heading in ("left", "sent by\na rank", "link", "compute", "all-\nreduce", "faster", "pays\nbelow"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in plan.rows:
+        dense = row.compressor is not None and row.cost.algorithm == "dense"
+        table.add_row(
+            f"{row.name}: sends dense" if dense else row.name,
+            f"{row.left:.2f}",
+            _bytes(row.cost.nbytes),
+            _seconds(row.cost.seconds(settings.link())),
+            _seconds(row.compute) if row.compute else "",
+            _seconds(row.seconds),
+            f"{plan.speed_up(row):.1f} x",
+            _pays_below(plan, row),
+            end_section=row is plan.half,
+        )
+    console.print(table)
+
+
+def title(plan: Plan) -> str:
+    settings = plan.settings
+    return (
+        f"{settings.numel:,} elements, {settings.world_size} ranks, {format_rate(settings.bits_per_second)}, "
+        f"{settings.latency * 1e3:g} ms"
+    )
+
+
+def advice(plan: Plan) -> str:
+    """What to do, in a few sentences; not to compress, where that is best."""
+    dense, half, backward = plan.dense, plan.half, plan.settings.backward
+    if backward is not None and dense.seconds <= backward:
+        return (
+            f"Do not compress: a backward pass of {_seconds(backward)} can hide a dense all-reduce of "
+            f"{_seconds(dense.seconds)}."
+        )
+    if backward is not None and half.seconds <= backward:
+        return "16 bits are enough: a backward pass can hide them. Any framework has an fp16 hook."
+    worth = [row for row in plan.compressed if row.seconds * WORTH <= half.seconds]
+    if not worth:
+        return (
+            f"Do not compress: dense gradients take {_seconds(dense.seconds)}, in 16 bits "
+            f"{_seconds(half.seconds)}, and nothing here is {WORTH} times faster than that."
+        )
+    mildest = min(worth, key=lambda row: row.left)
+    fastest = min(worth, key=lambda row: row.seconds)
+    if backward is not None and fastest.seconds <= backward:
+        enough = min((row for row in worth if row.seconds <= backward), key=lambda row: row.left)
+        return (
+            f"{enough.name}: of those that the backward pass can hide it leaves least behind. Steps are "
+            f"{plan.speed_up(enough):.1f} times faster than with dense gradients; fewer bits gain nothing."
+        )
+    parts = [f"Leaves least behind: {mildest.name}, {plan.speed_up(mildest):.1f} times faster than dense."]
+    if fastest is not mildest:
+        parts.append(
+            f"Fastest: {fastest.name}, {plan.speed_up(fastest):.1f} times, but {fastest.left:.2f} of a "
+            "gradient is left for later steps."
+        )
+    if backward is None:
+        parts.append("With --backward-ms you learn which is fast enough.")
+    else:
+        parts.append("None hides behind the backward pass: a larger batch gives links more time.")
+    return " ".join(parts)
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """Plain numbers: bytes, seconds, bits a second; `pays_below` is null where no link is slow enough."""
+    rows = []
+    for row in plan.rows:
+        fields = asdict(row)
+        del fields["compressor"]
+        below = None if row is plan.dense else row.pays_below(plan.dense.cost, plan.settings.latency)
+        always = below == float("inf")
+        step, speed_up = plan.step(row), plan.speed_up(row)
+        rows.append(
+            {
+                **fields,
+                "step": step,
+                "speed_up": speed_up,
+                "pays_below": None if always else below,
+                "pays_always": always,
+            }
+        )
+    return {
+        "settings": asdict(plan.settings),
+        "measured_on": {"threads": torch.get_num_threads(), "torch": torch.__version__},
+        "rows": rows,
+        "advice": advice(plan),
+    }
+
+
+def write_files(plan: Plan, out: Path) -> Sequence[Path]:
+    """Writes plan.json and plan.png into the folder `out`, and returns their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    numbers, picture = out / "plan.json", out / "plan.png"
+    numbers.write_text(json.dumps(to_dict(plan), indent=2) + "\n")
+    _draw(plan, picture)
+    return numbers, picture
+
+
+def _draw(plan: Plan, path: Path) -> None:
+    """All-reduces against the rate of the link, from 1 Mbit/s to 100 Gbit/s."""
+    settings = plan.settings
+    figure, axes = canvas(8, 5.2)
+    for number, row in enumerate(plan.rows):
+        style = (
+            {"color": "black", "linestyle": "-" if row is plan.dense else "--"}
+            if row.compressor is None
+            else {"color": f"C{number % 10}"}
+        )
+        times = [row.seconds_over(settings.link(rate), settings) for rate in RATES]
+        axes.loglog([rate / 1e6 for rate in RATES], times, label=row.name, linewidth=1.5, **style)
+    axes.axvline(settings.bits_per_second / 1e6, color="#999999", linewidth=1, linestyle=":")
+    if settings.backward:
+        axes.axhline(settings.backward, color="#999999", linewidth=1, linestyle=":")
+        axes.annotate("backward pass", (1.2, settings.backward), fontsize=8, va="bottom", color="#666666")
+    axes.set_title(f"{title(plan)}: predicted all-reduce", fontsize=10)
+    axes.set_xlabel("link, Mbit/s; dotted: the one asked for")
+    axes.set_ylabel("seconds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _caption(plan: Plan) -> str:
+    settings = plan.settings
+    where = f"{torch.get_num_threads()} threads of this machine" if settings.device == "cpu" else "its GPU"
+    faster = "all-reduces"
+    if settings.backward is not None:
+        faster = (
+            f"steps, at best, which hide all-reduces behind a backward pass of {_seconds(settings.backward)}"
+        )
+    return (
+        "Left: the share of a Gaussian gradient's squares that one step leaves for later ones. Link: bytes "
+        f"and latency. Compute: on {where}; adding up dense gradients counts as none. Faster: {faster}, than "
+        "with dense fp32. Pays below: the fastest link on which it is no slower."
+    )
+
+
+def _pays_below(plan: Plan, row: Estimate) -> str:
+    if row is plan.dense:
+        return ""
+    below = row.pays_below(plan.dense.cost, plan.settings.latency)
+    if below is None:
+        return "never"
+    return "always" if below == float("inf") else format_rate(int(float(f"{below:.2g}")))
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,75 @@
+"""What the user says of a training: its gradient, its world, its link and its backward pass."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from gck.cli.links import parse_rate
+from gck.collectives import Link
+from gck.errors import ArgumentError
+
+__all__ = ["MOST_RANKS", "Settings", "parse_numel"]
+
+MOST_RANKS = 1024
+MOST_NUMEL = 10**13
+_NUMEL = re.compile(r"(\d+\.?\d*(?:e\d{1,2})?)([kMGB]?)")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One question.
+
+    Attributes:
+        numel: elements of the gradient.
+        world_size: ranks, or nodes behind one link each.
+        bits_per_second: of a link, in each direction, with the headers of packets.
+        latency: seconds that a message takes beside its bytes.
+        backward: seconds of a step in which the link could be busy; None: not known.
+        device: where gradients are, "cpu" or "cuda".
+    """
+
+    numel: int
+    world_size: int
+    bits_per_second: int
+    latency: float
+    backward: float | None
+    device: str
+
+    @classmethod
+    def parse(
+        cls, numel: str, world_size: int, rate: str, latency_ms: float, backward_ms: float | None, device: str
+    ) -> Settings:
+        """From the words of a command line.
+
+        Raises:
+            ArgumentError: one of them is not as it must be.
+        """
+        if not 2 <= world_size <= MOST_RANKS:
+            raise ArgumentError(f"--world-size must be in [2, {MOST_RANKS}], got {world_size}")
+        for name, value in (("--latency-ms", latency_ms), ("--backward-ms", backward_ms)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ArgumentError(f"{name} must be at least 0 and finite, got {value}")
+        if device not in ("cpu", "cuda"):
+            raise ArgumentError(f"--device must be cpu or cuda, got {device!r}")
+        backward = None if backward_ms is None else backward_ms / 1e3
+        bits = parse_rate(rate)
+        return cls(parse_numel(numel), world_size, bits, latency_ms / 1e3, backward, device)
+
+    def link(self, bits_per_second: float | None = None) -> Link:
+        """The link; or one of another rate."""
+        return Link.ethernet(bits_per_second or self.bits_per_second, self.latency)
+
+
+def parse_numel(text: str) -> int:
+    """Elements, of "124439808", "124M", "7B" or "25e6" (powers of ten).
+
+    Raises:
+        ArgumentError: not a whole number from 1 to 10^13, written so.
+    """
+    match = _NUMEL.fullmatch(text.strip())
+    numel = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 1 <= numel <= MOST_NUMEL or numel != int(numel):
+        raise ArgumentError(f"--numel must be like 124439808, 124M, 7B or 25e6, got {text!r}")
+    return int(numel)
