@@ -25,7 +25,7 @@ from gck.checkpoint.file import (
 )
 from gck.checkpoint.reshard import names_of, resharded
 from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
-from gck.compressor import Compressor, check_compressor, describe
+from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import (
     STATE_VERSION,
     ErrorFeedback,
@@ -63,7 +63,7 @@ def save_state(
     rank: int,
     world_size: int,
     step: int,
-    compressor: Compressor | None = None,
+    compressor: Choosable | None = None,
     scale: float = 1.0,
     keep: int = 2,
     shared: bool = True,
@@ -81,7 +81,8 @@ def save_state(
         directory: made where it is missing. Of one training run.
         state: read only; on any device, from which all of it is copied to the host.
         step: of the training, at least 0. A file of the same step is replaced.
-        compressor: that the residuals are of; `load_state` compares it.
+        compressor: that the residuals are of, or those by name, as for `gck.ddp.HookState`; `load_state`
+            compares it.
         scale: of the loss, where it is scaled: residuals are in units of the scaled gradient.
         keep: complete sets that stay, at least 1.
         shared: all ranks see the same directory. False: each has its own, and its `keep` newest files
@@ -102,8 +103,7 @@ def save_state(
     function = "save_state"
     rank, world_size, step = _checked_place(function, rank, world_size, step)
     check_flags(function, shared=shared)
-    if compressor is not None:
-        check_compressor(function, compressor)
+    described = None if compressor is None else CompressorChoice(function, compressor).describe()
     scale, keep = check_factor(function, scale, "scale"), plain_int(keep)
     least = 1 if shared else 2
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < least:
@@ -119,7 +119,7 @@ def save_state(
     for parent in made:
         sync_directory(parent.parent)
     path = path_of(folder, step, rank, world_size)
-    header = Header(step, rank, world_size, _text(compressor), scale, isinstance(state, ErrorFeedback))
+    header = Header(step, rank, world_size, described, scale, isinstance(state, ErrorFeedback))
     write(path, header, states)
     prune(folder, rank, world_size, keep, shared)
     return path
@@ -131,7 +131,7 @@ def load_state(
     *,
     rank: int,
     world_size: int,
-    compressor: Compressor | None = None,
+    compressor: Choosable | None = None,
     step: int | None = None,
     numels: Mapping[str, int] | int | None = None,
     scale: float | None = None,
@@ -185,8 +185,7 @@ def load_state(
     rank, world_size, asked = _checked_place(function, rank, world_size, 0 if step is None else step)
     step = None if step is None else asked
     check_flags(function, reshard=reshard, shared=shared, read_only=read_only)
-    if compressor is not None:
-        check_compressor(function, compressor)
+    described = None if compressor is None else CompressorChoice(function, compressor).describe()
     if scale is not None:
         scale = check_factor(function, scale, "scale")
     for name, value, allowed in (("op", op, ("avg", "sum")), ("server", server, SERVER)):
@@ -216,7 +215,7 @@ def load_state(
     owners = [rank] if whole else range(chosen.world_size)
     files = [_open(folder, chosen, owner) for owner in owners]
     names = names_of(files)
-    _check_header(files[0].header, state, compressor, server)
+    _check_header(files[0].header, state, described, server)
 
     was = files[0].header.scale
     factor = check_factor(function, (scale or was) / was, f"scale / {was}")
@@ -320,16 +319,16 @@ def _open(directory: Path, chosen: StateSet, rank: int) -> StateFile:
 
 
 def _check_header(
-    header: Header, state: ErrorFeedback | ErrorFeedbackMap, compressor: Compressor | None, server: str
+    header: Header, state: ErrorFeedback | ErrorFeedbackMap, described: str | None, server: str
 ) -> None:
     if header.single != isinstance(state, ErrorFeedback):
         kinds = ("an ErrorFeedbackMap", "an ErrorFeedback")
         raise StateMismatchError(
             f"load_state: {kinds[header.single]} was saved, got {kinds[not header.single]}"
         )
-    if server == "keep" and header.compressor != _text(compressor):
+    if server == "keep" and header.compressor != described:
         raise StateMismatchError(
-            f"load_state: saved by compressor {header.compressor}, this is {_text(compressor)}; "
+            f"load_state: saved by compressor {header.compressor}, this is {described}; "
             'server="fold" keeps all residuals for another compressor'
         )
 
@@ -340,10 +339,6 @@ def _states(function: str, state: object) -> dict[str, ErrorFeedback]:
     if isinstance(state, ErrorFeedbackMap):
         return dict(state.items())
     raise DtypeError(f"{function}: state must be an ErrorFeedback or an ErrorFeedbackMap, got {shown(state)}")
-
-
-def _text(compressor: Compressor | None) -> str | None:
-    return None if compressor is None else describe(compressor, of_a_step=False)
 
 
 def _checked_place(function: str, rank: Any, world_size: Any, step: Any) -> tuple[int, int, int]:

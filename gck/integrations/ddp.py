@@ -28,11 +28,14 @@ from gck.collectives import Link, Transport, resolve
 from gck.collectives.reduction import Reduction, prepare
 from gck.collectives.work import perform, submit
 from gck.compressor import Compressor
+from gck.compressor_choice import Choosable
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError
 from gck.integrations.hook_state import HookState
 from gck.values import shown
 
 __all__ = ["HookState", "hook", "register"]
+
+Pair = tuple[Tensor, Tensor]  # a parameter and its gradient
 
 
 def hook(
@@ -114,7 +117,7 @@ def hook(
 
 def register(
     model: DistributedDataParallel,
-    compressor: Compressor,
+    compressor: Choosable,
     warmup_steps: int = 0,
     bypass_numel: int = 1024,
     bypass_1d: bool = True,
@@ -169,9 +172,10 @@ def register(
     # What is wrong is found here, and not in a backward pass.
     resolve(state.group, state.timeout)
     for name, parameter in model.module.named_parameters():
-        if parameter.requires_grad and not state.bypassed(parameter):
+        chosen = state.compressor_of(parameter) if parameter.requires_grad else None
+        if chosen is not None:
             try:
-                compressor.layout(parameter.numel())
+                chosen.layout(parameter.numel())
             except ArgumentError as error:
                 raise ArgumentError(
                     f"gck.ddp.register: {name} of {parameter.numel()} elements: {error}"
@@ -207,27 +211,29 @@ def _prepare(
         )
     # Not bucket.gradients(): those have the parameters' strides, which need not be contiguous.
     pairs = list(zip(parameters, buffer.split(numels), strict=True))
-    warm_up = state.step < state.warmup_steps
-    plain = [pair for pair in pairs if warm_up or state.bypassed(pair[0])]
-    packed = [pair for pair in pairs if not (warm_up or state.bypassed(pair[0]))]
-    _guard(state, bucket.index() == 0, buffer, plain, packed)
+    plain, packed = _sorted(state, pairs)
+    _guard(state, bucket.index() == 0, buffer, plain, [pair for some, _ in packed for pair in some])
+    # The compressor of what is dense does nothing, but errors may name it.
+    groups = [(plain, state.compressors[0], "dense", False)] if plain or not packed else []
+    groups += [(some, compressor, state.algorithm, True) for some, compressor in packed]
     calls = [
         prepare(
             "gck.ddp.hook",
             [grad for _, grad in some],
             [state.feedback(parameter, create) for parameter, _ in some],
-            state.compressor,
+            compressor,
             transport,
             algorithm=algorithm,
             validate=state.validate,
             checksum=state.checksum,
             link=state.link,
         )
-        for some, algorithm, create in ((plain, "dense", False), (packed, state.algorithm, True))
+        for some, compressor, algorithm, create in groups
     ]
 
     def run() -> Tensor:
-        with _unchanged_on_error(state, plain if packed else [], calls[-1]):
+        earlier = [pair for some, *_ in groups[:-1] for pair in some]
+        with _unchanged_on_error(state, earlier, calls[-1]):
             for call in calls:
                 call()
         return buffer
@@ -235,12 +241,25 @@ def _prepare(
     return run
 
 
+def _sorted(
+    state: HookState, pairs: Sequence[Pair]
+) -> tuple[list[Pair], list[tuple[list[Pair], Compressor]]]:
+    """What of a bucket is reduced without compression, and what by each compressor, in the order of those."""
+    plain: list[Pair] = []
+    packed: list[tuple[list[Pair], Compressor]] = [([], compressor) for compressor in state.compressors]
+    for pair in pairs:
+        chosen = None if state.step < state.warmup_steps else state.compressor_of(pair[0])
+        place = next((some for some, compressor in packed if compressor is chosen), plain)
+        place.append(pair)
+    return plain, [(some, compressor) for some, compressor in packed if some]
+
+
 def _guard(
     state: HookState,
     first: bool,
     buffer: Tensor,
-    plain: Sequence[tuple[Tensor, Tensor]],
-    packed: Sequence[tuple[Tensor, Tensor]],
+    plain: Sequence[Pair],
+    packed: Sequence[Pair],
 ) -> None:
     """Before a bucket, where asked for: follows the scaler at a step's first, keeps what will change."""
     if state.guard is None:
@@ -255,10 +274,8 @@ def _guard(
 
 
 @contextmanager
-def _unchanged_on_error(
-    state: HookState, pairs: Sequence[tuple[Tensor, Tensor]], last: Reduction
-) -> Iterator[None]:
-    """Puts small gradients back when a later message of their bucket fails: unless Ctrl-C came when even the
+def _unchanged_on_error(state: HookState, pairs: Sequence[Pair], last: Reduction) -> Iterator[None]:
+    """Puts gradients back when a later message of their bucket fails: unless Ctrl-C came when even the
     last one was done, and all of the bucket is."""
     grads = [(grad, grad.clone()) for _, grad in pairs]
     feedback = [state.feedback(parameter, create=False) for parameter, _ in pairs]

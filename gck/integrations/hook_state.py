@@ -14,13 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from gck.checkpoint import Loaded, load_state, save_state
 from gck.collectives import Link, Work, resolve
 from gck.collectives.arguments import check_algorithm
-from gck.collectives.handshake import check_validate, describe
+from gck.collectives.handshake import check_validate
 from gck.collectives.transports import check_timeout
 from gck.compressor import Compressor
-from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor, check_version
-from gck.errors import ArgumentError, DtypeError, StateMismatchError
+from gck.compressor_choice import Choosable, CompressorChoice
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
+from gck.errors import ArgumentError, DtypeError
+from gck.integrations.hook_checks import checked_count, checked_names, checked_saved
 from gck.nonfinite import StepGuard
-from gck.values import MOST_FP64, check_flags, plain_int, shown
+from gck.values import check_flags, shown
 
 __all__ = ["HookState"]
 
@@ -31,7 +33,9 @@ class HookState:
     """What the hook keeps from step to step.
 
     Args:
-        compressor: used for every parameter that is not bypassed.
+        compressor: for every parameter that is not bypassed; or by name: a dict of patterns, as of the shell,
+            to compressors, or to None, which bypasses. The first that matches counts. Names are those of
+            `named_parameters` of the model inside. May be set between steps, alike on all ranks.
         warmup_steps: steps at the start that are reduced without compression.
         bypass_numel: parameters of at most so many elements are reduced without compression, all those
             of a bucket in one message.
@@ -73,7 +77,7 @@ class HookState:
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Choosable,
         warmup_steps: int = 0,
         bypass_numel: int = 1024,
         bypass_1d: bool = True,
@@ -91,7 +95,9 @@ class HookState:
         measure: bool = False,
         bypass_names: Collection[str] = (),
     ) -> None:
-        check_algorithm("HookState", compressor, algorithm)
+        self.algorithm = algorithm
+        self._bound = False
+        self.compressor = compressor
         check_validate("HookState", validate)
         if timeout is not None:
             check_timeout(timeout)
@@ -101,25 +107,22 @@ class HookState:
             raise DtypeError(f"HookState: link must be a Link or None, got {shown(link)}")
         if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
             raise DtypeError(f"HookState: scaler must have a get_scale, got {scaler!r}")
-        self.compressor = compressor
         self.link = link
-        self.warmup_steps = _count("warmup_steps", warmup_steps)
-        self.bypass_numel = _count("bypass_numel", bypass_numel)
+        self.warmup_steps = checked_count("warmup_steps", warmup_steps)
+        self.bypass_numel = checked_count("bypass_numel", bypass_numel)
         self.bypass_1d = bypass_1d
         self.group = group
-        self.algorithm = algorithm
         self.validate = validate
         self.checksum = checksum
         self.timeout = timeout
         self.overlap = overlap
         self.scaler = scaler
         self.guard = StepGuard() if skip_nonfinite or scaler is not None else None
-        self.bypass_names = _names(bypass_names)
+        self.bypass_names = checked_names(bypass_names)
         self.step = 0
         self.skipped = 0
         self.scale = 1.0
         self.residuals = ErrorFeedbackMap(measure=measure)
-        self._bound = False
         self._sends_in_backward = False
         self._in_flight: list[Work[Tensor]] = []  # of this step's buckets, in their order
         self._names: dict[int, str] = {}
@@ -134,12 +137,13 @@ class HookState:
 
         Raises:
             ArgumentError: residuals exist for a parameter that is not in `model`, or it has none of a name
-                that is to be bypassed.
+                that is to be bypassed, or for a pattern of `compressor`.
         """
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         named = {id(parameter): name for name, parameter in inner.named_parameters()}
         if unknown := self.bypass_names - set(named.values()):
             raise ArgumentError(f"HookState.bind: model has no parameters of bypass_names {sorted(unknown)}")
+        self._choice.check_names("HookState.bind", named.values())
         strangers = [name for key, name in self._names.items() if key not in named and name in self.residuals]
         if strangers:
             raise ArgumentError(f"HookState.bind: model lacks {len(strangers)} parameters that were reduced")
@@ -168,6 +172,25 @@ class HookState:
             name = self._names[id(parameter)] = f"<unnamed parameter {len(self._names)}>"
             self._parameters.append(parameter)
         return self.residuals[name] if create or name in self.residuals else None
+
+    @property
+    def compressor(self) -> Choosable:
+        """As it was given."""
+        return self._compressor
+
+    @compressor.setter
+    def compressor(self, value: Choosable) -> None:
+        choice = CompressorChoice("HookState", value)
+        for compressor in choice.compressors:
+            check_algorithm("HookState", compressor, self.algorithm)
+        if self._bound:
+            choice.check_names("HookState", self._names.values())
+        self._compressor, self._choice = value, choice
+
+    @property
+    def compressors(self) -> list[Compressor]:
+        """In the order in which a bucket's messages are sent."""
+        return list(self._choice.compressors)
 
     @property
     def measure(self) -> bool:
@@ -254,11 +277,20 @@ class HookState:
 
     def bypassed(self, parameter: Tensor) -> bool:
         """Whether a parameter's gradient is reduced without compression."""
-        if self.bypass_names:
+        return self.compressor_of(parameter) is None
+
+    def compressor_of(self, parameter: Tensor) -> Compressor | None:
+        """What compresses a parameter's gradient; None where it is bypassed.
+
+        Raises:
+            ArgumentError: names count, and are not known; or no pattern of `compressor` matches.
+        """
+        name = ""
+        if self.bypass_names or self._choice.by_name:
             self._check_bound("bypassed")
-            if self._names.get(id(parameter)) in self.bypass_names:
-                return True
-        return parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
+            name = self._names.get(id(parameter), "")
+        small = parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
+        return None if small or name in self.bypass_names else self._choice.of("HookState", name)
 
     def overlaps(self) -> bool:
         """Whether buckets are reduced while the backward pass goes on."""
@@ -279,7 +311,7 @@ class HookState:
             "scale": self.scale,
             "rank": transport.rank,
             "world_size": transport.world_size,
-            "compressor": describe(self.compressor, of_a_step=False),
+            "compressor": self._choice.describe(),
             "residuals": self.residuals.state_dict(),
         }
 
@@ -304,32 +336,11 @@ class HookState:
         check_flags("HookState.load_state_dict", reset_server=reset_server)
         self._check_bound("load_state_dict")
         self._settle()
-        check_version("HookState.load_state_dict", state)
-        step, scale = state.get("step"), state.get("scale", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= MOST_FP64:
-            raise StateMismatchError(
-                f"HookState.load_state_dict: scale must be positive and finite, got {shown(scale)}"
-            )
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise StateMismatchError(f"HookState.load_state_dict: step must be an int >= 0, got {step!r}")
         transport = resolve(self.group)
         fixed: dict[str, object] = {"rank": transport.rank}
         if not reset_server:
-            fixed |= {
-                "world_size": transport.world_size,
-                "compressor": describe(self.compressor, of_a_step=False),
-            }
-        for name, present in fixed.items():
-            if state.get(name) != present:
-                advice = (
-                    "; every rank saves and loads its own"
-                    if name == "rank"
-                    else "; reset_server=True keeps the worker residuals and starts the server's from zero"
-                )
-                raise StateMismatchError(
-                    f"HookState.load_state_dict: the saved state belongs to {name} {state.get(name)}, this "
-                    f"is {name} {present}{advice}"
-                )
+            fixed |= {"world_size": transport.world_size, "compressor": self._choice.describe()}
+        step, scale = checked_saved(state, fixed)
         self.residuals.load_state_dict(
             state.get("residuals", {}),
             numels=self._numels(),
@@ -337,7 +348,7 @@ class HookState:
             world_size=transport.world_size,
             reset_server=reset_server,
         )
-        self.step, self.scale = step, float(scale)
+        self.step, self.scale = step, scale
 
     def _land(self) -> Exception | None:
         """Waits for the buckets in flight; the error of the first that failed."""
@@ -368,21 +379,3 @@ class HookState:
             raise ArgumentError(
                 f"HookState.{function}: parameters have no names; pass model= to HookState, or call bind"
             )
-
-
-def _names(names: object) -> frozenset[str]:
-    if isinstance(names, str) or not isinstance(names, Collection):
-        raise DtypeError(f"HookState: bypass_names must be a collection of names, got {shown(names)}")
-    for name in names:
-        if not isinstance(name, str):
-            raise DtypeError(f"HookState: bypass_names must be strings, got {shown(name)}")
-    return frozenset(names)
-
-
-def _count(name: str, value: object) -> int:
-    value = plain_int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise DtypeError(f"HookState: {name} must be an int, got {shown(value)}")
-    if value < 0:
-        raise ArgumentError(f"HookState: {name} must be at least 0, got {value}")
-    return value

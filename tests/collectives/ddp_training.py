@@ -92,6 +92,28 @@ def check_residuals_are_kept_by_name() -> None:
     assert_same_on_all_ranks(list(model.parameters()))
 
 
+def check_compressors_by_name() -> None:
+    """In buckets of any make, with overlap: each parameter as if reduced alone by its own compressor."""
+    given = {"0.weight": TopK(ratio=0.1), "2.*": Sign(32), "*": TopK(ratio=0.5)}
+    chosen = [TopK(ratio=0.1), TopK(ratio=0.5), Sign(32), Sign(32), TopK(ratio=0.5), TopK(ratio=0.5)]
+    for cap in (TINY_BUCKETS, 25):
+        model = DistributedDataParallel(network(), bucket_cap_mb=cap)
+        ddp.register(model, given, **EVERYTHING)
+        twin = network()
+        states = [ErrorFeedback() for _ in twin.parameters()]
+        for step in range(3):
+            model.zero_grad()
+            loss_of(model, step).backward()
+            twin.zero_grad()
+            loss_of(twin, step).backward()
+            for parameter, theirs, own, compressor in zip(
+                twin.parameters(), model.parameters(), states, chosen, strict=True
+            ):
+                assert parameter.grad is not None
+                all_reduce_(parameter.grad, own, compressor)
+                assert same_bytes(parameter.grad, theirs.grad)
+
+
 def check_warm_up_is_dense() -> None:
     dense, packed = DistributedDataParallel(network()), DistributedDataParallel(network())
     state = ddp.register(packed, Sign(32), warmup_steps=2, **EVERYTHING)

@@ -1,0 +1,59 @@
+"""Checks of what `HookState` is given, and of what it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gck.error_feedback import check_version
+from gck.errors import ArgumentError, DtypeError, StateMismatchError
+from gck.values import MOST_FP64, plain_int, shown
+
+__all__ = ["checked_count", "checked_names", "checked_saved"]
+
+
+def checked_names(names: object) -> frozenset[str]:
+    """Raises DtypeError unless they are a collection of strings."""
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise DtypeError(f"HookState: bypass_names must be a collection of names, got {shown(names)}")
+    for name in names:
+        if not isinstance(name, str):
+            raise DtypeError(f"HookState: bypass_names must be strings, got {shown(name)}")
+    return frozenset(names)
+
+
+def checked_count(name: str, value: object) -> int:
+    """Raises DtypeError unless it is an int, ArgumentError where it is negative."""
+    value = plain_int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DtypeError(f"HookState: {name} must be an int, got {shown(value)}")
+    if value < 0:
+        raise ArgumentError(f"HookState: {name} must be at least 0, got {value}")
+    return value
+
+
+def checked_saved(state: Mapping[str, Any], fixed: Mapping[str, object]) -> tuple[int, float]:
+    """(step, scale) of a saved state.
+
+    Raises:
+        StateMismatchError: they or the version are not as they must be, or one of the `fixed` is another.
+    """
+    function = "HookState.load_state_dict"
+    check_version(function, state)
+    step, scale = state.get("step"), state.get("scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= MOST_FP64:
+        raise StateMismatchError(f"{function}: scale must be positive and finite, got {shown(scale)}")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise StateMismatchError(f"{function}: step must be an int >= 0, got {step!r}")
+    for name, present in fixed.items():
+        if state.get(name) != present:
+            advice = (
+                "; every rank saves and loads its own"
+                if name == "rank"
+                else "; reset_server=True keeps the worker residuals and starts the server's from zero"
+            )
+            raise StateMismatchError(
+                f"{function}: the saved state belongs to {name} {state.get(name)}, this is {name} "
+                f"{present}{advice}"
+            )
+    return step, float(scale)

@@ -1,0 +1,277 @@
+"""The DDP hook with a compressor by name of the parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
+from gck.compressor import Compressor
+from gck.compressor_choice import CompressorChoice
+from gck.error_feedback import ErrorFeedback
+from gck.errors import ArgumentError, DtypeError, GckError, StateMismatchError
+from gck.integrations import ddp
+from gck.kernels.quantize import Quantize
+from gck.kernels.sign import Sign
+from gck.kernels.topk import TopK
+from tests.cases import same_bytes
+from tests.collectives.fragile import Fragile
+from tests.collectives.test_transaction import Interrupted, Interruptible
+
+NAMES = ("embed.weight", "block.0.weight", "block.1.weight", "head.weight", "block.0.bias")
+SIZES = [1600, 1600, 2000, 1200, 40]
+BY_NAME = {"embed.*": TopK(ratio=0.1), "head.*": None, "*": Sign(32)}
+
+
+class Model(nn.Module):
+    """Parameters of 1,600, 1,600, 2,000, 1,200 and 40 elements, in the order of NAMES."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 40)
+        self.block = nn.ModuleList([nn.Linear(40, 40), nn.Linear(40, 50, bias=False)])
+        self.head = nn.Linear(50, 24, bias=False)
+
+
+@dataclass
+class Bucket:
+    """What the hook uses of torch's GradBucket: the model's parameters, in the order of NAMES."""
+
+    model: nn.Module
+    rank: int
+    flat: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        numel = sum(parameter.numel() for parameter in self.parameters())
+        self.flat = torch.randn(numel, generator=torch.Generator().manual_seed(self.rank))
+
+    def index(self) -> int:
+        return 0
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def parameters(self) -> list[nn.Parameter]:
+        named = dict(self.model.named_parameters())
+        return [named[name] for name in NAMES]
+
+    def is_last(self) -> bool:
+        return True
+
+    def gradients(self) -> dict[str, Tensor]:
+        parts = self.flat.split([parameter.numel() for parameter in self.parameters()])
+        return dict(zip(NAMES, parts, strict=True))
+
+
+def hook(state: ddp.HookState, bucket: Bucket) -> None:
+    ddp.hook(state, bucket)  # type: ignore[arg-type]
+
+
+def test_each_parameter_is_as_if_reduced_alone() -> None:
+    expected: dict[str, Compressor | None] = {
+        "embed.weight": BY_NAME["embed.*"],
+        "block.0.weight": BY_NAME["*"],
+        "block.1.weight": BY_NAME["*"],
+        "head.weight": None,
+        "block.0.bias": None,
+    }
+
+    def rank_main(member: SimulatedMember) -> None:
+        model = Model()
+        state = ddp.HookState(BY_NAME, model=model, group=member)
+        bucket, states = Bucket(model, member.rank), {name: ErrorFeedback() for name in NAMES}
+        for name, parameter in zip(NAMES, bucket.parameters(), strict=True):
+            assert state.compressor_of(parameter) is expected[name]
+            assert state.bypassed(parameter) is (expected[name] is None)
+        for step in range(3):
+            bucket.flat.normal_(generator=torch.Generator().manual_seed(10 * step + member.rank))
+            alone = {name: grad.clone() for name, grad in bucket.gradients().items()}
+            hook(state, bucket)
+            for name, grad in alone.items():
+                compressor = expected[name] or Sign(32)
+                algorithm = "auto" if expected[name] else "dense"
+                all_reduce_(grad, states[name], compressor, member, algorithm=algorithm)
+                assert same_bytes(bucket.gradients()[name], grad), (step, name)
+        assert sorted(state.residuals) == ["block.0.weight", "block.1.weight", "embed.weight"]
+        for name, residuals in state.residuals.items():
+            assert same_bytes(residuals.worker, states[name].worker)
+            assert (residuals.server is None) == (states[name].server is None)
+
+    SimulatedGroup(3, timeout=20).run(rank_main)
+
+
+def test_parameters_of_one_compressor_share_messages() -> None:
+    """In the order of the dict: first what is dense, then the gather, then two phases, for two patterns."""
+    sign = Sign(32)
+    given = {"embed.*": TopK(ratio=0.1), "block.0.*": sign, "head.*": None, "*": sign}
+
+    def rank_main(member: SimulatedMember) -> None:
+        model = Model()
+        state = ddp.HookState(given, model=model, group=member, validate="off")
+        assert state.compressors == [given["embed.*"], sign]
+        hook(state, Bucket(model, member.rank))
+        assert member._tickets == ["all_reduce", "all_gather", "all_to_all", "all_gather"]
+
+    # Of so many ranks two phases of signs send less than one.
+    SimulatedGroup(4, timeout=20).run(rank_main)
+
+
+def test_warm_up_is_dense() -> None:
+    def rank_main(member: SimulatedMember) -> Tensor:
+        model = Model()
+        state = ddp.HookState(BY_NAME, 1, model=model, group=member)
+        bucket = Bucket(model, member.rank)
+        hook(state, bucket)
+        assert len(state.residuals) == 0
+        return bucket.flat
+
+    exact = (Bucket(Model(), 0).flat + Bucket(Model(), 1).flat) / 2
+    assert all(same_bytes(flat, exact) for flat in SimulatedGroup(2, timeout=20).run(rank_main))
+
+
+def test_error_of_the_last_message_leaves_the_bucket_as_it_was() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        model, failing = Model(), Fragile(Sign(32), fail_at=2)
+        state = ddp.HookState({**BY_NAME, "*": failing}, model=model, group=member, algorithm="auto")
+        bucket = Bucket(model, member.rank)
+        before = bucket.flat.clone()
+        residuals = state.residuals["embed.weight"]
+        worker = residuals.worker_for(torch.zeros(1600)).fill_(0.5)
+        with pytest.raises(MemoryError, match="call 2"):
+            hook(state, bucket)
+        assert same_bytes(bucket.flat, before)
+        assert residuals.worker is worker
+        assert bool((worker == 0.5).all())
+        assert state.step == 0
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
+
+
+def test_interrupt_at_every_write() -> None:
+    """All of a bucket is as before, or all done, residuals as well."""
+    at, finished = 0, 0
+    while True:
+        at += 1
+        model = Model()
+        given: dict[str, Compressor | None] = {"embed.*": Interruptible(32), "*": Interruptible(64)}
+        member = SimulatedGroup(1).members[0]
+        state = ddp.HookState(given, model=model, group=member, algorithm="two_phase")
+        bucket = Bucket(model, 1)
+        flat = bucket.flat.clone()
+        for name in ("embed.weight", "head.weight"):
+            parameter = dict(model.named_parameters())[name]
+            state.residuals[name].worker_for(parameter.detach()).fill_(0.5)
+        try:
+            with Interrupted(at):
+                hook(state, bucket)
+            break
+        except KeyboardInterrupt:
+            workers = [state.residuals[name].worker for name in ("embed.weight", "head.weight")]
+            same = [bool((worker == 0.5).all()) for worker in workers if worker is not None]
+            now, then = bucket.gradients(), dict(zip(NAMES, flat.split(SIZES), strict=True))
+            same += [same_bytes(now[name], then[name]) for name in ("embed.weight", "head.weight")]
+            assert len(same) == 4
+            assert all(same) or not any(same), f"write {at}: {same}"
+            finished += not any(same)
+    assert at > 6
+    assert finished >= 1
+    assert state.step == 1
+
+
+def test_state_belongs_to_the_compressors(tmp_path: Path) -> None:
+    model, member = Model(), SimulatedGroup(1).members[0]
+    state = ddp.HookState(BY_NAME, model=model, group=member)
+    hook(state, Bucket(model, 0))
+    state.save(tmp_path)
+    saved = state.state_dict()
+    assert saved["compressor"] == state._choice.describe()
+    same = ddp.HookState(dict(BY_NAME), model=model, group=member)
+    assert same.load(tmp_path) is not None
+    same.load_state_dict(saved)
+    assert same.step == 1
+    for given in ({**BY_NAME, "*": Sign(64)}, {"*": Sign(32), **BY_NAME}, Sign(32)):
+        other = ddp.HookState(given, model=model, group=member)  # type: ignore[arg-type]
+        with pytest.raises(StateMismatchError, match="belongs to compressor"):
+            other.load_state_dict(saved)
+        with pytest.raises(StateMismatchError, match="saved by compressor"):
+            other.load(tmp_path)
+        other.load_state_dict(saved, reset_server=True)
+
+
+def test_the_compressor_can_be_set_between_steps() -> None:
+    model = Model()
+    state = ddp.HookState(Sign(32), model=model, group=SimulatedGroup(1).members[0])
+    embed = model.embed.weight
+    assert state.compressor_of(embed) == Sign(32)
+    state.compressor = BY_NAME
+    assert state.compressor is BY_NAME
+    assert state.compressor_of(embed) is BY_NAME["embed.*"]
+    for wrong in ({"embedding.*": Sign(32), "*": Sign(32)}, {"*": "sign"}, None):
+        with pytest.raises(GckError):
+            state.compressor = wrong  # type: ignore[assignment]
+    assert state.compressor_of(embed) is BY_NAME["embed.*"]
+    assert ddp.HookState(Sign(32)).compressor == Sign(32)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "error", "text"),
+    [
+        ({}, ArgumentError, "HookState: compressor must name a compressor, got {}"),
+        ({"*": None}, ArgumentError, "HookState: compressor must name a compressor, got "),
+        ({"*": "sign"}, DtypeError, r"HookState: compressor must be a Compressor, got 'sign' \(str\)"),
+        ({"*": Sign}, DtypeError, "HookState: compressor must be a Compressor, got the class Sign"),
+        ({1: Sign()}, DtypeError, r"HookState: compressor must have names for keys, got 1 \(int\)"),
+        (None, DtypeError, "HookState: compressor must be a Compressor, got None"),
+        (
+            {"embedding.*": Sign(), "*": Sign()},
+            ArgumentError,
+            "HookState.bind: model has no parameter for 'embedding.*' of compressor",
+        ),
+    ],
+)
+def test_wrong_compressors(compressor: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        ddp.HookState(compressor, model=Model())
+
+
+def test_algorithms_must_suit_all_of_them() -> None:
+    with pytest.raises(ArgumentError, match='"two_phase" needs a compressor that works on chunks, got TopK'):
+        ddp.HookState(BY_NAME, algorithm="two_phase")
+
+
+def test_names_must_be_known() -> None:
+    state = ddp.HookState(BY_NAME, group=SimulatedGroup(1).members[0])
+    bucket = Bucket(Model(), 0)
+    before = bucket.flat.clone()
+    with pytest.raises(ArgumentError, match="parameters have no names"):
+        hook(state, bucket)
+    assert same_bytes(bucket.flat, before)
+
+
+def test_describe_is_the_same_text_everywhere() -> None:
+    choice = CompressorChoice("f", {"a*": Quantize(bits=4, seed=3), "*": None, "b": TopK(k=2)})
+    assert choice.describe().startswith("{'a*': Quantize(bits=4, ")
+    assert "seed" not in choice.describe()
+    assert ", '*': None, 'b': TopK(ratio=None, k=2" in choice.describe()
+    assert CompressorChoice("f", Sign(64)).describe() == "Sign(chunk_size=64, decay=1.0, clip=None)"
+
+
+def test_registering_finds_what_no_pattern_matches(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Model())
+        with pytest.raises(
+            ArgumentError, match=r'no pattern of compressor matches .*; "\*" matches the rest'
+        ):
+            ddp.register(model, {"embed.*": TopK(ratio=0.1)})
+        state = ddp.register(model, {"embed.*": TopK(ratio=0.1), "*.weight": Sign()})
+        assert state.compressors == [TopK(ratio=0.1), Sign()]
+    finally:
+        dist.destroy_process_group()
