@@ -15,8 +15,7 @@ units of the scaled gradient: give it to the state, which then follows its scale
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +24,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gck.collectives import Link, Transport, resolve
-from gck.collectives.reduction import Reduction, prepare
 from gck.collectives.work import perform, submit
-from gck.compressor import Compressor
 from gck.compressor_choice import Choosable
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError
+from gck.integrations.groups import Group, grouped, prepare_groups
 from gck.integrations.hook_state import HookState
 from gck.values import shown
 
 __all__ = ["HookState", "hook", "register"]
-
-Pair = tuple[Tensor, Tensor]  # a parameter and its gradient
 
 
 def hook(
@@ -211,55 +207,22 @@ def _prepare(
         )
     # Not bucket.gradients(): those have the parameters' strides, which need not be contiguous.
     pairs = list(zip(parameters, buffer.split(numels), strict=True))
-    plain, packed = _sorted(state, pairs)
-    _guard(state, bucket.index() == 0, buffer, plain, [pair for some, _ in packed for pair in some])
-    # The compressor of what is dense does nothing, but errors may name it.
-    groups = [(plain, state.compressors[0], "dense", False)] if plain or not packed else []
-    groups += [(some, compressor, state.algorithm, True) for some, compressor in packed]
-    calls = [
-        prepare(
-            "gck.ddp.hook",
-            [grad for _, grad in some],
-            [state.feedback(parameter, create) for parameter, _ in some],
-            compressor,
-            transport,
-            algorithm=algorithm,
-            validate=state.validate,
-            checksum=state.checksum,
-            link=state.link,
-        )
-        for some, compressor, algorithm, create in groups
-    ]
+    groups = grouped(state, pairs, warm_up=state.step < state.warmup_steps)
+    _guard(state, bucket.index() == 0, buffer, groups)
+    reduce = prepare_groups("gck.ddp.hook", state, groups, transport)
 
     def run() -> Tensor:
-        earlier = [pair for some, *_ in groups[:-1] for pair in some]
-        with _unchanged_on_error(state, earlier, calls[-1]):
-            for call in calls:
-                call()
+        reduce()
         return buffer
 
     return run
-
-
-def _sorted(
-    state: HookState, pairs: Sequence[Pair]
-) -> tuple[list[Pair], list[tuple[list[Pair], Compressor]]]:
-    """What of a bucket is reduced without compression, and what by each compressor, in the order of those."""
-    plain: list[Pair] = []
-    packed: list[tuple[list[Pair], Compressor]] = [([], compressor) for compressor in state.compressors]
-    for pair in pairs:
-        chosen = None if state.step < state.warmup_steps else state.compressor_of(pair[0])
-        place = next((some for some, compressor in packed if compressor is chosen), plain)
-        place.append(pair)
-    return plain, [(some, compressor) for some, compressor in packed if some]
 
 
 def _guard(
     state: HookState,
     first: bool,
     buffer: Tensor,
-    plain: Sequence[Pair],
-    packed: Sequence[Pair],
+    groups: Sequence[Group],
 ) -> None:
     """Before a bucket, where asked for: follows the scaler at a step's first, keeps what will change."""
     if state.guard is None:
@@ -268,24 +231,6 @@ def _guard(
         state.guard.abandon()  # a step whose backward pass did not come to its end
         if state.scaler is not None:
             state.set_scale(state.scaler.get_scale())
-    state.guard.keep([state.feedback(parameter, create=False) for parameter, _ in plain])
-    state.guard.keep([state.feedback(parameter) for parameter, _ in packed])
+    for group in groups:
+        state.guard.keep(group.feedback(state))
     state.guard.watch(buffer)
-
-
-@contextmanager
-def _unchanged_on_error(state: HookState, pairs: Sequence[Pair], last: Reduction) -> Iterator[None]:
-    """Puts gradients back when a later message of their bucket fails: unless Ctrl-C came when even the
-    last one was done, and all of the bucket is."""
-    grads = [(grad, grad.clone()) for _, grad in pairs]
-    feedback = [state.feedback(parameter, create=False) for parameter, _ in pairs]
-    saved = [(residuals, residuals.snapshot()) for residuals in feedback if residuals is not None]
-    try:
-        yield
-    except BaseException:
-        if not last.written:
-            for grad, copy in grads:
-                grad.copy_(copy)
-            for residuals, snapshot in saved:
-                residuals.restore(snapshot)
-        raise
