@@ -16,7 +16,7 @@ from gck.collectives import (
 )
 from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
-from gck.integrations import ddp
+from gck.integrations import ddp, fsdp
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
@@ -72,6 +72,7 @@ __all__ = [
     "encode_indices",
     "errors",
     "from_bytes",
+    "fsdp",
     "load_state",
     "packed_all_reduce_",
     "quantize",

@@ -28,6 +28,7 @@ from gck.collectives.work import perform, submit
 from gck.compressor_choice import Choosable
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError
 from gck.integrations.groups import Group, grouped, prepare_groups
+from gck.integrations.hook_checks import check_layout
 from gck.integrations.hook_state import HookState
 from gck.values import shown
 
@@ -170,12 +171,7 @@ def register(
     for name, parameter in model.module.named_parameters():
         chosen = state.compressor_of(parameter) if parameter.requires_grad else None
         if chosen is not None:
-            try:
-                chosen.layout(parameter.numel())
-            except ArgumentError as error:
-                raise ArgumentError(
-                    f"gck.ddp.register: {name} of {parameter.numel()} elements: {error}"
-                ) from error
+            check_layout("gck.ddp.register", name, parameter.numel(), chosen)
     try:
         model.register_comm_hook(state, hook)
     except RuntimeError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gck.compressor import Compressor
 from gck.error_feedback import check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.values import MOST_FP64, plain_int, shown
 
-__all__ = ["checked_count", "checked_names", "checked_saved"]
+__all__ = ["check_layout", "checked_count", "checked_names", "checked_saved"]
 
 
 def checked_names(names: object) -> frozenset[str]:
@@ -57,3 +58,11 @@ def checked_saved(state: Mapping[str, Any], fixed: Mapping[str, object]) -> tupl
                 f"{present}{advice}"
             )
     return step, float(scale)
+
+
+def check_layout(function: str, name: str, numel: int, compressor: Compressor) -> None:
+    """Raises ArgumentError where a compressor can't be of `numel` elements of the parameter `name`."""
+    try:
+        compressor.layout(numel)
+    except ArgumentError as error:
+        raise ArgumentError(f"{function}: {name} of {numel} elements: {error}") from error

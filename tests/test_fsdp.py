@@ -1,0 +1,75 @@
+"""The FSDP hook: on four real ranks (collectives/fsdp_worker.py), and what needs none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gck
+from gck.collectives import SimulatedGroup, SimulatedMember
+from gck.errors import BackendUnavailableError, CollectiveMismatchError, DtypeError
+from gck.integrations.replicas import check_replicas
+from tests.collectives.launcher import run_ranks
+
+NAMES = [
+    line.split("(")[0].removeprefix("def ")
+    for line in (Path(__file__).parent / "collectives/fsdp_worker.py").read_text().splitlines()
+    if line.startswith("def check_")
+]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_ranks("tests.collectives.fsdp_worker", 4, tmp_path_factory.mktemp("fsdp"), timeout=200)
+
+
+@pytest.mark.parametrize("check", NAMES)
+def test_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
+    for rank, report in enumerate(reports):
+        if check not in report:
+            pytest.fail(f"rank {rank} stopped before {check}")
+        assert report[check] == "passed", f"rank {rank}: {report[check]}"
+
+
+def test_a_model_that_is_not_sharded() -> None:
+    with pytest.raises(DtypeError, match=r"gck.fsdp.register: model must be sharded by fully_shard, got "):
+        gck.fsdp.register(nn.Linear(3, 3), gck.Sign(), None)
+
+
+def test_a_torch_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed.fsdp
+
+    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "set_all_reduce_hook")
+    with pytest.raises(BackendUnavailableError, match=r"has no FSDPModule.set_all_reduce_hook"):
+        gck.fsdp.register(nn.Linear(3, 3), gck.Sign(), None)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.bool]
+)
+@pytest.mark.parametrize("differs", [None, 0, 2])
+def test_replicas(dtype: torch.dtype, differs: int | None) -> None:
+    """One bit of one element of one rank; of strided tensors, empty ones and numbers alike."""
+
+    def rank_main(member: SimulatedMember) -> str:
+        tensors: dict[str, Any] = {
+            "a": torch.zeros(0, dtype=dtype),
+            "b": torch.ones(7, 9).to(dtype)[::2, ::2],
+            "c": torch.tensor(1.0).to(dtype),
+        }
+        if member.rank == differs:
+            tensors["b"][1, 1] = 0
+        try:
+            check_replicas("f", member, tensors, [tensor.shape for tensor in tensors.values()])
+        except CollectiveMismatchError as error:
+            return str(error)
+        return "same"
+
+    said = SimulatedGroup(3, timeout=20).run(rank_main)
+    other = 1 if differs == 0 else differs
+    expected = "same" if differs is None else f"f: b of rank {other} of the group is not that of rank 0"
+    assert all(text.startswith(expected) for text in said), said
