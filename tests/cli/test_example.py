@@ -7,12 +7,11 @@ from pathlib import Path
 import gck
 
 
-def run(directory: Path) -> str:
+def run(script: str, ranks: int, *options: str) -> str:
     root = Path(gck.__file__).parents[1]
-    script = Path(__file__).parents[2] / "examples" / "train_ddp.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*command, str(script), str(directory)],
+        [*command, str(Path(__file__).parents[2] / "examples" / script), *options],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -24,15 +23,23 @@ def run(directory: Path) -> str:
 
 def test_example_learns_and_goes_on(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    first = run(directory)
+    first = run("train_ddp.py", 2, str(directory))
     losses = re.findall(r"step (\d+): loss (\d+\.\d+)", first)
     assert [int(step) for step, _ in losses] == [40, 80, 120, 160, 200]
     assert float(losses[-1][1]) < float(losses[0][1]) / 2
     assert gck.saved_steps(directory) == [160, 200]
     # As if rank 1 had been killed before it saved the last step.
     (directory / "gck-000000000200-rank-00001-of-00002.safetensors").unlink()
-    again = run(directory)
+    again = run("train_ddp.py", 2, str(directory))
     for rank in range(2):
         assert f"rank {rank}: goes on from step 160 with 2 residuals" in again
     # The same step with the same bits before it.
     assert re.findall(r"step (\d+): loss (\d+\.\d+)", again) == losses[-1:]
+
+
+def test_sharded_example_learns() -> None:
+    said = run("train_fsdp.py", 4)
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\d+\.\d+)", said)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] / 5
+    assert "120 steps; residuals of this rank's shards of " in said
