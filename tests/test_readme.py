@@ -38,6 +38,7 @@ ELSEWHERE = {
     "gck plan --numel 124M --world-size 8 --rate 1gbit --backward-ms 600": "tests/cli/test_plan.py",
     "torchrun --standalone --nproc-per-node=2 examples/train_ddp.py": "tests/cli/test_example.py",
     "torchrun --standalone --nproc-per-node=4 examples/train_fsdp.py": "tests/cli/test_example.py",
+    "torchrun --standalone --nproc-per-node=4 examples/train_local_steps.py": "tests/cli/test_example.py",
 }
 
 

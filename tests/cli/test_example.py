@@ -43,3 +43,19 @@ def test_sharded_example_learns() -> None:
     assert len(losses) == 6
     assert losses[-1] < losses[0] / 5
     assert "120 steps; residuals of this rank's shards of " in said
+
+
+def test_local_steps_learn_and_go_on(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    first = run("train_local_steps.py", 3, str(directory))
+    losses = [float(loss) for loss in re.findall(r"round \d+: loss (\d+\.\d+)", first)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] / 2
+    ends = re.findall(r"rank \d: (parameters -?\d+; sent \d+ bytes)", first)
+    assert len(ends) == 3
+    assert len(set(ends)) == 1  # the same parameters on all ranks
+    # As if rank 1 had been killed before it saved the last round.
+    (directory / "gck-000000000020-rank-00001-of-00003.safetensors").unlink()
+    again = run("train_local_steps.py", 3, str(directory))
+    assert again.count("goes on from round 15") == 3
+    assert re.findall(r"rank \d: (parameters -?\d+; sent \d+ bytes)", again) == ends
