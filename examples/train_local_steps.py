@@ -3,11 +3,12 @@
     torchrun --standalone --nproc-per-node 4 examples/train_local_steps.py [directory]
 
 Every worker takes 15 steps of its own; then all average how far they came, of which each sends 2 bits for 64
-of 4,096 elements. What it has not sent stays in its residual, which fades. The lines that matter are marked. a directory, which all ranks see, it saves every 5 rounds, and goes on from there when it is started again. The
-task is made up: a network learns to imitate another one with fixed random weights.
+of 4,096 elements. What it has not sent stays in its residual, which fades. The lines that matter are marked.
+With a directory, which all ranks see, it saves every 5 rounds, and goes on from there when it is started
+again. The task is made up: a network learns to imitate another one with fixed random weights.
 
-Sources: Douillard et al., "DiLoCo" (2023); Wang et al., "Communication Efficient LLM Pre-training with SparseLoCo"
-(2025), section 3.
+Sources: Douillard et al., "DiLoCo" (2023); Wang et al., "Communication Efficient LLM Pre-training with
+SparseLoCo" (2025), section 3.
 """
 
 import sys
