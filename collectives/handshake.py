@@ -8,7 +8,7 @@ The header, little-endian:
 
     4  magic "GCKH"       1  version       1  algorithm     1  dtype      1  reduction
     4  world size         4  tensors       8  sequence      8  numel, all tensors together
-    12 blake2b of the compressor's configuration   12 blake2b of every numel (and dtype, if mixed)
+    12 blake2b of the compressor's configuration   12 blake2b of every numel (and dtype, if mixed; and name)
     8  seal: blake2b of the 56 bytes before it
 
 A header whose seal is wrong was damaged on its way, and says nothing of the rank that sent it. With
@@ -45,6 +45,7 @@ DTYPES = ("mixed", "float32", "bfloat16", "float16")
 # A compressor whose seed is part of the signature makes a new one at every step. All ranks agree on the same
 # signatures in the same order, so that all of them forget at the same call.
 MOST_AGREED = 4096
+MOST_SHOWN = 4  # tensors in the text of an error
 
 
 class _Header(NamedTuple):
@@ -74,6 +75,7 @@ class Signature:
         compressor: the configuration as text, see `describe`.
         dtypes, numels: of each tensor.
         reduction: "avg", "sum" or "none".
+        names: of each tensor, where they have some: equal sizes do not make them the same.
     """
 
     algorithm: str
@@ -81,6 +83,16 @@ class Signature:
     dtypes: tuple[torch.dtype, ...]
     numels: tuple[int, ...]
     reduction: str = "none"
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        tensors = ", ".join(f"{count} {dtype}" for dtype, count in Counter(map(str, self.dtypes)).items())
+        sizes = ", ".join(map(str, self.numels[:MOST_SHOWN])) + (
+            ", ..." if len(self.numels) > MOST_SHOWN else ""
+        )
+        names = f" ({', '.join(self.names[:MOST_SHOWN])}{', ...' if len(self.names) > MOST_SHOWN else ''})"
+        what = f"{tensors} with {sizes} elements{names if self.names else ''}"
+        return f"{self.algorithm} {self.reduction} of {what} by {self.compressor}"
 
     def header(self, world_size: int, sequence: int) -> bytes:
         names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
@@ -97,7 +109,7 @@ class Signature:
             sum(self.numels),
             _digest(self.compressor),
             # Names are here only where the dtype field cannot say them.
-            _digest(repr((self.numels, names if dtype == "mixed" else None))),
+            _digest(repr((self.numels, names if dtype == "mixed" else None, *self.names))),
             bytes(SEAL),
         )
         return packed[:-SEAL] + _seal(packed)
@@ -195,7 +207,7 @@ def _differences(headers: Sequence[bytes]) -> str:
 def _difference(name: str, mine: object, theirs: object) -> str:
     if isinstance(mine, bytes) or isinstance(theirs, bytes):
         # The text of a compressor names checksums and pieces, too.
-        return "compressor or an option" if name == "compressor" else name
+        return {"compressor": "compressor or an option", "shapes": "shapes or names"}.get(name, name)
     names = {"algorithm": ALGORITHMS, "dtype": DTYPES, "reduction": REDUCTIONS}.get(name)
     if names is not None and isinstance(mine, int) and isinstance(theirs, int):
         return f"{name} ({_name(names, mine)}, not {_name(names, theirs)})"

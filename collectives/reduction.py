@@ -49,12 +49,14 @@ def prepare(
     piece_numel: int | None = None,
     checksum: bool = False,
     link: Link | None = None,
+    names: Sequence[str] = (),
 ) -> Reduction:
     """Checks a call and returns the rest of it, to be called when the call has the group's turn.
 
     Args:
         function: the public function, for texts; the others are those of `gck.all_reduce_`.
         link: between ranks, or between nodes: what chooses piece_numel where that is None.
+        names: of the gradients, which ranks compare where there are some.
     """
     check_flags(function, async_op=async_op, checksum=checksum)
     check_validate(function, validate)
@@ -79,7 +81,7 @@ def prepare(
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
     text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
     text += " with checksums" if checksum else ""
-    signature = Signature(name, text, tuple(grad.dtype for grad in grads), numels, op)
+    signature = Signature(name, text, tuple(grad.dtype for grad in grads), numels, op, tuple(names))
     checked = (validate, checksum)
     return Reduction(
         function, grads, states, compressor, transport, plan, cuts, shards, pieces, signature, *checked

@@ -16,7 +16,7 @@ from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
 from gck.compressor import Compressor
 from gck.compressor_choice import CompressorChoice
 from gck.error_feedback import ErrorFeedback
-from gck.errors import ArgumentError, DtypeError, GckError, StateMismatchError
+from gck.errors import ArgumentError, CollectiveMismatchError, DtypeError, GckError, StateMismatchError
 from gck.integrations import ddp
 from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
@@ -196,7 +196,11 @@ def test_state_belongs_to_the_compressors(tmp_path: Path) -> None:
     assert same.load(tmp_path) is not None
     same.load_state_dict(saved)
     assert same.step == 1
-    for given in ({**BY_NAME, "*": Sign(64)}, {"*": Sign(32), **BY_NAME}, Sign(32)):
+    for given in (
+        {**BY_NAME, "*": Sign(64)},
+        {"head.*": None, "embed.*": BY_NAME["embed.*"], "*": Sign(32)},
+        Sign(32),
+    ):
         other = ddp.HookState(given, model=model, group=member)  # type: ignore[arg-type]
         with pytest.raises(StateMismatchError, match="belongs to compressor"):
             other.load_state_dict(saved)
@@ -211,7 +215,7 @@ def test_the_compressor_can_be_set_between_steps() -> None:
     embed = model.embed.weight
     assert state.compressor_of(embed) == Sign(32)
     state.compressor = BY_NAME
-    assert state.compressor is BY_NAME
+    assert state.compressor == BY_NAME
     assert state.compressor_of(embed) is BY_NAME["embed.*"]
     for wrong in ({"embedding.*": Sign(32), "*": Sign(32)}, {"*": "sign"}, None):
         with pytest.raises(GckError):
@@ -239,6 +243,52 @@ def test_the_compressor_can_be_set_between_steps() -> None:
 def test_wrong_compressors(compressor: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         ddp.HookState(compressor, model=Model())
+
+
+def test_a_pattern_that_comes_too_late() -> None:
+    with pytest.raises(ArgumentError, match=r"'head\.\*' of compressor comes too late"):
+        ddp.HookState({"embed.*": Sign(), "*": TopK(ratio=0.1), "head.*": None}, model=Model())
+
+
+def test_the_dict_is_copied() -> None:
+    given: dict[str, Compressor | None] = {"*": Sign(32)}
+    state = ddp.HookState(given, model=Model())
+    given["*"] = TopK(ratio=0.1)
+    assert state.compressor == {"*": Sign(32)}
+    assert state.compressors == [Sign(32)]
+    with pytest.raises(TypeError):
+        state.compressor["*"] = TopK(ratio=0.1)  # type: ignore[index]
+
+
+def test_equal_compressors_share_messages_but_not_other_seeds() -> None:
+    one = CompressorChoice("f", {"a": Quantize(seed=1, rounding="stochastic"), "b": Sign(32), "*": Sign(32)})
+    assert len(one.compressors) == 2
+    assert one.of("f", "b") is one.of("f", "c") is one.compressors[1]
+    stochastic = [Quantize(seed=seed, rounding="stochastic") for seed in (1, 2)]
+    assert stochastic[0] == stochastic[1]
+    other = CompressorChoice("f", {"a": stochastic[0], "*": stochastic[1]})
+    assert [other.of("f", name) for name in "ab"] == other.compressors
+    assert other.of("f", "a") is not other.of("f", "b")
+
+
+@pytest.mark.parametrize("validate", ["first", "always"])
+def test_ranks_with_crossed_names(validate: str) -> None:
+    """Messages of one size and compressor, of parameters that are not the same."""
+
+    def rank_main(member: SimulatedMember) -> None:
+        first, second = ("embed.*", "block.0.weight") if member.rank else ("block.0.weight", "embed.*")
+        model, compressors = Model(), (Sign(32), Sign(64))
+        given = {first: compressors[0], second: compressors[1], "*": None}
+        state = ddp.HookState(given, model=model, group=member, algorithm="two_phase", validate=validate)
+        bucket = Bucket(model, member.rank)
+        before = bucket.flat.clone()
+        with pytest.raises(
+            CollectiveMismatchError, match=r"in shapes or names; this rank has two_phase avg of 1"
+        ):
+            hook(state, bucket)
+        assert same_bytes(bucket.flat, before)
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
 
 
 def test_algorithms_must_suit_all_of_them() -> None:

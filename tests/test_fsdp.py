@@ -12,12 +12,14 @@ from torch import nn
 import gck
 from gck.collectives import SimulatedGroup, SimulatedMember
 from gck.errors import BackendUnavailableError, CollectiveMismatchError, DtypeError
+from gck.integrations import replicas
 from gck.integrations.replicas import check_replicas
 from tests.collectives.launcher import run_ranks
 
 NAMES = [
     line.split("(")[0].removeprefix("def ")
-    for line in (Path(__file__).parent / "collectives/fsdp_worker.py").read_text().splitlines()
+    for module in ("training", "states")
+    for line in (Path(__file__).parent / f"collectives/fsdp_{module}.py").read_text().splitlines()
     if line.startswith("def check_")
 ]
 
@@ -53,7 +55,7 @@ def test_a_torch_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("differs", [None, 0, 2])
 def test_replicas(dtype: torch.dtype, differs: int | None) -> None:
-    """One bit of one element of one rank; of strided tensors, empty ones and numbers alike."""
+    """One element of one rank, or its place; of strided tensors, empty ones and numbers alike."""
 
     def rank_main(member: SimulatedMember) -> str:
         tensors: dict[str, Any] = {
@@ -61,8 +63,9 @@ def test_replicas(dtype: torch.dtype, differs: int | None) -> None:
             "b": torch.ones(7, 9).to(dtype)[::2, ::2],
             "c": torch.tensor(1.0).to(dtype),
         }
+        tensors["b"][0, 0] = 0
         if member.rank == differs:
-            tensors["b"][1, 1] = 0
+            tensors["b"][0, 0], tensors["b"][1, 1] = 1, 0
         try:
             check_replicas("f", member, tensors, [tensor.shape for tensor in tensors.values()])
         except CollectiveMismatchError as error:
@@ -73,3 +76,11 @@ def test_replicas(dtype: torch.dtype, differs: int | None) -> None:
     other = 1 if differs == 0 else differs
     expected = "same" if differs is None else f"f: b of rank {other} of the group is not that of rank 0"
     assert all(text.startswith(expected) for text in said), said
+
+
+def test_hashes_know_places_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "BLOCK", 8)
+    tensor = torch.arange(100)
+    hashes = {replicas._hash(tensor.roll(shift)) for shift in range(100)}
+    assert len(hashes) == 100
+    assert replicas._hash(tensor.view(10, 10).T) == replicas._hash(tensor.view(10, 10).T.contiguous())

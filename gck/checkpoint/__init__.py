@@ -295,6 +295,7 @@ def _choose(directory: Path, step: int | None, world_size: int, rank: int) -> St
     if wanted:
         return max(wanted, key=lambda found: (found.step, found.world_size == world_size, found.world_size))
     if step is None:
+        _check_shared(directory, rank)
         return None
     partial = [found for found in state_sets(directory) if found.step == step]
     why = "; ".join(f"of {p.world_size} ranks, {list(p.missing)} are missing" for p in partial)
@@ -302,6 +303,17 @@ def _choose(directory: Path, step: int | None, world_size: int, rank: int) -> St
         f"load_state: step {step} is not complete in {directory} ({why or 'no file'}); complete steps: "
         f"{sorted({found.step for found in sets})}"
     )
+
+
+def _check_shared(directory: Path, rank: int) -> None:
+    """Of ranks that are never more than one save apart, two steps of one alone: others write elsewhere."""
+    found = [p for p in state_sets(directory) if p.world_size > 1]
+    alone = [p for p in found if set(range(p.world_size)) - set(p.missing) == {rank}]
+    if len(alone) > 1 and alone == found:
+        raise StateMismatchError(
+            f"load_state: {directory} has files of rank {rank} alone, of steps {[p.step for p in alone]}; "
+            "where each rank has a directory of its own, save and load with shared=False, and load with step="
+        )
 
 
 def _open(directory: Path, chosen: StateSet, rank: int) -> StateFile:

@@ -82,6 +82,7 @@ def prepare_groups(
             validate=state.validate,
             checksum=state.checksum,
             link=state.link,
+            names=[state.label(parameter) for parameter in group.parameters],
         )
         for group in groups
     ]

@@ -175,8 +175,8 @@ class HookState:
 
     @property
     def compressor(self) -> Choosable:
-        """As it was given."""
-        return self._compressor
+        """As it was given; a dict is a copy, which can't be changed: set another one."""
+        return self._choice.given
 
     @compressor.setter
     def compressor(self, value: Choosable) -> None:
@@ -185,7 +185,7 @@ class HookState:
             check_algorithm("HookState", compressor, self.algorithm)
         if self._bound:
             choice.check_names("HookState", self._names.values())
-        self._compressor, self._choice = value, choice
+        self._choice = choice
 
     @property
     def compressors(self) -> list[Compressor]:

@@ -15,27 +15,28 @@ from gck.errors import CollectiveMismatchError
 __all__ = ["check_replicas"]
 
 DIGEST = 16  # bytes of each half of the first message
+BLOCK = 1 << 22  # elements that are hashed at a time
 
 
 def check_replicas(
-    function: str, transport: Transport, tensors: Mapping[str, Tensor], shapes: Sequence[Sequence[int]]
+    function: str, transport: Transport, tensors: Mapping[str, Tensor], about: Sequence[object]
 ) -> None:
-    """Compares the sum of each tensor's bits with that of every other rank; collective over the group.
+    """Compares a hash of each tensor with that of every other rank; collective over the group.
 
     Two messages at most, of 32 bytes, and of 8 a tensor where ranks differ. Reads all tensors, once, and
     waits for their device.
 
     Args:
         tensors: by name, this rank's part of each.
-        shapes: of the whole of each.
+        about: what else must be the same of each, as text: the shape of the whole, where in it the part is.
 
     Raises:
-        CollectiveMismatchError: on all ranks, if names, shapes, dtypes or sums are not the same everywhere.
+        CollectiveMismatchError: on all ranks, if names, dtypes, hashes or `about` differ.
     """
-    sums = torch.tensor([int(_bits(tensor).sum(dtype=torch.int64)) for tensor in tensors.values()])
-    whole = zip(tensors.items(), shapes, strict=True)
-    text = "\n".join(f"{name} {tuple(shape)} {tensor.dtype}" for (name, tensor), shape in whole)
-    values = sums.numpy().tobytes()
+    hashes = torch.tensor([_hash(tensor) for tensor in tensors.values()])
+    whole = zip(tensors.items(), about, strict=True)
+    text = "\n".join(f"{name} {tensor.dtype} {more}" for (name, tensor), more in whole)
+    values = hashes.numpy().tobytes()
     halves = [blake2b(part, digest_size=DIGEST).digest() for part in (text.encode(), values)]
 
     def run() -> None:
@@ -43,17 +44,17 @@ def check_replicas(
         for rank, row in enumerate(rows):
             if row[:DIGEST] != rows[0][:DIGEST]:
                 raise CollectiveMismatchError(
-                    f"{function}: rank {rank} of the group has parameters of other names, shapes or dtypes "
-                    "than rank 0"
+                    f"{function}: rank {rank} of the group has parameters of other names, shapes, shards or "
+                    "dtypes than rank 0"
                 )
         if len(set(rows)) == 1:
             return
-        all_sums = [
+        all_hashes = [
             torch.frombuffer(bytearray(row), dtype=torch.int64) for row in _gathered(transport, values)
         ]
         for i, name in enumerate(tensors):
-            for rank, other in enumerate(all_sums):
-                if other[i] != all_sums[0][i]:
+            for rank, other in enumerate(all_hashes):
+                if other[i] != all_hashes[0][i]:
                     raise CollectiveMismatchError(
                         f"{function}: {name} of rank {rank} of the group is not that of rank 0, and never "
                         "will be; load or broadcast the same parameters first"
@@ -62,9 +63,15 @@ def check_replicas(
     perform(transport, function, run, torch.device("cpu"), False)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    size = tensor.element_size()
-    return tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(size, torch.int64))
+def _hash(tensor: Tensor) -> int:
+    """Of the bits and their places: a sum of products modulo 2^64, the same on every device."""
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    bits = tensor.detach().reshape(-1).view(dtype)
+    factors = torch.arange(1, 2 * min(BLOCK, bits.numel()) + 1, 2, device=bits.device)
+    total = 0
+    for number, block in enumerate(bits.split(BLOCK)):
+        total += int((block.to(torch.int64) * factors[: block.numel()]).sum()) * (2 * number + 1)
+    return (total + 2**63) % 2**64 - 2**63
 
 
 def _gathered(transport: Transport, message: bytes) -> list[bytes]:
