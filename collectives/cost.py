@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from gck.collectives.transports.rotation import ROTATE_FROM
-from gck.compressor import Compressor, is_seeded, server_of, shard_numel
+from gck.compressor import Compressor, check_compressor, is_seeded, server_of, shard_numel
 from gck.errors import ArgumentError
 from gck.values import make_plain, plain_int, plain_real
 from gck.wire import Layout
@@ -154,9 +154,11 @@ def all_reduce_cost(
     does with values; dense is a ring of fp32.
 
     Raises:
+        DtypeError: compressor is none.
         ArgumentError: world_size below 1; algorithm unknown, or "two_phase" of a compressor without chunks;
             numels is a number.
     """
+    check_compressor("all_reduce_cost", compressor)
     _check_numels("all_reduce_cost", numels)
     world_size = plain_int(world_size)
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
@@ -225,8 +227,10 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     one wins; in a world of one nothing is sent, so nothing is compressed.
 
     Raises:
+        DtypeError: compressor is none.
         ArgumentError: numels is a number.
     """
+    check_compressor("choose_algorithm", compressor)
     _check_numels("choose_algorithm", numels)
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}

@@ -21,7 +21,9 @@ STEPS, REPLICAS = 120, 2
 def main() -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size() // REPLICAS
+    rank, (ranks, rest) = dist.get_rank(), divmod(dist.get_world_size(), REPLICAS)
+    if rest:
+        raise SystemExit(f"the number of processes must be a multiple of {REPLICAS}")
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -94,7 +94,9 @@ def _plan(
         float | None,
         typer.Option(help="Of a step, the time in which links could be busy; unknown if left out."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where gradients are: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where gradients are: cpu or cuda; none: on no machine like this.")
+    ] = "cpu",
     compressor: Annotated[
         list[str] | None, typer.Option(help='One more, such as "TopK(ratio=0.001)"; may be repeated.')
     ] = None,

@@ -41,22 +41,26 @@ def main(
             raise BackendUnavailableError("--device cuda: PyTorch sees no CUDA device")
         if out is not None:
             require_matplotlib()
+            out.mkdir(parents=True, exist_ok=True)
         names = [*CANDIDATES, *compressors]
         columns = (TextColumn("measuring {task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=errors, transient=True) as progress:
             task = progress.add_task("compressors", total=len(names))
             plan = make_plan(settings, names, lambda _: progress.advance(task))
+        written = () if out is None else write_files(plan, out)
     except ArgumentError as error:
         return stop("gck plan", str(error), 2)
     except GckError as error:
         return stop("gck plan", str(error), 1)
+    except OSError as error:
+        return stop("gck plan", f"--out: {error}", 1)
     if as_json:
         print(json.dumps(to_dict(plan), indent=2))
     else:
         console = Console()
+        console = Console(width=max(80, console.width))
         print_table(console, plan)
         console.print(advice(plan), highlight=False, markup=False)
-    if out is not None:
-        for path in write_files(plan, out):
-            errors.print(f"wrote {path}", highlight=False, markup=False)
+    for path in written:
+        errors.print(f"wrote {path}", highlight=False, markup=False)
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ __all__ = ["DENSE", "HALF", "Estimate", "Plan", "estimate", "make_plan"]
 DENSE, HALF = "dense fp32", "dense 16 bits"
 MEASURED = 25_000_000  # elements, at most; more take as much longer
 GATHERED = 1 << 29  # bytes, at most, of the payloads of all ranks while measuring
+SEARCHED = [10 ** (13 - step / 20) for step in range(201)]  # rates, from 10 Tbit/s to 1 kbit/s
 SAMPLE = 1 << 20  # elements of the Gaussian gradient of which `left` is the share
 
 
@@ -49,18 +52,6 @@ class Estimate:
         """Of an all-reduce over another link."""
         return self.cost.seconds(link, self.compute, _pieces(self.compressor, self.cost, settings, link))
 
-    def pays_below(self, dense: Cost, latency: float) -> float | None:
-        """Bits a second of the fastest link on which this, in one piece, is no slower than dense fp32.
-
-        Bytes that are saved, over the seconds that computing takes more than is saved in rounds; None: on no
-        link, for it sends no fewer bytes; infinite: on every one.
-        """
-        saved = dense.nbytes - self.cost.nbytes
-        more = self.compute - (dense.rounds - self.cost.rounds) * latency
-        if saved <= 0:
-            return None if more >= 0 else float("inf")
-        return saved / more / Link.ethernet(1.0).bandwidth if more > 0 else float("inf")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -76,12 +67,43 @@ class Plan:
         return [self.dense, self.half, *self.compressed]
 
     def step(self, row: Estimate) -> float:
-        """Seconds of a step, at best: what a backward pass can't hide of the all-reduce comes on top."""
-        return max(row.seconds, self.settings.backward or 0.0)
+        """Seconds of a step, at best: links are busy while the backward pass goes on, but the processors that
+        compress are those that it runs on. Of the all-reduce alone where no backward pass is known."""
+        backward = self.settings.backward
+        return row.seconds if backward is None else max(row.seconds, backward + row.compute)
 
     def speed_up(self, row: Estimate) -> float:
-        """Steps of dense fp32 over those with this; of all-reduces alone where no backward pass is known."""
+        """The step with dense fp32 over that with this."""
         return self.step(self.dense) / self.step(row)
+
+    def frontier(self) -> list[Estimate]:
+        """Compressors than which none is both faster and leaves less, the mildest first; each is faster than
+        dense gradients of 16 bits."""
+        found: list[Estimate] = []
+        for row in sorted(self.compressed, key=lambda row: (row.left, self.step(row))):
+            if self.step(row) < min(map(self.step, (self.half, *found))):
+                found.append(row)
+        return found
+
+    def pays_below(self, row: Estimate) -> float | None:
+        """Bits a second of the fastest link on which an all-reduce with this is no slower than with 16 bits.
+
+        None: on no link; infinite: on the fastest that is looked at, 10 Tbit/s, too.
+        """
+
+        def pays(rate: float) -> bool:
+            link = self.settings.link(rate)
+            return row.seconds_over(link, self.settings) <= self.half.cost.seconds(link)
+
+        # In pieces the time does not always fall with the rate: from above, the first on which it pays.
+        first = next((i for i, rate in enumerate(SEARCHED) if pays(rate)), None)
+        if first is None or first == 0:
+            return None if first is None else float("inf")
+        low, high = SEARCHED[first], SEARCHED[first - 1]
+        while high > 1.001 * low:
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if pays(middle) else (low, middle)
+        return low
 
 
 def make_plan(settings: Settings, names: Sequence[str], done: Callable[[str], None] = lambda _: None) -> Plan:
@@ -92,12 +114,14 @@ def make_plan(settings: Settings, names: Sequence[str], done: Callable[[str], No
         Those of `gck.all_reduce_` on the device.
     """
     compressors = [(name, parse(name)) for name in names]
+    for _, compressor in compressors:
+        compressor.layout(settings.numel)  # for what it raises
     ring = all_reduce_cost(compressors[0][1], [settings.numel], settings.world_size, "dense")
     halved = Cost(ring.algorithm, ring.nbytes // 2, ring.messages, ring.rounds)
     rows = []
     for name, compressor in compressors:
         compute = _compute(compressor, settings)
-        rows.append(estimate(name, compressor, settings, compute, _left(compressor)))
+        rows.append(estimate(name, compressor, settings, compute, _left(compressor, settings.numel)))
         done(name)
     return Plan(settings, _dense(DENSE, 32, ring, settings), _dense(HALF, 16, halved, settings), rows)
 
@@ -108,6 +132,7 @@ def estimate(name: str, compressor: Compressor, settings: Settings, compute: flo
     cost = all_reduce_cost(compressor, [numel], settings.world_size)
     pieces = _pieces(compressor, cost, settings, link)
     bits = 8 * compressor.layout(numel).nbytes / numel
+    left = 0.0 if cost.algorithm == "dense" else left
     return Estimate(name, bits, left, cost, compute, pieces, cost.seconds(link, compute, pieces), compressor)
 
 
@@ -125,18 +150,28 @@ def _compute(compressor: Compressor, settings: Settings) -> float:
     """Seconds for the whole gradient, of one that is as long, or shorter."""
     numel, world_size = min(settings.numel, MEASURED), settings.world_size
     cost = all_reduce_cost(compressor, [settings.numel], world_size)
-    if cost.algorithm == "dense":
+    if cost.algorithm == "dense" or settings.device == "none":
         return 0.0
     if cost.algorithm == "one_phase":
-        payloads = world_size * compressor.layout(numel).nbytes
+        payloads = world_size * compressor.layout(settings.numel).nbytes * numel // settings.numel
         numel = max(1, numel * min(payloads, GATHERED) // payloads)
-    taken = measure_compute(compressor, numel, world_size, cost.algorithm, repeats=3, device=settings.device)
+    shorter = _of(compressor, numel, settings.numel)
+    taken = measure_compute(shorter, numel, world_size, cost.algorithm, repeats=3, device=settings.device)
     return taken * settings.numel / numel
 
 
-def _left(compressor: Compressor) -> float:
+def _left(compressor: Compressor, numel: int) -> float:
     grad = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(1), device="cpu")
     err = torch.zeros_like(grad)
+    compressor = _of(compressor, SAMPLE, numel)
     body = torch.zeros(1, compressor.layout(SAMPLE).nbytes, dtype=torch.uint8)
     compressor.compress_(grad, err, body)
     return float(err.square().sum() / grad.square().sum())
+
+
+def _of(compressor: Any, numel: int, whole: int) -> Compressor:
+    """One that keeps as large a share of `numel` elements as `compressor` does of `whole`."""
+    if compressor.shard_unit is None and isinstance(k := getattr(compressor, "k", None), int):
+        compressor = dataclasses.replace(compressor, k=max(1, min(numel, round(k * numel / whole))))
+    made: Compressor = compressor
+    return made

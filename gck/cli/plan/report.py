@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gck.cli.links import format_rate
 from gck.cli.pictures import canvas
@@ -19,21 +20,22 @@ from gck.cli.plan.estimate import Estimate, Plan
 
 __all__ = ["advice", "print_table", "to_dict", "write_files"]
 
-WORTH = 1.1  # times faster than 16 bits, from which on compressing is advised: no model knows it better
+WORTH = 1.1  # no model knows it better: what is not so many times faster is as fast
 RATES = [10 ** (6 + step / 20) for step in range(101)]  # bits a second, of the picture
 
 
 def print_table(console: Console, plan: Plan) -> None:
-    settings = plan.settings
+    settings, frontier = plan.settings, plan.frontier()
     options: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": 0, "caption_justify": "left"}
     table = Table(title=title(plan), caption=_caption(plan), **options)
-    table.add_column("", overflow="fold", min_width=22)
+    table.add_column("", overflow="fold", min_width=21)
     for heading in ("left", "sent by\na rank", "link", "compute", "all-\nreduce", "faster", "pays\nbelow"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in plan.rows:
         dense = row.compressor is not None and row.cost.algorithm == "dense"
+        mark = "" if row.compressor is None else "* " if row in frontier else "  "
         table.add_row(
-            f"{row.name}: sends dense" if dense else row.name,
+            Text(f"{mark}{row.name}{': sends dense' if dense else ''}"),
             f"{row.left:.2f}",
             _bytes(row.cost.nbytes),
             _seconds(row.cost.seconds(settings.link())),
@@ -62,42 +64,44 @@ def advice(plan: Plan) -> str:
             f"Do not compress: a backward pass of {_seconds(backward)} can hide a dense all-reduce of "
             f"{_seconds(dense.seconds)}."
         )
-    if backward is not None and half.seconds <= backward:
-        return "16 bits are enough: a backward pass can hide them. Any framework has an fp16 hook."
-    worth = [row for row in plan.compressed if row.seconds * WORTH <= half.seconds]
-    if not worth:
+    frontier = plan.frontier()
+    fastest = min((half, *frontier), key=plan.step)
+    if plan.step(half) <= WORTH * plan.step(fastest):
         return (
-            f"Do not compress: dense gradients take {_seconds(dense.seconds)}, in 16 bits "
-            f"{_seconds(half.seconds)}, and nothing here is {WORTH} times faster than that."
+            f"16 bits are enough, with any framework's fp16 hook: {_than(plan, half, dense)}, and nothing "
+            f"here is {WORTH} times faster than that."
         )
-    mildest = min(worth, key=lambda row: row.left)
-    fastest = min(worth, key=lambda row: row.seconds)
-    if backward is not None and fastest.seconds <= backward:
-        enough = min((row for row in worth if row.seconds <= backward), key=lambda row: row.left)
-        return (
-            f"{enough.name}: of those that the backward pass can hide it leaves least behind. Steps are "
-            f"{plan.speed_up(enough):.1f} times faster than with dense gradients; fewer bits gain nothing."
-        )
-    parts = [f"Leaves least behind: {mildest.name}, {plan.speed_up(mildest):.1f} times faster than dense."]
-    if fastest is not mildest:
-        parts.append(
-            f"Fastest: {fastest.name}, {plan.speed_up(fastest):.1f} times, but {fastest.left:.2f} of a "
-            "gradient is left for later steps."
-        )
+    # Of those that are as good as the fastest, the one that leaves least for later steps.
+    enough = next(row for row in frontier if plan.step(row) <= WORTH * plan.step(fastest))
+    parts = [
+        f"{enough.name}: {_than(plan, enough, half)}, leaves {enough.left:.2f} of a gradient for later steps."
+    ]
+    milder = [row for row in frontier if row.left < enough.left]
+    if milder:
+        named = "; ".join(f"{r.name}, {_than(plan, r, half)}, leaves {r.left:.2f}" for r in reversed(milder))
+        parts.append(f"Milder, and slower: {named}.")
     if backward is None:
         parts.append("With --backward-ms you learn which is fast enough.")
-    else:
-        parts.append("None hides behind the backward pass: a larger batch gives links more time.")
+    elif plan.step(enough) > WORTH * (backward + enough.compute):
+        parts.append(
+            "None hides behind the backward pass: give links more time with a larger batch, or with many "
+            "local steps between two reductions (examples/train_local_steps.py)."
+        )
     return " ".join(parts)
+
+
+def _than(plan: Plan, row: Estimate, other: Estimate) -> str:
+    what = "all-reduces" if plan.settings.backward is None else "steps"
+    return f"{what} {plan.step(other) / plan.step(row):.1f} times faster than with {other.name}"
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """Plain numbers: bytes, seconds, bits a second; `pays_below` is null where no link is slow enough."""
-    rows = []
+    rows, frontier = [], plan.frontier()
     for row in plan.rows:
-        fields = asdict(row)
+        fields = asdict(replace(row, compressor=None))
         del fields["compressor"]
-        below = None if row is plan.dense else row.pays_below(plan.dense.cost, plan.settings.latency)
+        below = None if row.compressor is None else plan.pays_below(row)
         always = below == float("inf")
         step, speed_up = plan.step(row), plan.speed_up(row)
         rows.append(
@@ -107,6 +111,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
                 "speed_up": speed_up,
                 "pays_below": None if always else below,
                 "pays_always": always,
+                "frontier": row in frontier,
             }
         )
     return {
@@ -118,8 +123,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def write_files(plan: Plan, out: Path) -> Sequence[Path]:
-    """Writes plan.json and plan.png into the folder `out`, and returns their paths."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes plan.json and plan.png into the folder `out`, which is there, and returns their paths."""
     numbers, picture = out / "plan.json", out / "plan.png"
     numbers.write_text(json.dumps(to_dict(plan), indent=2) + "\n")
     _draw(plan, picture)
@@ -151,27 +155,30 @@ def _draw(plan: Plan, path: Path) -> None:
 
 
 def _caption(plan: Plan) -> str:
-    settings = plan.settings
-    where = f"{torch.get_num_threads()} threads of this machine" if settings.device == "cpu" else "its GPU"
+    settings, threads = plan.settings, torch.get_num_threads()
+    where = {
+        "cpu": f"on {threads} thread{'s' if threads > 1 else ''} of this machine",
+        "cuda": "on its GPU",
+        "none": "left out",
+    }[settings.device]
     faster = "all-reduces"
     if settings.backward is not None:
-        faster = (
-            f"steps, at best, which hide all-reduces behind a backward pass of {_seconds(settings.backward)}"
-        )
+        faster = f"steps, at best, with a backward pass of {_seconds(settings.backward)} to hide behind"
     return (
         "Left: the share of a Gaussian gradient's squares that one step leaves for later ones. Link: bytes "
-        f"and latency. Compute: on {where}; adding up dense gradients counts as none. Faster: {faster}, than "
-        "with dense fp32. Pays below: the fastest link on which it is no slower."
+        f"and latency. Compute: {where}; added to that, or meanwhile where a gradient goes in pieces; none "
+        f"counts for dense ones. Faster: {faster}, than with dense fp32. Pays below: the fastest link on "
+        "which an all-reduce is no slower than with 16 bits. *: none is both faster and leaves less."
     )
 
 
 def _pays_below(plan: Plan, row: Estimate) -> str:
-    if row is plan.dense:
+    if row.compressor is None:
         return ""
-    below = row.pays_below(plan.dense.cost, plan.settings.latency)
+    below = plan.pays_below(row)
     if below is None:
         return "never"
-    return "always" if below == float("inf") else format_rate(int(float(f"{below:.2g}")))
+    return "always" if below == float("inf") else format_rate(int(float(f"{below:.2g}"))).replace("bit", "b")
 
 
 def _bytes(count: int) -> str:

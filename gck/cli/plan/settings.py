@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from gck.cli.links import parse_rate
 from gck.collectives import Link
@@ -12,6 +13,7 @@ from gck.errors import ArgumentError
 __all__ = ["MOST_RANKS", "Settings", "parse_numel"]
 
 MOST_RANKS = 1024
+DEVICES = ("cpu", "cuda", "none")
 MOST_NUMEL = 10**13
 _NUMEL = re.compile(r"(\d+\.?\d*(?:e\d{1,2})?)([kMGB]?)")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
@@ -27,7 +29,7 @@ class Settings:
         bits_per_second: of a link, in each direction, with the headers of packets.
         latency: seconds that a message takes beside its bytes.
         backward: seconds of a step in which the link could be busy; None: not known.
-        device: where gradients are, "cpu" or "cuda".
+        device: where gradients are, "cpu" or "cuda"; "none": elsewhere, so that computing is left out.
     """
 
     numel: int
@@ -51,10 +53,10 @@ class Settings:
         for name, value in (("--latency-ms", latency_ms), ("--backward-ms", backward_ms)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ArgumentError(f"{name} must be at least 0 and finite, got {value}")
-        if device not in ("cpu", "cuda"):
-            raise ArgumentError(f"--device must be cpu or cuda, got {device!r}")
+        if device not in DEVICES:
+            raise ArgumentError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
         backward = None if backward_ms is None else backward_ms / 1e3
-        bits = parse_rate(rate)
+        bits = _bits_per_second(rate)
         return cls(parse_numel(numel), world_size, bits, latency_ms / 1e3, backward, device)
 
     def link(self, bits_per_second: float | None = None) -> Link:
@@ -69,7 +71,16 @@ def parse_numel(text: str) -> int:
         ArgumentError: not a whole number from 1 to 10^13, written so.
     """
     match = _NUMEL.fullmatch(text.strip())
-    numel = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    numel = Decimal(match[1]) * _UNITS[match[2]] if match else Decimal(0)
     if not 1 <= numel <= MOST_NUMEL or numel != int(numel):
         raise ArgumentError(f"--numel must be like 124439808, 124M, 7B or 25e6, got {text!r}")
     return int(numel)
+
+
+def _bits_per_second(text: str) -> int:
+    """As `parse_rate`, and of "1gbps", "100 Mbit/s"."""
+    plain = text.strip().lower().replace(" ", "").removesuffix("/s")
+    try:
+        return parse_rate(re.sub("b(ps)?$", "bit", plain) if not plain.endswith("bit") else plain)
+    except ArgumentError:
+        raise ArgumentError(f"--rate must be like 100mbit, 1gbit or 2.5gbps, got {text!r}") from None
