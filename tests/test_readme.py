@@ -35,7 +35,7 @@ ELSEWHERE = {
     "pip install --no-build-isolation --no-deps .": "tests/test_packaging.py",
     "gck doctor": "tests/cli",
     "gck demo": "tests/cli",
-    "gck plan --numel 124M --world-size 8 --rate 1gbit --latency-ms 0.5 --backward-ms 600": "tests/cli/test_plan.py",
+    "gck plan --numel 124M --world-size 8 --rate 1gbit --latency-ms 0.5 --backward-ms 600": "tests/cli",
     "torchrun --standalone --nproc-per-node=2 examples/train_ddp.py": "tests/cli/test_example.py",
     "torchrun --standalone --nproc-per-node=4 examples/train_fsdp.py": "tests/cli/test_example.py",
     "torchrun --standalone --nproc-per-node=4 examples/train_local_steps.py": "tests/cli/test_example.py",

@@ -24,7 +24,7 @@ from gck.checkpoint.file import (
     write,
 )
 from gck.checkpoint.reshard import names_of, resharded
-from gck.checkpoint.sets import StateSet, abandon, complete_sets, path_of, prune, state_sets
+from gck.checkpoint.sets import StateSet, abandon, complete_sets, lone_steps, path_of, prune, state_sets
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import (
     STATE_VERSION,
@@ -172,8 +172,9 @@ def load_state(
     Raises:
         ArgumentError, DtypeError: an argument is out of range or of a wrong type, or a residual would not be
             finite under `scale`.
-        StateMismatchError: what was saved belongs to another model, compressor, world size or kind of
-            state, or the step is not complete; says what differs.
+        StateMismatchError: three steps or more are of this rank alone, so that it is no shared directory; or
+            what was saved belongs to another model, compressor, world size or kind of state, or the step is
+            not complete; says what differs.
         CorruptPayloadError: a file is damaged; an older step may be whole.
         BackendUnavailableError: safetensors or numpy is missing.
         OSError: a file cannot be read, or directory is none.
@@ -306,13 +307,12 @@ def _choose(directory: Path, step: int | None, world_size: int, rank: int) -> St
 
 
 def _check_shared(directory: Path, rank: int) -> None:
-    """Of ranks that are never more than one save apart, two steps of one alone: others write elsewhere."""
-    found = [p for p in state_sets(directory) if p.world_size > 1]
-    alone = [p for p in found if set(range(p.world_size)) - set(p.missing) == {rank}]
-    if len(alone) > 1 and alone == found:
+    """Ranks are never more than one save apart, and rarely killed there twice: then others write elsewhere."""
+    alone = lone_steps(directory, rank)
+    if len(alone) > 2:
         raise StateMismatchError(
-            f"load_state: {directory} has files of rank {rank} alone, of steps {[p.step for p in alone]}; "
-            "where each rank has a directory of its own, save and load with shared=False, and load with step="
+            f"load_state: {directory} has files of rank {rank} alone, of steps {alone}; where each rank has "
+            "a directory of its own, save and load with shared=False, and load with step="
         )
 
 

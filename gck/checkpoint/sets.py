@@ -37,11 +37,24 @@ def path_of(directory: Path, step: int, rank: int, world_size: int) -> Path:
     return directory / f"gck-{step:012d}-rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def state_sets(directory: Path) -> list[StateSet]:
-    """All sets, complete or not; the oldest step first."""
+def lone_steps(directory: Path, rank: int) -> list[int]:
+    """Steps of which this rank's files are there, of a larger world, if no other's are of any."""
+    ranks = _ranks(directory)
+    alone = all(present == {rank} and world_size > 1 for (_, world_size), present in ranks.items())
+    return sorted({step for step, _ in ranks}) if alone else []
+
+
+def _ranks(directory: Path) -> dict[tuple[int, int], set[int]]:
+    """(step, world size) -> ranks whose files are there."""
     ranks: dict[tuple[int, int], set[int]] = {}
     for _, step, rank, world_size in _files(directory):
         ranks.setdefault((step, world_size), set()).add(rank)
+    return ranks
+
+
+def state_sets(directory: Path) -> list[StateSet]:
+    """All sets, complete or not; the oldest step first."""
+    ranks = _ranks(directory)
     return [
         # A name may say any world size: only as many ranks as there are files are gone through.
         StateSet(step, world_size, _missing(present, world_size))

@@ -177,6 +177,20 @@ def test_a_directory_a_rank(tmp_path: Path) -> None:
     assert gck.saved_steps(homes[0], rank=0, world_size=2) == [20]
 
 
+def test_a_directory_that_is_not_shared_although_it_was_said_to_be(tmp_path: Path) -> None:
+    """It would go on as if nothing had been saved."""
+    save(tmp_path, 10, rank=1)
+    assert load(tmp_path, 1) == (None, None)  # others may have been killed before they saved
+    (tmp_path / "gck-000000000010-rank-00001-of-2147483647.safetensors").write_bytes(b"?")
+    save(tmp_path, 20, rank=1)
+    with pytest.raises(
+        StateMismatchError, match=r"has files of rank 1 alone, of steps \[10, 20\]; .* shared=False"
+    ):
+        load(tmp_path, 1)
+    assert load(tmp_path, 0) == (None, None)
+    assert load(tmp_path, 1, step=20, shared=False) == (20, 2001)
+
+
 def test_other_files_do_not_matter(tmp_path: Path) -> None:
     for rank in (0, 1):
         save(tmp_path, 10, rank)

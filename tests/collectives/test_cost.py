@@ -21,7 +21,7 @@ from gck.collectives import (
 )
 from gck.collectives.cost import Cost
 from gck.collectives.transports.simulated import SimulatedMember
-from gck.errors import ArgumentError
+from gck.errors import ArgumentError, DtypeError
 
 COMPRESSORS = [
     gck.TopK(ratio=0.01),
@@ -167,6 +167,8 @@ def test_wrong_arguments() -> None:
     for call in (all_reduce_cost, choose_algorithm):
         with pytest.raises(ArgumentError, match=f"{call.__name__}: numels must be a sequence.*got 10"):
             call(gck.Sign(), 10, 2)  # type: ignore[arg-type]
+        with pytest.raises(DtypeError, match=f"{call.__name__}: compressor must be a Compressor, got None"):
+            call(None, [10], 2)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"hierarchical_cost: numels must be a sequence.*got 10"):
         hierarchical_cost(gck.Sign(), 10, 2, 2)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="bits_per_second must be a number, got '100mbit'"):
