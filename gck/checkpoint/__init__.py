@@ -307,7 +307,7 @@ def _choose(directory: Path, step: int | None, world_size: int, rank: int) -> St
 
 
 def _check_shared(directory: Path, rank: int) -> None:
-    """Ranks are never more than one save apart, and rarely killed there twice: then others write elsewhere."""
+    """Ranks are one save apart at most, and rarely killed there twice: else others write elsewhere."""
     alone = lone_steps(directory, rank)
     if len(alone) > 2:
         raise StateMismatchError(

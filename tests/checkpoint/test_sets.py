@@ -183,12 +183,14 @@ def test_a_directory_that_is_not_shared_although_it_was_said_to_be(tmp_path: Pat
     assert load(tmp_path, 1) == (None, None)  # others may have been killed before they saved
     (tmp_path / "gck-000000000010-rank-00001-of-2147483647.safetensors").write_bytes(b"?")
     save(tmp_path, 20, rank=1)
+    assert load(tmp_path, 1) == (None, None)  # or twice
+    save(tmp_path, 30, rank=1)
     with pytest.raises(
-        StateMismatchError, match=r"has files of rank 1 alone, of steps \[10, 20\]; .* shared=False"
+        StateMismatchError, match=r"of rank 1 alone, of steps \[10, 20, 30\]; .* shared=False"
     ):
         load(tmp_path, 1)
     assert load(tmp_path, 0) == (None, None)
-    assert load(tmp_path, 1, step=20, shared=False) == (20, 2001)
+    assert load(tmp_path, 1, step=30, shared=False) == (30, 3001)
 
 
 def test_other_files_do_not_matter(tmp_path: Path) -> None:
