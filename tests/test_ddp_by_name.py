@@ -136,6 +136,33 @@ def test_warm_up_is_dense() -> None:
     assert all(same_bytes(flat, exact) for flat in SimulatedGroup(2, timeout=20).run(rank_main))
 
 
+def test_a_step_without_compression() -> None:
+    """It sends what residuals hold, too, and empties them."""
+
+    def rank_main(member: SimulatedMember) -> tuple[Tensor, Tensor]:
+        model = Model()
+        state = ddp.HookState(BY_NAME, model=model, group=member)
+        bucket = Bucket(model, member.rank)
+        hook(state, bucket)
+        bucket.flat.normal_(generator=torch.Generator().manual_seed(10 + member.rank))
+        whole = bucket.flat.clone()
+        parts = dict(zip(NAMES, whole.split(SIZES), strict=True))
+        for name, residuals in state.residuals.items():
+            assert residuals.worker is not None
+            assert residuals.worker.any()
+            parts[name] += residuals.worker
+        state.algorithm = "dense"
+        hook(state, bucket)
+        assert not any(
+            bool(each.worker.any()) for each in state.residuals.values() if each.worker is not None
+        )
+        return bucket.flat, whole
+
+    (flat, first), (other, second) = SimulatedGroup(2, timeout=20).run(rank_main)
+    assert same_bytes(flat, other)
+    assert same_bytes(flat, (first + second) / 2)
+
+
 def test_error_of_the_last_message_leaves_the_bucket_as_it_was() -> None:
     def rank_main(member: SimulatedMember) -> None:
         model, failing = Model(), Fragile(Sign(32), fail_at=2)

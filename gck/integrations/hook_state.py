@@ -44,7 +44,8 @@ class HookState:
             it. May be given later with `bind`.
         group: as for `gck.all_reduce_`; should be the group that DDP uses. None: that of `model` where it
             is a DDP module, else WORLD.
-        algorithm, validate, timeout, checksum: as for `gck.all_reduce_`.
+        algorithm, validate, timeout, checksum: as for `gck.all_reduce_`. `algorithm` may be set between
+            steps, alike on all ranks: "dense" sends everything, what is left in residuals as well.
         link: the slow one between ranks, or between the nodes of a `HierarchicalGroup`, the same on all of
             them: buckets go in the pieces that `gck.collectives.choose_piece_numel` says, all at once on
             devices. None: at once.
