@@ -153,9 +153,7 @@ def test_a_step_without_compression() -> None:
             parts[name] += residuals.worker
         state.algorithm = "dense"
         hook(state, bucket)
-        assert not any(
-            bool(each.worker.any()) for each in state.residuals.values() if each.worker is not None
-        )
+        assert not any(r.worker is not None and r.worker.any() for _, r in state.residuals.items())
         return bucket.flat, whole
 
     (flat, first), (other, second) = SimulatedGroup(2, timeout=20).run(rank_main)
