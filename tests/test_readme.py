@@ -39,6 +39,7 @@ ELSEWHERE = {
     "torchrun --standalone --nproc-per-node=2 examples/train_ddp.py": "tests/cli/test_example.py",
     "torchrun --standalone --nproc-per-node=4 examples/train_fsdp.py": "tests/cli/test_example.py",
     "torchrun --standalone --nproc-per-node=4 examples/train_local_steps.py": "tests/cli/test_example.py",
+    "python examples/federated.py": "tests/cli/test_example.py",
 }
 
 

@@ -8,8 +8,10 @@ import gck
 
 
 def run(script: str, ranks: int, *options: str) -> str:
-    root = Path(gck.__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    """Of one rank by python alone, of more by torchrun."""
+    root, command = Path(gck.__file__).parents[1], [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [*command, str(Path(__file__).parents[2] / "examples" / script), *options],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
@@ -59,3 +61,11 @@ def test_local_steps_learn_and_go_on(tmp_path: Path) -> None:
     again = run("train_local_steps.py", 3, str(directory))
     assert again.count("goes on from round 15") == 3
     assert re.findall(r"rank \d: (parameters -?\d+; sent \d+ bytes)", again) == ends
+
+
+def test_federated_example_learns() -> None:
+    said = run("federated.py", 1)
+    losses = [float(loss) for loss in re.findall(r"round \d+: loss (\d+\.\d+)", said)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] / 2
+    assert re.search(r"sent \d+,\d+,\d+ bytes, 4\.\d times less than fp32", said)
