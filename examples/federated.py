@@ -4,8 +4,8 @@
 
 Clients with data of their own train for a while. Each sends how far it came as bytes, which a server adds up
 with a weight for each, and sends the sum back, compressed as well. What a message leaves out stays in a
-residual, of the client or of the server, and is sent later. Everything runs in one process: a network would be
-where messages are made and read. The task is made up: a network learns to imitate another one.
+residual, of the client or of the server, and is sent later. Everything runs in one process: a network would
+be where messages are made and read. The task is made up: a network learns to imitate another one.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017),
 algorithm 1, for the averaging.
