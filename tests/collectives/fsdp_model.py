@@ -24,7 +24,8 @@ MESH: list[DeviceMesh] = []
 
 def mesh() -> DeviceMesh:
     if not MESH:
-        MESH.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard")))
+        device = torch.get_default_device().type
+        MESH.append(init_device_mesh(device, (2, 2), mesh_dim_names=("replica", "shard")))
     return MESH[0]
 
 
@@ -48,8 +49,9 @@ def sharded(**options: Any) -> Any:
 
 
 def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-    return model(torch.randn(4, 33, generator=generator).to(dtype)).square().mean()
+    generator = torch.Generator("cpu").manual_seed(10 * step + dist.get_rank())
+    inputs = torch.randn(4, 33, generator=generator, device="cpu")
+    return model(inputs.to(torch.get_default_device(), dtype)).square().mean()
 
 
 def train(model: nn.Module, steps: range) -> None:

@@ -1,10 +1,21 @@
-"""The FSDP hook on four ranks: two replicas of a model, each sharded over two ranks."""
+"""The FSDP hook on four ranks: two replicas of a model, each sharded over two ranks.
+
+With "cuda" behind the directory all four use the first GPU, by NCCL.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import traceback
 from collections.abc import Callable
 
+from bench.nccl.one_device import environment
+
+if __name__ == "__main__" and sys.argv[2:] == ["cuda"]:
+    os.environ |= {**environment(int(os.environ["RANK"])), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+import torch
 import torch.distributed as dist
 
 from tests.collectives import fsdp_states, fsdp_training, launcher
@@ -18,7 +29,10 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 if __name__ == "__main__":
-    directory, _, _ = launcher.init()
+    on_cuda = sys.argv[2:] == ["cuda"]
+    directory, _, _ = launcher.init(backend="nccl" if on_cuda else "gloo")
+    if on_cuda:
+        torch.set_default_device("cuda:0")
     results = {}
     for name, check in CHECKS.items():
         try:

@@ -1,0 +1,24 @@
+"""The FSDP hook over torch's own NCCL: two replicas of two ranks, on one GPU where there is but one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.collectives import launcher
+from tests.test_fsdp import NAMES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("torch nccl")]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    directory = tmp_path_factory.mktemp("fsdp")
+    return launcher.run_ranks("tests.collectives.fsdp_worker", 4, directory, "cuda", timeout=280)
+
+
+@pytest.mark.parametrize("check", NAMES)
+def test_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
+    for rank, report in enumerate(reports):
+        if check not in report:
+            pytest.fail(f"rank {rank} stopped before {check}")
+        assert report[check] == "passed", f"rank {rank}: {report[check]}"
