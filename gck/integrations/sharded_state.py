@@ -19,6 +19,8 @@ from gck.integrations.shards import Shards
 
 __all__ = ["ShardedHookState"]
 
+NEWEST = 16  # steps that shards compare: they are hardly ever more than one save apart
+
 
 class ShardedHookState(HookState):
     """What the hook keeps from step to step: a `HookState` whose residuals are of this rank's shards.
@@ -95,9 +97,7 @@ class ShardedHookState(HookState):
         """
         folder = self._folder(directory)
         if step is None and shared:
-            steps: list[list[int]] = [[] for _ in range(self.shard[1])]
-            replica = self._shards[0].group.mesh_info.shard_process_group
-            dist.all_gather_object(steps, saved_steps(folder), group=replica)
+            steps = self._steps_of_all_shards(folder)
             common = set(steps[0]).intersection(*steps)
             if not common and any(steps):
                 raise StateMismatchError(
@@ -105,6 +105,15 @@ class ShardedHookState(HookState):
                 )
             step = max(common, default=None)
         return super().load(folder, step=step, reshard=reshard, server=server, shared=shared)
+
+    def _steps_of_all_shards(self, folder: Path) -> list[list[int]]:
+        """The newest steps that each shard of the replica has; collective over its ranks."""
+        device = self._shards[0].parameters[0].device
+        newest = saved_steps(folder)[-NEWEST:]
+        own = torch.tensor(newest + [-1] * (NEWEST - len(newest)), dtype=torch.int64, device=device)
+        rows = [torch.empty_like(own) for _ in range(self.shard[1])]
+        dist.all_gather(rows, own, group=self._shards[0].group.mesh_info.shard_process_group)
+        return [[step for step in row.tolist() if step >= 0] for row in rows]
 
     def _folder(self, directory: str | os.PathLike[str]) -> Path:
         index, count = self.shard
