@@ -43,8 +43,9 @@ def main() -> None:
             messages.append(gck.to_bytes(payload))  # client to server
         sent += sum(map(len, messages))
 
-        # The server takes messages for hostile: what is damaged is a CorruptPayloadError, and adds nothing.
-        payloads = [gck.from_bytes(message) for message in messages]
+        # A message that is damaged, or of another size, is a CorruptPayloadError, and adds nothing. What a
+        # client says is not judged: a server of strangers clips updates, and looks for what is not finite.
+        payloads = [gck.from_bytes(message, max_numel=shared.numel()) for message in messages]
         counts = [len(inputs[i]) for i in chosen]
         update = torch.zeros_like(shared)
         gck.decompress_add_(update, payloads, [count / sum(counts) for count in counts])

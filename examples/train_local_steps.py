@@ -1,9 +1,10 @@
-"""Many local steps between two exchanges, over the internet say: DiLoCo, compressed as SparseLoCo does.
+"""Many local steps between two exchanges, over the internet say: DiLoCo's, compressed as SparseLoCo does.
 
     torchrun --standalone --nproc-per-node 4 examples/train_local_steps.py [directory]
 
 Every worker takes 15 steps of its own; then all average how far they came, of which each sends 2 bits for 64
 of 4,096 elements. What it has not sent stays in its residual, which fades. The lines that matter are marked.
+As there, and other than in DiLoCo, the average is taken as it is, without momentum.
 With a directory, which all ranks see, it saves every 5 rounds, and goes on from there when it is started
 again. The task is made up: a network learns to imitate another one with fixed random weights.
 
@@ -57,7 +58,8 @@ def main() -> None:
             loss.backward()
             inner.step()
         gone = shared - parameters_to_vector(model.parameters()).detach()
-        gck.all_reduce_(gone, residual, COMPRESSOR)  # (4) the average of all workers, as they decode it
+        # (4) The average of what all workers' messages say. "auto" would compress it again from 5 workers on.
+        gck.all_reduce_(gone, residual, COMPRESSOR, algorithm="one_phase")
         shared -= OUTER_RATE * gone
         if folder and step % 5 == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ def main() -> None:
         if rank == 0 and step % 5 == 0:
             print(f"round {step}: loss {loss.item():.4f}")
 
-    cost = gck.collectives.all_reduce_cost(COMPRESSOR, [shared.numel()], world_size)
+    cost = gck.collectives.all_reduce_cost(COMPRESSOR, [shared.numel()], world_size, "one_phase")
     dense = gck.collectives.all_reduce_cost(COMPRESSOR, [shared.numel()], world_size, "dense")
     digest = shared.view(torch.int32).sum().item()
     print(

@@ -27,7 +27,6 @@ class CompressorChoice:
             which is for parameters that are not compressed. Copied.
 
     Attributes:
-        given: the compressor, or a copy of the patterns that can't be changed.
         by_name: whether names count.
         compressors: in the order in which they were given, each once.
 
@@ -42,16 +41,18 @@ class CompressorChoice:
         self.compressors: list[Compressor] = []
         self._patterns: dict[str, Compressor | None] = {}
         self._chosen: dict[str, Compressor | None] = {}
-        self.given: Choosable = MappingProxyType(self._patterns)
         for pattern, one in patterns.items():
             if not isinstance(pattern, str):
                 raise DtypeError(f"{function}: compressor must have names for keys, got {shown(pattern)}")
             none = one is None and self.by_name
             self._patterns[pattern] = None if none else self._one_for_equals(check_compressor(function, one))
-        if not self.by_name:
-            self.given = self.compressors[0]
         if not self.compressors:
             raise ArgumentError(f"{function}: compressor must name a compressor, got {shown(compressor)}")
+
+    @property
+    def given(self) -> Choosable:
+        """The compressor, or the patterns, which can't be changed."""
+        return MappingProxyType(self._patterns) if self.by_name else self.compressors[0]
 
     def _one_for_equals(self, compressor: Compressor) -> Compressor:
         """One that is in `compressors`, so that parameters of equal ones share messages."""
@@ -121,4 +122,7 @@ def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     fields = dataclasses.fields(a) if dataclasses.is_dataclass(a) and type(a) is type(b) else ()
-    return bool(fields) and all(getattr(a, field.name) == getattr(b, field.name) for field in fields)
+    try:
+        return bool(fields) and all(getattr(a, field.name) == getattr(b, field.name) for field in fields)
+    except Exception:  # of a field whose comparison is no truth, as of tensors
+        return False

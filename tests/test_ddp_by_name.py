@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,40 @@ def test_warm_up_is_dense() -> None:
 
     exact = (Bucket(Model(), 0).flat + Bucket(Model(), 1).flat) / 2
     assert all(same_bytes(flat, exact) for flat in SimulatedGroup(2, timeout=20).run(rank_main))
+
+
+def test_server_residuals_belong_to_their_chunks() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        model = Model()
+        state = ddp.HookState(BY_NAME, model=model, group=member, algorithm="auto")
+        hook(state, Bucket(model, member.rank))
+        assert state.residuals["block.0.weight"].server is not None
+        state.compressor = {**BY_NAME, "embed.*": TopK(ratio=0.2)}
+        for other in (Sign(64), TopK(ratio=0.1), {"embed.*": Sign(32), "*": None}):
+            with pytest.raises(StateMismatchError, match=r"has a server residual of chunks of 32 elements"):
+                state.compressor = other  # type: ignore[assignment]
+        assert state.compressor == {**BY_NAME, "embed.*": TopK(ratio=0.2)}
+
+    SimulatedGroup(4, timeout=20).run(rank_main)
+
+
+def test_states_with_patterns_can_be_copied() -> None:
+    choice = CompressorChoice("f", BY_NAME)
+    for copied in (copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
+        assert copied.given == BY_NAME
+        assert copied.of("f", "embed.weight") == BY_NAME["embed.*"]
+
+
+def test_names_that_are_made_up_are_not_compared() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        state = ddp.HookState(Sign(32), group=member, algorithm="two_phase", validate="always")
+        bucket = Bucket(Model(), member.rank)
+        if member.rank == 0:
+            state.feedback(bucket.parameters()[1], create=False)
+        hook(state, bucket)
+        assert state.step == 1
+
+    SimulatedGroup(2, timeout=20).run(rank_main)
 
 
 def test_a_step_without_compression() -> None:

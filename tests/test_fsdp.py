@@ -83,4 +83,7 @@ def test_hashes_know_places_across_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     tensor = torch.arange(100)
     hashes = {replicas._hash(tensor.roll(shift)) for shift in range(100)}
     assert len(hashes) == 100
+    permuted = {replicas._hash(torch.eye(6)[torch.randperm(6)]) for _ in range(50)}
+    assert len(permuted) > 40
+    assert replicas._hash(torch.tensor([1, 0, 0, 1])) != replicas._hash(torch.tensor([0, 1, 1, 0]))
     assert replicas._hash(tensor.view(10, 10).T) == replicas._hash(tensor.view(10, 10).T.contiguous())

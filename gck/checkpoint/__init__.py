@@ -172,9 +172,9 @@ def load_state(
     Raises:
         ArgumentError, DtypeError: an argument is out of range or of a wrong type, or a residual would not be
             finite under `scale`.
-        StateMismatchError: three steps or more are of this rank alone, so that it is no shared directory; or
-            what was saved belongs to another model, compressor, world size or kind of state, or the step is
-            not complete; says what differs.
+        StateMismatchError: three steps or more are of the same ranks alone, so that nobody shares it; or what
+            was saved belongs to another model, compressor, world size or kind of state, or the step is not
+            complete; says what differs.
         CorruptPayloadError: a file is damaged; an older step may be whole.
         BackendUnavailableError: safetensors or numpy is missing.
         OSError: a file cannot be read, or directory is none.
@@ -204,7 +204,7 @@ def load_state(
             f"{function}: numels must be an int for an ErrorFeedback and a dict for a map, got {numels!r}"
         )
     folder = Path(directory)
-    chosen = _choose(folder, step, world_size, rank) if shared else StateSet(step or 0, world_size, ())
+    chosen = _choose(folder, step, world_size) if shared else StateSet(step or 0, world_size, ())
     if chosen is None:
         return None
     if chosen.world_size != world_size and not reshard:
@@ -289,14 +289,14 @@ class _Lazy(Mapping[str, Any]):
         return len(self._names)
 
 
-def _choose(directory: Path, step: int | None, world_size: int, rank: int) -> StateSet | None:
+def _choose(directory: Path, step: int | None, world_size: int) -> StateSet | None:
     """The newest complete set, or that of `step`; of two of one step, that of this world size."""
     sets = complete_sets(directory)
     wanted = [found for found in sets if step in (None, found.step)]
     if wanted:
         return max(wanted, key=lambda found: (found.step, found.world_size == world_size, found.world_size))
     if step is None:
-        _check_shared(directory, rank)
+        _check_shared(directory)
         return None
     partial = [found for found in state_sets(directory) if found.step == step]
     why = "; ".join(f"of {p.world_size} ranks, {list(p.missing)} are missing" for p in partial)
@@ -306,13 +306,13 @@ def _choose(directory: Path, step: int | None, world_size: int, rank: int) -> St
     )
 
 
-def _check_shared(directory: Path, rank: int) -> None:
+def _check_shared(directory: Path) -> None:
     """Ranks are one save apart at most, and rarely killed there twice: else others write elsewhere."""
-    alone = lone_steps(directory, rank)
+    alone = lone_steps(directory)
     if len(alone) > 2:
         raise StateMismatchError(
-            f"load_state: {directory} has files of rank {rank} alone, of steps {alone}; where each rank has "
-            "a directory of its own, save and load with shared=False, and load with step="
+            f"load_state: {directory} has files of the same ranks alone of every step ({alone}); where each "
+            "rank has a directory of its own, save and load with shared=False, and load with step="
         )
 
 

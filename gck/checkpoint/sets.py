@@ -37,11 +37,12 @@ def path_of(directory: Path, step: int, rank: int, world_size: int) -> Path:
     return directory / f"gck-{step:012d}-rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def lone_steps(directory: Path, rank: int) -> list[int]:
-    """Steps of which this rank's files are there, of a larger world, if no other's are of any."""
+def lone_steps(directory: Path) -> list[int]:
+    """All steps, if files of the same ranks are there of each, and others' of none."""
     ranks = _ranks(directory)
-    alone = all(present == {rank} and world_size > 1 for (_, world_size), present in ranks.items())
-    return sorted({step for step, _ in ranks}) if alone else []
+    present = {(world_size, *sorted(there)) for (_, world_size), there in ranks.items()}
+    incomplete = all(len(there) < world_size for (_, world_size), there in ranks.items())
+    return sorted({step for step, _ in ranks}) if incomplete and len(present) == 1 else []
 
 
 def _ranks(directory: Path) -> dict[tuple[int, int], set[int]]:

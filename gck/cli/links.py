@@ -55,7 +55,7 @@ COMMAND_TIMEOUT = 20.0  # seconds; `ip` and `tc` answer in milliseconds
 # gck-<pid>-<start time of that process>-<node>: the pair names one process for as long as the
 # machine is up, so that leftovers of a dead run are told from a live one even when pids are reused.
 _NAME = re.compile(r"gck-(\d+)-(\d+)-(\w+)")
-_RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)bit", re.IGNORECASE)
+_RATE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)([kmg]?)bit", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 _CLONE_NEWNET = 0x40000000

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gck.collectives import Link, resolve
 from gck.collectives.work import perform
 from gck.compressor_choice import Choosable
+from gck.errors import CollectiveMismatchError
 from gck.integrations.groups import grouped, prepare_groups
 from gck.integrations.hook_checks import check_layout
 from gck.integrations.replicas import check_replicas
@@ -48,7 +49,7 @@ def register(
     measure: bool = False,
     bypass_names: Collection[str] = (),
 ) -> ShardedHookState:
-    """Registers the hook on every group of parameters of `model`; collective over `group`.
+    """Registers the hook on every group of parameters of `model`; collective over all ranks.
 
     Args:
         model: with all its `fully_shard`s, each on the mesh of one replica, and with its parameters in place,
@@ -70,7 +71,7 @@ def register(
         ArgumentError: an option is out of range; a group of parameters has a hook already, is replicated by
             torch itself (a mesh of two dimensions), or shares ranks with `group`; parameters are not sharded
             now, or by nobody, or still on the meta device.
-        CollectiveMismatchError: parameters differ between replicas, on all ranks of `group`.
+        CollectiveMismatchError: parameters differ between replicas, in any shard; on all ranks.
         BackendUnavailableError: this torch has no such hook.
         GroupUnusableError: the group was destroyed, or an earlier failure spoilt it.
     """
@@ -105,26 +106,37 @@ def register(
                     check_layout(function, f"a shard of {name}", numel, chosen)
             local[name] = parameter.to_local()
             about.append(each.about(i))
-    check_replicas(function, transport, local, about)
+    failed: CollectiveMismatchError | None = None
+    try:
+        check_replicas(function, transport, local, about)
+    except CollectiveMismatchError as error:
+        failed = error
+    if state.any_of_replica(failed is not None):
+        raise failed or CollectiveMismatchError(
+            f"{function}: replicas differ in another shard; ranks that hold it say where"
+        )
     for each in shards:
         each.module.set_all_reduce_hook(_hook(state, each))
-    model.register_forward_pre_hook(torch.compiler.disable(state._check_alive), prepend=True)
+    check_alive = torch.compiler.disable(state.check_alive)
+    for module in {model, *(m for m in model.modules() if hasattr(m, "set_all_reduce_hook"))}:
+        module.register_forward_pre_hook(check_alive, prepend=True)
     return state
 
 
 def _hook(state: ShardedHookState, shards: Shards) -> Callable[[Tensor], None]:
     def hook(output: Tensor) -> None:
         """Averages what FSDP has reduced among the ranks of a replica; its errors leave `loss.backward()`."""
-        transport = resolve(state.group, state.timeout)
-        # A group without gradients for some time, as it was frozen, is as far as the others.
-        shards.reductions = max(shards.reductions, state.step - 1)
+        transport = None
         try:
+            transport = resolve(state.group, state.timeout)
+            # A group without gradients for some time, as it was frozen, is as far as the others.
+            shards.reductions = max(shards.reductions, state.step - 1)
             groups = grouped(state, shards.pairs(output), warm_up=shards.reductions < state.warmup_steps)
             reduce = prepare_groups("gck.fsdp.hook", state, groups, transport)
             perform(transport, "gck.fsdp.hook", reduce, output.device, False)
         except BaseException as error:
             state._failed = f"{type(error).__name__}: {error}"
-            if not isinstance(error, Exception):
+            if transport is not None and not isinstance(error, Exception):
                 transport.abort(f"{type(error).__name__} in gck.fsdp.hook")  # peers wait for these gradients
             raise
         shards.reductions += 1

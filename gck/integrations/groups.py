@@ -82,7 +82,7 @@ def prepare_groups(
             validate=state.validate,
             checksum=state.checksum,
             link=state.link,
-            names=[state.label(parameter) for parameter in group.parameters],
+            names=state.names_of(group.parameters),
         )
         for group in groups
     ]

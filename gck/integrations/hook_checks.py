@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from gck.compressor import Compressor
-from gck.error_feedback import check_version
+from gck.compressor_choice import CompressorChoice
+from gck.error_feedback import ErrorFeedbackMap, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.values import MOST_FP64, plain_int, shown
 
-__all__ = ["check_layout", "checked_count", "checked_names", "checked_saved"]
+__all__ = ["check_layout", "check_units", "checked_count", "checked_names", "checked_saved"]
 
 
 def checked_names(names: object) -> frozenset[str]:
@@ -66,3 +67,20 @@ def check_layout(function: str, name: str, numel: int, compressor: Compressor) -
         compressor.layout(numel)
     except ArgumentError as error:
         raise ArgumentError(f"{function}: {name} of {numel} elements: {error}") from error
+
+
+def check_units(function: str, choice: CompressorChoice, residuals: ErrorFeedbackMap) -> None:
+    """Raises StateMismatchError where a server residual belongs to other chunks than the compressor now has:
+    it would be refused in the next step, or never be sent."""
+    for name, state in residuals.items():
+        binding = state.binding
+        if state.server is None or binding is None:
+            continue
+        compressor = choice.of(function, name)
+        unit = None if compressor is None else compressor.shard_unit
+        if unit != binding.unit:
+            raise StateMismatchError(
+                f"{function}: {name} has a server residual of chunks of {binding.unit} elements, which "
+                f"{compressor} does not work on; continue with a new state that loads this one's with "
+                "reset_server=True"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gck.compressor import Compressor
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, DtypeError
-from gck.integrations.hook_checks import checked_count, checked_names, checked_saved
+from gck.integrations.hook_checks import check_units, checked_count, checked_names, checked_saved
 from gck.nonfinite import StepGuard
 from gck.values import check_flags, shown
 
@@ -35,7 +35,8 @@ class HookState:
     Args:
         compressor: for every parameter that is not bypassed; or by name: a dict of patterns, as of the shell,
             to compressors, or to None, which bypasses. The first that matches counts. Names are those of
-            `named_parameters` of the model inside. May be set between steps, alike on all ranks.
+            `named_parameters` of the model inside. May be set between steps, alike on all ranks; but not to
+            other chunks where there are server residuals, which belong to them.
         warmup_steps: steps at the start that are reduced without compression.
         bypass_numel: parameters of at most so many elements are reduced without compression, all those
             of a bucket in one message.
@@ -186,6 +187,7 @@ class HookState:
             check_algorithm("HookState", compressor, self.algorithm)
         if self._bound:
             choice.check_names("HookState", self._names.values())
+            check_units("HookState", choice, self.residuals)
         self._choice = choice
 
     @property
@@ -271,6 +273,10 @@ class HookState:
         if loaded is not None:
             self.step, self.scale = loaded.step, loaded.scale
         return loaded
+
+    def names_of(self, parameters: Sequence[Tensor]) -> list[str]:
+        """What ranks compare of a message's parameters: nothing where names are made up here."""
+        return [self._names[id(parameter)] for parameter in parameters] if self._bound else []
 
     def label(self, parameter: Tensor) -> str:
         """How errors call a parameter: by its name, or by its shape where it has none."""

@@ -16,6 +16,7 @@ __all__ = ["check_replicas"]
 
 DIGEST = 16  # bytes of each half of the first message
 BLOCK = 1 << 22  # elements that are hashed at a time
+GOLDEN = -0x61C8864680B583EB
 
 
 def check_replicas(
@@ -44,8 +45,8 @@ def check_replicas(
         for rank, row in enumerate(rows):
             if row[:DIGEST] != rows[0][:DIGEST]:
                 raise CollectiveMismatchError(
-                    f"{function}: rank {rank} of the group has parameters of other names, shapes, shards or "
-                    "dtypes than rank 0"
+                    f"{function}: rank {rank} of the group has parameters of other names, shapes, shards, "
+                    "flags or dtypes than rank 0"
                 )
         if len(set(rows)) == 1:
             return
@@ -64,14 +65,25 @@ def check_replicas(
 
 
 def _hash(tensor: Tensor) -> int:
-    """Of the bits and their places: a sum of products modulo 2^64, the same on every device."""
+    """Of the bits and their places: a sum of mixed products modulo 2^64, the same on every device.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014), figure 16, for how
+    a bit comes to change half of all others.
+    """
     dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
     bits = tensor.detach().reshape(-1).view(dtype)
-    factors = torch.arange(1, 2 * min(BLOCK, bits.numel()) + 1, 2, device=bits.device)
     total = 0
     for number, block in enumerate(bits.split(BLOCK)):
-        total += int((block.to(torch.int64) * factors[: block.numel()]).sum()) * (2 * number + 1)
+        mixed = torch.arange(number * BLOCK, number * BLOCK + block.numel(), device=bits.device)
+        mixed = _mix(mixed * GOLDEN) ^ block.to(torch.int64)
+        total += int(_mix(mixed).sum())
     return (total + 2**63) % 2**64 - 2**63
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31)
 
 
 def _gathered(transport: Transport, message: bytes) -> list[bytes]:

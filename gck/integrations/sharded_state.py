@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gck.checkpoint import Loaded, saved_steps
+from gck.collectives import Transport, resolve
+from gck.collectives.work import perform
 from gck.compressor_choice import Choosable
 from gck.error_feedback import check_version
 from gck.errors import ArgumentError, GroupUnusableError, StateMismatchError
@@ -88,32 +91,46 @@ class ShardedHookState(HookState):
         server: str = "keep",
         shared: bool = True,
     ) -> Loaded | None:
-        """As for a `HookState`, from the directory of the shard. Without `step` collective over the ranks of
-        a replica, which take the newest step that all shards have.
+        """As for a `HookState`, from the directory of the shard. Without `step` collective over all ranks,
+        which take the newest step that all shards of all replicas have, in a shared directory or their own.
 
         Raises:
-            StateMismatchError: no step is there of all shards, but some of some.
+            StateMismatchError: no step is there of all, but some of some, or some of another number of
+                shards; on all ranks.
             Those of `HookState.load`; other ranks may have loaded theirs.
         """
         folder = self._folder(directory)
-        if step is None and shared:
-            steps = self._steps_of_all_shards(folder)
-            common = set(steps[0]).intersection(*steps)
-            if not common and any(steps):
-                raise StateMismatchError(
-                    f"ShardedHookState.load: {directory} has no step of all shards; they have {steps}"
-                )
-            step = max(common, default=None)
+        if step is None:
+            step = self._newest_of_all(Path(directory), folder, shared)
+            if step is None:
+                return None
         return super().load(folder, step=step, reshard=reshard, server=server, shared=shared)
 
-    def _steps_of_all_shards(self, folder: Path) -> list[list[int]]:
-        """The newest steps that each shard of the replica has; collective over its ranks."""
-        device = self._shards[0].parameters[0].device
-        newest = saved_steps(folder)[-NEWEST:]
-        own = torch.tensor(newest + [-1] * (NEWEST - len(newest)), dtype=torch.int64, device=device)
+    def _newest_of_all(self, directory: Path, folder: Path, shared: bool) -> int | None:
+        transport = resolve(self.group)
+        place = {} if shared else {"rank": transport.rank, "world_size": transport.world_size}
+        replica = self._of_replica(saved_steps(folder, **place)[-NEWEST:])
+        others = [p.name for p in directory.glob("shard-*-of-*") if p.name[-5:] != folder.name[-5:]]
+        found = self.any_of_replica(any(replica) or bool(others))
+        rows = _of_group(transport, [int(found), *sorted(set(replica[0]).intersection(*replica))])
+        common = set(rows[0][1:]).intersection(*(row[1:] for row in rows))
+        if not common and any(row[0] for row in rows):
+            raise StateMismatchError(
+                f"ShardedHookState.load: {directory} has no step that all shards of all replicas have; those "
+                f"of this replica have {replica}" + (f", and there is {others[0]}" if others else "")
+            )
+        return max(common, default=None)
+
+    def any_of_replica(self, flag: bool) -> bool:
+        """Whether it is true on any rank of this one's replica; collective over those."""
+        return any(row == [1] for row in self._of_replica([int(flag)]))
+
+    def _of_replica(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers, none negative, of each rank of this one's replica; collective over those."""
+        own = _packed(numbers).to(self._shards[0].parameters[0].device)
         rows = [torch.empty_like(own) for _ in range(self.shard[1])]
         dist.all_gather(rows, own, group=self._shards[0].group.mesh_info.shard_process_group)
-        return [[step for step in row.tolist() if step >= 0] for row in rows]
+        return [_unpacked(row) for row in rows]
 
     def _folder(self, directory: str | os.PathLike[str]) -> Path:
         index, count = self.shard
@@ -126,10 +143,28 @@ class ShardedHookState(HookState):
             for parameter, numel in zip(each.parameters, each.numels, strict=True)
         }
 
-    def _check_alive(self, *_: object) -> None:
+    def check_alive(self, *_: object) -> None:
         """Before a forward pass: FSDP does not survive an error in its hook, and later reduces nothing."""
         if self._failed is not None:
             raise GroupUnusableError(
                 f"gck.fsdp: an earlier backward pass failed ({self._failed}), which FSDP does not survive: "
                 "make a new model from the parameters, shard and register it, and load the state of this one"
             )
+
+
+def _of_group(transport: Transport, numbers: list[int]) -> list[list[int]]:
+    """The numbers, none negative, of every rank of the group."""
+    own = _packed(numbers).view(torch.uint8)
+
+    def run() -> list[list[int]]:
+        return [_unpacked(row.contiguous().view(torch.int64)) for row in transport.all_gather_bytes(own)]
+
+    return cast(list[list[int]], perform(transport, "ShardedHookState.load", run, torch.device("cpu"), False))
+
+
+def _packed(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers + [-1] * (NEWEST + 1 - len(numbers)), dtype=torch.int64, device="cpu")
+
+
+def _unpacked(row: Tensor) -> list[int]:
+    return [number for number in row.tolist() if number >= 0]

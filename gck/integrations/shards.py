@@ -80,7 +80,8 @@ class Shards:
     def about(self, i: int) -> str:
         """What replicas must have alike of one, beside its values."""
         parameter = self.parameters[i]
-        return f"{tuple(parameter.shape)} {parameter.placements} {self.place}"
+        frozen = "" if parameter.requires_grad else " frozen"
+        return f"{tuple(parameter.shape)} {parameter.placements} {self.place}{frozen}"
 
 
 def shards_of(function: str, model: nn.Module) -> list[Shards]:
@@ -132,11 +133,12 @@ def check_shards(function: str, model: nn.Module, shards: Sequence[Shards], grou
         DtypeError: gradients of a dtype that gck does not take.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Several meshes have several groups to average over, and a state knows one.
     places = sorted({each.place for each in shards})
     if len(places) > 1:
         raise ArgumentError(
             f"{function}: parameters of model are sharded over several meshes, as those of experts are, of "
-            f"which this rank has the shards {places} (index, count); register such modules by themselves"
+            f"which this rank has the shards {places} (index, count); it takes one mesh for all of them"
         )
     members = dist.group.WORLD if group is None else group
     ranks = dist.get_process_group_ranks(members) if isinstance(members, dist.ProcessGroup) else None

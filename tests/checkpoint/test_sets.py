@@ -178,19 +178,25 @@ def test_a_directory_a_rank(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_not_shared_although_it_was_said_to_be(tmp_path: Path) -> None:
-    """It would go on as if nothing had been saved."""
-    save(tmp_path, 10, rank=1)
-    assert load(tmp_path, 1) == (None, None)  # others may have been killed before they saved
-    (tmp_path / "gck-000000000010-rank-00001-of-2147483647.safetensors").write_bytes(b"?")
-    save(tmp_path, 20, rank=1)
-    assert load(tmp_path, 1) == (None, None)  # or twice
-    save(tmp_path, 30, rank=1)
-    with pytest.raises(
-        StateMismatchError, match=r"of rank 1 alone, of steps \[10, 20, 30\]; .* shared=False"
-    ):
-        load(tmp_path, 1)
-    assert load(tmp_path, 0) == (None, None)
-    assert load(tmp_path, 1, step=30, shared=False) == (30, 3001)
+    """It would go on as if nothing had been saved. Whoever looks is told, also of nodes of several ranks."""
+    for ranks in ([1], [1, 3]):
+        home = tmp_path / str(len(ranks))
+        for step in (10, 20):
+            for rank in ranks:
+                save(home, step, rank, world_size=4)
+            # Others may have been killed before they saved.
+            assert load(home, 1, world_size=4) == (None, None)
+        for step in (30, 40):
+            for rank in ranks:
+                save(home, step, rank, world_size=4)
+            for rank in range(4):
+                steps = r"of every step \(\[10, 20, 30(, 40)?\]\); .* shared=False"
+                with pytest.raises(StateMismatchError, match=steps):
+                    load(home, rank, world_size=4)
+        assert load(home, 1, world_size=4, step=40, shared=False) == (40, 4001)
+    strange = tmp_path / "1/gck-000000000050-rank-00001-of-2147483647.safetensors"
+    strange.write_bytes(b"?")
+    assert load(tmp_path / "1", 1, world_size=4) == (None, None)
 
 
 def test_other_files_do_not_matter(tmp_path: Path) -> None:

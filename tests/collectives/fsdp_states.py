@@ -50,9 +50,7 @@ def check_resume_is_as_if_never_stopped() -> None:
         torch.save({"model": first.state_dict(), "gck": first_state.state_dict()}, file)
         file.seek(0)
         saved = torch.load(file, weights_only=False)
-        shared: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(shared)
-        directory = Path(shared[0])
+        directory = shared_folder()
         first_state.save(directory)
         dist.barrier()
         for model, by_file in ((second, False), (third, True)):
@@ -97,19 +95,23 @@ def check_states_belong_to_their_shard() -> None:
     state.bind(model)
 
 
+def shared_folder() -> Path:
+    folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    return Path(folder[0])
+
+
 def check_the_newest_step_of_all_shards() -> None:
     """As if those of one shard had been killed before they saved the last step, or all steps."""
     model = sharded()
     state = gck.fsdp.register(model, Sign(32), across())
-    shared: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
-    directory = Path(shared[0])
+    directory = shared_folder()
     assert state.load(directory) is None
-    for step in range(2):
+    for step in range(3):
         train(model, range(step, step + 1))
-        written = state.save(directory)
+        written = state.save(directory, keep=3)
         dist.barrier()
-    assert len(list(directory.glob("*/*.safetensors"))) == 8
+    assert len(list(directory.glob("*/*.safetensors"))) == 12
     dist.barrier()
     late = mesh().get_local_rank("shard") == 1
     if late:
@@ -117,14 +119,56 @@ def check_the_newest_step_of_all_shards() -> None:
     dist.barrier()
     loaded = state.load(directory)
     assert loaded is not None
-    assert loaded.step == state.step == 1
+    assert loaded.step == state.step == 2
     dist.barrier()
     if late:
         for path in directory.glob("shard-00001-of-00002/*.safetensors"):
             path.unlink(missing_ok=True)
     dist.barrier()
-    with pytest.raises(StateMismatchError, match=r"no step of all shards; they have \[\[1\], \[\]\]"):
+    with pytest.raises(StateMismatchError, match=r"of this replica have \[\[1, 2\], \[\]\]"):
         state.load(directory)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for index in range(2):
+            (directory / f"shard-0000{index}-of-00002").rename(directory / f"shard-0000{index}-of-00004")
+    dist.barrier()
+    with pytest.raises(StateMismatchError, match=r"\[\[\], \[\]\], and there is shard-0000.-of-00004"):
+        state.load(directory)
+
+
+def check_replicas_without_a_common_directory() -> None:
+    """They agree on the newest step that all have, and on none where one has nothing."""
+    model = sharded()
+    state = gck.fsdp.register(model, Sign(32), across())
+    replica = mesh().get_local_rank("replica")
+    directory = shared_folder() / str(replica)
+    for step in range(3):
+        train(model, range(step, step + 1))
+        if step < 2 or replica == 0:
+            state.save(directory, shared=False, keep=3)
+    dist.barrier()
+    loaded = state.load(directory, shared=False)
+    assert loaded is not None
+    assert loaded.step == state.step == 2
+    if replica:
+        directory = directory / "empty"
+    with pytest.raises(StateMismatchError, match="has no step that all shards of all replicas have"):
+        state.load(directory, shared=False)
+    assert state.step == 2
+    loaded = state.load(directory.parent if replica else directory, step=1, shared=False)
+    assert loaded is not None
+    assert loaded.step == 1
+
+
+def check_options_are_passed_on() -> None:
+    options: dict[str, Any] = {"validate": "always", "timeout": 12.5, "checksum": True, "measure": True}
+    link = gck.collectives.Link(0.1, 1e6)
+    state = gck.fsdp.register(
+        sharded(), Sign(32), across(), 7, 200, False, link=link, bypass_names=["2.weight"], **options
+    )
+    assert {name: getattr(state, name) for name in options} == options
+    assert (state.warmup_steps, state.bypass_numel, state.bypass_1d) == (7, 200, False)
+    assert (state.link, state.bypass_names, state.algorithm) == (link, {"2.weight"}, "auto")
 
 
 class Blocks(nn.Module):
@@ -206,13 +250,14 @@ def check_replicas_that_differ() -> None:
     with torch.no_grad():
         model[2].weight[39, 46] += rank  # of the second shard alone
     fully_shard(model, mesh=mesh()["shard"])
-    if mesh().get_local_rank("shard"):
-        with pytest.raises(
-            CollectiveMismatchError, match=r"2.weight of rank 1 of the group is not that of rank 0"
-        ):
-            gck.fsdp.register(model, Sign(), across())
-    else:
+    said = "2.weight of rank 1 of the group is not" if mesh().get_local_rank("shard") else "in another shard"
+    with pytest.raises(CollectiveMismatchError, match=said):
         gck.fsdp.register(model, Sign(), across())
+    frozen = network()
+    frozen[0].requires_grad_(rank == 0)
+    fully_shard(frozen[0], mesh=mesh()["shard"])
+    with pytest.raises(CollectiveMismatchError, match="rank 1 of the group has parameters of other names"):
+        gck.fsdp.register(fully_shard(frozen, mesh=mesh()["shard"]), Sign(), across())
     other = fully_shard(nn.Linear(40, 40 + rank), mesh=mesh()["shard"])
     with pytest.raises(
         CollectiveMismatchError, match="rank 1 of the group has parameters of other names, shapes"
@@ -233,5 +278,19 @@ def check_failure_leaves_everything_as_it_was() -> None:
     assert state.residuals["0.bias"].worker is None
     assert model[0].weight.grad is None
     assert state.residuals["2.weight"].worker is not None  # of a group that was reduced before
-    with pytest.raises(GroupUnusableError, match=r"an earlier backward pass failed .MemoryError: call 2"):
-        loss_of(model, 1)
+    for again in (model, model[0], model[2]):
+        with pytest.raises(GroupUnusableError, match=r"an earlier backward pass failed .MemoryError: call 2"):
+            again(torch.randn(4, again.in_features if again is not model else 33))
+
+
+def check_a_group_that_is_gone() -> None:
+    """FSDP does not survive what leaves the hook, wherever it comes from."""
+    group, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    model = sharded()
+    gck.fsdp.register(model, Sign(32), group)
+    train(model, range(1))
+    dist.destroy_process_group(group)
+    with pytest.raises(GroupUnusableError):
+        loss_of(model, 1).backward()
+    with pytest.raises(GroupUnusableError, match="which FSDP does not survive"):
+        loss_of(model, 2)

@@ -21,6 +21,7 @@ from gck.cli.plan.estimate import Estimate, Plan
 __all__ = ["advice", "print_table", "to_dict", "write_files"]
 
 WORTH = 1.1  # no model knows it better: what is not so many times faster is as fast
+FEW = 0.25  # of the latency: bytes that are not worth saving
 RATES = [10 ** (6 + step / 20) for step in range(101)]  # bits a second, of the picture
 
 
@@ -64,28 +65,49 @@ def advice(plan: Plan) -> str:
             f"Do not compress: a backward pass of {_seconds(backward)} can hide a dense all-reduce of "
             f"{_seconds(dense.seconds)}."
         )
+    link = plan.settings.link()
+    latency = dense.cost.rounds * link.latency
+    if dense.cost.nbytes / link.bandwidth < FEW * latency:
+        return (
+            f"Do not compress: of {_seconds(dense.seconds)} dense gradients wait {_seconds(latency)} for "
+            f"{dense.cost.rounds} messages one after the other, which are no fewer for being short; a "
+            "hierarchy (gck.HierarchicalGroup) has fewer."
+        )
+    parts = []
     frontier = plan.frontier()
     fastest = min((half, *frontier), key=plan.step)
     if plan.step(half) <= WORTH * plan.step(fastest):
-        return (
+        parts.append(
             f"16 bits are enough, with any framework's fp16 hook: {_than(plan, half, dense)}, and nothing "
             f"here is {WORTH} times faster than that."
         )
-    # Of those that are as good as the fastest, the one that leaves least for later steps.
-    enough = next(row for row in frontier if plan.step(row) <= WORTH * plan.step(fastest))
-    parts = [
-        f"{enough.name}: {_than(plan, enough, half)}, leaves {enough.left:.2f} of a gradient for later steps."
-    ]
-    milder = [row for row in frontier if row.left < enough.left]
-    if milder:
-        named = "; ".join(f"{r.name}, {_than(plan, r, half)}, leaves {r.left:.2f}" for r in reversed(milder))
-        parts.append(f"Milder, and slower: {named}.")
-    if backward is None:
-        parts.append("With --backward-ms you learn which is fast enough.")
-    elif plan.step(enough) > WORTH * (backward + enough.compute):
+        enough = half
+    elif backward is None:
+        named = "; ".join(f"{r.name}, {_than(plan, r, half)}, leaves {r.left:.2f}" for r in frontier)
         parts.append(
-            "None hides behind the backward pass: give links more time with a larger batch, or with many "
+            f"The first that is fast enough, for leaving least: {named}. --backward-ms tells which it is."
+        )
+        enough = fastest
+    else:
+        # Of those that are as good as the fastest, the one that leaves least for later steps.
+        good = [row for row in frontier if plan.step(row) <= WORTH * plan.step(fastest)]
+        enough = next((row for row in good if WORTH * plan.step(row) <= plan.step(half)), fastest)
+        left = f"leaves {enough.left:.2f} of a gradient for later steps"
+        parts.append(f"{enough.name}: {_than(plan, enough, half)}, {left}.")
+        if milder := [row for row in frontier if row.left < enough.left]:
+            named = "; ".join(
+                f"{r.name}, {_than(plan, r, half)}, leaves {r.left:.2f}" for r in reversed(milder)
+            )
+            parts.append(f"Milder, and slower: {named}.")
+    if backward is not None and plan.step(enough) > WORTH * (backward + enough.compute):
+        parts.append(
+            "The backward pass does not hide it: give links more time with a larger batch, or with many "
             "local steps between two reductions (examples/train_local_steps.py)."
+        )
+    if latency > 0.5 * dense.seconds:
+        parts.append(
+            f"Most of a dense all-reduce is latency, of {dense.cost.rounds} messages one after the other: a "
+            "hierarchy (gck.HierarchicalGroup) has fewer."
         )
     return " ".join(parts)
 

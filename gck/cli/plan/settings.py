@@ -15,7 +15,8 @@ __all__ = ["MOST_RANKS", "Settings", "parse_numel"]
 MOST_RANKS = 1024
 DEVICES = ("cpu", "cuda", "none")
 MOST_NUMEL = 10**13
-_NUMEL = re.compile(r"(\d+\.?\d*(?:e\d{1,2})?)([kMGB]?)")
+_NUMEL = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,20})?(?:e[0-9]{1,2})?)([kMGB]?)")
+_RATE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?([kMGkmg]?)(?:bits?|b)(?:ps|/s)?")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
@@ -78,9 +79,12 @@ def parse_numel(text: str) -> int:
 
 
 def _bits_per_second(text: str) -> int:
-    """As `parse_rate`, and of "1gbps", "100 Mbit/s"."""
-    plain = text.strip().lower().replace(" ", "").removesuffix("/s")
-    try:
-        return parse_rate(re.sub("b(ps)?$", "bit", plain) if not plain.endswith("bit") else plain)
-    except ArgumentError:
-        raise ArgumentError(f"--rate must be like 100mbit, 1gbit or 2.5gbps, got {text!r}") from None
+    """Of "100mbit", "1gbps", "2.5 Gbit/s"; not of bytes, which are written with B.
+
+    Raises:
+        ArgumentError: not written so.
+    """
+    match = _RATE.fullmatch(text.strip())
+    if match is None:
+        raise ArgumentError(f"--rate must be bits a second, like 100mbit, 1gbit or 2.5gbps, got {text!r}")
+    return parse_rate(f"{match[1]}{match[2].lower()}bit")
