@@ -87,7 +87,7 @@ def test_pays_below(measured: Plan) -> None:
             "100mbit",
             None,
             1e-3,
-            r"^The first .*: Quantize\(bits=8\), all-reduces 1.9 .*; TopK\(.*leaves 0.92\. --b",
+            r"^All-reduces .* first: Quantize\(bits=8\) 1.9 times, leaves 0.00; .* 0.92\. The",
         ),
         ("100mbit", 0.6, 1e-3, "^Do not compress: a backward pass of 600 ms can hide"),
         ("100mbit", 0.25, 1e-3, "^16 bits are enough, .*: steps 2.0 times faster than with dense fp32, and"),
@@ -99,10 +99,25 @@ def test_pays_below(measured: Plan) -> None:
             r"^Quantize\(bits=8\): steps 1.8 times faster .* leaves 0.00",
         ),
         ("100mbit", 0.03, 1e-3, r"^Sign\(\): .*Milder, and slower: Quantize\(bits=2.*; Quantize\(bits=8\)"),
-        ("1mbit", 0.03, 1e-3, "The backward pass does not hide it: "),
-        ("100gbit", None, 1e-2, "^Do not compress: of 3.51 ms dense gradients wait 3 ms for 6 messages"),
+        (
+            "1mbit",
+            0.03,
+            1e-3,
+            r"^Steps .* first: Quantize\(bits=8\) .* 0.9\d\. The backward pass does not hide it: ",
+        ),
+        (
+            "100gbit",
+            None,
+            1e-2,
+            "^Do not compress: of 3.51 ms dense gradients wait 3 ms for 6 messages one .* short\\.$",
+        ),
         ("5gbit", None, 1e-2, "^16 bits are enough.* all-reduces 1.6 times"),
-        ("20gbit", 0.001, 1e-2, "^16 bits are enough.* The backward pass does not hide it.* a hierarchy"),
+        (
+            "20gbit",
+            0.001,
+            1e-2,
+            "^16 bits are enough.* The backward pass does not hide it.* is latency, of 6",
+        ),
         ("1gbit", None, 0.1, "^16 bits are enough"),
     ],
 )
@@ -114,7 +129,7 @@ def test_advice(measured: Plan, rate: str, backward: float | None, compute: floa
 
 def test_what_is_as_good_as_the_fastest_is_the_mildest(measured: Plan) -> None:
     """Not what leaves most for a step that is a little shorter; and none that is beaten in both."""
-    plan = with_times(measured, replace(USUAL, backward=0.04), 1e-3)
+    plan = with_times(measured, replace(USUAL, backward=0.02), 1e-3)
     front = plan.frontier()
     assert [row.left for row in front] == sorted(row.left for row in front)
     steps = [plan.step(row) for row in front]
@@ -127,6 +142,8 @@ def test_what_is_as_good_as_the_fastest_is_the_mildest(measured: Plan) -> None:
         assert (row in front) is not beaten, row.name
     chosen = next(row for row in front if plan.step(row) <= 1.1 * steps[-1])
     assert advice(plan).startswith(f"{chosen.name}: ")
+    assert chosen.name == "Sign()"
+    assert plan.step(front[-1]) < plan.step(chosen)
 
 
 def test_steps_hide_behind_a_backward_pass(measured: Plan) -> None:

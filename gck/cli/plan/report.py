@@ -70,8 +70,8 @@ def advice(plan: Plan) -> str:
     if dense.cost.nbytes / link.bandwidth < FEW * latency:
         return (
             f"Do not compress: of {_seconds(dense.seconds)} dense gradients wait {_seconds(latency)} for "
-            f"{dense.cost.rounds} messages one after the other, which are no fewer for being short; a "
-            "hierarchy (gck.HierarchicalGroup) has fewer."
+            f"{dense.cost.rounds} messages one after the other, which are no fewer for being short."
+            f"{_hierarchy(plan)}"
         )
     parts = []
     frontier = plan.frontier()
@@ -82,11 +82,13 @@ def advice(plan: Plan) -> str:
             f"here is {WORTH} times faster than that."
         )
         enough = half
-    elif backward is None:
-        named = "; ".join(f"{r.name}, {_than(plan, r, half)}, leaves {r.left:.2f}" for r in frontier)
+    elif backward is None or not _hides(plan, fastest):
+        what = "All-reduces" if backward is None else "Steps"
         parts.append(
-            f"The first that is fast enough, for leaving least: {named}. --backward-ms tells which it is."
+            f"{what} so many times faster than with 16 bits, mildest first: {_named(plan, frontier)}."
         )
+        if backward is None:
+            parts.append("The first that is fast enough is best: --backward-ms tells which.")
         enough = fastest
     else:
         # Of those that are as good as the fastest, the one that leaves least for later steps.
@@ -95,21 +97,35 @@ def advice(plan: Plan) -> str:
         left = f"leaves {enough.left:.2f} of a gradient for later steps"
         parts.append(f"{enough.name}: {_than(plan, enough, half)}, {left}.")
         if milder := [row for row in frontier if row.left < enough.left]:
-            named = "; ".join(
-                f"{r.name}, {_than(plan, r, half)}, leaves {r.left:.2f}" for r in reversed(milder)
-            )
-            parts.append(f"Milder, and slower: {named}.")
-    if backward is not None and plan.step(enough) > WORTH * (backward + enough.compute):
+            parts.append(f"Milder, and slower: {_named(plan, milder[::-1])}.")
+    if not _hides(plan, enough):
         parts.append(
             "The backward pass does not hide it: give links more time with a larger batch, or with many "
             "local steps between two reductions (examples/train_local_steps.py)."
         )
     if latency > 0.5 * dense.seconds:
         parts.append(
-            f"Most of a dense all-reduce is latency, of {dense.cost.rounds} messages one after the other: a "
-            "hierarchy (gck.HierarchicalGroup) has fewer."
+            f"Most of a dense all-reduce is latency, of {dense.cost.rounds} messages one after the other."
+            f"{_hierarchy(plan)}"
         )
     return " ".join(parts)
+
+
+def _named(plan: Plan, rows: Sequence[Estimate]) -> str:
+    """As "Sign() 14.1 times, leaves 0.36; ...": than with 16 bits."""
+    half = plan.step(plan.half)
+    return "; ".join(f"{r.name} {half / plan.step(r):.1f} times, leaves {r.left:.2f}" for r in rows)
+
+
+def _hides(plan: Plan, row: Estimate) -> bool:
+    """Whether an all-reduce is as good as hidden behind the backward pass, or none is known."""
+    backward = plan.settings.backward
+    return backward is None or plan.step(row) <= WORTH * (backward + row.compute)
+
+
+def _hierarchy(plan: Plan) -> str:
+    few = plan.settings.world_size <= 4
+    return "" if few else " A hierarchy (gck.HierarchicalGroup) has fewer."
 
 
 def _than(plan: Plan, row: Estimate, other: Estimate) -> str:
