@@ -78,6 +78,12 @@ def test_replicas(dtype: torch.dtype, differs: int | None) -> None:
     assert all(text.startswith(expected) for text in said), said
 
 
+def test_whatever_the_default_device_is() -> None:
+    tensors = {"a": torch.randn(5), "b": torch.zeros(0)}
+    with torch.device("meta"):
+        check_replicas("f", SimulatedGroup(1).members[0], tensors, ["", ""])
+
+
 def test_hashes_know_places_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "BLOCK", 8)
     tensor = torch.arange(100)

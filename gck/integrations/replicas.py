@@ -34,7 +34,7 @@ def check_replicas(
     Raises:
         CollectiveMismatchError: on all ranks, if names, dtypes, hashes or `about` differ.
     """
-    hashes = torch.tensor([_hash(tensor) for tensor in tensors.values()])
+    hashes = torch.tensor([_hash(tensor) for tensor in tensors.values()], dtype=torch.int64, device="cpu")
     whole = zip(tensors.items(), about, strict=True)
     text = "\n".join(f"{name} {tensor.dtype} {more}" for (name, tensor), more in whole)
     values = hashes.numpy().tobytes()
