@@ -36,6 +36,7 @@ __all__ = [
     "Link",
     "all_reduce_cost",
     "break_even_density",
+    "cheapest_algorithm",
     "choose_algorithm",
     "hierarchical_cost",
 ]
@@ -164,7 +165,7 @@ def all_reduce_cost(
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ArgumentError(f"all_reduce_cost: world_size must be a positive int, got {world_size!r}")
     if algorithm == "auto":
-        algorithm = choose_algorithm(compressor, numels, world_size)
+        algorithm = cheapest_algorithm(compressor, numels, world_size)
     others, unit = world_size - 1, compressor.shard_unit
     if algorithm == "dense":
         # Two passes around the ring, each with all but one of W pieces.
@@ -232,6 +233,11 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
     """
     check_compressor("choose_algorithm", compressor)
     _check_numels("choose_algorithm", numels)
+    return cheapest_algorithm(compressor, numels, world_size)
+
+
+def cheapest_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
+    """`choose_algorithm` of what was checked: a reduction asks for each of its tensors at every step."""
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
     if compressor.shard_unit is not None:

@@ -135,10 +135,15 @@ def choose_piece_numel(
 
 
 def count_pieces(
-    compressor: Compressor, numel: int, world_size: int, link: Link, algorithm: str = "auto"
+    compressor: Compressor,
+    numel: int,
+    world_size: int,
+    link: Link,
+    algorithm: str = "auto",
+    device_type: str = "cpu",
 ) -> int:
-    """How many pieces of a CPU's gradient `choose_piece_numel` means, at least 1: for `Cost.seconds`."""
-    piece = choose_piece_numel(compressor, numel, world_size, link=link, algorithm=algorithm)
+    """How many pieces `choose_piece_numel` means, at least 1: for `Cost.seconds`."""
+    piece = choose_piece_numel(compressor, numel, world_size, device_type, link=link, algorithm=algorithm)
     return -(-numel // piece) if piece else 1
 
 

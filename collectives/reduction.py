@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gck.collectives.all_gather import one_phase
 from gck.collectives.arguments import check_call, check_states
-from gck.collectives.cost import Link, choose_algorithm
+from gck.collectives.cost import Link, cheapest_algorithm
 from gck.collectives.dense import dense
 from gck.collectives.failure import give_up
 from gck.collectives.handshake import Signature, agree, check_validate, describe
@@ -344,5 +344,5 @@ def _plan(
     # with, since DDP rebuilds its buckets after the first step, and again after a restart.
     plan: dict[str, list[int]] = {}
     for i, shards in enumerate(cuts):
-        plan.setdefault(choose_algorithm(compressor, [shards.numel], world_size), []).append(i)
+        plan.setdefault(cheapest_algorithm(compressor, [shards.numel], world_size), []).append(i)
     return plan

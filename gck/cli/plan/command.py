@@ -46,7 +46,7 @@ def main(
         columns = (TextColumn("measuring {task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=errors, transient=True) as progress:
             task = progress.add_task("compressors", total=len(names))
-            plan = make_plan(settings, names, lambda _: progress.advance(task))
+            plan = make_plan(settings, names, lambda: progress.advance(task))
         written = () if out is None else write_files(plan, out)
     except ArgumentError as error:
         return stop("gck plan", str(error), 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -106,8 +106,8 @@ class Plan:
         return low
 
 
-def make_plan(settings: Settings, names: Sequence[str], done: Callable[[str], None] = lambda _: None) -> Plan:
-    """Measures every compressor, for seconds; `done` is called with the name of each.
+def make_plan(settings: Settings, names: Sequence[str], done: Callable[[], object] = lambda: None) -> Plan:
+    """Measures every compressor, for seconds; `done` is called after each.
 
     Raises:
         ArgumentError: a name is no compressor's, before anything is measured.
@@ -122,7 +122,7 @@ def make_plan(settings: Settings, names: Sequence[str], done: Callable[[str], No
     for name, compressor in compressors:
         compute = _compute(compressor, settings)
         rows.append(estimate(name, compressor, settings, compute, _left(compressor, settings.numel)))
-        done(name)
+        done()
     return Plan(settings, _dense(DENSE, 32, ring, settings), _dense(HALF, 16, halved, settings), rows)
 
 
@@ -141,9 +141,10 @@ def _dense(name: str, bits: float, cost: Cost, settings: Settings) -> Estimate:
 
 
 def _pieces(compressor: Compressor | None, cost: Cost, settings: Settings, link: Link) -> int:
-    if compressor is None or settings.device != "cpu":
+    if compressor is None:
         return 1
-    return count_pieces(compressor, settings.numel, settings.world_size, link, cost.algorithm)
+    size = settings.numel, settings.world_size
+    return count_pieces(compressor, *size, link, cost.algorithm, settings.device)
 
 
 def _compute(compressor: Compressor, settings: Settings) -> float:
@@ -173,5 +174,4 @@ def _of(compressor: Any, numel: int, whole: int) -> Compressor:
     """One that keeps as large a share of `numel` elements as `compressor` does of `whole`."""
     if compressor.shard_unit is None and isinstance(k := getattr(compressor, "k", None), int):
         compressor = dataclasses.replace(compressor, k=max(1, min(numel, round(k * numel / whole))))
-    made: Compressor = compressor
-    return made
+    return cast(Compressor, compressor)
