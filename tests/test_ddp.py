@@ -22,7 +22,7 @@ from gck.kernels.topk import TopK
 from tests.cases import same_bytes
 from tests.collectives.ddp_worker import CHECKS
 from tests.collectives.fragile import Fragile
-from tests.collectives.launcher import run_ranks
+from tests.collectives.launcher import assert_passed, run_ranks
 from tests.collectives.test_transaction import Interrupted, Interruptible
 
 
@@ -33,10 +33,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks(check: str, reports: list[dict[str, str]]) -> None:
-    for rank, report in enumerate(reports):
-        if check not in report:
-            pytest.fail(f"rank {rank} stopped before {check}")
-        assert report[check] == "passed", f"rank {rank}: {report[check]}"
+    assert_passed(check, reports)
 
 
 @dataclass

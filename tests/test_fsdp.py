@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +13,8 @@ from gck.collectives import SimulatedGroup, SimulatedMember
 from gck.errors import BackendUnavailableError, CollectiveMismatchError, DtypeError
 from gck.integrations import replicas
 from gck.integrations.replicas import check_replicas
-from tests.collectives.launcher import run_ranks
-
-NAMES = [
-    line.split("(")[0].removeprefix("def ")
-    for module in ("training", "states")
-    for line in (Path(__file__).parent / f"collectives/fsdp_{module}.py").read_text().splitlines()
-    if line.startswith("def check_")
-]
+from tests.collectives.fsdp_worker import CHECKS
+from tests.collectives.launcher import assert_passed, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +22,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return run_ranks("tests.collectives.fsdp_worker", 4, tmp_path_factory.mktemp("fsdp"), timeout=200)
 
 
-@pytest.mark.parametrize("check", NAMES)
+@pytest.mark.parametrize("check", CHECKS)
 def test_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
-    for rank, report in enumerate(reports):
-        if check not in report:
-            pytest.fail(f"rank {rank} stopped before {check}")
-        assert report[check] == "passed", f"rank {rank}: {report[check]}"
+    assert_passed(check, reports)
 
 
 def test_a_model_that_is_not_sharded() -> None:

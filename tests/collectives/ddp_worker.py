@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 
 from tests.collectives import ddp_errors, ddp_states, ddp_training, launcher
@@ -17,13 +16,5 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     directory, rank, _ = launcher.init()
-    results = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = "passed"
-        except BaseException:
-            results[name] = traceback.format_exc()
-            break  # ranks may be out of step now
-    launcher.report(directory, rank, results)
+    launcher.report(directory, rank, launcher.run_checks(CHECKS))
     launcher.leave()

@@ -16,8 +16,8 @@ from gck.compressor import Compressor
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
+from tests.collectives import ddp_model
 
-EVERYTHING: dict[str, Any] = {"bypass_numel": 0, "bypass_1d": False}
 BY_NAME: dict[str, Compressor | None] = {"0.weight": TopK(ratio=0.1), "4.*": None, "*": Sign(32)}
 MESH: list[DeviceMesh] = []
 
@@ -55,11 +55,7 @@ def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def train(model: nn.Module, steps: range) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
+    ddp_model.train(model, steps, loss_of)
 
 
 def local(tensor: Any) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import gck
+from gck.collectives import all_reduce_
 from gck.errors import (
     ArgumentError,
     CollectiveMismatchError,
@@ -22,12 +24,14 @@ from gck.errors import (
     GroupUnusableError,
     StateMismatchError,
 )
+from gck.integrations import fsdp
+from gck.integrations.hook_state import HookState
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
+from tests.collectives.ddp_model import EVERYTHING
 from tests.collectives.fragile import Fragile
 from tests.collectives.fsdp_model import (
-    EVERYTHING,
     across,
     loss_of,
     mesh,
@@ -158,6 +162,30 @@ def check_replicas_without_a_common_directory() -> None:
     loaded = state.load(directory.parent if replica else directory, step=1, shared=False)
     assert loaded is not None
     assert loaded.step == 1
+
+
+def check_loading_is_passed_on() -> None:
+    state = gck.fsdp.register(sharded(), Sign(32), across())
+    options: dict[str, Any] = {"step": 7, "reshard": True, "server": "fold", "shared": False}
+    with mock.patch.object(HookState, "load") as load, mock.patch.object(HookState, "save") as save:
+        state.load("folder", **options)
+        state.save("folder", keep=5, shared=False)
+    folder = Path(f"folder/shard-0000{state.shard[0]}-of-00002")
+    load.assert_called_once_with(folder, **options)
+    save.assert_called_once_with(folder, keep=5, shared=False)
+
+
+def check_an_interrupt_before_anything_is_sent() -> None:
+    """Peers wait for these gradients: they are told, and the group is given up."""
+    group, _ = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])
+    model = sharded()
+    gck.fsdp.register(model, Sign(32), group)
+    loss = loss_of(model, 0)
+    broken = mock.patch.object(fsdp, "prepare_groups", side_effect=KeyboardInterrupt)
+    with broken, pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    with pytest.raises(GroupUnusableError, match=r"KeyboardInterrupt in gck.fsdp.hook"):
+        all_reduce_(torch.zeros(8), None, Sign(32), group)
 
 
 def check_options_are_passed_on() -> None:

@@ -17,9 +17,9 @@ from gck.errors import ShapeMismatchError
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
+from tests.collectives.ddp_model import EVERYTHING
 from tests.collectives.fsdp_model import (
     BY_NAME,
-    EVERYTHING,
     across,
     local,
     loss_of,
@@ -151,6 +151,23 @@ def check_frozen_between_steps() -> None:
         model(x).square().mean().backward()
         assert not same_bytes(state.residuals["0.weight"].worker, before)
         assert list(state.residuals) == ["0.weight"]
+
+
+def check_what_is_unfrozen_late_does_not_warm_up_again() -> None:
+    """It is as far as the others, as after a state is loaded."""
+    model: Any = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    model[0].weight.requires_grad_(False)
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh()["shard"])
+    state = gck.fsdp.register(model, Sign(32), across(), 2, algorithm="two_phase")
+    x = torch.randn(4, 40)
+    for _ in range(3):
+        model(x).square().mean().backward()
+    assert list(state.residuals) == ["1.weight"]
+    model[0].weight.requires_grad_(True)
+    model(x).square().mean().backward()
+    assert state.step == 4
+    assert sorted(state.residuals) == ["0.weight", "1.weight"]
 
 
 class Sometimes(nn.Module):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 
 from bench.nccl.one_device import environment
@@ -16,7 +15,6 @@ if __name__ == "__main__" and sys.argv[2:] == ["cuda"]:
     os.environ |= {**environment(int(os.environ["RANK"])), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 import torch
-import torch.distributed as dist
 
 from tests.collectives import fsdp_states, fsdp_training, launcher
 
@@ -30,16 +28,8 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     on_cuda = sys.argv[2:] == ["cuda"]
-    directory, _, _ = launcher.init(backend="nccl" if on_cuda else "gloo")
+    directory, rank, _ = launcher.init(backend="nccl" if on_cuda else "gloo")
     if on_cuda:
         torch.set_default_device("cuda:0")
-    results = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            results[name] = "passed"
-        except BaseException:
-            results[name] = traceback.format_exc()
-            break  # ranks may be out of step now
-    launcher.report(directory, dist.get_rank(), results)
+    launcher.report(directory, rank, launcher.run_checks(CHECKS))
     launcher.leave()

@@ -9,7 +9,8 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -111,6 +112,26 @@ def init(timeout: float = 30, backend: str | None = "gloo") -> tuple[Path, int, 
 def report(directory: Path, rank: int, result: Any) -> None:
     """In a rank: what `run_ranks` returns for it."""
     (directory / f"{rank}.json").write_text(json.dumps(result))
+
+
+def run_checks(checks: Mapping[str, Callable[[], None]]) -> dict[str, str]:
+    """In a rank: "passed", or what went wrong; no more after one that failed: ranks may be out of step."""
+    results = {}
+    for name, check in checks.items():
+        try:
+            check()
+            results[name] = "passed"
+        except BaseException:
+            results[name] = traceback.format_exc()
+            break
+    return results
+
+
+def assert_passed(check: str, reports: Sequence[Mapping[str, str]]) -> None:
+    """That `run_checks` says so, on every rank."""
+    for rank, report in enumerate(reports):
+        assert check in report, f"rank {rank} stopped before {check}"
+        assert report[check] == "passed", f"rank {rank}: {report[check]}"
 
 
 def leave() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.collectives import launcher
-from tests.test_fsdp import NAMES
+from tests.collectives.fsdp_worker import CHECKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("torch nccl")]
 
@@ -16,9 +16,6 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return launcher.run_ranks("tests.collectives.fsdp_worker", 4, directory, "cuda", timeout=280)
 
 
-@pytest.mark.parametrize("check", NAMES)
+@pytest.mark.parametrize("check", CHECKS)
 def test_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
-    for rank, report in enumerate(reports):
-        if check not in report:
-            pytest.fail(f"rank {rank} stopped before {check}")
-        assert report[check] == "passed", f"rank {rank}: {report[check]}"
+    launcher.assert_passed(check, reports)

@@ -39,7 +39,4 @@ def test_collectives_have_the_bytes_of_simulated_ranks(reports: list[dict[str, A
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks(check: str, reports: list[dict[str, Any]]) -> None:
-    for rank, report in enumerate(reports):
-        if check not in report:
-            pytest.fail(f"rank {rank} stopped before {check}")
-        assert report[check] == "passed", f"rank {rank}: {report[check]}"
+    launcher.assert_passed(check, reports)
