@@ -84,6 +84,14 @@ def _seeded_values(payload: gck.SeededValues) -> Tensor:
     return torch.zeros(payload.numel, device=values.device).index_copy_(0, places, values.float())
 
 
+def _factors(payload: gck.LowRankFactors) -> Tensor:
+    rows = -(-payload.numel // payload.columns)
+    dense = torch.zeros(rows, payload.columns, device=payload.left.device)
+    for left, right in zip(payload.left, payload.right, strict=True):
+        dense.add_(torch.outer(left, right))  # not a product of matrices, whose sums have another order
+    return dense.view(-1)[: payload.numel]
+
+
 DECODERS: dict[type, Callable[[Any], Tensor]] = {
     gck.PackedSigns: _signs,
     gck.Quantized: _quantized,
@@ -91,6 +99,7 @@ DECODERS: dict[type, Callable[[Any], Tensor]] = {
     gck.SparseGrad: _sparse,
     gck.CodedSparse: _coded_sparse,
     gck.SeededValues: _seeded_values,
+    gck.LowRankFactors: _factors,
 }
 
 
@@ -120,6 +129,9 @@ def payload_of(compressor: Any, body: Tensor, n: int) -> Any:
     views = compressor.layout(n).views(body)
     if isinstance(compressor, gck.RandomK):
         return gck.SeededValues(*views, compressor.seed, n)
+    if isinstance(compressor, gck.LowRank):
+        rows, columns, rank = compressor.shape(n)
+        return gck.LowRankFactors(views[0].view(rank, rows), views[1].view(rank, columns), n, columns)
     if isinstance(compressor, gck.Sign):
         return gck.PackedSigns(*views, n, compressor.chunk_size)
     if isinstance(compressor, gck.Quantize):

@@ -217,6 +217,38 @@ def random_k_decompress(
     threads: int,
 ) -> None: ...
 def random_k_indices(seed: int, numel: int, k: int, first: int, count: int, out: int) -> None: ...
+def low_rank_basis(seed: int, count: int, basis: int) -> None: ...
+def low_rank_project(
+    numel: int,
+    columns: int,
+    rank: int,
+    grad: int,
+    grad_dtype: int,
+    err: int,
+    decay: float,
+    clip: int,
+    basis: int,
+    left: int,
+    threads: int,
+) -> None: ...
+def low_rank_orthonormalise(left: int, rows: int, rank: int, threads: int) -> None: ...
+def low_rank_back_project(
+    numel: int, columns: int, rank: int, acc: int, left: int, right: int, threads: int
+) -> None: ...
+def low_rank_settle(
+    numel: int, columns: int, rank: int, acc: int, left: int, right: int, threads: int
+) -> int: ...
+def low_rank_decompress(
+    numel: int,
+    columns: int,
+    rank: int,
+    left: int,
+    right: int,
+    out: int,
+    alpha: float,
+    add: bool,
+    threads: int,
+) -> None: ...
 def quantize_reduce(
     bodies: list[int],
     scales_offset: int,

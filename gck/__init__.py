@@ -18,6 +18,7 @@ from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
 from gck.integrations import ddp, fsdp
 from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.low_rank import LowRank
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
@@ -30,6 +31,8 @@ from gck.ops import (
     decompress,
     decompress_add_,
     encode_indices,
+    low_rank,
+    low_rank_ef_,
     quantize,
     quantize_ef_,
     random_k,
@@ -38,7 +41,16 @@ from gck.ops import (
     topk,
     topk_ef_,
 )
-from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.payload import (
+    ChunkSparse,
+    CodedSparse,
+    LowRankFactors,
+    PackedSigns,
+    Payload,
+    Quantized,
+    SeededValues,
+    SparseGrad,
+)
 from gck.statistics import Statistics
 from gck.version import __version__ as __version__
 
@@ -50,6 +62,8 @@ __all__ = [
     "ErrorFeedback",
     "ErrorFeedbackMap",
     "HierarchicalGroup",
+    "LowRank",
+    "LowRankFactors",
     "NcclCommunicator",
     "PackedSigns",
     "Payload",
@@ -74,6 +88,8 @@ __all__ = [
     "from_bytes",
     "fsdp",
     "load_state",
+    "low_rank",
+    "low_rank_ef_",
     "packed_all_reduce_",
     "quantize",
     "quantize_ef_",

@@ -51,6 +51,7 @@ REGISTRY = {
     "chunk_topk": "gck.kernels.chunk_topk:ChunkTopK",
     "quantize": "gck.kernels.quantize:Quantize",
     "random_k": "gck.kernels.random_k:RandomK",
+    "low_rank": "gck.kernels.low_rank:LowRank",
 }
 
 

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from gck.wire import layout_of
 
-__all__ = ["ChunkSparse", "CodedSparse", "PackedSigns", "Payload", "Quantized", "SeededValues", "SparseGrad"]
+__all__ = [
+    "ChunkSparse",
+    "CodedSparse",
+    "LowRankFactors",
+    "PackedSigns",
+    "Payload",
+    "Quantized",
+    "SeededValues",
+    "SparseGrad",
+]
 
 
 class SparseGrad(NamedTuple):
@@ -235,7 +244,43 @@ class SeededValues(NamedTuple):
         return layout_of(*self.fields).nbytes
 
 
-Payload: TypeAlias = SparseGrad | CodedSparse | PackedSigns | ChunkSparse | Quantized | SeededValues
+class LowRankFactors(NamedTuple):
+    """Two thin matrices, whose product left^T right is the matrix that a vector is taken for, row by row.
+
+    It has ceil(numel / columns) rows, whose last one may be cut short by the end of the vector.
+
+    Attributes:
+        left: (rank, rows) fp32, orthonormal rows, the columns of the paper's P; zeros in place of one that
+            is all but a combination of those before it. 1 <= rank <= min(64, rows, columns), 0 if numel is 0.
+        right: (rank, columns) fp32.
+        numel: number of elements of the dense vector.
+        columns: elements of a row of the matrix, in [1, min(numel, 2**31 - 1)], 0 if numel is 0.
+    """
+
+    left: Tensor
+    right: Tensor
+    numel: int
+    columns: int
+
+    @property
+    def compressor(self) -> str:
+        """Registry name of the compressor that makes and decodes this payload."""
+        return "low_rank"
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors that travel, in the order of the wire body."""
+        return self.left, self.right
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, alignment padding included."""
+        return layout_of(*self.fields).nbytes
+
+
+Payload: TypeAlias = (
+    SparseGrad | CodedSparse | PackedSigns | ChunkSparse | Quantized | SeededValues | LowRankFactors
+)
 
 INDEX_LIMIT = 2**31 - 1
 

@@ -48,6 +48,12 @@ VARIANTS: dict[str, list[Any]] = {
         gck.RandomK(ratio=0.7, seed=9),
         gck.RandomK(ratio=1.0, seed=1),
     ],
+    "low_rank": [
+        gck.LowRank(),
+        gck.LowRank(rank=1, columns=32, seed=5),
+        gck.LowRank(rank=8, seed=-3),
+        gck.LowRank(rank=64, columns=100),
+    ],
 }
 COMPRESSORS = [c for variants in VARIANTS.values() for c in variants]
 

@@ -16,6 +16,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "chunk_topk_ef_": lambda g, e: gck.chunk_topk_ef_(g, e, 64, 4, value_bits=2),
     "quantize_ef_": lambda g, e: gck.quantize_ef_(g, e, 4, 64, "stochastic", 5),
     "random_k_ef_": lambda g, e: gck.random_k_ef_(g, e, 0.01, seed=5),
+    "low_rank_ef_": lambda g, e: gck.low_rank_ef_(g, e, 3, seed=5),
 }
 
 

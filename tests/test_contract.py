@@ -140,6 +140,12 @@ def test_any_values(data: st.DataObject, values: list[float]) -> None:
                 seed=st.integers(-(2**63), 2**63 - 1),
                 value_dtype=st.sampled_from(GRAD_DTYPES),
             ),
+            st.builds(
+                gck.LowRank,
+                rank=st.integers(1, 64),
+                columns=st.one_of(st.none(), st.integers(1, 250)),
+                seed=st.integers(-(2**63), 2**63 - 1),
+            ),
             st.builds(gck.Sign, st.sampled_from([32, 64, 128])),
             st.builds(
                 gck.Quantize,

@@ -51,9 +51,12 @@ def test_streams_by_their_handles(handle: int, expected: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_results_come_back_as_what_was_given(many: bool) -> None:
+@pytest.mark.parametrize("compressor", ["topk", "low_rank"])
+def test_results_come_back_as_what_was_given(compressor: str, many: bool) -> None:
     np = pytest.importorskip("numpy")
-    payload = gck.topk(torch.tensor([1.0, 4.0, -3.0]), k=2)
+    payload: Any = gck.topk(torch.tensor([1.0, 4.0, -3.0]), k=2)
+    if compressor == "low_rank":
+        payload = gck.LowRankFactors(torch.tensor([[0.0, 1.0, -0.75]]), torch.tensor([[4.0]]), 3, 1)
     out = np.ones(3, dtype=np.float32)
     given = [payload, payload] if many else payload
     assert gck.decompress(given, out=out) is out

@@ -2,23 +2,27 @@
 
 EF-signSGD: Karimireddy, Rebjock, Stich and Jaggi, "Error Feedback Fixes SignSGD and other Gradient
 Compression Schemes" (ICML 2019). Top-k: Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory"
-(NeurIPS 2018), Lemma A.1. Norms are taken in double precision, so that what a bound allows for rounding is
-what fp32 arithmetic in the compressor can do, and is derived where it is used.
+(NeurIPS 2018), Lemma A.1. Low rank: Vogels, Karimireddy and Jaggi, "PowerSGD: Practical Low-Rank Gradient
+Compression for Distributed Optimization" (NeurIPS 2019), Algorithm 1. Norms are taken in double precision,
+so that what a bound allows for rounding is what fp32 arithmetic in the compressor can do, and is derived
+where it is used.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import gck
+from gck.kernels.low_rank import reference as low_rank_reference
 
 U = 2.0**-24  # the relative error of one rounding to fp32
 STEPS = 10_000
@@ -123,6 +127,94 @@ def test_residuals_of_two_bits(rounding: str, least: float, most: float) -> None
     assert least < float(err.norm() / grad.norm()) < most
 
 
+def rounded(payload: gck.LowRankFactors) -> float:
+    """What all roundings behind `left` may add to the residual, in norms of the matrix M.
+
+    An entry of right is a sum of rows, 256 after another and then those sums: with p roundings, it is off by
+    p U |l| |m| at most, of a column m of M and a row l of left; all of right by sqrt(rank) p U |M|. An entry
+    of the product is off by (rank + 1) U |l'| |r| of columns of left and right, all of it by sqrt(rank)
+    (rank + 1) U |M|. One more for err. Twice that is more than what is of second order.
+    """
+    rank, rows = payload.left.shape
+    p = min(rows, 256) + -(-rows // 256) + 1
+    return 2 * (math.sqrt(rank) * (p + rank + 1) + 1) * U
+
+
+def kept(payload: gck.LowRankFactors) -> tuple[Tensor, float]:
+    """The rows of left that are not zeros, in fp64, and how far they are from orthonormal: |L L^T - I|."""
+    left = payload.left.double()
+    left = left[left.abs().amax(1) > 0]
+    apart = left @ left.T - torch.eye(len(left))
+    return left, float(torch.linalg.matrix_norm(apart, 2)) if len(left) else 0.0
+
+
+shapes = st.tuples(st.sampled_from([1, 2, 4, 8, 64]), st.sampled_from([None, 1, 17, 64, 500]))
+
+
+@settings(deadline=None, derandomize=True)
+@given(vectors, shapes, st.integers(-(2**63), 2**63 - 1))
+def test_low_rank_leaves_no_more_than_there_was(v: Tensor, shape: tuple[int, int | None], seed: int) -> None:
+    """|C(v) - v| <= |v|: (I - L^T L) M, of norm |M| at most wherever |L L^T - I| <= 1; and roundings."""
+    err = torch.zeros_like(v)
+    payload = gck.low_rank_ef_(v, err, shape[0], columns=shape[1], seed=seed)
+    assert kept(payload)[1] < 1
+    assert math.sqrt(square(err)) <= (1 + rounded(payload)) * math.sqrt(square(v))
+
+
+@settings(deadline=None, derandomize=True)
+@given(vectors, shapes, st.integers(-(2**63), 2**63 - 1))
+def test_low_rank_sends_the_projection(v: Tensor, shape: tuple[int, int | None], seed: int) -> None:
+    """What is left is orthogonal to left, whose rows are orthonormal. What is decoded is in their span.
+
+    With rows of left that come from a matrix Y (m, n), their lengths 1, of condition K, in fp64 with unit
+    u = 2^-53, |L L^T - I| <= 5 K^2 (m n + n (n + 1)) u where that is at most 5 / 64 (Yamamoto, Nakatsukasa,
+    Yanagisawa and Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44, 2015). Rounding to
+    fp32 moves each row by U at most, all of L by sqrt(n) U. Of E = M - L^T R with R = L M, L E is
+    (I - L L^T) R, and at most as much of |M|.
+    """
+    err = torch.zeros_like(v)
+    payload = gck.low_rank_ef_(v, err, shape[0], columns=shape[1], seed=seed)
+    left, apart = kept(payload)
+    n, m = len(left), payload.left.shape[1]
+    compressor = gck.LowRank(len(payload.left), payload.columns)
+    basis = replace(compressor, seed=seed).basis(len(v), v.device)
+    projected = low_rank_reference.project(compressor, v, basis).double()[payload.left.abs().amax(1) > 0]
+    lengths = projected.norm(dim=1, keepdim=True)
+    if n:
+        condition = float(torch.linalg.cond(projected / lengths))
+        allowed = 5 * condition**2 * (m * n + n * (n + 1)) * 2.0**-53
+        assert allowed > 5 / 64 or apart <= allowed + 2.1 * math.sqrt(n) * U
+    product = payload.left.double().T @ payload.right.double()
+    behind = -product.view(-1)[len(v) :]  # the end of the last row, of which err says nothing
+    remains = left @ torch.cat([err.double(), behind]).view(m, -1)
+    assert math.sqrt(square(remains)) <= (1.01 * apart + rounded(payload)) * math.sqrt(square(v))
+
+
+@pytest.mark.parametrize("rank", [3, 4, 8, 64])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 60), (3, 500), (700, 3), (300, 200)])
+def test_a_matrix_of_low_rank_is_sent_whole(rows: int, columns: int, rank: int) -> None:
+    """M of rank 3, all of it exact. Y = M basis^T is made with errors D, each a sum of q roundings. Then
+    M = Y C, C = Y^+ M, and the part of M that is orthogonal to the span of Y + D is one of -D C."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        factors = [
+            torch.randint(-50, 51, shape, generator=generator).float() for shape in ((rows, 3), (3, columns))
+        ]
+        matrix = factors[0] @ factors[1]  # integers below 2^24
+        err = torch.zeros_like(matrix)
+        payload = gck.low_rank_ef_(matrix, err, rank, seed=seed)
+        left, apart = kept(payload)
+        assert len(left) == 3  # other rows were roundings of these, and are zeros
+        basis = gck.LowRank(rank, columns, seed).basis(matrix.numel(), matrix.device)[:3].double()
+        exact = matrix.double()
+        q = -(-columns // 64) + 6 + 1
+        errors = 1.01 * q * U * math.sqrt(square(exact.abs() @ basis.abs().T))
+        amplified = float(torch.linalg.matrix_norm(torch.linalg.pinv(exact @ basis.T) @ exact, 2))
+        norm = math.sqrt(square(matrix))
+        allowed = errors * amplified + (1.01 * apart + rounded(payload)) * norm
+        assert math.sqrt(square(err)) <= allowed < 0.001 * norm
+
+
 def bounded(delta: float) -> float:
     """The largest |err| / max |grad| that a delta-contraction allows.
 
@@ -180,6 +272,7 @@ def stochastic(grad: Tensor, err: Tensor, bits: int, seed: int) -> Any:
         ("2 bits, means", lambda g, e, t: gck.quantize_ef_(g, e, bits=2, chunk_size=64, scale="mean")),
         ("sign", lambda g, e, t: gck.sign_ef_(g, e, chunk_size=64)),
         ("top-k", lambda g, e, t: gck.topk_ef_(g, e, 0.05)),
+        ("low rank", lambda g, e, t: gck.low_rank_ef_(g, e, 2, seed=t)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

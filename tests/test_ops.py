@@ -18,6 +18,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.kernels.chunk_topk import reference as chunk_topk_reference
+from gck.kernels.low_rank import reference as low_rank_reference
 from gck.kernels.quantize import reference as quantize_reference
 from gck.kernels.random_k import Unbiased
 from gck.kernels.random_k import reference as random_k_reference
@@ -149,6 +150,63 @@ def test_random_k_ef(value_dtype: torch.dtype) -> None:
     assert not torch.equal(without.values, fields[0])
 
 
+@pytest.mark.parametrize(
+    ("shape", "columns", "given"),
+    [
+        ((1001,), 32, None),  # about its square root
+        ((13, 77), 77, None),
+        ((7, 11, 13), 143, None),
+        ((1001, 1), 1, None),
+        ((1, 1001), 1001, None),
+        ((13, 77), 50, 50),
+        ((1001,), 1001, 5000),
+    ],
+    ids=str,
+)
+def test_low_rank_ef(shape: tuple[int, ...], columns: int, given: int | None) -> None:
+    grad, err = pair(1001, torch.bfloat16)
+    compressor = gck.LowRank(rank=3, columns=columns, seed=-7)
+    (left, right), residual, cleared = low_rank_reference.compress(compressor, grad, err)
+    without = gck.low_rank(grad.view(shape), 3, columns=given, seed=-7)
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    payload = gck.low_rank_ef_(grad.view(shape), err, 3, columns=given, seed=-7, nonfinite=nonfinite)
+    assert isinstance(payload, gck.LowRankFactors)
+    rows, rank = -(-1001 // columns), min(3, columns, -(-1001 // columns))
+    assert same_bytes(payload.left, left.view(rank, rows))
+    assert same_bytes(payload.right, right.view(rank, columns))
+    assert payload[2:] == (1001, columns)
+    assert payload.compressor == "low_rank"
+    assert payload.nbytes == sum(-(-f.nbytes // 16) * 16 for f in payload.fields)
+    assert payload.nbytes == gck.LowRank(3, given).for_shape(shape).layout(1001).nbytes
+    assert same_bytes(err, residual)
+    assert int(nonfinite) == cleared == 0
+    dense = gck.decompress(payload)
+    assert same_bytes(dense, low_rank_reference.decompress(compressor, (left, right), 1001))
+    assert same_bytes(gck.decompress([payload, payload]), dense + 0.0 + dense)
+    wanted, _, _ = low_rank_reference.compress(compressor, grad, torch.full((1001,), -0.0))
+    assert all(same_bytes(a.flatten(), b) for a, b in zip(without.fields, wanted, strict=True))
+
+
+def test_low_rank_of_what_is_not_finite() -> None:
+    """One entry spoils all rows and columns of what is sent, which the receiver sees; nothing of it stays."""
+    for bad in (math.nan, math.inf, -math.inf):
+        grad, err = pair()
+        grad[500] = bad
+        nonfinite = torch.zeros(1, dtype=torch.int64)
+        payload = gck.low_rank_ef_(grad, err, 3, seed=1, nonfinite=nonfinite)
+        spoilt = int((~gck.decompress(payload).isfinite()).sum())
+        assert spoilt == int(nonfinite) >= 32
+        assert bool(err.isfinite().all())
+        assert int((err == 0).sum()) == spoilt
+
+
+def test_low_rank_needs_another_seed_at_every_step() -> None:
+    grad, _ = pair()
+    payloads = [gck.low_rank(grad, 2, seed=seed) for seed in (3, 3, 4)]
+    assert all(map(same_bytes, payloads[0].fields, payloads[1].fields))
+    assert not torch.equal(payloads[0].left, payloads[2].left)
+
+
 @pytest.mark.parametrize("n", [0, 1, 31])
 def test_few_elements(n: int) -> None:
     grad, err = torch.ones(n), torch.ones(n)
@@ -167,6 +225,14 @@ def test_few_elements(n: int) -> None:
     seeded = gck.random_k_ef_(grad, err, 0.5, seed=n)
     assert seeded.values.numel() == -(-n // 2)
     assert gck.decompress(seeded).shape == gck.decompress(gck.random_k(grad, k=1, seed=0)).shape == (n,)
+    factors = gck.low_rank_ef_(grad, err, 2, seed=n)
+    assert factors.left.shape == (min(n, 2), {0: 0, 1: 1, 31: 6}[n])
+    assert factors.right.shape == (min(n, 2), factors.columns) == (min(n, 2), {0: 0, 1: 1, 31: 6}[n])
+    for tensor in (torch.ones(n, 1), torch.ones(1, n), torch.ones(n, 0), torch.ones(0, n)):
+        assert gck.decompress(gck.low_rank(tensor, 64, seed=0)).shape == (tensor.numel(),)
+    assert (
+        gck.decompress(factors).shape == gck.decompress(gck.low_rank(grad, columns=5, seed=0)).shape == (n,)
+    )
     assert gck.decompress(codes).shape == gck.decompress(gck.quantize(grad, 2, scale="mean")).shape == (n,)
 
 
@@ -180,6 +246,7 @@ def test_error_feedback_loses_nothing() -> None:
         lambda g, e: gck.chunk_topk_ef_(g, e, 128, 8, value_bits=2),
         lambda g, e: gck.quantize_ef_(g, e, 2, 128),
         lambda g, e: gck.random_k_ef_(g, e, 0.1, seed=int(g[0] * 1e6)),
+        lambda g, e: gck.low_rank_ef_(g, e, 4, seed=int(g[0] * 1e6)),
     ):
         err, sent = torch.zeros(5000), torch.zeros(5000, dtype=torch.float64)
         for grad in grads:
@@ -220,6 +287,7 @@ class TestDecompress:
             gck.quantize_ef_(grad, err, 4, 32),
             gck.quantize_ef_(grad, err, 2, 32, scale="mean"),
             gck.random_k_ef_(grad, err, k=7, seed=1, value_dtype=torch.float16),
+            gck.low_rank_ef_(grad, err, 3, columns=65, seed=1),
         ):
             body = body_of(*payload.fields)
             again = body_of(*(field.clone() for field in payload.fields))
@@ -286,6 +354,50 @@ class TestDecompress:
             gck.decompress(seeded._replace(values=torch.ones(4, dtype=torch.uint8)), out=out)
         with pytest.raises(ShapeMismatchError, match="kind, options and size of payload 0"):
             gck.decompress([seeded, seeded._replace(seed=2)], out=out)
+        factors = gck.low_rank(torch.ones(64), 2, seed=1)
+        for wrong in (
+            factors._replace(left=factors.left.view(-1)),
+            factors._replace(right=factors.right.view(-1)),
+            factors._replace(left=torch.ones(())),
+            factors._replace(left=torch.ones(1, 2, 8)),
+            factors._replace(left=factors.left[:1]),
+            factors._replace(left=torch.ones(2, 7)),
+            factors._replace(right=torch.ones(2, 9)),
+            factors._replace(left=torch.ones(0, 8), right=torch.ones(0, 8)),
+            factors._replace(left=torch.ones(9, 8), right=torch.ones(9, 8)),
+            factors._replace(columns=7),
+            factors._replace(columns=9),
+            factors._replace(columns=65),
+            factors._replace(columns=2**31 - 1),
+            gck.LowRankFactors(torch.ones(65, 70), torch.ones(65, 70), 4900, 70),
+            factors._replace(numel=56),
+            factors._replace(numel=65),
+            factors._replace(numel=0),
+            factors._replace(numel=0, columns=0),
+            gck.LowRankFactors(torch.ones(0, 0), torch.ones(0, 0), 0, 1),
+        ):
+            for given in (wrong, [wrong, wrong], [factors, wrong]):
+                for call in (gck.decompress, lambda p: gck.decompress_add_(out, p, [1.0, 2.0])):
+                    if call is gck.decompress or isinstance(given, list):
+                        with pytest.raises(CorruptPayloadError, match=r"payload (left|right) of .* not fit"):
+                            call(given)
+        for columns, error in (
+            (0, ArgumentError),
+            (-8, ArgumentError),
+            (2**31, ArgumentError),
+            (True, DtypeError),
+            (8.0, DtypeError),
+            (None, DtypeError),
+            (torch.tensor(8), DtypeError),
+        ):
+            with pytest.raises(error, match=r"decompress: columns must be .* got"):
+                gck.decompress(factors._replace(columns=columns), out=out)  # type: ignore[arg-type]
+        with pytest.raises(DtypeError, match=r"payload left must be float32, got torch\.float16"):
+            gck.decompress(factors._replace(left=factors.left.half()), out=out)
+        with pytest.raises(DtypeError, match=r"payload right must be float32, got torch\.int32"):
+            gck.decompress([factors, factors._replace(right=factors.right.int())], out=out)
+        with pytest.raises(ShapeMismatchError, match="kind, options and size of payload 0"):
+            gck.decompress([factors, gck.low_rank(torch.ones(64), 2, columns=9, seed=1)], out=out)
         with pytest.raises(ArgumentError, match="power of two"):
             gck.decompress(gck.PackedSigns(torch.zeros(2, dtype=torch.uint32), torch.ones(2), 64, 33), out)
         for field in (torch.zeros(2), [0.0, 0.0], np.zeros(2, dtype=np.float32)):

@@ -121,6 +121,43 @@ def test_random_k_bad_options_change_nothing(options: dict[str, Any], text: str)
     assert torch.equal(err, before)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rank": 0}, r"low_rank_ef_: rank must be in \[1, 64\], got 0"),
+        ({"rank": 65}, r"low_rank_ef_: rank must be in \[1, 64\], got 65"),
+        ({"rank": 2.0}, r"low_rank_ef_: rank must be an int, got 2.0 \(float\)"),
+        ({"rank": None}, "low_rank_ef_: rank must be an int, got None"),
+        ({"rank": True}, r"low_rank_ef_: rank must be an int, got True \(bool\)"),
+        ({"columns": 0}, r"low_rank_ef_: columns must be in \[1, 2147483647\], got 0"),
+        ({"columns": -3}, r"low_rank_ef_: columns must be in \[1, 2147483647\], got -3"),
+        ({"columns": 2**31}, r"low_rank_ef_: columns must be in \[1, 2147483647\], got 2147483648"),
+        ({"columns": "32"}, r"low_rank_ef_: columns must be an int, got '32' \(str\)"),
+        ({"columns": False}, r"low_rank_ef_: columns must be an int, got False \(bool\)"),
+        ({"seed": 2**63}, r"low_rank_ef_: seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
+        ({"seed": None}, "low_rank_ef_: seed must be an int, got None"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_low_rank_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
+    grad, err = pair()
+    before = err.clone()
+    arguments = {"seed": 1, **options}
+    with pytest.raises(ArgumentError, match=f"^{text}"):
+        gck.low_rank_ef_(grad, err, **arguments)
+    with pytest.raises(ArgumentError, match=f"^{text.replace('_ef_', '')}"):
+        gck.low_rank(grad, **arguments)
+    assert torch.equal(err, before)
+
+
+def test_low_rank_of_rows_that_are_too_long() -> None:
+    x = torch.empty(1, 2**31, device="meta")
+    with pytest.raises(
+        ArgumentError, match=r"^low_rank: columns must be in \[1, 2147483647\], got 2147483648"
+    ):
+        gck.low_rank(x, seed=1)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_recorded_graph(function: str) -> None:
     call = FUNCTIONS[function]
@@ -192,7 +229,9 @@ def test_payloads_and_bodies_whose_storage_was_freed() -> None:
 
 
 @pytest.mark.parametrize(
-    "compressor", [gck.Sign(), gck.Quantize(), gck.ChunkTopK(), gck.TopK(k=3), gck.RandomK(k=3)], ids=str
+    "compressor",
+    [gck.Sign(), gck.Quantize(), gck.ChunkTopK(), gck.TopK(k=3), gck.RandomK(k=3), gck.LowRank()],
+    ids=str,
 )
 def test_compressors_refuse_a_gradient_that_is_negated_lazily(compressor: Any) -> None:
     """Of which memory holds the opposite."""

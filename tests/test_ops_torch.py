@@ -96,14 +96,19 @@ def test_opcheck() -> None:
     opcheck(ops.random_k_ef_, (grad, err, 10, -9, torch.float32, counter))
     opcheck(ops.random_k_ef_, (grad, err, 10, 2**40, torch.float16, None))
     opcheck(ops.random_k, (grad, 10, 3, torch.bfloat16))
+    opcheck(ops.low_rank_ef_, (grad, err, 3, 21, -9, counter))
+    opcheck(ops.low_rank_ef_, (grad, err, 64, 2**31 - 1, 2**40, None), options)
+    opcheck(ops.low_rank, (grad, 4, 10, 3))
     sparse, signs, chunks = gck.topk(grad, k=3), gck.sign_ef_(grad, err, 64), gck.chunk_topk(grad, 64, 5)
     levels, seeded = gck.quantize(grad, 2, 64, scale="mean"), gck.random_k(grad, k=3, seed=-4)
+    factors = gck.low_rank(grad, 3, columns=21, seed=-4)
     for payload, options in (
         (sparse, []),
         (signs, [64]),
         (chunks, [64, 5, 16]),
         (levels, [2, 64, 1]),
         (seeded, [-4]),
+        (factors, [21]),
     ):
         fields = [field.clone() for field in payload.fields]
         opcheck(ops.decompress_, (grad.clone(), payload.compressor, fields, options, 2.0, True))
@@ -120,8 +125,10 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
         chunks = gck.chunk_topk_ef_(grad, err, 64, 5, value_bits=4)
         codes = gck.quantize_ef_(grad, err, 4, 64, "stochastic", 3)
         seeded = gck.random_k_ef_(grad, err, 0.1, seed=grad.numel())
+        factors = gck.low_rank_ef_(grad, err, 3, seed=grad.numel())
         out = gck.decompress_add_(gck.decompress_add_(gck.decompress(sparse), chunks), codes)
         gck.decompress_add_(gck.decompress_add_(out, signs, 0.5), seeded)
+        gck.decompress_add_(out, factors)
         return (
             out,
             sparse.values,
@@ -132,6 +139,8 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
             chunks.indices,
             codes.codes,
             seeded.values,
+            factors.left,
+            factors.right,
         )
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
@@ -142,6 +151,22 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
         got = compiled(grad, compiled_err)
         assert all(same_bytes(a, b) for a, b in zip(got, wanted, strict=True))
         assert same_bytes(compiled_err, err)
+
+
+@pytest.mark.parametrize("columns", [None, 7])
+def test_rows_of_a_matrix_may_change_without_compiling_again(columns: int | None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(grad: torch.Tensor, err: torch.Tensor) -> torch.Tensor:
+        return gck.decompress(gck.low_rank_ef_(grad, err, 3, columns=columns, seed=1))
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (100, 120, 130, 150, 200):
+        grad, err = pair(10 * rows)
+        grad = grad.view(rows, 10)
+        wanted = step(grad, err.clone())
+        assert torch.equal(compiled(grad, err), wanted)
+    assert counter.frame_count <= 2
 
 
 def test_options_compile_without_a_graph_break() -> None:
@@ -193,7 +218,8 @@ def test_the_seed_of_a_choice_may_change_without_compiling_again() -> None:
     counter = CompileCounterWithBackend("aot_eager")
 
     def step(grad: torch.Tensor, err: torch.Tensor, seed: int) -> torch.Tensor:
-        return gck.decompress(gck.random_k_ef_(grad, err, 0.1, seed=seed))
+        out = gck.decompress(gck.random_k_ef_(grad, err, 0.1, seed=seed))
+        return gck.decompress_add_(out, gck.low_rank_ef_(grad, err, 2, seed=seed))
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     grad, err = pair(300)
@@ -212,7 +238,7 @@ def test_eager_calls_show_in_a_profile_and_negated_views_are_negated() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [*FUNCTIONS, "topk_ef_ of a list", "topk", "decompress", "decompress_add_"]
+    "function", [*FUNCTIONS, "topk_ef_ of a list", "topk", "low_rank", "decompress", "decompress_add_"]
 )
 def test_jit_trace_is_refused(function: str) -> None:
     """It would record a result of any content."""
@@ -222,6 +248,7 @@ def test_jit_trace_is_refused(function: str) -> None:
         "topk_ef_ of a list": lambda g, e: gck.topk_ef_([g], [e], 0.01, flat=True),
         "topk": lambda g, e: gck.topk(g, k=5),
         "random_k": lambda g, e: gck.random_k(g, k=5, seed=1),
+        "low_rank": lambda g, e: gck.low_rank(g, 2, seed=1),
         "decompress": lambda g, e: gck.decompress(payload),
         "decompress_add_": lambda g, e: gck.decompress_add_(e, payload),
     }

@@ -34,6 +34,7 @@ COMPRESSORS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "random_k k": (gck.RandomK, {"k": 5, "seed": 7}),
     "random_k ratio": (gck.RandomK, {"ratio": 0.25, "seed": 7}),
+    "low_rank": (gck.LowRank, {"rank": 3, "columns": 20, "seed": 7, "decay": 0.5, "clip": 2.0}),
     "link": (Link, {"latency": 0.5, "bandwidth": 1024.0, "burst": 2.0}),
 }
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -48,6 +49,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "chunk_topk_ef_ decay": (gck.chunk_topk_ef_, {"chunk_size": 64, "k": 5, "decay": 0.5, "clip": 2.0}),
     "random_k_ef_": (gck.random_k_ef_, {"k": 5, "seed": 7}),
     "random_k_ef_ ratio": (gck.random_k_ef_, {"ratio": 0.25, "seed": 7}),
+    "low_rank_ef_": (gck.low_rank_ef_, {"rank": 3, "seed": 7}),
+    "low_rank_ef_ decay": (gck.low_rank_ef_, {"columns": 20, "seed": 7, "decay": 0.5, "clip": 2.0}),
 }
 
 
@@ -102,6 +105,7 @@ def test_functions_with_error_feedback(name: str, whole: Any, fraction: Any, num
         (gck.chunk_topk, {"chunk_size": 64, "k": 5, "value_bits": 8}),
         (gck.random_k, {"k": 5, "seed": 7}),
         (gck.random_k, {"ratio": 0.25, "seed": 7}),
+        (gck.low_rank, {"rank": 3, "columns": 20, "seed": 7}),
     ],
 )
 def test_functions_without(function: Any, options: dict[str, Any]) -> None:

@@ -41,6 +41,10 @@ SHOWN: dict[str, tuple[Any, str]] = {
         gck.SeededValues(torch.ones(2), 5, 9),
         "SeededValues(values=<Tensor of shape (2,)>, seed=5, numel=9) (SeededValues)",
     ),
+    "factors": (
+        gck.LowRankFactors(torch.ones(2, 3), torch.ones(2, 4), 11, 4),
+        "LowRankFactors(left=<Tensor of shape (2, 3)>, right=<Tensor of shape (2, 4)>,... (LowRankFactors)",
+    ),
     "statistics": (
         gck.Statistics(torch.ones(5)),
         "Statistics(values=<Tensor of shape (5,)>, numel=None) (Statistics)",

@@ -20,6 +20,7 @@ from gck.message.header import CHECKSUM, MEAN_SCALE, Header
 from gck.payload import (
     ChunkSparse,
     CodedSparse,
+    LowRankFactors,
     PackedSigns,
     Payload,
     Quantized,
@@ -33,9 +34,11 @@ __all__ = ["FORMATS", "OPTIONS", "Format", "checked", "format_of"]
 
 # Codes of header fields. They are part of the format: never changed, never used again.
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
+FP32 = {1: torch.float32}
 CODES_OF_BITS = 0
 BITS = {1: 32, 2: 16, 3: 16}
 INT32, INT64, UINT16, TWELVE_BITS, BLOCK16, ELIAS_FANO = range(1, 7)
+MOST_RANK, MOST_COLUMNS = 64, 2**31 - 1
 INDEX_DTYPES = {INT32: torch.int32, INT64: torch.int64, UINT16: torch.uint16, TWELVE_BITS: torch.uint8}
 
 # Header fields that a kind of payload may have or not.
@@ -295,6 +298,52 @@ class CodedSparseFormat(Format):
         return {BLOCK16: "block16", ELIAS_FANO: "elias_fano"}.get(header.index_codec, "int32")
 
 
+class LowRankFormat(Format):
+    """Of `chunk_size`, columns of the matrix, and `k`, its rank, all else follows."""
+
+    id, kind = 7, LowRankFactors
+
+    def options(self, payload: LowRankFactors) -> dict[str, int]:
+        dtype = _code("left", FP32, payload.left.dtype)
+        _code("right", FP32, payload.right.dtype)
+        for name, field in (("left", payload.left), ("right", payload.right)):
+            if field.dim() != 2:
+                raise CorruptPayloadError(f"payload.{name} must be a matrix, got shape {tuple(field.shape)}")
+        return {
+            "dtype": dtype,
+            "bits": BITS[dtype],
+            "chunk_size": payload.columns,
+            "k": payload.left.shape[0],
+        }
+
+    def allowed(self, header: Header) -> dict[str, Sequence[int]]:
+        least, most = min(header.numel, 1), min(header.numel, MOST_COLUMNS)
+        # Not of a chunk_size out of range: that is refused before k is looked at.
+        rank = min(MOST_RANK, self._rows(header), max(header.chunk_size, least))
+        return {
+            "dtype": tuple(FP32),
+            "bits": (BITS[1],),
+            "chunk_size": range(least, most + 1),
+            "k": range(least, rank + 1),
+        }
+
+    def shapes(self, header: Header) -> tuple[Shape, ...]:
+        return (
+            (torch.float32, (header.k, self._rows(header))),
+            (torch.float32, (header.k, header.chunk_size)),
+        )
+
+    def check(self, header: Header, fields: Fields) -> None:
+        """Every bit pattern is a value."""
+
+    def payload(self, header: Header, fields: Fields) -> LowRankFactors:
+        return LowRankFactors(fields[0], fields[1], header.numel, header.chunk_size)
+
+    @staticmethod
+    def _rows(header: Header) -> int:
+        return -(-header.numel // max(header.chunk_size, 1))
+
+
 FORMATS: dict[int, Format] = {
     each.id: each
     for each in (
@@ -304,6 +353,7 @@ FORMATS: dict[int, Format] = {
         QuantizedFormat(),
         SeededFormat(),
         CodedSparseFormat(),
+        LowRankFormat(),
     )
 }
 

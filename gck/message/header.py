@@ -32,9 +32,9 @@ class Header(NamedTuple):
             5 block16, 6 Elias-Fano.
         bits: of a value.
         flags: `CHECKSUM`, `MEAN_SCALE`.
-        chunk_size: elements of a chunk.
+        chunk_size: elements of a chunk; of low rank, of a row of the matrix.
         numel: elements of the dense vector.
-        k: entries that travel; of chunk top-k, of each chunk.
+        k: entries that travel; of chunk top-k, of each chunk; of low rank, its rank.
         seed: of random-k.
         body_nbytes: what follows the header.
         checksum: xxh3_64 of header and body with this field 0; 0 where `flags` says that there is none.

@@ -8,6 +8,7 @@ without looking at memory and give the body its typed views. So they trace under
 from gck.ops.chunk_topk import chunk_topk, chunk_topk_ef_
 from gck.ops.decode import decompress, decompress_add_
 from gck.ops.index_codecs import encode_indices
+from gck.ops.low_rank import low_rank, low_rank_ef_
 from gck.ops.quantize import quantize, quantize_ef_
 from gck.ops.random_k import random_k, random_k_ef_
 from gck.ops.sign import sign_ef_
@@ -19,6 +20,8 @@ __all__ = [
     "decompress",
     "decompress_add_",
     "encode_indices",
+    "low_rank",
+    "low_rank_ef_",
     "quantize",
     "quantize_ef_",
     "random_k",

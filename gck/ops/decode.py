@@ -14,12 +14,23 @@ from gck.errors import AllocationError, ArgumentError, CorruptPayloadError, Dtyp
 from gck.kernels.chunk_topk import check_options
 from gck.kernels.common import checks
 from gck.kernels.index_codecs import check_index_codec
+from gck.kernels.low_rank import LowRank
+from gck.kernels.low_rank import check_options as check_low_rank
 from gck.kernels.quantize import SCALES, check_format
 from gck.kernels.sign import check_chunk_size
 from gck.memory import copy_, empty
 from gck.ops import direct
 from gck.ops.registration import Array, plain, register
-from gck.payload import ChunkSparse, CodedSparse, PackedSigns, Payload, Quantized, SeededValues, SparseGrad
+from gck.payload import (
+    ChunkSparse,
+    CodedSparse,
+    LowRankFactors,
+    PackedSigns,
+    Payload,
+    Quantized,
+    SeededValues,
+    SparseGrad,
+)
 from gck.values import shown
 from gck.wire import ALIGNMENT, body_of, layout_of
 
@@ -125,6 +136,8 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     elif isinstance(payload, SeededValues):
         name, fields, options = "random_k", [payload.values], [payload.seed]
         checks.check_seed(function, payload.seed)
+    elif isinstance(payload, LowRankFactors):
+        name, fields, options = "low_rank", [payload.left, payload.right], [payload.columns]
     else:
         hint = "; several are given as a list" if isinstance(payload, tuple | set) else ""
         raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}{hint}")
@@ -135,7 +148,24 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
         raise DtypeError(f"{function}: payload.numel must be an int, got {shown(payload.numel)}")
     if payload.numel < 0:
         raise ArgumentError(f"{function}: payload.numel must be at least 0, got {payload.numel}")
+    if isinstance(payload, LowRankFactors):
+        _check_factors(function, payload)
     return name, fields, options
+
+
+def _check_factors(function: str, payload: LowRankFactors) -> None:
+    """Of factors shapes tell all that can be wrong; by hand, they could be those of others in one buffer."""
+    left, right, numel, columns = payload
+    if columns is None:  # which compressors choose by themselves, and payloads say
+        raise DtypeError(f"{function}: columns must be an int, got None")
+    if numel or type(columns) is not int or columns:  # of nothing there are none
+        check_low_rank(function, 1, columns)
+    if left.dim() != 2 or right.dim() != 2 or columns > numel:
+        raise CorruptPayloadError(
+            f"{function}: payload left of {tuple(left.shape)} and right of {tuple(right.shape)} do not fit "
+            f"{numel} elements in rows of {columns}"
+        )
+    LowRank.for_fields((left, right), (columns,)).check_fields(function, numel, (left, right))
 
 
 def _coded(function: str, payload: CodedSparse) -> tuple[list[Tensor], list[int]]:

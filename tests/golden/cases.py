@@ -95,6 +95,12 @@ CASES: dict[str, tuple[Callable[[], gck.Payload], bool]] = {
         ),
         True,
     ),
+    # 31 rows of 20, the last one of 7; the columns that compressors choose; a vector of one element
+    "low_rank": (lambda: gck.low_rank(vector(607), 3, columns=20, seed=-(2**40)), True),
+    "low_rank_of_a_vector": (lambda: gck.low_rank(vector(100), seed=5), False),
+    "low_rank_nonfinite": (lambda: gck.low_rank(vector(60, math.inf), 2, columns=8, seed=1), True),
+    "low_rank_of_one": (lambda: gck.low_rank(vector(1), seed=5), True),
+    "low_rank_of_nothing": (lambda: gck.low_rank(vector(0), seed=5), True),
     "coded_int32_int64": (lambda: long_coded("int32"), True),
     "coded_elias_fano_int64": (lambda: long_coded("elias_fano"), True),
 }

@@ -21,6 +21,7 @@ import gck.kernels
 from tests.kernels import (
     aot_chunk_topk,
     aot_index_codecs,
+    aot_low_rank,
     aot_quantize,
     aot_random_k,
     aot_sign,
@@ -40,7 +41,7 @@ TARGETS = {
 def variants() -> list[Variant]:
     modules = (
         *(aot_topk, aot_sign, aot_chunk_topk, aot_quantize, aot_random_k),
-        *(aot_index_codecs, aot_statistics),
+        *(aot_index_codecs, aot_statistics, aot_low_rank),
     )
     made = [variant for module in modules for variant in module.variants()]
     return made + _past_2_31(made)

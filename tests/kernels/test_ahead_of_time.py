@@ -51,6 +51,14 @@ BUDGETS = {
     "random_k.spoil_kernel": (40, 32),
     "random_k.left_kernel": (40, 32),
     "random_k.decompress_kernel": (40, 40),
+    "low_rank.basis_kernel": (32, 24),
+    "low_rank.project_kernel": (128, 120),
+    "low_rank.gram_kernel": (144, 72),
+    "low_rank.orthonormal_kernel": (128, 64),
+    "low_rank.back_project_kernel": (184, 88),
+    "low_rank.add_parts_kernel": (72, 32),
+    "low_rank.settle_kernel": (80, 80),
+    "low_rank.decompress_kernel": (80, 72),
     "index_codecs.low_kernel": (40, 32),
     "index_codecs.high_kernel": (48, 40),
     "index_codecs.count_kernel": (32, 24),
@@ -71,6 +79,21 @@ RARE |= {"random_k.compress_kernel[fp32, fp32, clip, stats]": 52}
 # Chunks of 65,536 that are added to: one program has them on their way.
 RARE |= {"chunk_topk.decompress_kernel[fp32, 1024 of 65536, 2 bits, add]": 176}
 RARE |= {f"chunk_topk.compress_kernel[fp32, 64 of 4096, 2 bits{o}]": 180 for o in (", clip", ", clip, stats")}
+# Eight sums of each column that a thread has; rows of any length, whose elements are moved one by one; and
+# the highest rank, whose tables take what there is.
+RARE |= {
+    f"low_rank.project_kernel[{kind}]": 168
+    for kind in (
+        "fp32, rank 8, rows of 4096",
+        "fp16, rank 8, rows of 4096",
+        "fp32, rank 8, rows of 4096, clip",
+        "fp32, rank 8, rows of 999",
+    )
+}
+RARE |= {"low_rank.settle_kernel[rank 8, rows of 999]": 152}
+RARE |= {f"low_rank.decompress_kernel[rank 8, rows of 999, {way}]": 128 for way in ("write", "add")}
+RARE |= {"low_rank.orthonormal_kernel[rank 64]": 200, "low_rank.settle_kernel[rank 64, rows of 4096]": 424}
+RARE |= {f"low_rank.decompress_kernel[rank 64, rows of 4096, {way}]": 424 for way in ("write", "add")}
 # A warp that has a chunk to itself keeps all of it under way, whatever that takes.
 LONE_WARPS = {
     f"chunk_topk.compress_kernel[{grad}, 64 of 4096, {bits} bits]"
@@ -115,6 +138,8 @@ WIDE = {
     "sign.reduce_kernel[256, product]": (4, 4),
     "quantize.compress_kernel[fp32, 8 bits, nearest, 256]": (8, 4),
     "random_k.compress_kernel[fp32, fp32]": (8, 4),
+    # Of 8 elements: rows of left are of any length.
+    "low_rank.settle_kernel[rank 4, rows of 4096]": (2 + 4 * 2, 2),
     "quantize.reduce_kernel[4 bits, nearest, 256, product]": (4, 4),
 }
 INSTRUCTIONS = 45  # an element, of the stream

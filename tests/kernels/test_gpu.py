@@ -31,6 +31,8 @@ COMPRESSORS = [
     gck.Quantize(2, 8192, scale="mean"),
     gck.RandomK(ratio=0.02, seed=4),
     gck.RandomK(k=3, seed=-4, value_dtype=torch.bfloat16),
+    gck.LowRank(rank=4, seed=5),
+    gck.LowRank(rank=16, columns=1000),
 ]
 # Past 2**31 elements, by a few chunks of any size and an odd rest.
 HUGE = 2**31 + 3 * 8192 + 17

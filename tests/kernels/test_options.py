@@ -46,6 +46,8 @@ COMPRESSORS = [
     gck.RandomK(ratio=0.3, seed=-7, value_dtype=torch.bfloat16),
     gck.RandomK(k=1, seed=2**40, value_dtype=torch.float16),
     gck.RandomK(ratio=1.0, value_dtype=torch.bfloat16),
+    gck.LowRank(seed=3),
+    gck.LowRank(rank=3, columns=70),
 ]
 OPTIONS: list[tuple[float, float | None]] = [(0.9, None), (0.5, 0.3), (1.0, 0.01), (1.0, -1.0), (1.0, None)]
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -54,6 +56,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chunk_topk": lambda g, e, **o: gck.chunk_topk_ef_(g, e, 64, 4, value_bits=2, **o),
     "quantize": lambda g, e, **o: gck.quantize_ef_(g, e, 4, 64, "stochastic", 5, **o),
     "random_k": lambda g, e, **o: gck.random_k_ef_(g, e, 0.01, seed=9, **o),
+    "low_rank": lambda g, e, **o: gck.low_rank_ef_(g, e, 2, columns=50, seed=9, **o),
 }
 
 

@@ -38,6 +38,8 @@ def header(payload: Any) -> dict[str, int]:
             dtype, bits = FLOATS[payload.values.dtype]
             k, seed = len(payload.values), payload.seed
             return {"id": 5, "dtype": dtype, "bits": bits, "k": k, "seed": seed}
+        case "LowRankFactors":
+            return {"id": 7, "dtype": 1, "bits": 32, "chunk": payload.columns, "k": len(payload.left)}
         case "CodedSparse":
             dtype, bits = (0, payload.value_bits) if payload.value_bits else FLOATS[payload.values.dtype]
             wide = 2 if payload.numel >= 2**31 else 1

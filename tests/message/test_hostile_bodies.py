@@ -175,7 +175,9 @@ def test_large_chunks(compressor: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "compressor", [SMALL[0], ChunkTopK(), gck.Sign(), gck.Quantize(), gck.RandomK(k=9)], ids=str
+    "compressor",
+    [SMALL[0], ChunkTopK(), gck.Sign(), gck.Quantize(), gck.RandomK(k=9), gck.LowRank()],
+    ids=str,
 )
 def test_bodies_of_another_length(compressor: Any) -> None:
     nbytes = compressor.layout(500).nbytes

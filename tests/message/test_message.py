@@ -126,7 +126,7 @@ def test_what_can_be_read(form: Any) -> None:
     assert payload.values.data_ptr() % 16 == 0
 
 
-@pytest.mark.parametrize("name", ["topk_fp32", "chunk_topk_2_bits", "quantize_mean"])
+@pytest.mark.parametrize("name", ["topk_fp32", "chunk_topk_2_bits", "quantize_mean", "low_rank_of_one"])
 def test_every_changed_bit_is_noticed(name: str) -> None:
     data = message_of(name)
     for bit in range(8 * len(data)):
@@ -136,7 +136,7 @@ def test_every_changed_bit_is_noticed(name: str) -> None:
             gck.from_bytes(changed)
 
 
-@pytest.mark.parametrize("name", ["topk_fp32", "topk_of_nothing", "sign_32"])
+@pytest.mark.parametrize("name", ["topk_fp32", "topk_of_nothing", "sign_32", "low_rank_of_one"])
 def test_every_length_but_one_is_refused(name: str) -> None:
     data = plain(name)
     for end in range(len(data)):
@@ -148,10 +148,11 @@ def test_every_length_but_one_is_refused(name: str) -> None:
 
 # (case, what is written into its message as (offset, struct, value), what the error says)
 TOPK, CHUNKS = "topk_fp32", "chunk_topk_4_bits_12_bit_indices"
+FACTORS = "low_rank"
 CODED, BLOCKS = "coded_elias_fano_4_bits", "coded_block16_of_four_blocks"
 REFUSED: dict[str, tuple[str, tuple[int, str, int], str]] = {
     "magic": (TOPK, (3, "B", 72), r"magic must be b'GCKM', got b'GCKH'"),
-    "id": (TOPK, (5, "B", 7), r"compressor must be one of 1, 2, 3, 4, 5, 6, got 7"),
+    "id": (TOPK, (5, "B", 8), r"compressor must be one of 1, 2, 3, 4, 5, 6, 7, got 8"),
     "no id": (TOPK, (5, "B", 0), r"compressor must be .* got 0"),
     "dtype": (TOPK, (6, "B", 0), r"dtype of a SparseGrad must be one of \(1, 2, 3\), got 0"),
     "other dtype": (TOPK, (6, "B", 2), r"body_nbytes|bits of a SparseGrad must be one of \(16,\), got 32"),
@@ -244,6 +245,31 @@ REFUSED: dict[str, tuple[str, tuple[int, str, int], str]] = {
     ),
     "position": (BLOCKS, (64 + 40, "<H", 3392), r"in the last block must be below 3392, got 3392"),
     "no values": ("random_k_fp32", (24, "<Q", 0), r"k of a SeededValues must be in \[1, 200\], got 0"),
+    "dtype of factors": (FACTORS, (6, "B", 2), r"dtype of a LowRankFactors must be one of \(1,\), got 2"),
+    "codes of factors": (FACTORS, (6, "B", 0), r"dtype of a LowRankFactors must be one of \(1,\), got 0"),
+    "bits of factors": (FACTORS, (8, "B", 16), r"bits of a LowRankFactors must be one of \(32,\), got 16"),
+    "no columns": (FACTORS, (12, "<I", 0), r"chunk_size of a LowRankFactors must be in \[1, 607\], got 0"),
+    "columns": (FACTORS, (12, "<I", 608), r"chunk_size of a .* must be in \[1, 607\], got 608"),
+    "columns huge": (FACTORS, (12, "<I", 2**32 - 1), r"in \[1, 607\], got 4294967295"),
+    "other columns": (FACTORS, (12, "<I", 21), r"body_nbytes of a LowRankFactors .* must be 608, got 624"),
+    "columns below rank": (FACTORS, (12, "<I", 2), r"k of a LowRankFactors must be in \[1, 2\], got 3"),
+    "rows below rank": (FACTORS, (12, "<I", 500), r"k of a LowRankFactors must be in \[1, 2\], got 3"),
+    "no rank": (FACTORS, (24, "<Q", 0), r"k of a LowRankFactors must be in \[1, 20\], got 0"),
+    "rank": (FACTORS, (24, "<Q", 21), r"k of a LowRankFactors must be in \[1, 20\], got 21"),
+    "rank huge": (FACTORS, (24, "<Q", 2**64 - 1), r"k of a .* in \[1, 20\], got 18446744073709551615"),
+    "another rank": (FACTORS, (24, "<Q", 4), r"body_nbytes of a LowRankFactors .* must be 816, got 624"),
+    "numel of factors": (
+        FACTORS,
+        (16, "<Q", 2**62),
+        r"body_nbytes of a LowRankFactors of 4611686018427387904",
+    ),
+    "columns of nothing": (
+        FACTORS,
+        (16, "<Q", 0),
+        r"chunk_size of a LowRankFactors must be in \[0, 0\], got 20",
+    ),
+    "seed of factors": (FACTORS, (32, "<q", 1), r"seed of a LowRankFactors must be one of \(0,\), got 1"),
+    "padding of factors": (FACTORS, (64 + 31 * 3 * 4, "B", 1), r"padding in bytes \[372, 384\) must be 0"),
 }
 
 
@@ -291,6 +317,7 @@ def test_what_is_not_finite_passes() -> None:
     assert gck.from_bytes(message_of("topk_nonfinite")).values.isnan().any()
     assert gck.from_bytes(message_of("sign_nonfinite")).scales.isnan().any()
     assert gck.from_bytes(message_of("quantize_nonfinite")).scales.isinf().any()
+    assert gck.from_bytes(message_of("low_rank_nonfinite")).right.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -313,6 +340,7 @@ def test_what_is_no_message(data: Any, error: type[Exception], text: str) -> Non
 GOOD = gck.SparseGrad(torch.ones(2), torch.tensor([1, 3], dtype=torch.int32), 5)
 SIGNS = gck.PackedSigns(torch.zeros(1, dtype=torch.int32).view(torch.uint32), torch.ones(1), 20, 32)
 BLOCK16 = gck.encode_indices(GOOD, "block16")
+RANK_2 = gck.LowRankFactors(torch.ones(2, 4), torch.ones(2, 6), 23, 6)
 BAD_PAYLOADS: list[tuple[Any, type[Exception], str]] = [
     ([GOOD], DtypeError, r"payload must be a payload of gck, got \[.* \(list\)"),
     (
@@ -355,6 +383,20 @@ BAD_PAYLOADS: list[tuple[Any, type[Exception], str]] = [
     (BLOCK16._replace(numel=65537), CorruptPayloadError, "fields of this CodedSparse must be"),
     (BLOCK16._replace(numel=3), CorruptPayloadError, "indices in the last block must be below 3, got 3"),
     (SIGNS._replace(numel=65), CorruptPayloadError, "body_nbytes|fields of this PackedSigns must be"),
+    (RANK_2._replace(columns=0), CorruptPayloadError, r"chunk_size of a .* must be in \[1, 23\], got 0"),
+    (RANK_2._replace(columns=-6), CorruptPayloadError, r"chunk_size of a .* must be in \[1, 23\], got -6"),
+    (RANK_2._replace(columns=True), DtypeError, r"payload.columns must be .* an int, got True \(bool\)"),
+    (RANK_2._replace(columns=6.0), DtypeError, r"payload.columns must be .* an int, got 6.0 \(float\)"),
+    (RANK_2._replace(columns=7), CorruptPayloadError, "body_nbytes|fields of this LowRankFactors must be"),
+    (RANK_2._replace(numel=18), CorruptPayloadError, "fields of this LowRankFactors must be"),
+    (RANK_2._replace(numel=0), CorruptPayloadError, r"chunk_size of a .* must be in \[0, 0\], got 6"),
+    (RANK_2._replace(left=torch.zeros(2, 5)), CorruptPayloadError, "body_nbytes|fields of this LowRank"),
+    (RANK_2._replace(left=torch.zeros(5, 4)), CorruptPayloadError, r"k of a .* must be in \[1, 4\], got 5"),
+    (RANK_2._replace(left=torch.zeros(0, 4)), CorruptPayloadError, r"k of a .* must be in \[1, 4\], got 0"),
+    (RANK_2._replace(left=torch.zeros(())), CorruptPayloadError, r"left must be a matrix, got shape \(\)"),
+    (RANK_2._replace(right=torch.zeros(12)), CorruptPayloadError, r"right must be a matrix, got .*\(12,\)"),
+    (RANK_2._replace(left=torch.zeros(2, 4).half()), DtypeError, "payload.left must be one of .*float16"),
+    (RANK_2._replace(right=torch.zeros(2, 6).double()), DtypeError, "payload.right must be one of .*float64"),
 ]
 
 

@@ -3,6 +3,7 @@
 #include "cpu/isa/chunk_decode.hpp"
 #include "cpu/isa/chunk_topk.hpp"
 #include "cpu/isa/index_codecs.hpp"
+#include "cpu/isa/low_rank.hpp"
 #include "cpu/isa/quantize.hpp"
 #include "cpu/isa/random_k.hpp"
 #include "cpu/isa/residual.hpp"
@@ -51,7 +52,15 @@ const Leaves& leaves() {
                                 block16_split,
                                 block16_join,
                                 residual_read,
-                                residual_sums};
+                                residual_sums,
+                                low_rank_basis,
+                                low_rank_project,
+                                low_rank_gram,
+                                low_rank_solve,
+                                low_rank_back_project,
+                                low_rank_add,
+                                low_rank_settle,
+                                low_rank_decompress};
   return table;
 }
 

@@ -178,6 +178,45 @@ struct BlockSums {
   double *l1, *sq, *nonfinite;
 };
 
+// See cpu/low_rank.hpp. Rows lie one behind the other, `columns` apart; `numel` says where the last one ends.
+constexpr int64_t kDotLanes = 64;     // sums that the products of a row are added to in turn
+constexpr int64_t kRowBlock = 256;    // rows whose products are added one after the other
+constexpr int64_t kGramLanes = 1024;  // the same of products of rows of `left`
+constexpr int64_t kMostRank = 64;
+
+struct LowRankProject {
+  const void* grad;
+  Dtype grad_dtype;
+  float* err;
+  int64_t numel, columns, rank, rows;
+  ResidualReading reading;
+  const float* basis;  // rows of `columns`, each with zeros behind it up to a multiple of kDotLanes
+  float* left;
+};
+
+// One division, and multiples of the rows before: what makes orthonormal rows of those of `left`.
+struct LowRankSolve {
+  float* left;
+  int64_t rows, rank;
+  const double* roots;    // 0: the row becomes zeros
+  const double* factors;  // (rank, rank): row k less factors[j * rank + k] of row j, for j < k
+};
+
+struct LowRankBack {
+  const float* acc;
+  const float* last;  // the last row, with zeros where it is cut short
+  int64_t columns, rank, rows;
+  const float* left;
+};
+
+struct LowRankProduct {
+  float* out;  // or acc
+  int64_t numel, columns, rank, rows;
+  const float *left, *right;
+  float alpha;
+  bool add;
+};
+
 struct Leaves {
   const char* name;
 
@@ -278,6 +317,22 @@ struct Leaves {
   // Of grad + err; or of err alone where there is no grad, and then of squares alone. What is not finite
   // counts as 0.
   void (*residual_sums)(const void* grad, Dtype dtype, const float* err, int64_t count, const BlockSums& out);
+  // basis[i] = number `first` + i of those in [-1, 1); first at a multiple of kDotLanes, count any.
+  void (*low_rank_basis)(uint64_t seed, int64_t first, int64_t count, float* basis);
+  // Rows [begin, end).
+  void (*low_rank_project)(const LowRankProject& job, int64_t begin, int64_t end);
+  // lanes[0] = the sum of x[i] * y[i]; lanes[kGramLanes].
+  void (*low_rank_gram)(const float* x, const float* y, int64_t rows, double* lanes);
+  // Columns [begin, end) of left.
+  void (*low_rank_solve)(const LowRankSolve& job, int64_t begin, int64_t end);
+  // Columns [begin, end) of the part that a block of rows has in `right`: (rank, columns), written.
+  void (*low_rank_back_project)(const LowRankBack& job, int64_t block, int64_t begin, int64_t end,
+                                float* part);
+  // sum[i] += part[i]; the last time every NaN becomes the one.
+  void (*low_rank_add)(const float* part, int64_t count, float* sum, bool last);
+  // Rows [begin, end); returns the number of residuals cleared because not finite.
+  int64_t (*low_rank_settle)(const LowRankProduct& job, int64_t begin, int64_t end);
+  void (*low_rank_decompress)(const LowRankProduct& job, int64_t begin, int64_t end);
 };
 
 #if defined(GCK_X86)

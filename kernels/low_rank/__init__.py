@@ -1,0 +1,202 @@
+"""Low rank: a gradient, taken for a matrix, as the product of two thin ones.
+
+Source: Vogels, Karimireddy and Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+Optimization" (NeurIPS 2019), Algorithm 1: one step of a power iteration. How sums are ordered, and how rows
+are made orthonormal: docs/kernels/low_rank.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
+from gck.kernels.common import checks
+from gck.kernels.common.base import KernelCompressor, backend
+from gck.values import make_plain, shown
+from gck.wire import Layout
+
+__all__ = ["MOST_RANK", "LowRank", "Shape", "check_options"]
+
+MOST_RANK = 64
+MOST_COLUMNS = 2**31 - 1
+# Rows of a vector that nobody gave a shape begin at multiples of so many elements, where it is large.
+ALIGNED = 64
+
+
+class Shape(NamedTuple):
+    """What a vector is taken for: a matrix, row by row, whose last row may be cut short; and the rank of the
+    product that is sent for it, at most that of the matrix."""
+
+    rows: int
+    columns: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class LowRank(KernelCompressor):
+    """Sends two factors of few rows, whose product is the part of a matrix that one of them spans.
+
+    acc is a matrix M. left = basis M^T, its rows made orthonormal; right = left M; decoded is left^T right,
+    the projection of M on what left spans: what remains is never longer than M.
+
+    All-reduces take the last step's right for a basis, which makes them power iterations, and sum left and
+    right over ranks (`gck.all_reduce_`, "factored"). Alone, each call draws a basis by the seed: take another
+    one at every step, or what is orthogonal to it is never sent.
+
+    Attributes:
+        rank: rows of left and right, in [1, 64]; fewer where the matrix has fewer rows or columns.
+        columns: of the matrix. None: of a tensor of two or more dimensions, all but the first one together;
+            of a vector, about its square root.
+        seed: of the first basis, in [-2**63, 2**63), the same on all ranks. No generator of torch is read.
+        decay, clip: of residuals, as they are read; see `gck.low_rank_ef_`.
+
+    Raises:
+        ArgumentError: an option is out of range.
+        DtypeError: an option is of the wrong type.
+    """
+
+    rank: int = 4
+    columns: int | None = None
+    seed: int = field(default=0, metadata={"of_a_step": True})
+    decay: float = 1.0
+    clip: float | None = None
+
+    name: ClassVar[str] = "low_rank"
+    package: ClassVar[str] = __name__
+    factored: ClassVar[bool] = True  # see `gck.factored.is_factored`
+
+    def __post_init__(self) -> None:
+        make_plain(self, ("rank", "columns", "seed"), ("decay", "clip"))
+        check_options("LowRank", self.rank, self.columns)
+        checks.check_seed("LowRank", self.seed)
+        checks.check_residual("LowRank", self.decay, self.clip)
+
+    @property
+    def shard_unit(self) -> int | None:
+        return None
+
+    def shape(self, numel: int) -> Shape:
+        """What a vector of `numel` elements is taken for."""
+        columns = self.columns
+        if columns is None:
+            columns = math.ceil(math.sqrt(numel))  # which torch.compile can trace; exact below 2**52
+            columns = columns if columns <= ALIGNED else -(-columns // ALIGNED) * ALIGNED
+        columns = min(columns, numel)
+        rows = -(-numel // columns) if columns else 0
+        return Shape(rows, columns, min(self.rank, rows, columns))
+
+    def for_shape(self, shape: Sequence[int]) -> LowRank:
+        """The compressor of a tensor of this shape: its `columns` are given."""
+        if self.columns is not None:
+            return self
+        numel = math.prod(shape)
+        columns = numel // shape[0] if len(shape) > 1 and numel else self.shape(numel).columns
+        return replace(self, columns=max(1, columns))
+
+    def factors(self, numel: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of left and right."""
+        rows, columns, rank = self.shape(numel)
+        return (rank, rows), (rank, columns)
+
+    def layout(self, numel: int) -> Layout:
+        rows, columns, rank = self.shape(numel)
+        return Layout.of((torch.float32, rank * rows), (torch.float32, rank * columns))
+
+    @classmethod
+    def for_fields(cls, fields: tuple[Tensor, ...], options: tuple[int, ...]) -> LowRank:
+        """The compressor that decodes a payload with these fields; options: columns."""
+        return cls(rank=min(MOST_RANK, max(1, fields[0].shape[0])), columns=max(1, options[0]))
+
+    def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
+        rows, columns, rank = self.shape(numel)
+        for name, tensor, length in zip(("left", "right"), fields, (rows, columns), strict=True):
+            if tensor.dtype != torch.float32:
+                raise DtypeError(f"{function}: payload {name} must be float32, got {tensor.dtype}")
+            if tuple(tensor.shape) not in ((rank, length), (rank * length,)):
+                raise CorruptPayloadError(
+                    f"{function}: payload {name} of {tuple(tensor.shape)} does not fit {numel} elements in "
+                    f"{rows} rows of {columns}, of rank {rank}"
+                )
+
+    # What the "factored" all-reduce does one by one, see `gck.factored.Factored`; `compress_` is all of it,
+    # with a basis by the seed.
+
+    def basis(self, numel: int, device: torch.device) -> Tensor:
+        """The first one, (rank, columns) fp32: numbers in [-1, 1), by the seed."""
+        _, shape = self.factors(numel)
+        basis = torch.empty(shape, dtype=torch.float32, device=device)
+        if numel:
+            self._kernels(device).basis_(self, basis)
+        return basis
+
+    def project_(self, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor) -> None:
+        """err becomes acc = fp32(grad) + err, which is read as decay and clip say, and left = basis M^T."""
+        clip = None if self.clip is None else checks.clip_of(self.clip, grad.device)
+        if grad.numel():
+            self._kernels(grad.device).project_(self, grad.view(-1), err, basis, left, clip)
+
+    def orthonormalise_(self, left: Tensor) -> None:
+        """The rows of left become orthonormal; one that is all but a combination of others becomes zeros."""
+        if left.numel():
+            self._kernels(left.device).orthonormalise_(left)
+
+    def back_project_(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
+        """right = left M."""
+        if acc.numel():
+            self._kernels(acc.device).back_project_(self, acc, left, right)
+
+    def settle_(self, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
+        """acc becomes what is left of it when the product of left and right is taken away."""
+        if acc.numel():
+            self._kernels(acc.device).settle_(self, acc, left, right, nonfinite)
+
+    def next_basis(self, basis: Tensor, right: Tensor) -> Tensor:
+        """The rows of right, each times a power of two, so that they do not grow from step to step; those of
+        basis where they are zeros or not finite."""
+        if not right.numel():
+            return basis
+        peak = right.abs().amax(1, keepdim=True)
+        exponent = peak.view(torch.int32) >> 23
+        scale = ((253 - exponent).clamp(1, 254) << 23).view(torch.float32)
+        return torch.where(peak.isfinite() & (peak > 0), right * scale, basis)
+
+    def _kernels(self, device: torch.device) -> _Kernels:
+        kernels: _Kernels = backend("LowRank", self.package, device)
+        return kernels
+
+
+class _Kernels:
+    """What `cpu` and `gpu` have."""
+
+    def basis_(self, compressor: LowRank, basis: Tensor) -> None: ...
+    def project_(
+        self,
+        compressor: LowRank,
+        grad: Tensor,
+        err: Tensor,
+        basis: Tensor,
+        left: Tensor,
+        clip: Tensor | None,
+    ) -> None: ...
+    def orthonormalise_(self, left: Tensor) -> None: ...
+    def back_project_(self, compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor) -> None: ...
+    def settle_(
+        self, compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None
+    ) -> None: ...
+
+
+def check_options(function: str, rank: object, columns: object) -> None:
+    """Raises DtypeError or ArgumentError unless they are what `LowRank` takes."""
+    for name, value, most in (("rank", rank, MOST_RANK), ("columns", columns, MOST_COLUMNS)):
+        if value is None and name == "columns":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
+        if not 1 <= value <= most:
+            raise ArgumentError(f"{function}: {name} must be in [1, {most}], got {value}")

@@ -1,0 +1,108 @@
+"""The CPU twin of low rank: hands addresses to the compiled kernels (bindings/cpu/low_rank.cpp)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gck._native import load, num_threads
+from gck.kernels.common.native import DTYPE_CODE, residual_options
+
+if TYPE_CHECKING:
+    from gck.kernels.low_rank import LowRank
+
+
+def compress_(
+    compressor: LowRank,
+    grad: Tensor,
+    err: Tensor,
+    bodies: Tensor,
+    nonfinite: Tensor | None,
+    clip: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> None:
+    numel = grad.numel()
+    _, columns, rank = compressor.shape(numel)
+    left, right = compressor.layout(numel).views(bodies.view(-1))
+    basis = torch.empty((rank, columns))
+    basis_(compressor, basis)
+    if stats is not None:
+        options = residual_options(compressor.decay, clip, stats)
+        load().residual_measure(
+            grad.data_ptr(), DTYPE_CODE[grad.dtype], err.data_ptr(), numel, num_threads(), options
+        )
+    project_(compressor, grad, err, basis, left, clip)
+    _orthonormalise(left, rank)
+    back_project_(compressor, err, left, right)
+    settle_(compressor, err, left, right, nonfinite)
+    if stats is not None:
+        after = torch.zeros_like(stats)
+        load().residual_measure(
+            0, 0, err.data_ptr(), numel, num_threads(), residual_options(1.0, None, after)
+        )
+        stats[2], stats[4] = after[2], numel
+
+
+def decompress_(
+    compressor: LowRank, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    left, right = fields
+    load().low_rank_decompress(
+        *_matrix(compressor, out),
+        left.data_ptr(),
+        right.data_ptr(),
+        out.data_ptr(),
+        alpha,
+        accumulate,
+        num_threads(),
+    )
+
+
+def basis_(compressor: LowRank, basis: Tensor) -> None:
+    load().low_rank_basis(compressor.seed, basis.numel(), basis.data_ptr())
+
+
+def project_(
+    compressor: LowRank, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor, clip: Tensor | None
+) -> None:
+    load().low_rank_project(
+        *_matrix(compressor, err),
+        grad.data_ptr(),
+        DTYPE_CODE[grad.dtype],
+        err.data_ptr(),
+        compressor.decay,
+        0 if clip is None else clip.data_ptr(),
+        basis.data_ptr(),
+        left.data_ptr(),
+        num_threads(),
+    )
+
+
+def orthonormalise_(left: Tensor) -> None:
+    _orthonormalise(left, left.shape[0])
+
+
+def _orthonormalise(left: Tensor, rank: int) -> None:
+    load().low_rank_orthonormalise(left.data_ptr(), left.numel() // rank, rank, num_threads())
+
+
+def back_project_(compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor) -> None:
+    load().low_rank_back_project(
+        *_matrix(compressor, acc), acc.data_ptr(), left.data_ptr(), right.data_ptr(), num_threads()
+    )
+
+
+def settle_(compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
+    cleared = load().low_rank_settle(
+        *_matrix(compressor, acc), acc.data_ptr(), left.data_ptr(), right.data_ptr(), num_threads()
+    )
+    if nonfinite is not None:
+        nonfinite += cleared
+
+
+def _matrix(compressor: LowRank, flat: Tensor) -> tuple[int, int, int]:
+    """(numel, columns, rank)"""
+    _, columns, rank = compressor.shape(flat.numel())
+    return flat.numel(), columns, rank
