@@ -12,13 +12,14 @@ from gck.collectives.two_phase import Shards
 from gck.compressor import Compressor, check_compressor, is_seeded, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import ArgumentError, AutogradError, DtypeError, ShapeMismatchError
+from gck.factored import is_factored
 from gck.kernels.common import checks
 from gck.values import shown
 
 __all__ = ["check_algorithm", "check_call", "check_states"]
 
 OPS = ("avg", "sum")
-ALGORITHMS = ("auto", "one_phase", "two_phase", "seeded", "dense")
+ALGORITHMS = ("auto", "one_phase", "two_phase", "seeded", "factored", "dense")
 
 
 def check_algorithm(function: str, compressor: object, algorithm: object) -> None:
@@ -32,6 +33,14 @@ def check_algorithm(function: str, compressor: object, algorithm: object) -> Non
         names = ", ".join(f'"{name}"' for name in ALGORITHMS)
         raise ArgumentError(f"{function}: algorithm must be one of {names}, got {algorithm!r}")
     compressor = check_compressor(function, compressor)
+    if algorithm == "factored" and not is_factored(compressor):
+        raise ArgumentError(
+            f'{function}: algorithm "factored" needs a compressor of two factors, got {compressor}'
+        )
+    if algorithm == "one_phase" and is_factored(compressor):
+        raise ArgumentError(
+            f'{function}: algorithm "one_phase" gathers payloads of vectors; {compressor} takes "factored"'
+        )
     if algorithm == "two_phase" and compressor.shard_unit is None:
         raise ArgumentError(
             f'{function}: algorithm "two_phase" needs a compressor that works on chunks, got {compressor}'

@@ -27,6 +27,7 @@ import torch
 from gck.collectives.transports.rotation import ROTATE_FROM
 from gck.compressor import Compressor, check_compressor, is_seeded, server_of, shard_numel
 from gck.errors import ArgumentError
+from gck.factored import is_factored, unit_of
 from gck.values import make_plain, plain_int, plain_real
 from gck.wire import Layout
 
@@ -100,7 +101,7 @@ class Cost:
     """What one rank sends in an all-reduce; it receives as much.
 
     Attributes:
-        algorithm: "dense", "one_phase", "two_phase" or "seeded".
+        algorithm: "dense", "one_phase", "two_phase", "seeded" or "factored".
         nbytes: bytes sent, with the padding of payloads; headers of messages are left out.
         messages: how many messages these are.
         rounds: how many of them wait for one another: a ring passes on what it has received; an all-to-all
@@ -152,7 +153,7 @@ def all_reduce_cost(
     """What each rank sends to reduce tensors of `numels` elements, sharing messages, over `world_size` ranks.
 
     One phase gathers payloads around a ring; two phases send a shard to every rank, and gather, as seeded
-    does with values; dense is a ring of fp32.
+    does with values, and factored with either factor in turn; dense is a ring of fp32.
 
     Raises:
         DtypeError: compressor is none.
@@ -170,7 +171,7 @@ def all_reduce_cost(
     if algorithm == "dense":
         # Two passes around the ring, each with all but one of W pieces.
         return Cost(algorithm, 2 * 4 * sum(numels) * others // world_size, 2 * others, 2 * others)
-    if algorithm == "one_phase":
+    if algorithm == "one_phase" and not is_factored(compressor):
         return Cost(algorithm, others * _nbytes(compressor, numels, 1), others, others)
     if algorithm == "two_phase" and unit is not None:
         shards = _both_phases(compressor, numels, world_size)
@@ -179,6 +180,14 @@ def all_reduce_cost(
     if algorithm == "seeded" and is_seeded(compressor):
         first, second = _values_and_sums(compressor, numels, world_size)
         return Cost(algorithm, others * (first + second), 2 * others, _swaps(first, others) + others)
+    if algorithm == "factored" and is_factored(compressor):
+        # Of left, and then of right: the factors, and their sums.
+        layouts = [compressor.layout(numel).fields for numel in numels]
+        left, right = (
+            sum(_part(fields[i].count, torch.float32, world_size) for fields in layouts) for i in (0, 1)
+        )
+        rounds = _swaps(left, others) + _swaps(right, others) + 2 * others
+        return Cost(algorithm, others * 2 * (left + right), 4 * others, rounds)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
 
 
@@ -214,7 +223,7 @@ def hierarchical_cost(
                 f"hierarchical_cost: nodes and local_world_size must be positive ints, got {nodes} "
                 f"and {local_world_size}"
             )
-    shards = [shard_numel(numel, compressor.shard_unit or 1, local_world_size) for numel in numels]
+    shards = [shard_numel(numel, unit_of(compressor) or 1, local_world_size) for numel in numels]
     others, nbytes = local_world_size - 1, sum(-(-numel * element_nbytes // 16) * 16 for numel in shards)
     local = Cost("dense", 2 * others * nbytes, 2 * others, _swaps(nbytes, others) + others)
     return HierarchicalCost(local, all_reduce_cost(compressor, shards, nodes, algorithm))
@@ -223,9 +232,10 @@ def hierarchical_cost(
 def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
     """The algorithm that sends the fewest bytes a rank; a function of the arguments alone.
 
-    One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and an owner's, seeded as much of
-    the values and of their sums in fp32, a dense ring 8 (W - 1) / W bytes an element. On a tie the simpler
-    one wins; in a world of one nothing is sent, so nothing is compressed.
+    One phase sends (W - 1) payloads, two phases (W - 1) / W of a worker's and an owner's, seeded and factored
+    as much of the values and of their sums in fp32, a dense ring 8 (W - 1) / W bytes an element. On a tie the
+    simpler one wins; in a world of one nothing is sent, so nothing is compressed. A compressor that looks at
+    shapes has each tensor's from `gck.factored.shaped`, or `LowRank.for_shape`.
 
     Raises:
         DtypeError: compressor is none.
@@ -238,13 +248,19 @@ def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: 
 
 def cheapest_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:
     """`choose_algorithm` of what was checked: a reduction asks for each of its tensors at every step."""
+    if world_size == 1:
+        return "dense"
     # All in units of (W - 1) / W bytes, so that they stay integers.
-    volumes = {"dense": 8 * sum(numels), "one_phase": world_size * _nbytes(compressor, numels, 1)}
+    volumes = {"dense": 8 * sum(numels)}
+    if is_factored(compressor):
+        volumes["factored"] = world_size * sum(_values_and_sums(compressor, numels, world_size))
+    else:
+        volumes["one_phase"] = world_size * _nbytes(compressor, numels, 1)
     if compressor.shard_unit is not None:
         volumes["two_phase"] = world_size * _both_phases(compressor, numels, world_size)
     if is_seeded(compressor):
         volumes["seeded"] = world_size * sum(_values_and_sums(compressor, numels, world_size))
-    return "dense" if world_size == 1 else min(volumes, key=volumes.__getitem__)
+    return min(volumes, key=volumes.__getitem__)
 
 
 def break_even_density(world_size: int, entry_nbytes: float = 8) -> float:
@@ -278,14 +294,15 @@ def _both_phases(compressor: Compressor, numels: Sequence[int], world_size: int)
 
 
 def _values_and_sums(compressor: Compressor, numels: Sequence[int], world_size: int) -> tuple[int, int]:
-    """Bytes of a part of all tensors' values, and of their sums, each at a multiple of 16."""
-    first = second = 0
-    for numel in numels:
-        for field in compressor.layout(numel).fields:
-            part = shard_numel(field.count, 1, world_size)
-            first += Layout.of((field.dtype, part)).nbytes
-            second += Layout.of((torch.float32, part)).nbytes
-    return first, second
+    """Bytes of a part of all tensors' values, and of their sums."""
+    fields = [field for numel in numels for field in compressor.layout(numel).fields]
+    first = sum(_part(field.count, field.dtype, world_size) for field in fields)
+    return first, sum(_part(field.count, torch.float32, world_size) for field in fields)
+
+
+def _part(count: int, dtype: torch.dtype, world_size: int) -> int:
+    """Bytes of a rank's part of so many values, a multiple of 16."""
+    return Layout.of((dtype, shard_numel(count, 1, world_size))).nbytes
 
 
 def _nbytes(compressor: Compressor, numels: Sequence[int], shards: int) -> int:

@@ -39,7 +39,7 @@ MAGIC = b"GCKH"
 VERSION = 8  # no flipped bit makes another one of it that was in use: 1, 2, 4, 7
 PLACE = 0x484B4347  # of its verdicts; not the sequence, which may be what ranks differ in
 SEAL = 8  # bytes, the last ones in every version but the first, which had none
-ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed", "seeded")
+ALGORITHMS = ("gather", "one_phase", "two_phase", "dense", "mixed", "seeded", "factored")
 REDUCTIONS = ("none", "avg", "sum")
 DTYPES = ("mixed", "float32", "bfloat16", "float16")
 # A compressor whose seed is part of the signature makes a new one at every step. All ranks agree on the same
@@ -70,12 +70,13 @@ class Signature:
     """What one call is about to do; ranks must agree on all of it.
 
     Attributes:
-        algorithm: "gather", "one_phase", "two_phase", "seeded", "dense", or "mixed" where tensors go by
-            different ones.
+        algorithm: "gather", "one_phase", "two_phase", "seeded", "factored", "dense", or "mixed" where tensors
+            go by different ones.
         compressor: the configuration as text, see `describe`.
         dtypes, numels: of each tensor.
         reduction: "avg", "sum" or "none".
         names: of each tensor, where they have some: equal sizes do not make them the same.
+        columns: of each tensor, where the compressor takes it for a matrix.
     """
 
     algorithm: str
@@ -84,6 +85,7 @@ class Signature:
     numels: tuple[int, ...]
     reduction: str = "none"
     names: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         tensors = ", ".join(f"{count} {dtype}" for dtype, count in Counter(map(str, self.dtypes)).items())
@@ -91,7 +93,11 @@ class Signature:
             ", ..." if len(self.numels) > MOST_SHOWN else ""
         )
         names = f" ({', '.join(self.names[:MOST_SHOWN])}{', ...' if len(self.names) > MOST_SHOWN else ''})"
+        rows = ", ".join(map(str, self.columns[:MOST_SHOWN])) + (
+            "..." if len(self.columns) > MOST_SHOWN else ""
+        )
         what = f"{tensors} with {sizes} elements{names if self.names else ''}"
+        what += f" in rows of {rows}" if self.columns else ""
         return f"{self.algorithm} {self.reduction} of {what} by {self.compressor}"
 
     def header(self, world_size: int, sequence: int) -> bytes:
@@ -109,7 +115,7 @@ class Signature:
             sum(self.numels),
             _digest(self.compressor),
             # Names are here only where the dtype field cannot say them.
-            _digest(repr((self.numels, names if dtype == "mixed" else None, *self.names))),
+            _digest(repr((self.numels, names if dtype == "mixed" else None, *self.names, *self.columns))),
             bytes(SEAL),
         )
         return packed[:-SEAL] + _seal(packed)

@@ -13,6 +13,7 @@ from gck.collectives.all_gather import one_phase
 from gck.collectives.arguments import check_call, check_states
 from gck.collectives.cost import Link, cheapest_algorithm
 from gck.collectives.dense import dense
+from gck.collectives.factored import factored
 from gck.collectives.failure import give_up
 from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
@@ -26,6 +27,7 @@ from gck.collectives.two_phase import Residuals, Shards, two_phase
 from gck.collectives.undo import Undo
 from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
+from gck.factored import is_factored, shaped, unit_of
 from gck.memory import copy_
 from gck.values import check_flags, plain_int
 
@@ -33,7 +35,7 @@ __all__ = ["Reduction", "prepare"]
 
 # Of a tensor: its part of a node's sum, and the size and binding of its server residual.
 Place = tuple[ShardBinding | None, tuple[int, ServerBinding] | None]
-Member = tuple[Tensor, ErrorFeedback | None, Place, Undo]
+Member = tuple[Tensor, ErrorFeedback | None, Place, Undo, Compressor]
 
 
 def prepare(
@@ -50,6 +52,7 @@ def prepare(
     checksum: bool = False,
     link: Link | None = None,
     names: Sequence[str] = (),
+    shapes: Sequence[Sequence[int]] | None = None,
 ) -> Reduction:
     """Checks a call and returns the rest of it, to be called when the call has the group's turn.
 
@@ -57,6 +60,7 @@ def prepare(
         function: the public function, for texts; the others are those of `gck.all_reduce_`.
         link: between ranks, or between nodes: what chooses piece_numel where that is None.
         names: of the gradients, which ranks compare where there are some.
+        shapes: of the gradients, where they are flat and a compressor may look at that. None: their own.
     """
     check_flags(function, async_op=async_op, checksum=checksum)
     check_validate(function, validate)
@@ -68,8 +72,9 @@ def prepare(
     tiers = transport if isinstance(transport, HierarchicalGroup) else None
     tier, local_world_size = (transport, 1) if tiers is None else (tiers.cross, tiers.local.world_size)
     numels = tuple(grad.numel() for grad in grads)
-    cuts = cut(numels, compressor.shard_unit, local_world_size)
-    plan = _plan(compressor, cuts, local_world_size, tier.world_size, algorithm)
+    bound = [shaped(compressor, shape) for shape in shapes or [grad.shape for grad in grads]]
+    cuts = [cut([n], unit_of(one), local_world_size)[0] for n, one in zip(numels, bound, strict=True)]
+    plan = _plan(bound, cuts, local_world_size, tier.world_size, algorithm)
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
     together = [cuts[i].numel for chosen in ("one_phase", "two_phase") for i in plan.get(chosen, ())]
@@ -81,10 +86,11 @@ def prepare(
     # Messages of pieces and with checksums are others: what ranks compare of the compressor says so.
     text = describe(compressor) + (f" in pieces of {pieces} elements" if pieces else "")
     text += " with checksums" if checksum else ""
-    signature = Signature(name, text, tuple(grad.dtype for grad in grads), numels, op, tuple(names))
+    columns = tuple(one.columns or 0 for one in bound if is_factored(one))
+    signature = Signature(name, text, tuple(grad.dtype for grad in grads), numels, op, tuple(names), columns)
     checked = (validate, checksum)
     return Reduction(
-        function, grads, states, compressor, transport, plan, cuts, shards, pieces, signature, *checked
+        function, grads, states, compressor, bound, transport, plan, cuts, shards, pieces, signature, *checked
     )
 
 
@@ -96,6 +102,7 @@ class Reduction:
         begun: other ranks may know of it.
         spoilt: gradients may be half written, for want of memory.
         written: gradients and states are those of afterwards, even where Ctrl-C came in that moment.
+        bound: the compressor of each tensor: one that knows its shape, where it looks at that.
         plan: which tensors go by which algorithm.
         cuts: how the ranks of a node share each tensor.
         shards: this rank's part of each, on a hierarchy.
@@ -106,6 +113,7 @@ class Reduction:
     grads: Sequence[Tensor]
     states: Sequence[ErrorFeedback | None]
     compressor: Compressor
+    bound: Sequence[Compressor]
     transport: Transport
     plan: dict[str, list[int]]
     cuts: Sequence[Shards]
@@ -184,7 +192,7 @@ class Reduction:
             return partial(_write, grads, results)
         algorithm = self._straight()
         if algorithm is not None:
-            some = list(zip(grads, self.states, places, undo, strict=True))
+            some = list(zip(grads, self.states, places, undo, self.bound, strict=True))
             return self._begin(algorithm, tier, some, grads, memory, straight=True)
         return partial(_write, grads, self._reduced(tier, self.plan, grads, places, undo, memory))
 
@@ -230,7 +238,7 @@ class Reduction:
         results = list(grads)
         for chosen, members in plan.items():
             if members:
-                some = [(grads[i], self.states[i], places[i], undo[i]) for i in members]
+                some = [(grads[i], self.states[i], places[i], undo[i], self.bound[i]) for i in members]
                 for i, result in zip(members, self._by(chosen, transport, some, memory), strict=True):
                     results[i] = result
         return results
@@ -242,7 +250,7 @@ class Reduction:
             results = [memory.empty((grad.numel(),), torch.float32, grad.device) for grad in grads]
             self._begin(algorithm, transport, some, results, memory)()
             return results
-        for *_, undo in some:
+        for *_, undo, _ in some:
             undo.worker.keep()
             undo.server.keep()
         if algorithm == "dense":
@@ -253,9 +261,30 @@ class Reduction:
         else:
             errs, counters = _residuals(some)
             measured = self._measure(some, errs)
-            given = transport, self.compressor, grads, errs, counters
-            results = seeded(*given, self._divisor, memory)
+            if algorithm == "factored":
+                results = self._factored(transport, some, errs, counters, memory)
+            else:
+                given = transport, self.compressor, grads, errs, counters
+                results = seeded(*given, self._divisor, memory)
         measured.end()
+        return results
+
+    def _factored(
+        self,
+        transport: Transport,
+        some: list[Member],
+        errs: list[Tensor | None],
+        counters: list[Tensor | None],
+        memory: Scratch,
+    ) -> list[Tensor]:
+        compressors = [compressor for *_, compressor in some if is_factored(compressor)]
+        states = [state for _, state, *_ in some]
+        bases = [None if state is None else state.basis for state in states]
+        given = transport, compressors, [grad for grad, *_ in some], errs, bases, counters
+        results, bases_after = factored(*given, self._divisor, memory)
+        for state, basis in zip(states, bases_after, strict=True):
+            if state is not None and basis.numel():
+                state.basis = basis
         return results
 
     def _measure(self, some: list[Member], errs: list[Tensor | None], *, lossy: bool = True) -> Measured:
@@ -277,7 +306,7 @@ class Reduction:
         themselves: `straight`."""
         grads, (errs, counters) = [grad for grad, *_ in some], _residuals(some)
         measured = self._measure(some, errs)
-        given, undo = (transport, self.compressor, grads), [undo for *_, undo in some]
+        given, undo = (transport, self.compressor, grads), [undo for *_, undo, _ in some]
         ends = results, self._divisor, self.piece_numel
         keep = [each.grad.keep for each in undo] if straight else None
         if algorithm == "one_phase":
@@ -286,7 +315,7 @@ class Reduction:
             return finish
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
-            for grad, state, (_, bound), _ in some
+            for grad, state, (_, bound), *_ in some
         ]
         finish = two_phase(*given, Residuals(errs, servers, counters, undo), *ends, memory=memory, keep=keep)
         measured.end()
@@ -300,7 +329,7 @@ class Reduction:
 
 def _residuals(some: list[Member]) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Of each tensor the worker residual and the counter."""
-    errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _), _ in some]
+    errs = [None if state is None else state.worker_for(grad, shard) for grad, state, (shard, _), *_ in some]
     counters = [None if state is None else state.nonfinite_for(grad.device) for grad, state, *_ in some]
     return errs, counters
 
@@ -330,11 +359,15 @@ def _write(grads: list[Tensor], results: list[Tensor]) -> None:
 
 
 def _plan(
-    compressor: Compressor, cuts: Sequence[Shards], local_world_size: int, world_size: int, algorithm: str
+    compressors: Sequence[Compressor],
+    cuts: Sequence[Shards],
+    local_world_size: int,
+    world_size: int,
+    algorithm: str,
 ) -> dict[str, list[int]]:
     """Which tensors go by which algorithm, in the same order on all ranks; options that do not fit a
     size raise here, on all ranks and before anything is sent."""
-    for shards in cuts if algorithm != "dense" else ():
+    for compressor, shards in zip(compressors, cuts, strict=True) if algorithm != "dense" else ():
         for numel in {shards.valid(rank) for rank in range(local_world_size)}:
             if numel or local_world_size == 1:
                 compressor.layout(numel)
@@ -343,6 +376,6 @@ def _plan(
     # Each tensor by itself: whether and how it is compressed must not depend on what it shares a message
     # with, since DDP rebuilds its buckets after the first step, and again after a restart.
     plan: dict[str, list[int]] = {}
-    for i, shards in enumerate(cuts):
+    for i, (compressor, shards) in enumerate(zip(compressors, cuts, strict=True)):
         plan.setdefault(cheapest_algorithm(compressor, [shards.numel], world_size), []).append(i)
     return plan

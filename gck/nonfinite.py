@@ -69,7 +69,7 @@ def _again(state: ErrorFeedback, old: Snapshot) -> Snapshot:
     for _, pair in pairs:
         if pair is not None:
             pair[1].copy_(pair[0])
-    return old._replace(statistics=state.statistics)
+    return old._replace(statistics=state.statistics, basis=state.basis)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from gck.compressor_choice import CompressorChoice
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError, CollectiveMismatchError, DtypeError, GckError, StateMismatchError
 from gck.integrations import ddp
+from gck.kernels.low_rank import LowRank
 from gck.kernels.quantize import Quantize
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
@@ -105,6 +106,37 @@ def test_each_parameter_is_as_if_reduced_alone() -> None:
         for name, residuals in state.residuals.items():
             assert same_bytes(residuals.worker, states[name].worker)
             assert (residuals.server is None) == (states[name].server is None)
+
+    SimulatedGroup(3, timeout=20).run(rank_main)
+
+
+def test_a_compressor_that_looks_at_shapes_has_those_of_parameters() -> None:
+    """Also where they lie in memory in another order, as of convolutions with channels last."""
+
+    def rank_main(member: SimulatedMember) -> None:
+        model = Model()
+        model.block[0] = nn.Conv2d(8, 8, 5, bias=True).to(memory_format=torch.channels_last)
+        model.block[0].bias = nn.Parameter(torch.zeros(40))
+        state = ddp.HookState({"head.*": None, "*": LowRank(rank=2)}, model=model, group=member)
+        shapes = {
+            "embed.weight": [40, 40],
+            "block.0.weight": [8, 5, 5, 8],
+            "block.1.weight": [50, 40],
+        }
+        states = {name: ErrorFeedback() for name in shapes}
+        bucket = Bucket(model, member.rank)
+        for step in range(2):
+            bucket.flat.normal_(generator=torch.Generator().manual_seed(10 * step + member.rank))
+            alone = {name: bucket.gradients()[name].clone() for name in shapes}
+            hook(state, bucket)
+            for name, grad in alone.items():
+                all_reduce_(grad.view(shapes[name]), states[name], LowRank(rank=2), member)
+                assert same_bytes(bucket.gradients()[name], grad), (step, name)
+        for name, shape in shapes.items():
+            basis = state.residuals[name].basis
+            assert basis is not None
+            assert tuple(basis.shape) == (2, torch.Size(shape[1:]).numel())
+            assert same_bytes(basis, states[name].basis)
 
     SimulatedGroup(3, timeout=20).run(rank_main)
 

@@ -23,6 +23,7 @@ CASES = [
     (gck.Sign(32), "two_phase"),
     (gck.ChunkTopK(k=4, chunk_size=32, value_bits=2), "two_phase"),
     (gck.Quantize(4, 32), "two_phase"),
+    (gck.LowRank(rank=2), "factored"),
     (gck.Sign(32), "dense"),
 ]
 

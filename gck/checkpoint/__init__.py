@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from gck.checkpoint.checks import check_apart, check_loads
 from gck.checkpoint.file import (
-    KINDS,
     MOST_RANKS,
     MOST_STEPS,
+    RESIDUALS,
     Header,
     StateFile,
     sync_directory,
@@ -223,7 +223,8 @@ def load_state(
 
     def saved(name: str) -> dict[str, Any]:
         one = files[0].state(name) if whole else resharded(files, name, rank, world_size, op, server)
-        return one if factor == 1 else _scaled(name, one, factor, KINDS[:1] if server == "reset" else KINDS)
+        kinds = RESIDUALS[:1] if server == "reset" else RESIDUALS
+        return one if factor == 1 else _scaled(name, one, factor, kinds)
 
     options: dict[str, Any] = {"rank": rank, "world_size": world_size, "reset_server": server == "reset"}
     if isinstance(state, ErrorFeedback):

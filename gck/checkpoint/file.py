@@ -1,11 +1,12 @@
 """One rank's residuals in one safetensors file: written atomically, and read as if a stranger had written it.
 
-The file holds flat fp32 tensors ``worker/<name>`` and ``server/<name>``. Its metadata are strings: ``format``
-is "gck.state", ``version`` is that of the format, ``crc32`` is a checksum of ``state``, and that is JSON:
+The file holds flat fp32 tensors ``worker/<name>``, ``server/<name>`` and ``basis/<name>``. Its metadata are
+strings: ``format`` is "gck.state", ``version`` is that of the format, "1" of files without a basis, ``crc32``
+is a checksum of ``state``, and that is JSON:
 
     gck, step, rank, world_size, compressor (or null), scale, single (whether it is one tensor's, named "")
-    tensors: {name: {numel, crc32: {worker, server}, fields: {rank, world_size, unit, nonfinite}}}, each only
-        where there is one; fields are what `ErrorFeedback.state_dict` has beside tensors
+    tensors: {name: {numel, crc32: {worker, server, basis}, fields: {rank, world_size, unit, nonfinite,
+        columns}}}, each only where there is one; fields are what `ErrorFeedback.state_dict` has but tensors
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ __all__ = [
     "KINDS",
     "MOST_RANKS",
     "MOST_STEPS",
+    "RESIDUALS",
     "Entry",
     "Header",
     "StateFile",
@@ -39,8 +41,9 @@ __all__ = [
     "write",
 ]
 
-FORMAT, VERSION = "gck.state", "1"
-KINDS = ("worker", "server")
+FORMAT, VERSIONS = "gck.state", ("1", "2")
+RESIDUALS = ("worker", "server")
+KINDS = (*RESIDUALS, "basis")  # only the former are in units of gradients
 MOST_STEPS, MOST_RANKS = 2**63, 2**31  # that a file says: less than these
 LARGEST_UNIT = 1 << 24  # elements; shards are allocated in whole units, and chunks are far smaller
 
@@ -90,7 +93,7 @@ class Entry(NamedTuple):
 
 def is_plain(state: Mapping[str, Any]) -> bool:
     """Whether residuals belong to the whole tensor and all ranks: what else a state has says otherwise."""
-    return set(state) <= {"version", *KINDS, "rank", "world_size", "unit", "nonfinite"}
+    return set(state) <= {"version", *KINDS, "rank", "world_size", "unit", "nonfinite", "columns"}
 
 
 def size_problem(fields: Mapping[str, Any], numel: int, server_numel: int, world_size: int) -> str | None:
@@ -135,7 +138,8 @@ def write(path: Path, header: Header, states: Mapping[str, Mapping[str, Any]]) -
     temporary = path.with_name(f".gck-rank-{header.rank:05d}-of-{header.world_size:05d}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        metadata = {"format": FORMAT, "version": VERSION, "state": text, "crc32": _checksum(text)}
+        version = VERSIONS[any("basis" in state for state in states.values())]
+        metadata = {"format": FORMAT, "version": version, "state": text, "crc32": _checksum(text)}
         try:
             library.torch.save_file(tensors, temporary, metadata)
         except library.SafetensorError as error:
@@ -181,10 +185,10 @@ class StateFile:
             raise self._corrupt(f"is no safetensors file ({error})") from error
         if metadata.get("format") != FORMAT:
             raise self._corrupt(f"has format {metadata.get('format')!r}, not {FORMAT!r}")
-        if metadata.get("version") != VERSION:
+        if metadata.get("version") not in VERSIONS:
             raise StateMismatchError(
                 f"load_state: {path} has version {metadata.get('version')!r} of the format, this gck reads "
-                f"{VERSION!r}"
+                f"{', '.join(VERSIONS)}"
             )
         text = metadata.get("state", "")
         if metadata.get("crc32") != _checksum(text):
@@ -241,6 +245,9 @@ class StateFile:
         if numel != sizes.get("worker"):
             raise self._corrupt(f"says that {name!r} has {numel} elements, and holds {sizes.get('worker')}")
         checked = Entry(numel, crc32, fields)
+        columns, held = fields.get("columns"), sizes.get("basis")
+        if not (columns is held is None or (columns and held and held % columns == 0)):
+            raise self._corrupt(f"says that {name!r} has a basis in rows of {columns}, and holds {sizes}")
         if ("unit" in fields) != ("server" in sizes):
             raise self._corrupt(f"says that {name!r} has a unit of {checked.unit}, and holds {sorted(sizes)}")
         if "unit" in fields and numel is not None:

@@ -16,6 +16,8 @@ that.
 Server residuals: their shards side by side are one vector, which is cut again ("keep"), or is added to
 the residual of every worker ("fold"; 1 / W' of it for sums).
 
+A basis is the same on all ranks that have one, and goes to all.
+
 Each new worker entry is computed in fp64 and rounded to fp32 once; what is taken from one rank alone is
 copied bit for bit.
 """
@@ -79,6 +81,9 @@ def resharded(
     ]
     if counts:
         state["nonfinite"] = sum(counts)
+    based = next((file for file in files if _has(file, name, "basis")), None)
+    if based is not None:
+        state |= {"basis": based.tensor(name, "basis"), "columns": based.entries[name].fields["columns"]}
     for old, file in enumerate(files):
         fields = file.entries[name].fields if name in file.entries else {}
         if not is_plain(fields) or (fields.get("rank", old), fields.get("world_size", saved)) != (old, saved):

@@ -21,6 +21,7 @@ __all__ = [
     "check_version",
     "checked_residual",
     "is_finite",
+    "saved_basis",
     "saved_binding",
     "saved_count",
     "saved_residual",
@@ -92,6 +93,24 @@ def saved_residual(state: Mapping[str, Any], name: str) -> Tensor | None:
     """
     value = state.get(name)
     return None if value is None else checked_residual(f"load_state_dict: the saved {name} residual", value)
+
+
+def saved_basis(state: Mapping[str, Any]) -> Tensor | None:
+    """The basis of a saved state, (rank, columns); None where it has none.
+
+    Raises:
+        StateMismatchError: it is no flat float32 tensor of whole rows, or something in it is not finite.
+    """
+    if state.get("basis") is None:
+        return None
+    basis = checked_residual("load_state_dict: the saved basis", state["basis"])
+    columns = plain_int(state.get("columns"))
+    whole = isinstance(columns, int) and not isinstance(columns, bool) and columns >= 1
+    if not whole or not basis.numel() or basis.numel() % columns:
+        raise StateMismatchError(
+            f"load_state_dict: the saved basis has {basis.numel()} elements, in rows of {shown(columns)}"
+        )
+    return basis.view(-1, columns)
 
 
 def checked_residual(what: str, value: object) -> Tensor:

@@ -14,6 +14,7 @@ from gck.error_feedback.checks import (
     check_factor,
     check_place,
     check_version,
+    saved_basis,
     saved_binding,
     saved_count,
     saved_residual,
@@ -35,6 +36,7 @@ class Snapshot(NamedTuple):
     nonfinite: tuple[Tensor, Tensor] | None
     shard: ShardBinding | None
     statistics: Statistics | None  # never changed once made
+    basis: Tensor | None  # likewise
 
 
 class ErrorFeedback:
@@ -48,6 +50,8 @@ class ErrorFeedback:
         binding: the rank, world size and unit that `server` belongs to; on a `HierarchicalGroup` those of
             the group across nodes, within the shard.
         shard: the part of the tensor that the residuals belong to; None: the whole.
+        basis: (rank, columns) fp32, where the next "factored" all-reduce starts from, the same on all ranks;
+            None before the first. One of another shape than a compressor needs is replaced.
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
             cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
             does, which turns it into an int.
@@ -62,6 +66,7 @@ class ErrorFeedback:
     # Of states that were pickled before there were any.
     _measure: bool = False
     statistics: Statistics | None = None
+    basis: Tensor | None = None
 
     def __init__(self, *, measure: bool = False) -> None:
         self.measure = measure
@@ -71,6 +76,7 @@ class ErrorFeedback:
         self.binding: ServerBinding | None = None
         self.shard: ShardBinding | None = None
         self.nonfinite: Tensor | None = None
+        self.basis = None
 
     @property
     def measure(self) -> bool:
@@ -87,8 +93,9 @@ class ErrorFeedback:
         return f"ErrorFeedback(worker={worker}, server={server}, binding={self.binding})"
 
     def reset(self) -> None:
-        """Forgets both residuals, the counter and the statistics."""
+        """Forgets both residuals, the basis, the counter and the statistics."""
         self.worker = self.server = self.binding = self.shard = self.nonfinite = self.statistics = None
+        self.basis = None
 
     @property
     def numel(self) -> int | None:
@@ -164,11 +171,12 @@ class ErrorFeedback:
         """Copies to `restore` from, made by `clone`; the buffers themselves stay where they are."""
         buffers = (self.worker, self.server, self.nonfinite)
         worker, server, nonfinite = (None if b is None else (b, clone(b)) for b in buffers)
-        return Snapshot(self.binding, worker, server, nonfinite, self.shard, self.statistics)
+        return Snapshot(self.binding, worker, server, nonfinite, self.shard, self.statistics, self.basis)
 
     def restore(self, saved: Snapshot) -> None:
         """Puts everything back as it was at `snapshot`, in the same buffers."""
         self.binding, self.shard, self.statistics = saved.binding, saved.shard, saved.statistics
+        self.basis = saved.basis
         self.worker, self.server, self.nonfinite = (
             None if pair is None else pair[0].copy_(pair[1])
             for pair in (saved.worker, saved.server, saved.nonfinite)
@@ -218,6 +226,8 @@ class ErrorFeedback:
             state |= {key: plain_int(value) for key, value in self.binding._asdict().items()}
         if self.shard is not None:
             state["shard"] = {key: plain_int(value) for key, value in self.shard._asdict().items()}
+        if self.basis is not None:
+            state |= {"basis": self.basis.view(-1), "columns": self.basis.shape[1]}
         if self.nonfinite is not None:
             state["nonfinite"] = int(self.nonfinite)
         return state
@@ -231,7 +241,7 @@ class ErrorFeedback:
         world_size: int | None = None,
         reset_server: bool = False,
     ) -> None:
-        """Replaces the residuals by copies of those in `state`.
+        """Replaces the residuals, and the basis, by copies of those in `state`.
 
         Args:
             state: what `state_dict` returned.
@@ -260,6 +270,7 @@ class ErrorFeedback:
                 theirs = theirs.clone() if mine is None else theirs.to(mine, copy=True)
             setattr(self, name, theirs)
         self.binding, self.shard, self.nonfinite = loaded.binding, loaded.shard, loaded.nonfinite
+        self.basis = None if loaded.basis is None else loaded.basis.detach().clone()
         self.statistics = None
 
     def _parsed(
@@ -295,6 +306,7 @@ class ErrorFeedback:
                         f"load_state_dict: the saved server residual belongs to {name} {saved}, this is "
                         f"{name} {present}; pass reset_server=True to start it from zero"
                     )
+        loaded.basis = saved_basis(state)
         if "nonfinite" in state:
             count = saved_count(state, "nonfinite")
             device = None if loaded.worker is None else loaded.worker.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -83,6 +84,7 @@ def prepare_groups(
             checksum=state.checksum,
             link=state.link,
             names=state.names_of(group.parameters),
+            shapes=[stored_shape(parameter) for parameter in group.parameters],
         )
         for group in groups
     ]
@@ -93,6 +95,14 @@ def prepare_groups(
                 call()
 
     return run
+
+
+def stored_shape(parameter: Any) -> list[int]:
+    """The dimensions of a parameter, or of this rank's shard of it, in their order in memory."""
+    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    strides = local.stride()
+    order = sorted(range(local.dim()), key=lambda dim: -strides[dim])
+    return [local.shape[dim] for dim in order]
 
 
 @contextmanager

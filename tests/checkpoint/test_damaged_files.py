@@ -126,8 +126,8 @@ def test_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_later_version(tmp_path: Path) -> None:
     path = save(tmp_path)
-    path.write_bytes(with_metadata(path.read_bytes(), lambda h, s: h["__metadata__"].update(version="2")))
-    with pytest.raises(StateMismatchError, match="has version '2' of the format, this gck reads '1'"):
+    path.write_bytes(with_metadata(path.read_bytes(), lambda h, s: h["__metadata__"].update(version="3")))
+    with pytest.raises(StateMismatchError, match="has version '3' of the format, this gck reads 1, 2"):
         load(tmp_path, ErrorFeedbackMap())
 
 

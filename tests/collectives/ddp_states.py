@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gck.errors import ArgumentError, StateMismatchError
 from gck.integrations import ddp
+from gck.kernels.low_rank import LowRank
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
@@ -25,7 +26,7 @@ from tests.collectives.ddp_model import EVERYTHING, TINY_BUCKETS, equal, loss_of
 
 
 def check_resume_is_as_if_never_stopped() -> None:
-    for compressor in (Sign(32), TopK(ratio=0.05)):
+    for compressor in (Sign(32), TopK(ratio=0.05), LowRank(rank=2)):
         options: dict[str, Any] = {"warmup_steps": 1, "bypass_numel": 200}
         whole = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
         whole_state = ddp.register(whole, compressor, **options)

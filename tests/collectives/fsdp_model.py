@@ -13,12 +13,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from gck.compressor import Compressor
+from gck.kernels.low_rank import LowRank
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
 from tests.collectives import ddp_model
 
-BY_NAME: dict[str, Compressor | None] = {"0.weight": TopK(ratio=0.1), "4.*": None, "*": Sign(32)}
+BY_NAME: dict[str, Compressor | None] = {
+    "0.weight": TopK(ratio=0.1),
+    "2.weight": LowRank(rank=2),
+    "4.*": None,
+    "*": Sign(32),
+}
 MESH: list[DeviceMesh] = []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -52,6 +53,40 @@ def two_phase(
         parts.append(decoded)
         new_servers.append(residual)
     return torch.cat(parts), [residual for _, residual in messages], new_servers
+
+
+def factored(
+    compressor: Any,
+    grads: list[Tensor],
+    errs: list[Tensor],
+    basis: Tensor | None,
+    op: str,
+    world_size: int | None = None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(fp32 result, new residual of each rank, basis of the next step); compressor is bound to a shape."""
+    steps, n = reference(compressor), grads[0].numel()
+    rows, columns, rank = compressor.shape(n)
+    if basis is None or basis.shape != (rank, columns):
+        basis = steps.basis(compressor.seed, rank, columns)
+    accs = [one_nan(g.reshape(-1).float() + e) for g, e in zip(grads, errs, strict=True)]
+    left = torch.zeros(rank, rows)
+    for acc in accs:
+        left = left + steps.project(compressor, acc, basis)
+    left = steps.orthonormal(left)
+    right, residuals = torch.zeros(rank, columns), []
+    for acc in accs:
+        own = steps.back_project(compressor, acc, left)
+        right = right + own
+        residual = acc - steps.decompress(compressor, (left, own), n)
+        residuals.append(torch.where(residual.isfinite(), residual, 0.0))
+    following = basis.clone()
+    for j in range(rank):
+        peak = float(right[j].abs().max())
+        if 0 < peak < float("inf"):
+            exponent = max(math.frexp(peak)[1] - 1, -127)
+            following[j] = right[j] * 2.0 ** max(-126, min(127, -1 - exponent))
+    mean = right / (world_size or len(grads)) if op == "avg" else right
+    return steps.decompress(compressor, (left, mean), n), residuals, following
 
 
 def node_sums(grads: list[Tensor], local: int, unit: int | None) -> list[list[Tensor]]:

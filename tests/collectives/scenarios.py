@@ -16,6 +16,7 @@ from gck.collectives.handshake import describe
 from gck.compressor import shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.kernels.chunk_topk import ChunkTopK
+from gck.kernels.low_rank import LowRank
 from gck.kernels.quantize import Quantize
 from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
@@ -79,8 +80,11 @@ def _scenarios(
         ChunkTopK(k=6, chunk_size=64, value_bits=2),
         Quantize(2, 64, "stochastic", seed=rank),  # of which ranks may have different ones
         RandomK(ratio=0.1, seed=3, value_dtype=torch.bfloat16),  # of which they must have the same
+        LowRank(rank=2, seed=3),
     ):
         algorithms = ("one_phase", "auto") if compressor.shard_unit is None else ("one_phase", "two_phase")
+        if isinstance(compressor, LowRank):
+            algorithms = ("factored", "auto")
         for algorithm in algorithms:
             for n in SIZES:
                 # A dense ring adds in another order; two addends have only one.

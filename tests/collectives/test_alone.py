@@ -81,6 +81,8 @@ CALLS: dict[str, Callable[[Any, gck.ErrorFeedback, int], Tensor]] = {
     "checksums": reduced(gck.Sign(32), algorithm="two_phase", checksum=True),
     "dense": reduced(gck.TopK(ratio=0.05), algorithm="dense"),
     "seeded": reduced(gck.RandomK(ratio=0.1), algorithm="seeded"),
+    "factored": reduced(gck.LowRank(rank=2), algorithm="factored"),
+    "factored, checksums": reduced(gck.LowRank(rank=2), algorithm="factored", checksum=True),
     "two algorithms": many,
     "payloads": payloads,
 }
@@ -133,7 +135,10 @@ def test_who_fails_alone_and_calls_again(name: str, late: bool) -> None:
     assert 1 <= reached < 39
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "seeded"])  # which then sends nothing
+SILENT = [name for name in CALLS if name.startswith(("seeded", "factored"))]  # alone they send nothing
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in SILENT])
 def test_the_only_rank_may_call_again(name: str) -> None:
     """Nobody waits for it."""
     member, call = SimulatedGroup(1).members[0], CALLS[name]

@@ -40,7 +40,8 @@ COMPRESSORS = [
         for a in ("auto", "dense", "one_phase", "two_phase")
         if a != "two_phase" or c.shard_unit is not None
     ]
-    + [(gck.RandomK(ratio=0.1), a) for a in ("auto", "one_phase", "seeded")],
+    + [(gck.RandomK(ratio=0.1), a) for a in ("auto", "one_phase", "seeded")]
+    + [(gck.LowRank(rank=2), a) for a in ("auto", "factored", "dense")],
     ids=str,
 )
 def test_bytes_and_messages_are_those_that_are_sent(compressor: Any, algorithm: str) -> None:
@@ -75,6 +76,9 @@ def test_seconds() -> None:
     cost = all_reduce_cost(gck.Sign(), [1 << 20], 4, "two_phase")
     assert (cost.messages, cost.rounds) == (6, 6)  # messages of 36 KiB go one after the other
     assert all_reduce_cost(gck.Sign(), [1 << 18], 4, "two_phase").rounds == 1 + 3
+    # 4 rows of 100,000 floats, and 4 of 10, each in four parts: long messages, then short ones.
+    factors = all_reduce_cost(gck.LowRank(rank=4, columns=10), [1_000_000], 4, "factored")
+    assert (factors.messages, factors.rounds) == (12, (3 + 3) + (1 + 3))
     link = Link(latency=0.001, bandwidth=125e6)
     assert cost.seconds(link) == pytest.approx(0.006 + cost.nbytes / 125e6)
 
@@ -112,7 +116,7 @@ def test_terms_of_the_time() -> None:
         Link.ethernet(1e8, mtu=52)
 
 
-@pytest.mark.parametrize("compressor", [*COMPRESSORS, gck.RandomK(ratio=0.1)], ids=str)
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, gck.RandomK(ratio=0.1), gck.LowRank(rank=2)], ids=str)
 def test_compute_is_that_of_a_whole_all_reduce(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 

@@ -28,6 +28,7 @@ CASES = [
     (gck.Sign(64), "two_phase"),
     (gck.Quantize(4, 64), "two_phase"),
     (gck.Sign(64), "dense"),
+    (gck.LowRank(rank=2), "factored"),
 ]
 
 

@@ -26,8 +26,9 @@ COMPRESSORS: list[Any] = [
     gck.Quantize(4, 32, decay=0.9, clip=0.5),
     gck.ChunkTopK(k=5, chunk_size=64, value_bits=2),
     gck.RandomK(ratio=0.2, seed=5),
+    gck.LowRank(rank=2),
 ]
-ALGORITHMS = ["one_phase", "two_phase", "seeded", "dense", "auto"]
+ALGORITHMS = ["one_phase", "two_phase", "seeded", "factored", "dense", "auto"]
 
 
 def gradient(rank: int, step: int, n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,6 +38,8 @@ def gradient(rank: int, step: int, n: int = N, dtype: torch.dtype = torch.float3
 
 def runs_on(compressor: Any, algorithm: str) -> bool:
     needs = {"two_phase": compressor.shard_unit is not None, "seeded": isinstance(compressor, gck.RandomK)}
+    needs["factored"] = isinstance(compressor, gck.LowRank)
+    needs["one_phase"] = not needs["factored"]
     return needs.get(algorithm, True)
 
 
