@@ -27,7 +27,7 @@ $(VENV)/dev.stamp: $(SOURCES) $(VENV)/torch.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable ".[dev]"
 	@touch $@ $(VENV)/demo.stamp
 
-demo: $(VENV)/demo.stamp  ## train a network over slow links, five ways, and compare
+demo: $(VENV)/demo.stamp  ## train a network over slow links, six ways, and compare
 	$(BIN)/gck demo
 
 # Two workers with two threads each on two cores: those of OpenMP that wait would take the others' turns.

@@ -86,7 +86,7 @@ def training(demo: int) -> bool:
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path) -> None:
-    names = ["dense", "powersgd", "gck-topk", "gck-sign"]
+    names = ["dense", "powersgd", "gck-low-rank", "gck-topk", "gck-sign"]
     demo = start("--steps", "6", "--out", str(tmp_path), *(f"--only={name}" for name in names))
     output, errors = demo.communicate(timeout=180)
     assert demo.returncode == 0, errors
@@ -110,7 +110,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     if report["network"]["kind"] == "namespaces":
         assert 2.04e6 < results["dense"]["bytes_per_step"] < 2.3e6
         assert "100 Mbit/s link" in output
-    for name in ("gck-topk", "gck-sign"):
+    for name in ("gck-low-rank", "gck-topk", "gck-sign"):
         assert results[name]["bytes_per_step"] < results["dense"]["bytes_per_step"] / 8
     assert not workers(demo.pid)
     assert not namespaces(demo.pid)

@@ -275,7 +275,7 @@ def test_numel_that_is_none(text: str) -> None:
         parse_numel(text)
 
 
-@pytest.mark.parametrize("text", CANDIDATES)
+@pytest.mark.parametrize("text", [*CANDIDATES, "LowRank(rank=4, columns=768)"])
 def test_compressors_are_python(text: str) -> None:
     assert parse(text) == eval(f"gck.{text}", {"gck": gck, "step": 1})
     assert parse(f" gck.{text} ") == parse(text)
@@ -284,8 +284,9 @@ def test_compressors_are_python(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("TopK", "of ChunkTopK, Quantize, RandomK, Sign, TopK"),
-        ("LowRank(4)", "of ChunkTopK"),
+        ("TopK", "of ChunkTopK, LowRank, Quantize, RandomK, Sign, TopK"),
+        ("PowerSGD(4)", "of ChunkTopK"),
+        ("LowRank(rank=4)", "how long the rows of its matrices are"),
         ("TopK(ratio=__import__('os').getpid())", "with plain values"),
         ("TopK(ratio=0.1", "with plain values"),
         ("TopK(*[0.1])", "with plain values"),

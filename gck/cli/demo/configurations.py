@@ -51,12 +51,17 @@ def _sign(model: DistributedDataParallel, settings: Settings) -> None:
     gck.ddp.register(model, gck.Sign())
 
 
+def _low_rank(model: DistributedDataParallel, settings: Settings) -> None:
+    gck.ddp.register(model, gck.LowRank(rank=4))
+
+
 CONFIGURATIONS = {
     configuration.name: configuration
     for configuration in (
         Configuration(BASELINE, "PyTorch, dense", _dense),
         Configuration("fp16", "PyTorch fp16 hook", _fp16),
         Configuration("powersgd", "PyTorch PowerSGD, r = 4", _powersgd),
+        Configuration("gck-low-rank", "gck low rank, r = 4", _low_rank),
         Configuration("gck-topk", "gck top-k 1 %", _topk),
         Configuration("gck-sign", "gck sign", _sign),
     )

@@ -6,6 +6,7 @@ import ast
 
 from gck.compressor import REGISTRY, Compressor, compressor_class
 from gck.errors import ArgumentError, GckError
+from gck.factored import is_factored
 
 __all__ = ["CANDIDATES", "parse"]
 
@@ -28,7 +29,8 @@ def parse(text: str) -> Compressor:
     A `seed=step`, another one at every step, costs what any other does.
 
     Raises:
-        ArgumentError: no compressor is called so, or not with these arguments.
+        ArgumentError: no compressor is called so, or not with these arguments; or its bytes depend on a shape
+            that they don't say.
     """
     classes = {REGISTRY[name].partition(":")[2]: name for name in REGISTRY}
     source = text.strip().removeprefix("gck.").replace("seed=step", "seed=1")
@@ -48,4 +50,9 @@ def parse(text: str) -> Compressor:
         compressor: Compressor = made(*positional, **named)
     except (TypeError, GckError) as error:
         raise ArgumentError(f"--compressor {text!r}: {error}") from error
+    if is_factored(compressor) and compressor.columns is None:
+        raise ArgumentError(
+            f"--compressor {text!r}: of a model it must know how long the rows of its matrices are, as in "
+            f'"LowRank(rank=4, columns=768)"'
+        )
     return compressor
