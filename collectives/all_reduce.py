@@ -76,7 +76,8 @@ def all_reduce_(
             `SimulatedGroup`.
         op: "avg" or "sum".
         algorithm: "one_phase" gathers payloads, "two_phase" shards the vector (chunked compressors only),
-            "seeded" adds up values whose places all ranks share (random-k only), "dense" sends fp32
+            "seeded" adds up values whose places all ranks share (random-k only), "factored" the two factors
+            of a matrix, one after the other (low rank only, which looks at grad's shape), "dense" sends fp32
             uncompressed, residual included, and leaves none; "auto" takes the one that sends least, see
             `gck.collectives.choose_algorithm`. On a `HierarchicalGroup`, what happens across nodes.
         piece_numel: elements of a piece of one or two phases: while one piece is on the wire, others are

@@ -27,7 +27,7 @@ import torch
 from gck.collectives.transports.rotation import ROTATE_FROM
 from gck.compressor import Compressor, check_compressor, is_seeded, server_of, shard_numel
 from gck.errors import ArgumentError
-from gck.factored import is_factored, unit_of
+from gck.factored import is_factored
 from gck.values import make_plain, plain_int, plain_real
 from gck.wire import Layout
 
@@ -40,6 +40,7 @@ __all__ = [
     "cheapest_algorithm",
     "choose_algorithm",
     "hierarchical_cost",
+    "node_unit",
 ]
 
 TCP_HEADERS = 20 + 20 + 12  # of IPv4, of TCP, and its timestamps
@@ -223,10 +224,29 @@ def hierarchical_cost(
                 f"hierarchical_cost: nodes and local_world_size must be positive ints, got {nodes} "
                 f"and {local_world_size}"
             )
-    shards = [shard_numel(numel, unit_of(compressor) or 1, local_world_size) for numel in numels]
+    ways = local_world_size, nodes, algorithm
+    units = [node_unit(compressor, numel, *ways) or 1 for numel in numels]
+    shards = [shard_numel(numel, unit, local_world_size) for numel, unit in zip(numels, units, strict=True)]
     others, nbytes = local_world_size - 1, sum(-(-numel * element_nbytes // 16) * 16 for numel in shards)
     local = Cost("dense", 2 * others * nbytes, 2 * others, _swaps(nbytes, others) + others)
     return HierarchicalCost(local, all_reduce_cost(compressor, shards, nodes, algorithm))
+
+
+def node_unit(
+    compressor: Compressor, numel: int, local_world_size: int, nodes: int, algorithm: str
+) -> int | None:
+    """Elements that the ranks of a node must not cut: a chunk, or a row of a matrix that goes by its factors.
+    Others may have few and long rows, and shards of whole ones would be far from equal. None: single ones.
+
+    What "auto" does counts where all is sent dense, too: so that residuals which there are fit.
+    """
+    if not is_factored(compressor):
+        return compressor.shard_unit
+    columns = compressor.columns
+    if local_world_size == 1 or algorithm == "factored":
+        return columns
+    shard = shard_numel(numel, columns, local_world_size)
+    return columns if cheapest_algorithm(compressor, [shard], nodes) == "factored" else None
 
 
 def choose_algorithm(compressor: Compressor, numels: Sequence[int], world_size: int) -> str:

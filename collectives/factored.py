@@ -51,10 +51,8 @@ def factored(
     for compressor, grad, err, basis in zip(compressors, grads, errs, bases, strict=True):
         numel, device = grad.numel(), grad.device
         shape, other = compressor.factors(numel)
-        if basis is None or tuple(basis.shape) != other:
-            basis = compressor.basis(numel, device)
-        elif basis.device != device:
-            basis = basis.to(device)
+        basis = _usable(basis, other)
+        basis = compressor.basis(numel, device) if basis is None else basis.to(device)
         if err is None:  # x + (-0.0) is x for every x
             err = memory.empty((numel,), torch.float32, device).fill_(-0.0)
         left = memory.empty(shape, torch.float32, device)
@@ -85,6 +83,12 @@ def factored(
             compressor.decompress_(result, body)
         results.append(result)
     return results, following
+
+
+def _usable(basis: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """A basis that a step can start from: any of fp32 and this shape, since ranks need not have the same."""
+    fits = isinstance(basis, Tensor) and basis.dtype == torch.float32 and tuple(basis.shape) == shape
+    return basis.detach().contiguous() if fits and basis is not None else None
 
 
 def _sums(transport: Transport, factors: Sequence[Tensor]) -> list[Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from gck.collectives.all_gather import one_phase
 from gck.collectives.arguments import check_call, check_states
-from gck.collectives.cost import Link, cheapest_algorithm
+from gck.collectives.cost import Link, cheapest_algorithm, node_unit
 from gck.collectives.dense import dense
 from gck.collectives.factored import factored
 from gck.collectives.failure import give_up
@@ -27,7 +28,7 @@ from gck.collectives.two_phase import Residuals, Shards, two_phase
 from gck.collectives.undo import Undo
 from gck.compressor import Compressor, decodes_anything, server_of, sums_or_raises
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
-from gck.factored import is_factored, shaped, unit_of
+from gck.factored import Factored, is_factored, shaped
 from gck.memory import copy_
 from gck.values import check_flags, plain_int
 
@@ -73,7 +74,10 @@ def prepare(
     tier, local_world_size = (transport, 1) if tiers is None else (tiers.cross, tiers.local.world_size)
     numels = tuple(grad.numel() for grad in grads)
     bound = [shaped(compressor, shape) for shape in shapes or [grad.shape for grad in grads]]
-    cuts = [cut([n], unit_of(one), local_world_size)[0] for n, one in zip(numels, bound, strict=True)]
+    ways = local_world_size, tier.world_size, algorithm
+    cuts = [
+        cut([n], node_unit(one, n, *ways), local_world_size)[0] for n, one in zip(numels, bound, strict=True)
+    ]
     plan = _plan(bound, cuts, local_world_size, tier.world_size, algorithm)
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
@@ -277,7 +281,7 @@ class Reduction:
         counters: list[Tensor | None],
         memory: Scratch,
     ) -> list[Tensor]:
-        compressors = [compressor for *_, compressor in some if is_factored(compressor)]
+        compressors = [cast(Factored, compressor) for *_, compressor in some]
         states = [state for _, state, *_ in some]
         bases = [None if state is None else state.basis for state in states]
         given = transport, compressors, [grad for grad, *_ in some], errs, bases, counters
@@ -377,5 +381,8 @@ def _plan(
     # with, since DDP rebuilds its buckets after the first step, and again after a restart.
     plan: dict[str, list[int]] = {}
     for i, (compressor, shards) in enumerate(zip(compressors, cuts, strict=True)):
-        plan.setdefault(cheapest_algorithm(compressor, [shards.numel], world_size), []).append(i)
+        # A matrix that nodes do not share by rows does not go by its factors, see `node_unit`.
+        whole = not is_factored(compressor) or shards.unit == compressor.columns
+        chosen = cheapest_algorithm(compressor, [shards.numel], world_size) if whole else "dense"
+        plan.setdefault(chosen, []).append(i)
     return plan

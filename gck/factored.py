@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gck.compressor import Compressor
 
-__all__ = ["Factored", "is_factored", "shaped", "unit_of"]
+__all__ = ["Factored", "is_factored", "shaped"]
 
 
 class Factored(Compressor, Protocol):
@@ -68,8 +68,3 @@ def is_factored(compressor: Compressor) -> TypeGuard[Factored]:
 def shaped(compressor: Compressor, shape: Sequence[int]) -> Compressor:
     """The compressor of a tensor of this shape, for one that looks at it: see `Factored.for_shape`."""
     return compressor.for_shape(shape) if is_factored(compressor) else compressor
-
-
-def unit_of(compressor: Compressor) -> int | None:
-    """Elements that the ranks of a node must not cut: a chunk, or a row; None: single ones."""
-    return compressor.columns if is_factored(compressor) else compressor.shard_unit

@@ -19,6 +19,8 @@ from torch import Tensor
 from gck.wire import layout_of
 
 __all__ = [
+    "MOST_COLUMNS",
+    "MOST_RANK",
     "ChunkSparse",
     "CodedSparse",
     "LowRankFactors",
@@ -28,6 +30,8 @@ __all__ = [
     "SeededValues",
     "SparseGrad",
 ]
+
+MOST_RANK, MOST_COLUMNS = 64, 2**31 - 1  # of low rank
 
 
 class SparseGrad(NamedTuple):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gck
-from gck.kernels.low_rank import reference as low_rank_reference
 
 U = 2.0**-24  # the relative error of one rounding to fp32
 STEPS = 10_000
@@ -167,23 +165,16 @@ def test_low_rank_sends_the_projection(v: Tensor, shape: tuple[int, int | None],
     """What is left is orthogonal to left, whose rows are orthonormal. What is decoded is in their span.
 
     With rows of left that come from a matrix Y (m, n), their lengths 1, of condition K, in fp64 with unit
-    u = 2^-53, |L L^T - I| <= 5 K^2 (m n + n (n + 1)) u where that is at most 5 / 64 (Yamamoto, Nakatsukasa,
-    Yanagisawa and Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44, 2015). Rounding to
-    fp32 moves each row by U at most, all of L by sqrt(n) U. Of E = M - L^T R with R = L M, L E is
-    (I - L L^T) R, and at most as much of |M|.
+    u = 2^-53, |L L^T - I| <= 5 K^2 (m n + n (n + 1)) u (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya,
+    "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44, 2015). K is about 1 the second time,
+    below 2 wherever the first one leaves |L L^T - I| <= 1/2. Rounding to fp32 moves a row by U at most, all
+    of L by sqrt(n) U. Of E = M - L^T R with R = L M, L E is (I - L L^T) R, and at most as much of |M|.
     """
     err = torch.zeros_like(v)
     payload = gck.low_rank_ef_(v, err, shape[0], columns=shape[1], seed=seed)
     left, apart = kept(payload)
     n, m = len(left), payload.left.shape[1]
-    compressor = gck.LowRank(len(payload.left), payload.columns)
-    basis = replace(compressor, seed=seed).basis(len(v), v.device)
-    projected = low_rank_reference.project(compressor, v, basis).double()[payload.left.abs().amax(1) > 0]
-    lengths = projected.norm(dim=1, keepdim=True)
-    if n:
-        condition = float(torch.linalg.cond(projected / lengths))
-        allowed = 5 * condition**2 * (m * n + n * (n + 1)) * 2.0**-53
-        assert allowed > 5 / 64 or apart <= allowed + 2.1 * math.sqrt(n) * U
+    assert apart <= 5 * 2**2 * (m * n + n * (n + 1)) * 2.0**-53 + 2.1 * math.sqrt(n) * U
     product = payload.left.double().T @ payload.right.double()
     behind = -product.view(-1)[len(v) :]  # the end of the last row, of which err says nothing
     remains = left @ torch.cat([err.double(), behind]).view(m, -1)
@@ -204,7 +195,7 @@ def test_a_matrix_of_low_rank_is_sent_whole(rows: int, columns: int, rank: int) 
         err = torch.zeros_like(matrix)
         payload = gck.low_rank_ef_(matrix, err, rank, seed=seed)
         left, apart = kept(payload)
-        assert len(left) == 3  # other rows were roundings of these, and are zeros
+        assert len(left) >= 3  # others are roundings of these, or zeros
         basis = gck.LowRank(rank, columns, seed).basis(matrix.numel(), matrix.device)[:3].double()
         exact = matrix.double()
         q = -(-columns // 64) + 6 + 1

@@ -33,8 +33,9 @@ def gradients(rank: int, step: int) -> list[Tensor]:
     return [torch.randn(numel, generator=generator) for numel in NUMELS.values()]
 
 
-def content(residuals: gck.ErrorFeedbackMap) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    return {name: (state.worker, state.server) for name, state in copy.deepcopy(residuals).items()}
+def content(residuals: gck.ErrorFeedbackMap) -> dict[str, tuple[Tensor | None, ...]]:
+    states = copy.deepcopy(residuals).items()
+    return {name: (state.worker, state.server, state.basis) for name, state in states}
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -42,7 +43,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(
         (x is None and y is None) or (x is not None and y is not None and same_bytes(x, y))
         for name in a | b
-        for x, y in zip(a.get(name, (None, None)), b.get(name, (None, None)), strict=True)
+        for x, y in zip(a.get(name, (None,) * 3), b.get(name, (None,) * 3), strict=True)
     )
 
 

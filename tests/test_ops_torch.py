@@ -185,6 +185,16 @@ def test_options_compile_without_a_graph_break() -> None:
     assert same_bytes(compiled_stats.values, stats.values)
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (3, 5)])
+def test_factors_of_any_shape_decode_while_compiled(shape: tuple[int, int]) -> None:
+    def step(grad: torch.Tensor, err: torch.Tensor) -> torch.Tensor:
+        return gck.decompress(gck.low_rank_ef_(grad, err, 2, seed=3))
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert same_bytes(compiled(grad, torch.zeros(grad.numel())), step(grad, torch.zeros(grad.numel())))
+
+
 def test_autograd_notices_the_mutation() -> None:
     err = torch.ones(64)
     x = torch.ones(64, requires_grad=True)

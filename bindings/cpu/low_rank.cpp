@@ -11,7 +11,7 @@ namespace gck {
 namespace {
 
 // Of a row's squares, what must be left when its share of the rows before it is taken away.
-constexpr double kLeastLeft = 0x1p-30;
+constexpr double kLeastLeft = 0x1p-40;
 constexpr int64_t kColumnTile = 1024;  // the least that a thread takes of a block of rows
 
 // Lower triangle of a Cholesky factor, column by column; roots are 0 of rows that are not independent.
@@ -64,7 +64,9 @@ void low_rank_project(const LowRankShape& shape, const void* grad, Dtype grad_dt
            [&](int, int64_t begin, int64_t end) { leaves().low_rank_project(job, begin, end); });
 }
 
-void low_rank_orthonormalise(float* left, int64_t rows, int64_t rank, int threads) {
+namespace {
+
+void orthonormalise(float* left, int64_t rows, int64_t rank, int threads) {
   std::vector<double> gram(static_cast<size_t>(rank * rank)), factors(gram.size());
   std::vector<double> roots(static_cast<size_t>(rank));
   const int64_t pairs = rank * (rank + 1) / 2;
@@ -89,6 +91,13 @@ void low_rank_orthonormalise(float* left, int64_t rows, int64_t rank, int thread
     const auto [begin, end] = part_of(rows, parts, t, 1);
     leaves().low_rank_solve(job, begin, end);
   });
+}
+
+}  // namespace
+
+void low_rank_orthonormalise(float* left, int64_t rows, int64_t rank, int threads) {
+  // Once leaves rows whose angles are off where they were nearly in one plane.
+  for (int i = 0; i < 2; ++i) orthonormalise(left, rows, rank, threads);
 }
 
 void low_rank_back_project(const LowRankShape& shape, const float* acc, const float* left, float* right,

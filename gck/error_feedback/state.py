@@ -50,8 +50,9 @@ class ErrorFeedback:
         binding: the rank, world size and unit that `server` belongs to; on a `HierarchicalGroup` those of
             the group across nodes, within the shard.
         shard: the part of the tensor that the residuals belong to; None: the whole.
-        basis: (rank, columns) fp32, where the next "factored" all-reduce starts from, the same on all ranks;
-            None before the first. One of another shape than a compressor needs is replaced.
+        basis: (rank, columns) fp32, where the next "factored" all-reduce starts from; None before the first.
+            The same on all ranks, but that on a `HierarchicalGroup` those of a node each have their own. One
+            that does not fit is replaced.
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
             cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
             does, which turns it into an int.

@@ -101,7 +101,9 @@ def stored_shape(parameter: Any) -> list[int]:
     """The dimensions of a parameter, or of this rank's shard of it, in their order in memory."""
     local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     strides = local.stride()
-    order = sorted(range(local.dim()), key=lambda dim: -strides[dim])
+    order = list(range(local.dim()))
+    if not local.is_contiguous():
+        order.sort(key=lambda dim: -strides[dim])
     return [local.shape[dim] for dim in order]
 
 

@@ -18,6 +18,8 @@ from gck.errors import CorruptPayloadError, DtypeError
 from gck.message import coded_indices, contents
 from gck.message.header import CHECKSUM, MEAN_SCALE, Header
 from gck.payload import (
+    MOST_COLUMNS,
+    MOST_RANK,
     ChunkSparse,
     CodedSparse,
     LowRankFactors,
@@ -38,7 +40,6 @@ FP32 = {1: torch.float32}
 CODES_OF_BITS = 0
 BITS = {1: 32, 2: 16, 3: 16}
 INT32, INT64, UINT16, TWELVE_BITS, BLOCK16, ELIAS_FANO = range(1, 7)
-MOST_RANK, MOST_COLUMNS = 64, 2**31 - 1
 INDEX_DTYPES = {INT32: torch.int32, INT64: torch.int64, UINT16: torch.uint16, TWELVE_BITS: torch.uint8}
 
 # Header fields that a kind of payload may have or not.

@@ -18,13 +18,14 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor, backend
+from gck.payload import MOST_COLUMNS, MOST_RANK
 from gck.values import make_plain, shown
 from gck.wire import Layout
 
-__all__ = ["MOST_RANK", "LowRank", "Shape", "check_options"]
+__all__ = ["LowRank", "Shape", "check_options"]
 
-MOST_RANK = 64
-MOST_COLUMNS = 2**31 - 1
+# How much of the numbers of `drawn_again` a basis gets beside rows whose largest numbers are about one.
+ASTRAY = 2.0**-12
 # Rows of a vector that nobody gave a shape begin at multiples of so many elements, where it is large.
 ALIGNED = 64
 
@@ -93,10 +94,10 @@ class LowRank(KernelCompressor):
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
         """The compressor of a tensor of this shape: its `columns` are given."""
-        if self.columns is not None:
-            return self
         numel = math.prod(shape)
-        columns = numel // shape[0] if len(shape) > 1 and numel else self.shape(numel).columns
+        columns = self.shape(numel).columns
+        if self.columns is None and len(shape) > 1 and numel:
+            columns = min(numel // shape[0], MOST_COLUMNS)
         return replace(self, columns=max(1, columns))
 
     def factors(self, numel: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -118,7 +119,8 @@ class LowRank(KernelCompressor):
         for name, tensor, length in zip(("left", "right"), fields, (rows, columns), strict=True):
             if tensor.dtype != torch.float32:
                 raise DtypeError(f"{function}: payload {name} must be float32, got {tensor.dtype}")
-            if tuple(tensor.shape) not in ((rank, length), (rank * length,)):
+            flat = tensor.dim() == 1
+            if tensor.numel() != rank * length or not (flat or tuple(tensor.shape) == (rank, length)):
                 raise CorruptPayloadError(
                     f"{function}: payload {name} of {tuple(tensor.shape)} does not fit {numel} elements in "
                     f"{rows} rows of {columns}, of rank {rank}"
@@ -137,38 +139,66 @@ class LowRank(KernelCompressor):
 
     def project_(self, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor) -> None:
         """err becomes acc = fp32(grad) + err, which is read as decay and clip say, and left = basis M^T."""
+        function = "LowRank.project_"
+        self.check_inputs(function, grad, err)
+        self._check_factors(function, err, left=left, basis=basis)
         clip = None if self.clip is None else checks.clip_of(self.clip, grad.device)
         if grad.numel():
-            self._kernels(grad.device).project_(self, grad.view(-1), err, basis, left, clip)
+            self._kernels(grad.device).project_(self, grad.view(-1), err.view(-1), basis, left, clip)
 
     def orthonormalise_(self, left: Tensor) -> None:
         """The rows of left become orthonormal; one that is all but a combination of others becomes zeros."""
+        checks.check_fp32("LowRank.orthonormalise_", "left", left)
         if left.numel():
             self._kernels(left.device).orthonormalise_(left)
 
     def back_project_(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
         """right = left M."""
+        self._check_factors("LowRank.back_project_", acc, left=left, right=right)
         if acc.numel():
-            self._kernels(acc.device).back_project_(self, acc, left, right)
+            self._kernels(acc.device).back_project_(self, acc.view(-1), left, right)
 
     def settle_(self, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
         """acc becomes what is left of it when the product of left and right is taken away."""
+        self._check_factors("LowRank.settle_", acc, left=left, right=right)
+        checks.check_nonfinite("LowRank.settle_", nonfinite, acc, "acc")
         if acc.numel():
-            self._kernels(acc.device).settle_(self, acc, left, right, nonfinite)
+            self._kernels(acc.device).settle_(self, acc.view(-1), left, right, nonfinite)
 
     def next_basis(self, basis: Tensor, right: Tensor) -> Tensor:
-        """The rows of right, each times a power of two, so that they do not grow from step to step; those of
-        basis where they are zeros or not finite."""
+        """The rows of right, each times a power of two, so that they do not grow from step to step, and a
+        little of what has no direction: a basis that had nothing of a matrix would never see it. Where a row
+        is not finite, that of basis."""
         if not right.numel():
             return basis
         peak = right.abs().amax(1, keepdim=True)
         exponent = peak.view(torch.int32) >> 23
         scale = ((253 - exponent).clamp(1, 254) << 23).view(torch.float32)
-        return torch.where(peak.isfinite() & (peak > 0), right * scale, basis)
+        return torch.where(peak.isfinite(), right * scale + drawn_again(basis) * ASTRAY, basis)
+
+    def _check_factors(self, function: str, acc: Tensor, **factors: Tensor) -> None:
+        checks.check_fp32(function, "acc", acc)
+        left, right = self.factors(acc.numel())
+        for name, factor in factors.items():
+            rank, length = left if name == "left" else right
+            checks.check_elements(function, name, factor, torch.float32, rank * length, acc, "acc")
 
     def _kernels(self, device: torch.device) -> _Kernels:
         kernels: _Kernels = backend("LowRank", self.package, device)
         return kernels
+
+
+def drawn_again(basis: Tensor) -> Tensor:
+    """Other numbers in [-1, 1) than those of basis, on every device: hashes of their bits and places.
+
+    Source: Appleby, MurmurHash3 (2011), the finalizer of 32 bits.
+    """
+    places = torch.arange(basis.numel(), device=basis.device).view(basis.shape)
+    mixed = (basis.view(torch.int32).long() ^ places * 0x9E3779B9) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8).float() * 2.0**-23 - 1
 
 
 class _Kernels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gck.kernels.reference import read_residual
 from tests.cases import one_nan, raw
 
 
@@ -68,7 +70,10 @@ def factored(
     rows, columns, rank = compressor.shape(n)
     if basis is None or basis.shape != (rank, columns):
         basis = steps.basis(compressor.seed, rank, columns)
-    accs = [one_nan(g.reshape(-1).float() + e) for g, e in zip(grads, errs, strict=True)]
+    accs = [
+        one_nan(g.reshape(-1).float() + read_residual(compressor, e))
+        for g, e in zip(grads, errs, strict=True)
+    ]
     left = torch.zeros(rank, rows)
     for acc in accs:
         left = left + steps.project(compressor, acc, basis)
@@ -82,11 +87,23 @@ def factored(
     following = basis.clone()
     for j in range(rank):
         peak = float(right[j].abs().max())
-        if 0 < peak < float("inf"):
-            exponent = max(math.frexp(peak)[1] - 1, -127)
-            following[j] = right[j] * 2.0 ** max(-126, min(127, -1 - exponent))
+        if peak < float("inf"):
+            exponent = max(math.frexp(peak)[1] - 1, -127) if peak else -127
+            scaled = right[j] * 2.0 ** max(-126, min(127, -1 - exponent))
+            astray = torch.tensor([drawn_again(basis, j, c) * 2.0**-12 for c in range(columns)])
+            following[j] = scaled + astray
     mean = right / (world_size or len(grads)) if op == "avg" else right
     return steps.decompress(compressor, (left, mean), n), residuals, following
+
+
+def drawn_again(basis: Tensor, row: int, column: int) -> float:
+    """A number in [-1, 1): a hash of what a basis has at a place, and of the place."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", float(basis[row, column])))
+    mixed = bits ^ (row * basis.shape[1] + column) * 0x9E3779B9 & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ mixed >> shift) * factor & 0xFFFFFFFF
+    mixed ^= mixed >> 16
+    return (mixed >> 8) / 2**23 - 1
 
 
 def node_sums(grads: list[Tensor], local: int, unit: int | None) -> list[list[Tensor]]:

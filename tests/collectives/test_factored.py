@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -16,11 +17,19 @@ from gck.collectives import (
     all_reduce_cost,
     all_reduce_many_,
     choose_algorithm,
+    hierarchical_cost,
 )
-from gck.errors import ArgumentError, CollectiveMismatchError
+from gck.errors import (
+    ArgumentError,
+    CollectiveMismatchError,
+    DtypeError,
+    LayoutError,
+    ShapeMismatchError,
+)
 from gck.kernels.low_rank import LowRank
 from tests.cases import same_bytes
 from tests.collectives import oracle
+from tests.collectives.grid import on_grid
 
 SHAPES = [(40, 30), (7, 5, 11), (300, 70), (3, 200), (1000,), (1,), (0,), (5, 0), (1, 9)]
 
@@ -91,6 +100,125 @@ def test_nodes_share_matrices_by_rows(local: int) -> None:
     for rank, (grad, worker) in enumerate(ranks):
         assert same_bytes(grad.view(-1), torch.cat(parts))
         assert same_bytes(worker, errs[rank % local][rank // local])
+
+
+def test_nodes_share_what_is_not_compressed_by_elements() -> None:
+    """Few long rows would be one rank's alone, and shards of them as long."""
+    compressor = LowRank(rank=4)
+    for shape in ((1, 197, 768), (2, 4096), (3, 70)):
+        n, bound = torch.Size(shape).numel(), compressor.for_shape(shape)
+
+        def rank_main(group: HierarchicalGroup, shape: tuple[int, ...] = shape) -> Tensor:
+            state = gck.ErrorFeedback()
+            grad = torch.full(shape, 1.0 + group.rank)
+            gck.all_reduce_(grad, state, compressor, group)
+            assert state.basis is None
+            return grad
+
+        for grad in on_grid((2, 4), rank_main):
+            assert bool((grad == 4.5).all())
+        cost = hierarchical_cost(bound, [n], 2, 4)
+        assert cost.cross.algorithm == "dense"
+        assert cost.local.nbytes == 2 * 3 * math.ceil(n / 16) * 16
+    rows = hierarchical_cost(compressor.for_shape((100, 64)), [6400], 2, 4)
+    assert rows.cross.algorithm == "factored"
+    assert rows.local.nbytes == 2 * 3 * 25 * 64 * 4
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (1, 2)])
+def test_rows_that_some_ranks_of_a_node_lack(grid: tuple[int, int]) -> None:
+    """Also longer ones than there are elements, as where one length is given for all tensors."""
+
+    def rank_main(group: HierarchicalGroup) -> list[Tensor]:
+        grads = [torch.full(shape, 1.0 + group.rank) for shape in ((2, 20), (1, 9), (10,), (0, 3))]
+        states = [gck.ErrorFeedback() for _ in grads]
+        all_reduce_many_(grads, states, LowRank(rank=2, columns=10**9), group, algorithm="factored")
+        all_reduce_many_(grads, [None] * 4, LowRank(rank=2), group, algorithm="factored")
+        return grads
+
+    mean = (1 + grid[0] * grid[1]) / 2
+    for grads in on_grid(grid, rank_main):
+        for grad in grads:
+            assert torch.allclose(grad, torch.full(grad.shape, mean), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"decay": 0.9}, {"clip": 0.25}, {"decay": 0.5, "clip": 0.5}], ids=str)
+def test_residuals_are_read_as_options_say(options: dict[str, Any]) -> None:
+    compressor = LowRank(rank=2, columns=20, **options)
+
+    def rank_main(member: Any) -> list[tuple[Tensor, Tensor]]:
+        state, steps = gck.ErrorFeedback(), []
+        for step in range(3):
+            grad = torch.randn(30, 20, generator=torch.Generator().manual_seed(10 * member.rank + step))
+            gck.all_reduce_(grad, state, compressor, member, algorithm="factored")
+            assert state.worker is not None
+            steps.append((grad.view(-1), state.worker.clone()))
+        return steps
+
+    ranks = SimulatedGroup(2).run(rank_main)
+    errs, basis = [torch.zeros(600)] * 2, None
+    for step in range(3):
+        grads = [
+            torch.randn(30, 20, generator=torch.Generator().manual_seed(10 * r + step)) for r in range(2)
+        ]
+        result, errs, basis = oracle.factored(compressor, grads, errs, basis, "avg")
+        for rank in range(2):
+            assert same_bytes(ranks[rank][step][0], result)
+            assert same_bytes(ranks[rank][step][1], errs[rank])
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_basis_sees_everything_in_the_end(rank: int) -> None:
+    """Gradients move to rows and columns that the first ones had nothing in, or a basis was nothing."""
+
+    def rank_main(member: Any) -> float:
+        state, sent, given = gck.ErrorFeedback(), torch.zeros(64, 64), torch.zeros(64, 64)
+        for step in range(30):
+            grad, generator = torch.zeros(64, 64), torch.Generator().manual_seed(7)
+            half = slice(32) if step == 0 else slice(32, None)
+            grad[half, half] = torch.randn(32, 1, generator=generator) @ torch.randn(
+                1, 32, generator=generator
+            )
+            if step == 10 and member.rank:
+                state.basis = torch.zeros(rank, 64)
+            if step:
+                given += grad
+            result = gck.all_reduce_(grad, state, LowRank(rank=rank), member, algorithm="factored")
+            sent[32:, 32:] += result[32:, 32:]
+        assert state.worker is not None
+        assert float(state.worker.norm()) < 1e-3 * float(given.norm())
+        return float((sent - given).norm() / given.norm())
+
+    assert all(left < 1e-3 for left in SimulatedGroup(2).run(rank_main))
+
+
+def test_residuals_and_bases_of_somebody_else() -> None:
+    """What kernels could not read is refused before anything is written; a basis is replaced."""
+    member, memory = SimulatedGroup(1).members[0], torch.zeros(3 * 600, dtype=torch.float64)
+    grad, copy = torch.randn(30, 20), torch.zeros(30, 20)
+    copy.copy_(grad)
+    for worker in (memory[:600], memory.float()[:1200:2], memory.half()[:600], torch.zeros(1200)[::2]):
+        state = gck.ErrorFeedback()
+        state.worker = worker
+        with pytest.raises((DtypeError, LayoutError), match=r"LowRank.project_: err must be"):
+            gck.all_reduce_(grad, state, LowRank(), member, algorithm="factored")
+        assert same_bytes(grad, copy)
+    for basis in (
+        torch.ones(4, 20).double(),
+        torch.ones(4, 20).half(),
+        torch.ones(20, 4).t(),
+        "x",
+        torch.ones(5),
+    ):
+        state = gck.ErrorFeedback()
+        state.basis = basis  # type: ignore[assignment]
+        gck.all_reduce_(grad.clone(), state, LowRank(), member, algorithm="factored")
+        assert isinstance(state.basis, Tensor)
+        assert state.basis.dtype == torch.float32
+        assert tuple(state.basis.shape) == (4, 20)
+    with pytest.raises(ShapeMismatchError, match=r"LowRank.settle_: right must have 80 elements"):
+        LowRank().for_shape((30, 20)).settle_(torch.zeros(600), torch.ones(4, 30), torch.ones(4, 19), None)
+    assert LowRank().for_shape((1, 2**31)).columns == 2**31 - 1
 
 
 def test_the_same_matrix_again_and_again_is_sent_whole() -> None:

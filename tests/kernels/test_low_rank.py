@@ -1,0 +1,105 @@
+"""Orthonormal rows of what is nearly dependent, and bases from step to step: reference and CPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gck.kernels.low_rank import LowRank, drawn_again, reference
+from tests.cases import same_bytes
+
+U = 2.0**-24
+
+
+def spectrum(base: float, rank: int, rows: int = 300) -> Tensor:
+    """Singular values 1, 1 / base, 1 / base^2, ..., in directions of their own."""
+    generator = torch.Generator().manual_seed(rank)
+    outer = torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64, generator=generator))[0]
+    inner = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))[0]
+    values = base ** -torch.arange(rank, dtype=torch.float64)
+    return (inner @ torch.diag(values) @ outer.T).float()
+
+
+def hilbert(rank: int, rows: int = 300) -> Tensor:
+    return 1 / (torch.arange(rank)[:, None] + torch.arange(rows) + 1.0)
+
+
+def kahan(rank: int) -> Tensor:
+    """Rows of which none is nearly a combination of those before it, and all together are."""
+    sine, cosine = math.sin(1.2), math.cos(1.2)
+    matrix = torch.eye(rank, dtype=torch.float64) - cosine * torch.ones(rank, rank, dtype=torch.float64).triu(
+        1
+    )
+    return (matrix * sine ** torch.arange(rank)[:, None]).T.contiguous().float()
+
+
+HARD = {
+    **{f"{base}^-i, {rank}": spectrum(base, rank) for base in (2, 5, 10, 100) for rank in (4, 8, 16, 64)},
+    "hilbert": hilbert(64),
+    "kahan": kahan(64),
+    "powers": torch.stack([torch.linspace(-1, 1, 300) ** i for i in range(64)]),
+    "nearly equal": 1 + 1e-6 * torch.randn(16, 300, generator=torch.Generator().manual_seed(1)),
+    "equal": torch.ones(5, 7),
+    "zero between": torch.eye(6)[[0, 1, 5, 2]] * torch.tensor([1.0, 0.0, 1e30, 1e-30])[:, None],
+    "long": torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_rows_are_orthonormal_and_span_what_they_did(name: str) -> None:
+    """To within rounding to fp32, and but for what was dropped: of each row 2^-20 of its length at most."""
+    given = HARD[name]
+    left = given.clone()
+    LowRank().orthonormalise_(left)
+    assert same_bytes(left, reference.orthonormal(given))
+    rows = left.double()
+    rows = rows[rows.abs().amax(1) > 0]
+    apart = rows @ rows.T - torch.eye(len(rows))
+    assert float(torch.linalg.matrix_norm(apart, 2)) <= 2.2 * math.sqrt(len(rows)) * U
+    # Of 64 rows of which each is nearly a combination of others more goes astray; residuals keep it.
+    most = 2.0**-10 if name in ("hilbert", "powers") else 2.0**-20 * len(given)
+    outside = given.double() - given.double() @ rows.T @ rows
+    assert bool((outside.norm(dim=1) <= most * given.double().norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_in_rows(value: float) -> None:
+    left = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    left[2, 7] = value
+    wanted = reference.orthonormal(left)
+    LowRank().orthonormalise_(left)
+    assert same_bytes(left, wanted)
+    assert not bool(left.isfinite().all())
+
+
+@pytest.mark.parametrize("exponent", [-149, -140, -127, -126, -30, 0, 1, 100, 125, 126, 127])
+def test_bases_keep_their_length(exponent: int) -> None:
+    """Peaks are from 1/2 to 1, of the largest and the smallest as near as one power of two brings them."""
+    compressor = LowRank(rank=2, columns=50)
+    basis = compressor.basis(1000, torch.device("cpu"))
+    for factor in (1.0, 1.75):
+        right = torch.zeros(2, 50)
+        right[0, 3], right[1, 4] = factor * 2.0**exponent, -factor * 2.0**exponent
+        following = compressor.next_basis(basis, right)
+        others = following.clone()
+        others[0, 3] = others[1, 4] = 0
+        assert float(others.abs().max()) <= 2.0**-12
+        if -149 + 23 <= exponent < 126:
+            assert 0.499 < float(following[0, 3]) < 1.001
+            assert -1.001 < float(following[1, 4]) < -0.499
+        assert float(following.abs().max()) <= 4.001
+        assert bool(following.isfinite().all())
+
+
+def test_numbers_that_are_drawn_again_are_others_each_time() -> None:
+    basis, seen = torch.zeros(3, 1000), set()
+    for _ in range(20):
+        basis = drawn_again(basis)
+        assert -1 <= float(basis.min()) < -0.9
+        assert 0.9 < float(basis.max()) < 1
+        assert abs(float(basis.mean())) < 0.05  # of a spread of 0.58: 5 deviations of a mean of 3,000
+        seen.update(row.sum().item() for row in basis)
+    assert len(seen) == 60
