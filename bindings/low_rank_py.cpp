@@ -49,6 +49,12 @@ void bind_low_rank(py::module_& m) {
       },
       nogil);
   m.def(
+      "low_rank_next_basis",
+      [](Address basis, Address right, Address following, int64_t rank, int64_t columns, int threads) {
+        low_rank_next_basis(at<float>(basis), at<float>(right), at<float>(following), rank, columns, threads);
+      },
+      nogil);
+  m.def(
       "low_rank_settle",
       [](int64_t numel, int64_t columns, int64_t rank, Address acc, Address left, Address right,
          int threads) {

@@ -41,6 +41,7 @@ __all__ = [
     "choose_algorithm",
     "hierarchical_cost",
     "node_unit",
+    "padded",
 ]
 
 TCP_HEADERS = 20 + 20 + 12  # of IPv4, of TCP, and its timestamps
@@ -182,11 +183,8 @@ def all_reduce_cost(
         first, second = _values_and_sums(compressor, numels, world_size)
         return Cost(algorithm, others * (first + second), 2 * others, _swaps(first, others) + others)
     if algorithm == "factored" and is_factored(compressor):
-        # Of left, and then of right: the factors, and their sums.
-        layouts = [compressor.layout(numel).fields for numel in numels]
-        left, right = (
-            sum(_part(fields[i].count, torch.float32, world_size) for fields in layouts) for i in (0, 1)
-        )
+        left, right = _factors(compressor, numels, world_size)
+        # A sum of either, in turn: a part from every rank, and its sum to every rank.
         rounds = _swaps(left, others) + _swaps(right, others) + 2 * others
         return Cost(algorithm, others * 2 * (left + right), 4 * others, rounds)
     raise ArgumentError(f'all_reduce_cost: algorithm "{algorithm}" is unknown, or not for {compressor}')
@@ -273,7 +271,7 @@ def cheapest_algorithm(compressor: Compressor, numels: Sequence[int], world_size
     # All in units of (W - 1) / W bytes, so that they stay integers.
     volumes = {"dense": 8 * sum(numels)}
     if is_factored(compressor):
-        volumes["factored"] = world_size * sum(_values_and_sums(compressor, numels, world_size))
+        volumes["factored"] = world_size * 2 * sum(_factors(compressor, numels, world_size))
     else:
         volumes["one_phase"] = world_size * _nbytes(compressor, numels, 1)
     if compressor.shard_unit is not None:
@@ -318,6 +316,18 @@ def _values_and_sums(compressor: Compressor, numels: Sequence[int], world_size: 
     fields = [field for numel in numels for field in compressor.layout(numel).fields]
     first = sum(_part(field.count, field.dtype, world_size) for field in fields)
     return first, sum(_part(field.count, torch.float32, world_size) for field in fields)
+
+
+def padded(count: int) -> int:
+    """Numbers of fp32 that so many take up among others: up to a multiple of 16 bytes."""
+    return -(-count // 4) * 4
+
+
+def _factors(compressor: Compressor, numels: Sequence[int], world_size: int) -> list[int]:
+    """Bytes of a rank's part of all tensors' left, and of their right."""
+    layouts = [compressor.layout(numel).fields for numel in numels]
+    totals = (sum(padded(fields[i].count) for fields in layouts) for i in (0, 1))
+    return [_part(total, torch.float32, world_size) for total in totals]
 
 
 def _part(count: int, dtype: torch.dtype, world_size: int) -> int:

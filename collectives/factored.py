@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gck.average import average_
+from gck.collectives.cost import padded
 from gck.collectives.hierarchical import all_gather, cut, reduce_scatter
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
@@ -47,40 +48,38 @@ def factored(
         errs: None: no residual.
         bases: None: the first one.
     """
-    lefts, used, accs = [], [], []
-    for compressor, grad, err, basis in zip(compressors, grads, errs, bases, strict=True):
-        numel, device = grad.numel(), grad.device
-        shape, other = compressor.factors(numel)
-        basis = _usable(basis, other)
-        basis = compressor.basis(numel, device) if basis is None else basis.to(device)
+    shapes = [compressor.factors(grad.numel()) for compressor, grad in zip(compressors, grads, strict=True)]
+    device = grads[0].device
+    flat, lefts = _side_by_side([shape for shape, _ in shapes], device, memory)
+    used, accs = [], []
+    for compressor, grad, err, basis, (_, shape), left in zip(
+        compressors, grads, errs, bases, shapes, lefts, strict=True
+    ):
+        basis = _usable(basis, shape)
+        basis = compressor.basis(grad.numel(), device) if basis is None else basis.to(device)
         if err is None:  # x + (-0.0) is x for every x
-            err = memory.empty((numel,), torch.float32, device).fill_(-0.0)
-        left = memory.empty(shape, torch.float32, device)
+            err = memory.empty((grad.numel(),), torch.float32, device).fill_(-0.0)
         compressor.project_(grad, err, basis, left)
-        lefts.append(left)
         used.append(basis)
         accs.append(err)
-    lefts = _sums(transport, lefts)
-    rights = []
-    for compressor, acc, left, counter in zip(compressors, accs, lefts, counters, strict=True):
+    lefts = _views(_sum(transport, flat), [shape for shape, _ in shapes])
+    flat, rights = _side_by_side([shape for _, shape in shapes], device, memory)
+    for compressor, acc, left, right, counter in zip(compressors, accs, lefts, rights, counters, strict=True):
         compressor.orthonormalise_(left)
-        right = memory.empty(compressor.factors(acc.numel())[1], torch.float32, acc.device)
         compressor.back_project_(acc, left, right)
         compressor.settle_(acc, left, right, counter)
-        rights.append(right)
-    rights = _sums(transport, rights)
-    results, following = [], []
-    for compressor, grad, left, right, basis in zip(compressors, grads, lefts, rights, used, strict=True):
-        following.append(compressor.next_basis(basis, right))
-        if divisor != 1:
-            average_(right, divisor)
-        layout = compressor.layout(grad.numel())
-        body = memory.zeros((layout.nbytes,), torch.uint8, grad.device)
-        for view, factor in zip(layout.views(body), (left, right), strict=True):
-            view.copy_(factor.view(-1))
-        result = memory.empty((grad.numel(),), torch.float32, grad.device)
-        if grad.numel():
-            compressor.decompress_(result, body)
+    flat = _sum(transport, flat)
+    rights = _views(flat, [shape for _, shape in shapes])
+    following = [
+        compressor.next_basis(basis, right)
+        for compressor, basis, right in zip(compressors, used, rights, strict=True)
+    ]
+    if divisor != 1:
+        average_(flat, divisor)
+    results = []
+    for compressor, grad, left, right in zip(compressors, grads, lefts, rights, strict=True):
+        result = memory.empty((grad.numel(),), torch.float32, device)
+        compressor.product_(result, left, right)
         results.append(result)
     return results, following
 
@@ -91,10 +90,24 @@ def _usable(basis: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     return basis.detach().contiguous() if fits and basis is not None else None
 
 
-def _sums(transport: Transport, factors: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of all ranks' factors, in rank order; new tensors, also where there is one rank."""
-    flat = [factor.view(-1) for factor in factors]
-    cuts = cut([each.numel() for each in flat], None, transport.world_size)
-    sums = [part.add(0.0) for part in reduce_scatter(transport, flat, cuts)]
-    sums = all_gather(transport, sums, [torch.float32] * len(sums), cuts)
-    return [total.view(factor.shape) for total, factor in zip(sums, factors, strict=True)]
+def _side_by_side(
+    shapes: Sequence[tuple[int, int]], device: torch.device, memory: Scratch
+) -> tuple[Tensor, list[Tensor]]:
+    """Room for factors of these shapes in one vector, each at a multiple of 16 bytes; zeros."""
+    flat = memory.zeros((sum(padded(rank * length) for rank, length in shapes),), torch.float32, device)
+    return flat, _views(flat, shapes)
+
+
+def _views(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    parts = flat.split([padded(rank * length) for rank, length in shapes])
+    return [
+        part[: rank * length].view(rank, length) for part, (rank, length) in zip(parts, shapes, strict=True)
+    ]
+
+
+def _sum(transport: Transport, flat: Tensor) -> Tensor:
+    """The sum of all ranks' vectors, in rank order; a new tensor, also where there is one rank."""
+    cuts = cut([flat.numel()], None, transport.world_size)
+    (part,) = reduce_scatter(transport, [flat], cuts)
+    (total,) = all_gather(transport, [part.add(0.0)], [torch.float32], cuts)
+    return total

@@ -235,6 +235,9 @@ def low_rank_orthonormalise(left: int, rows: int, rank: int, threads: int) -> No
 def low_rank_back_project(
     numel: int, columns: int, rank: int, acc: int, left: int, right: int, threads: int
 ) -> None: ...
+def low_rank_next_basis(
+    basis: int, right: int, following: int, rank: int, columns: int, threads: int
+) -> None: ...
 def low_rank_settle(
     numel: int, columns: int, rank: int, acc: int, left: int, right: int, threads: int
 ) -> int: ...

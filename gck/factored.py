@@ -55,6 +55,10 @@ class Factored(Compressor, Protocol):
         """right is what acc has of left."""
         ...
 
+    def product_(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """out, (numel,) fp32, is what left and right decode to."""
+        ...
+
     def settle_(self, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
         """acc becomes the residual: less what left and right decode to."""
         ...

@@ -84,7 +84,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_which_compressor() -> None:
     """Bits, what one step leaves of a Gaussian gradient, and how many payloads an all-reduce sends."""
     rows = re.findall(r"^\| `(gck\.\w+\(.*?\))` \| ([\d.]+) \| ([\d.]+) \| (.*?) \|", README, re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 9
     grad = torch.randn(2**20, generator=torch.Generator().manual_seed(1))
     for text, bits, left, times in rows:
         compressor, numel = eval(text, {"gck": gck, "step": 3}), 25_000_000

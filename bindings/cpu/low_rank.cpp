@@ -129,6 +129,17 @@ void low_rank_back_project(const LowRankShape& shape, const float* acc, const fl
     leaves().low_rank_add(sums.data() + block * count, count, right, block + 1 == blocks);
 }
 
+void low_rank_next_basis(const float* basis, const float* right, float* following, int64_t rank,
+                         int64_t columns, int threads) {
+  const int parts = parts_for(rank * columns, threads);
+  for_each_part(parts, [&](int t) {
+    for (int64_t row = t; row < rank; row += parts) {
+      const int64_t at = row * columns;
+      leaves().low_rank_next_row(basis + at, right + at, following + at, columns, at);
+    }
+  });
+}
+
 int64_t low_rank_settle(const LowRankShape& shape, float* acc, const float* left, const float* right,
                         int threads) {
   const LowRankProduct job{acc,  shape.numel, shape.columns, shape.rank, shape.rows(),

@@ -29,6 +29,12 @@ void low_rank_orthonormalise(float* left, int64_t rows, int64_t rank, int thread
 void low_rank_back_project(const LowRankShape& shape, const float* acc, const float* left, float* right,
                            int threads);
 
+// The basis of the next step, (rank, columns): rows of right, each times the power of two that brings its
+// largest entry near one, and 2^-12 times numbers in [-1, 1), hashes of the bits of `basis` and of places;
+// rows of basis where those of right are not finite.
+void low_rank_next_basis(const float* basis, const float* right, float* following, int64_t rank,
+                         int64_t columns, int threads);
+
 // acc -= left right; returns how many of what is left were not finite, and are zeros now.
 int64_t low_rank_settle(const LowRankShape& shape, float* acc, const float* left, const float* right,
                         int threads);

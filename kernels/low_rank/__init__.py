@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from gck.wire import Layout
 
 __all__ = ["LowRank", "Shape", "check_options"]
 
-# How much of the numbers of `drawn_again` a basis gets beside rows whose largest numbers are about one.
-ASTRAY = 2.0**-12
+_FP32 = torch.float32  # looked up once
 # Rows of a vector that nobody gave a shape begin at multiples of so many elements, where it is large.
 ALIGNED = 64
 
@@ -165,43 +164,44 @@ class LowRank(KernelCompressor):
         if acc.numel():
             self._kernels(acc.device).settle_(self, acc.view(-1), left, right, nonfinite)
 
+    def product_(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """out = left^T right, row by row."""
+        self._check_factors("LowRank.product_", out, left=left, right=right)
+        if out.numel():
+            self._kernels(out.device).decompress_(self, out.view(-1), (left, right), 1.0, False)
+
     def next_basis(self, basis: Tensor, right: Tensor) -> Tensor:
         """The rows of right, each times a power of two, so that they do not grow from step to step, and a
         little of what has no direction: a basis that had nothing of a matrix would never see it. Where a row
         is not finite, that of basis."""
-        if not right.numel():
-            return basis
-        peak = right.abs().amax(1, keepdim=True)
-        exponent = peak.view(torch.int32) >> 23
-        scale = ((253 - exponent).clamp(1, 254) << 23).view(torch.float32)
-        return torch.where(peak.isfinite(), right * scale + drawn_again(basis) * ASTRAY, basis)
+        for name, factor in (("basis", basis), ("right", right)):
+            checks.check_elements(
+                "LowRank.next_basis", name, factor, torch.float32, right.numel(), right, "right"
+            )
+        return self._kernels(right.device).next_basis(basis, right) if right.numel() else basis
 
     def _check_factors(self, function: str, acc: Tensor, **factors: Tensor) -> None:
-        checks.check_fp32(function, "acc", acc)
         left, right = self.factors(acc.numel())
         for name, factor in factors.items():
-            rank, length = left if name == "left" else right
-            checks.check_elements(function, name, factor, torch.float32, rank * length, acc, "acc")
+            shape = left if name == "left" else right
+            # First what is nearly always so, told in a fraction of the time.
+            if not (
+                factor.shape == shape
+                and factor.dtype is _FP32
+                and factor.is_contiguous()
+                and factor.device == acc.device
+            ):
+                numel = shape[0] * shape[1]
+                checks.check_elements(function, name, factor, torch.float32, numel, acc, "acc")
+        if not (acc.dtype is _FP32 and acc.is_contiguous() and acc.layout is torch.strided):
+            checks.check_fp32(function, "acc", acc)
 
     def _kernels(self, device: torch.device) -> _Kernels:
         kernels: _Kernels = backend("LowRank", self.package, device)
         return kernels
 
 
-def drawn_again(basis: Tensor) -> Tensor:
-    """Other numbers in [-1, 1) than those of basis, on every device: hashes of their bits and places.
-
-    Source: Appleby, MurmurHash3 (2011), the finalizer of 32 bits.
-    """
-    places = torch.arange(basis.numel(), device=basis.device).view(basis.shape)
-    mixed = (basis.view(torch.int32).long() ^ places * 0x9E3779B9) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
-    mixed = mixed ^ (mixed >> 16)
-    return (mixed >> 8).float() * 2.0**-23 - 1
-
-
-class _Kernels:
+class _Kernels(Protocol):
     """What `cpu` and `gpu` have."""
 
     def basis_(self, compressor: LowRank, basis: Tensor) -> None: ...
@@ -216,6 +216,15 @@ class _Kernels:
     ) -> None: ...
     def orthonormalise_(self, left: Tensor) -> None: ...
     def back_project_(self, compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor) -> None: ...
+    def decompress_(
+        self,
+        compressor: LowRank,
+        out: Tensor,
+        fields: tuple[Tensor, Tensor],
+        alpha: float,
+        accumulate: bool,
+    ) -> None: ...
+    def next_basis(self, basis: Tensor, right: Tensor) -> Tensor: ...
     def settle_(
         self, compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None
     ) -> None: ...

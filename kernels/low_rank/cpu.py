@@ -94,6 +94,15 @@ def back_project_(compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor)
     )
 
 
+def next_basis(basis: Tensor, right: Tensor) -> Tensor:
+    following = torch.empty_like(right)
+    rank, columns = right.shape
+    load().low_rank_next_basis(
+        basis.data_ptr(), right.data_ptr(), following.data_ptr(), rank, columns, num_threads()
+    )
+    return following
+
+
 def settle_(compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
     cleared = load().low_rank_settle(
         *_matrix(compressor, acc), acc.data_ptr(), left.data_ptr(), right.data_ptr(), num_threads()

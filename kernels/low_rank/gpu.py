@@ -17,6 +17,7 @@ from gck.kernels.common.gpu_statistics import measure_acc, measure_err
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.philox import key_of, uniform
 from gck.kernels.low_rank.gpu_back_project import back_project_
+from gck.kernels.low_rank.gpu_basis import next_basis
 from gck.kernels.low_rank.gpu_decode import decompress_, settle_
 from gck.kernels.low_rank.gpu_orthonormal import orthonormalise_
 from gck.kernels.low_rank.gpu_project import project_
@@ -26,6 +27,7 @@ __all__ = [
     "basis_",
     "compress_",
     "decompress_",
+    "next_basis",
     "orthonormalise_",
     "project_",
     "settle_",

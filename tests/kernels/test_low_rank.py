@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gck.kernels.low_rank import LowRank, drawn_again, reference
+from gck.kernels.low_rank import LowRank, gpu_basis, reference
+from gck.kernels.low_rank.gpu_basis import drawn_again
 from tests.cases import same_bytes
 
 U = 2.0**-24
@@ -84,6 +85,7 @@ def test_bases_keep_their_length(exponent: int) -> None:
         right = torch.zeros(2, 50)
         right[0, 3], right[1, 4] = factor * 2.0**exponent, -factor * 2.0**exponent
         following = compressor.next_basis(basis, right)
+        assert same_bytes(following, gpu_basis.next_basis(basis, right))
         others = following.clone()
         others[0, 3] = others[1, 4] = 0
         assert float(others.abs().max()) <= 2.0**-12
@@ -92,6 +94,20 @@ def test_bases_keep_their_length(exponent: int) -> None:
             assert -1.001 < float(following[1, 4]) < -0.499
         assert float(following.abs().max()) <= 4.001
         assert bool(following.isfinite().all())
+
+
+@pytest.mark.parametrize("columns", [1, 15, 64, 1000, 40_000])
+def test_bases_on_devices_are_those_of_the_cpu(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    basis = torch.randn(5, columns, generator=generator)
+    right = torch.randn(5, columns, generator=generator) * torch.tensor([1.0, 0.0, 1e-42, 1e38, 1.0])[:, None]
+    for value in (1.0, -0.0, math.nan, math.inf, -math.inf):
+        right[4, columns // 2] = value
+        basis[1] = 0
+        following = LowRank().next_basis(basis, right)
+        assert same_bytes(following, gpu_basis.next_basis(basis, right))
+        assert bool(following.isfinite().all())
+        assert same_bytes(following[4], basis[4]) == (not math.isfinite(value))
 
 
 def test_numbers_that_are_drawn_again_are_others_each_time() -> None:

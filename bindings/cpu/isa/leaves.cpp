@@ -59,6 +59,7 @@ const Leaves& leaves() {
                                 low_rank_solve,
                                 low_rank_back_project,
                                 low_rank_add,
+                                low_rank_next_row,
                                 low_rank_settle,
                                 low_rank_decompress};
   return table;

@@ -330,6 +330,9 @@ struct Leaves {
                                 float* part);
   // sum[i] += part[i]; the last time every NaN becomes the one.
   void (*low_rank_add)(const float* part, int64_t count, float* sum, bool last);
+  // A row of `low_rank_next_basis`, whose first element has place `at`.
+  void (*low_rank_next_row)(const float* basis, const float* right, float* following, int64_t columns,
+                            int64_t at);
   // Rows [begin, end); returns the number of residuals cleared because not finite.
   int64_t (*low_rank_settle)(const LowRankProduct& job, int64_t begin, int64_t end);
   void (*low_rank_decompress)(const LowRankProduct& job, int64_t begin, int64_t end);

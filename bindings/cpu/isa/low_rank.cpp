@@ -297,6 +297,33 @@ void low_rank_add(const float* part, int64_t count, float* sum, bool last) {
   for (int64_t i = 0; last && i < count; ++i) sum[i] = one_nan(sum[i]);
 }
 
+// MurmurHash3's finalizer of 32 bits (Appleby, 2011).
+static uint32_t mixed(uint32_t h) {
+  h = (h ^ h >> 16) * 0x85ebca6bu;
+  h = (h ^ h >> 13) * 0xc2b2ae35u;
+  return h ^ h >> 16;
+}
+
+void low_rank_next_row(const float* basis, const float* right, float* following, int64_t columns,
+                       int64_t at) {
+  int32_t peak = 0;
+  for (int64_t c = 0; c < columns; ++c) {
+    const auto key = static_cast<int32_t>(bits_of(right[c]) & 0x7fffffffu);
+    peak = key > peak ? key : peak;
+  }
+  if (peak >= kInfKey) {
+    std::memcpy(following, basis, sizeof(float) * static_cast<size_t>(columns));
+    return;
+  }
+  const int32_t exponent = 253 - (peak >> 23);
+  const float scale = float_of(static_cast<uint32_t>(exponent > 1 ? exponent : 1) << 23);
+  for (int64_t c = 0; c < columns; ++c) {
+    const uint32_t hash = mixed(bits_of(basis[c]) ^ static_cast<uint32_t>(at + c) * 0x9e3779b9u);
+    const float number = static_cast<float>(static_cast<int32_t>(hash >> 8)) * 0x1p-23f - 1.0f;
+    following[c] = right[c] * scale + number * 0x1p-12f;
+  }
+}
+
 int64_t low_rank_settle(const LowRankProduct& job, int64_t begin, int64_t end) {
   int64_t cleared = 0;
   const auto residual = [&](Vec acc, Vec decoded) {
