@@ -41,9 +41,9 @@ test: $(VENV)/dev.stamp  ## every test that this machine can run
 SANITIZED := build/sanitize
 SANITIZED_ENV := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 SANITIZED_TESTS := tests/message tests/kernels/test_cpu_sparse.py tests/kernels/test_reduce.py tests/test_contract.py \
-  tests/kernels/test_cpu_instruction_sets.py tests/test_makers.py
+  tests/kernels/test_cpu_instruction_sets.py tests/test_makers.py tests/kernels/test_low_rank.py
 SANITIZED_CHOICE := hostile or golden or nans_of or any_values or random_bits or laid_out_for_more \
-  or (test_shards and cpu) or (one_by_one and not 2097169) or small_vectors or past_the_caches or makers
+  or (test_shards and cpu) or (one_by_one and not 2097169) or small_vectors or past_the_caches or makers or any_shape or orthonormal
 
 sanitize: $(VENV)/dev.stamp  ## kernels on hostile bytes under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

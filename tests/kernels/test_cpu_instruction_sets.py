@@ -43,13 +43,14 @@ def test_contract(isa: str) -> None:
         "test_cpu and float32 and (nonfinite or ties) or test_halves or test_64 or (test_shards and cpu)"
         " or one_by_one or hostile or random_bits or laid_out_for_more or (test_ranks and 17)"
         " or golden or any_number_of_threads or (test_bytes and gaussian and 65537)"
-        " or small_vectors or past_the_caches or every_chunk_size"
+        " or small_vectors or past_the_caches or every_chunk_size or any_shape or orthonormal or bases"
     )
     reduce = "tests/kernels/test_reduce.py"
     codecs = "tests/kernels/test_index_codecs.py"
     preview = "tests/kernels/test_topk_preview.py"
-    files = "tests/test_contract.py", "tests/kernels/test_cpu_sparse.py", reduce, codecs, preview, __file__
-    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files)
+    low_rank = "tests/kernels/test_low_rank.py"
+    files = "tests/test_contract.py", "tests/kernels/test_cpu_sparse.py", reduce, codecs, preview, low_rank
+    done = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files, __file__)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gck.kernels.low_rank import LowRank, gpu_basis, reference
 from gck.kernels.low_rank.gpu_basis import drawn_again
-from tests.cases import same_bytes
+from tests.cases import make, same_bytes
+from tests.contract import check_case
 
 U = 2.0**-24
 
@@ -64,6 +65,36 @@ def test_rows_are_orthonormal_and_span_what_they_did(name: str) -> None:
     most = 2.0**-10 if name in ("hilbert", "powers") else 2.0**-20 * len(given)
     outside = given.double() - given.double() @ rows.T @ rows
     assert bool((outside.norm(dim=1) <= most * given.double().norm(dim=1)).all())
+
+
+SHAPES = [
+    (1, 1, 0),
+    (1, 7, 0),
+    (9, 1, 0),
+    (3, 17, 5),
+    (40, 63, 0),
+    (41, 64, 1),
+    (6, 130, 129),
+    (300, 65, 13),
+    (257, 16, 0),
+    (5, 1025, 3),
+    (1100, 5, 2),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8, 64])
+def test_matrices_of_any_shape(rank: int, threads: int) -> None:
+    """Rows that end within vectors and tiles, blocks and groups of rows that are not full, last rows cut."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, columns, lacking in SHAPES:
+            compressor = LowRank(rank, columns, seed=rank - 3)
+            for case, dtype in (("gaussian", torch.float32), ("nonfinite", torch.bfloat16)):
+                check_case(compressor, "cpu", *make(case, rows * columns - lacking, dtype))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
