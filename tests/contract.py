@@ -52,7 +52,7 @@ VARIANTS: dict[str, list[Any]] = {
         gck.LowRank(),
         gck.LowRank(rank=1, columns=32, seed=5),
         gck.LowRank(rank=8, seed=-3),
-        gck.LowRank(rank=64, columns=100),
+        gck.LowRank(rank=17, columns=100),
     ],
 }
 COMPRESSORS = [c for variants in VARIANTS.values() for c in variants]
