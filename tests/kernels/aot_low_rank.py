@@ -58,7 +58,7 @@ def variants() -> list[Variant]:
         made.append(variant("gpu_back_project", "back_project_kernel", label, constants, 1))
     constants = {"BLOCK": gpu_back_project.PARTS, "TOGETHER": gpu_back_project.TOGETHER}
     made.append(variant("gpu_back_project", "add_parts_kernel", "", constants, 1))
-    for rank, columns in ((4, 4096), (1, 4096), (8, 4096), (64, 4096), (4, 100), (8, 999)):
+    for rank, columns in ((4, 4096), (1, 4096), (8, 4096), (16, 4096), (4, 100), (8, 999)):
         constants = gpu_decode.decode_options(columns, rank)
         label = f"rank {rank}, rows of {columns}"
         made.append(variant("gpu_decode", "settle_kernel", label, constants, gpu_decode.WARPS))

@@ -92,8 +92,8 @@ RARE |= {
 }
 RARE |= {"low_rank.settle_kernel[rank 8, rows of 999]": 152}
 RARE |= {f"low_rank.decompress_kernel[rank 8, rows of 999, {way}]": 128 for way in ("write", "add")}
-RARE |= {"low_rank.orthonormal_kernel[rank 64]": 200, "low_rank.settle_kernel[rank 64, rows of 4096]": 424}
-RARE |= {f"low_rank.decompress_kernel[rank 64, rows of 4096, {way}]": 424 for way in ("write", "add")}
+RARE |= {"low_rank.orthonormal_kernel[rank 64]": 200, "low_rank.settle_kernel[rank 16, rows of 4096]": 120}
+RARE |= {f"low_rank.decompress_kernel[rank 16, rows of 4096, {way}]": 112 for way in ("write", "add")}
 # A warp that has a chunk to itself keeps all of it under way, whatever that takes.
 LONE_WARPS = {
     f"chunk_topk.compress_kernel[{grad}, 64 of 4096, {bits} bits]"
