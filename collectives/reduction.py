@@ -381,8 +381,6 @@ def _plan(
     # with, since DDP rebuilds its buckets after the first step, and again after a restart.
     plan: dict[str, list[int]] = {}
     for i, (compressor, shards) in enumerate(zip(compressors, cuts, strict=True)):
-        # A matrix that nodes do not share by rows does not go by its factors, see `node_unit`.
-        whole = not is_factored(compressor) or shards.unit == compressor.columns
-        chosen = cheapest_algorithm(compressor, [shards.numel], world_size) if whole else "dense"
+        chosen = cheapest_algorithm(compressor, [shards.numel], world_size)
         plan.setdefault(chosen, []).append(i)
     return plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any
 
 import torch
@@ -45,8 +44,7 @@ def low_rank_ef_(
         rank: rows of left and of right, in [1, 64]; fewer are sent where the matrix has fewer rows or
             columns.
         columns: elements of a row of the matrix, in [1, 2**31 - 1]. Default: of a tensor of two or more
-            dimensions, all but the first one together, as in the paper; of a vector, about its square root,
-            and torch.compile then compiles anew for each size.
+            dimensions, all but the first one together, as in the paper; of a vector, about its square root.
         seed: of the random rows, in [-2**63, 2**63): the same on every rank, and another one at every step,
             such as the step's number. All-reduces keep what they sent last and start from there; alone, each
             call starts anew, and with the same seed what is orthogonal to its directions is never sent. A
@@ -107,9 +105,6 @@ def _columns(function: str, grad: Tensor, columns: int | None) -> int:
     numel, shape = grad.numel(), tuple(grad.shape)
     if columns is None and len(shape) > 1 and numel:
         check_options(function, 1, numel // shape[0])
-    elif columns is None:  # torch.compile traces no root of a size that it does not know
-        numel = index(numel)
-        shape = (numel,)
     return max(1, LowRank(columns=columns).for_shape(shape).shape(numel).columns)
 
 

@@ -17,7 +17,7 @@ from gck.kernels.common.checks import clip_of
 from gck.kernels.common.native import DTYPE_CODE, residual_options
 from gck.statistics import FIELDS
 
-__all__ = ["Measurement"]
+__all__ = ["Host", "Measurement"]
 
 
 class Measurement:
@@ -32,7 +32,7 @@ class Measurement:
     def __init__(self, compressor: Compressor, grad: Tensor, err: Tensor) -> None:
         decay, clip = getattr(compressor, "decay", 1.0), getattr(compressor, "clip", None)
         limit = None if clip is None else clip_of(clip, grad.device)
-        self._kernels: Any = _Host if grad.device.type == "cpu" else _device()
+        self._kernels: Any = Host if grad.device.type == "cpu" else _device()
         self._sums: Tensor = self._kernels.measure_acc(grad, err, decay, limit)
 
     def finish(self, err: Tensor, selected: int) -> Tensor:
@@ -41,7 +41,9 @@ class Measurement:
         return values
 
 
-class _Host:
+class Host:
+    """What `gck.kernels.common.gpu_statistics` is for devices."""
+
     @staticmethod
     def measure_acc(grad: Tensor, err: Tensor, decay: float, clip: Tensor | None) -> Tensor:
         return _measured(grad.data_ptr(), DTYPE_CODE[grad.dtype], err, decay, clip)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gck._native import load, num_threads
-from gck.kernels.common.native import DTYPE_CODE, residual_options
+from gck.kernels.common.measure import Host
+from gck.kernels.common.native import DTYPE_CODE
 
 if TYPE_CHECKING:
     from gck.kernels.low_rank import LowRank
@@ -28,21 +29,13 @@ def compress_(
     left, right = compressor.layout(numel).views(bodies.view(-1))
     basis = torch.empty((rank, columns))
     basis_(compressor, basis)
-    if stats is not None:
-        options = residual_options(compressor.decay, clip, stats)
-        load().residual_measure(
-            grad.data_ptr(), DTYPE_CODE[grad.dtype], err.data_ptr(), numel, num_threads(), options
-        )
+    sums = None if stats is None else Host.measure_acc(grad, err, compressor.decay, clip)
     project_(compressor, grad, err, basis, left, clip)
     _orthonormalise(left, rank)
     back_project_(compressor, err, left, right)
     settle_(compressor, err, left, right, nonfinite)
-    if stats is not None:
-        after = torch.zeros_like(stats)
-        load().residual_measure(
-            0, 0, err.data_ptr(), numel, num_threads(), residual_options(1.0, None, after)
-        )
-        stats[2], stats[4] = after[2], numel
+    if stats is not None and sums is not None:
+        stats.copy_(Host.measure_err(sums, err, numel))
 
 
 def decompress_(

@@ -38,7 +38,7 @@ def check(grad: Tensor, err: Tensor, reading: Any, device: str = "cpu") -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU here")
-    monkeypatch.setattr(measure, "_Host", measure._device())
+    monkeypatch.setattr(measure, "Host", measure._device())
 
 
 @pytest.mark.parametrize("case", CASES)
