@@ -117,11 +117,12 @@ def test_a_compressor_that_looks_at_shapes_has_those_of_parameters() -> None:
         model = Model()
         model.block[0] = nn.Conv2d(8, 8, 5, bias=True).to(memory_format=torch.channels_last)
         model.block[0].bias = nn.Parameter(torch.zeros(40))
+        model.block[1].weight = nn.Parameter(torch.zeros(40, 50).t())
         state = ddp.HookState({"head.*": None, "*": LowRank(rank=2)}, model=model, group=member)
         shapes = {
             "embed.weight": [40, 40],
             "block.0.weight": [8, 5, 5, 8],
-            "block.1.weight": [50, 40],
+            "block.1.weight": [40, 50],
         }
         states = {name: ErrorFeedback() for name in shapes}
         bucket = Bucket(model, member.rank)

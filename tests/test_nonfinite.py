@@ -122,14 +122,17 @@ def test_a_guard_uses_its_memory_again() -> None:
     copies = set()
     for step in range(4):
         worker.fill_(step)
+        state.basis = basis = torch.full((1, 1), float(step))
         guard.keep([state, None])
         guard.keep([state])  # not again: the step has begun
         guard.watch(result)
         worker.fill_(-1)
+        state.basis = None
         if step == 2:
             result[1] = math.nan
         assert guard.finish() == (step >= 2)
         assert bool((worker == (step if step >= 2 else -1)).all())
+        assert state.basis is (basis if step >= 2 else None)
         ((_, snapshot),) = guard._spare.values()
         assert snapshot.worker is not None
         copies.add(snapshot.worker[1].data_ptr())
