@@ -33,6 +33,15 @@ def one_gpu_for_all() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") == "loadgroup" and pytest.version_tuple >= (9, 2):
+        from xdist import __version__
+
+        if tuple(map(int, __version__.split(".")[:2])) <= (3, 8):
+            # Tests of a group would build the package twice, and share a GPU's memory or ports.
+            raise pytest.UsageError(f"pytest-xdist {__version__} sees no groups of tests; take pytest<9.2")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
