@@ -10,6 +10,7 @@ a rank's own message leaves, not what the average does: those would grow without
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +20,38 @@ from gck.collectives.cost import padded
 from gck.collectives.hierarchical import all_gather, cut, reduce_scatter
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
-from gck.factored import Factored
+from gck.factored import Factored, FactoredSteps
 
-__all__ = ["factored"]
+__all__ = ["Reduced", "factored"]
+
+LINE = 16  # numbers of fp32 at whose multiples what is as large as a gradient begins
+
+
+@dataclass
+class Reduced:
+    """What ranks have agreed on: nothing of a state or a gradient has been written so far.
+
+    Attributes:
+        bases: for the next step.
+    """
+
+    steps: FactoredSteps
+    accs: list[Tensor]
+    lefts: list[Tensor]
+    own: list[Tensor]
+    rights: list[Tensor]
+    bases: list[Tensor]
+
+    def decode_(self, outs: Sequence[Tensor]) -> None:
+        """The results, (numel,) fp32 each."""
+        self.steps.product_(outs, self.lefts, self.rights)
+
+    def settle_(self, errs: Sequence[Tensor | None]) -> Tensor:
+        """errs become the residuals; returns of each how many were not finite, and are zeros."""
+        cleared = torch.zeros(len(errs), dtype=torch.int64, device=self.lefts[0].device)
+        outs = [acc if err is None else err for acc, err in zip(self.accs, errs, strict=True)]
+        self.steps.settle_(self.accs, outs, self.lefts, self.own, cleared)
+        return cleared
 
 
 def factored(
@@ -30,58 +60,52 @@ def factored(
     grads: Sequence[Tensor],
     errs: Sequence[Tensor | None],
     bases: Sequence[Tensor | None],
-    counters: Sequence[Tensor | None],
     divisor: int,
     memory: Scratch,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Reduces `grads` and returns flat fp32 results, and bases for the next step. All tensors share messages.
+) -> Reduced:
+    """Reduces `grads`, none of them empty. All share messages, and each step is one call for all of them.
 
     Steps:
         1. Of every gradient and its worker residual: acc, and left, what acc has of the basis.
         2. All-reduce the lefts, in rank order and in fp32; all ranks make the same orthonormal rows of them.
-        3. right is what acc has of these; the residual is acc less left^T right.
+        3. right is what acc has of these.
         4. All-reduce the rights; divide once by `divisor`, the ranks of all tiers, for a mean.
-        5. Decode once.
+        5. When nothing can fail any more: decode once, and the residual is acc less left^T right, of one's
+           own right. Until then it is as it was.
 
     Args:
-        compressors: of each gradient, bound to its shape.
+        compressors: one, bound to the shape of each gradient.
         errs: None: no residual.
         bases: None: the first one.
     """
-    shapes = [compressor.factors(grad.numel()) for compressor, grad in zip(compressors, grads, strict=True)]
-    device = grads[0].device
-    flat, lefts = _side_by_side([shape for shape, _ in shapes], device, memory)
-    used, accs = [], []
-    for compressor, grad, err, basis, (_, shape), left in zip(
-        compressors, grads, errs, bases, shapes, lefts, strict=True
-    ):
-        basis = _usable(basis, shape)
-        basis = compressor.basis(grad.numel(), device) if basis is None else basis.to(device)
-        if err is None:  # x + (-0.0) is x for every x
-            err = memory.empty((grad.numel(),), torch.float32, device).fill_(-0.0)
-        compressor.project_(grad, err, basis, left)
-        used.append(basis)
-        accs.append(err)
-    lefts = _views(_sum(transport, flat), [shape for shape, _ in shapes])
-    flat, rights = _side_by_side([shape for _, shape in shapes], device, memory)
-    for compressor, acc, left, right, counter in zip(compressors, accs, lefts, rights, counters, strict=True):
-        compressor.orthonormalise_(left)
-        compressor.back_project_(acc, left, right)
-        compressor.settle_(acc, left, right, counter)
-    flat = _sum(transport, flat)
-    rights = _views(flat, [shape for _, shape in shapes])
-    following = [
-        compressor.next_basis(basis, right)
-        for compressor, basis, right in zip(compressors, used, rights, strict=True)
+    numels, device = [grad.numel() for grad in grads], grads[0].device
+    steps = compressors[0].together([compressor.columns for compressor in compressors], numels)
+    shapes = [shape for shape, _ in steps.factors], [shape for _, shape in steps.factors]
+    rooms = [-(-numel // LINE) * LINE for numel in numels]
+    accs = [
+        room[:numel]
+        for room, numel in zip(
+            memory.empty((sum(rooms),), torch.float32, device).split(rooms), numels, strict=True
+        )
     ]
+    # x + (-0.0) is x for every x
+    read = [acc.fill_(-0.0) if err is None else err for acc, err in zip(accs, errs, strict=True)]
+    given = [
+        compressor.basis(numel, device) if basis is None else basis.to(device)
+        for compressor, numel, basis in zip(compressors, numels, map(_usable, bases, shapes[1]), strict=True)
+    ]
+    flat, lefts = _side_by_side(shapes[0], device, memory)
+    steps.project_(grads, read, given, accs, lefts)
+    lefts = _views(_sum(transport, flat), shapes[0])
+    steps.orthonormalise_(lefts)
+    flat, own = _side_by_side(shapes[1], device, memory)
+    steps.back_project_(accs, lefts, own)
+    flat = _sum(transport, flat)
+    rights = _views(flat, shapes[1])
+    following = steps.next_basis(given, rights)
     if divisor != 1:
         average_(flat, divisor)
-    results = []
-    for compressor, grad, left, right in zip(compressors, grads, lefts, rights, strict=True):
-        result = memory.empty((grad.numel(),), torch.float32, device)
-        compressor.product_(result, left, right)
-        results.append(result)
-    return results, following
+    return Reduced(steps, accs, lefts, own, rights, following)
 
 
 def _usable(basis: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

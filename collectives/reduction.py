@@ -110,6 +110,7 @@ class Reduction:
         plan: which tensors go by which algorithm.
         cuts: how the ranks of a node share each tensor.
         shards: this rank's part of each, on a hierarchy.
+        late: what writes residuals when nothing can fail any more, each of which may be called again.
         measured: statistics that are taken.
     """
 
@@ -129,6 +130,7 @@ class Reduction:
     begun: bool = False
     spoilt: bool = False
     written: bool = False
+    late: list[Callable[[], None]] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)
 
     def __call__(self) -> None:
@@ -176,6 +178,8 @@ class Reduction:
 
     def _finish(self, write: Callable[[], None]) -> None:
         write()
+        for settle in self.late:
+            settle()
         for each in self.measured:
             each.publish()
 
@@ -203,10 +207,13 @@ class Reduction:
     def _straight(self) -> str | None:
         """The algorithm, where what was gathered is decoded to the gradients themselves: in the end, when
         nothing can fail any more, or only as a whole. On the host that spares a dense result and its copy."""
-        fit = all(grad.dtype is torch.float32 and grad.device.type == "cpu" for grad in self.grads)
-        if len(self.plan) != 1 or not fit:
+        if len(self.plan) != 1 or not all(grad.dtype is torch.float32 for grad in self.grads):
             return None
         (algorithm,) = self.plan
+        if algorithm == "factored":
+            return algorithm
+        if not all(grad.device.type == "cpu" for grad in self.grads):
+            return None
         server = server_of(self.compressor, self.transport.world_size)
         whole = {
             "two_phase": decodes_anything(server),
@@ -250,7 +257,7 @@ class Reduction:
     def _by(self, algorithm: str, transport: Transport, some: list[Member], memory: Scratch) -> list[Tensor]:
         """Tensors that share messages."""
         grads = [grad for grad, *_ in some]
-        if algorithm in ("one_phase", "two_phase"):
+        if algorithm in ("one_phase", "two_phase", "factored"):
             results = [memory.empty((grad.numel(),), torch.float32, grad.device) for grad in grads]
             self._begin(algorithm, transport, some, results, memory)()
             return results
@@ -265,31 +272,43 @@ class Reduction:
         else:
             errs, counters = _residuals(some)
             measured = self._measure(some, errs)
-            if algorithm == "factored":
-                results = self._factored(transport, some, errs, counters, memory)
-            else:
-                given = transport, self.compressor, grads, errs, counters
-                results = seeded(*given, self._divisor, memory)
+            given = transport, self.compressor, grads, errs, counters
+            results = seeded(*given, self._divisor, memory)
         measured.end()
         return results
 
     def _factored(
-        self,
-        transport: Transport,
-        some: list[Member],
-        errs: list[Tensor | None],
-        counters: list[Tensor | None],
-        memory: Scratch,
-    ) -> list[Tensor]:
-        compressors = [cast(Factored, compressor) for *_, compressor in some]
-        states = [state for _, state, *_ in some]
+        self, transport: Transport, some: list[Member], results: list[Tensor], memory: Scratch
+    ) -> Callable[[], None]:
+        """As `_begin`; states are written to `late`."""
+        errs, counters = _residuals(some)
+        filled = [i for i, (grad, *_) in enumerate(some) if grad.numel()]
+        if not filled:
+            return partial(_write, [], [])
+        if len(filled) < len(some):
+            some, results = [some[i] for i in filled], [results[i] for i in filled]
+            errs, counters = [errs[i] for i in filled], [counters[i] for i in filled]
+        grads, states = [grad for grad, *_ in some], [state for _, state, *_ in some]
+        measured = self._measure(some, errs)
+        bound = [cast(Factored, compressor) for *_, compressor in some]
         bases = [None if state is None else state.basis for state in states]
-        given = transport, compressors, [grad for grad, *_ in some], errs, bases, counters
-        results, bases_after = factored(*given, self._divisor, memory)
-        for state, basis in zip(states, bases_after, strict=True):
-            if state is not None and basis.numel():
-                state.basis = basis
-        return results
+        reduced = factored(transport, bound, grads, errs, bases, self._divisor, memory)
+        counts = [counter for counter in counters if counter is not None]
+        before = torch.cat(counts) if counts else None
+
+        def settle() -> None:
+            if before is None:
+                return
+            cleared = reduced.settle_(errs).split(1)
+            new = torch.cat([n for n, counter in zip(cleared, counters, strict=True) if counter is not None])
+            torch._foreach_copy_(counts, list((before + new).split(1)))
+            for state, basis in zip(states, reduced.bases, strict=True):
+                if state is not None:
+                    state.basis = basis
+            measured.end()
+
+        self.late.append(settle)
+        return partial(reduced.decode_, results)
 
     def _measure(self, some: list[Member], errs: list[Tensor | None], *, lossy: bool = True) -> Measured:
         """Begins statistics, which are published when all is done."""
@@ -306,8 +325,10 @@ class Reduction:
         memory: Scratch,
         straight: bool = False,
     ) -> Callable[[], None]:
-        """One or two phases; what this returns decodes what is left to `results`, which may be the gradients
-        themselves: `straight`."""
+        """One or two phases, or factors; what this returns decodes what is left to `results`, which may be
+        the gradients themselves: `straight`."""
+        if algorithm == "factored":
+            return self._factored(transport, some, results, memory)
         grads, (errs, counters) = [grad for grad, *_ in some], _residuals(some)
         measured = self._measure(some, errs)
         given, undo = (transport, self.compressor, grads), [undo for *_, undo, _ in some]

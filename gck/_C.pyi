@@ -218,40 +218,47 @@ def random_k_decompress(
 ) -> None: ...
 def random_k_indices(seed: int, numel: int, k: int, first: int, count: int, out: int) -> None: ...
 def low_rank_basis(seed: int, count: int, basis: int) -> None: ...
-def low_rank_project(
-    numel: int,
-    columns: int,
-    rank: int,
-    grad: int,
-    grad_dtype: int,
-    err: int,
-    decay: float,
-    clip: int,
-    basis: int,
-    left: int,
-    threads: int,
-) -> None: ...
-def low_rank_orthonormalise(left: int, rows: int, rank: int, threads: int) -> None: ...
-def low_rank_back_project(
-    numel: int, columns: int, rank: int, acc: int, left: int, right: int, threads: int
-) -> None: ...
-def low_rank_next_basis(
-    basis: int, right: int, following: int, rank: int, columns: int, threads: int
-) -> None: ...
-def low_rank_settle(
-    numel: int, columns: int, rank: int, acc: int, left: int, right: int, threads: int
-) -> int: ...
-def low_rank_decompress(
-    numel: int,
-    columns: int,
-    rank: int,
-    left: int,
-    right: int,
-    out: int,
-    alpha: float,
-    add: bool,
-    threads: int,
-) -> None: ...
+
+class LowRankMatrices:
+    """Of each matrix (numel, columns, rank); lists have an address for each."""
+
+    def __init__(self, shapes: list[tuple[int, int, int]]) -> None: ...
+    def project(
+        self,
+        grads: list[int],
+        dtypes: list[int],
+        errs: list[int],
+        accs: list[int],
+        decay: float,
+        clip: int,
+        bases: list[int],
+        lefts: list[int],
+        threads: int,
+    ) -> None: ...
+    def orthonormalise(self, lefts: list[int], threads: int) -> None: ...
+    def back_project(self, accs: list[int], lefts: list[int], rights: list[int], threads: int) -> None: ...
+    def next_basis(
+        self, bases: list[int], rights: list[int], followings: list[int], threads: int
+    ) -> None: ...
+    def settle(
+        self,
+        accs: list[int],
+        errs: list[int],
+        lefts: list[int],
+        rights: list[int],
+        cleared: int,
+        threads: int,
+    ) -> None: ...
+    def decompress(
+        self,
+        lefts: list[int],
+        rights: list[int],
+        outs: list[int],
+        alpha: float,
+        add: bool,
+        threads: int,
+    ) -> None: ...
+
 def quantize_reduce(
     bodies: list[int],
     scales_offset: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol, TypeGuard
 
 import torch
@@ -10,17 +11,17 @@ from torch import Tensor
 
 from gck.compressor import Compressor
 
-__all__ = ["Factored", "is_factored", "shaped"]
+__all__ = ["Factored", "FactoredSteps", "is_factored", "shaped"]
 
 
 class Factored(Compressor, Protocol):
     """A compressor whose payload is two factors, left and right, of which ranks can add up first the one and
     then the other: decoding is linear in right where left is that of all ranks.
 
-    `compress_` is `basis`, `project_`, `orthonormalise_`, `back_project_`, `settle_`. Tensors are fp32, on
-    one device and contiguous: acc, a residual, is (numel,); `factors` says the shapes of left, right and
-    basis.
+    `compress_` is `basis`, and the steps of `together` but the last two. Hashable, as a frozen dataclass is.
     """
+
+    def __hash__(self) -> int: ...
 
     def for_shape(self, shape: Sequence[int]) -> Factored:
         """The same for a tensor of this shape: its rows are what a node's ranks must not cut."""
@@ -31,36 +32,66 @@ class Factored(Compressor, Protocol):
         """Elements of a row; None: no shape is known."""
         ...
 
-    def factors(self, numel: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of left, and of right and basis, for so many elements."""
-        ...
-
     def basis(self, numel: int, device: torch.device) -> Tensor:
         """The first one, the same on all ranks."""
         ...
 
-    def next_basis(self, basis: Tensor, right: Tensor) -> Tensor:
-        """A new one, of the sum of all ranks' right: the next step starts from there."""
+    def together(self, columns: Sequence[int | None], numels: Sequence[int]) -> FactoredSteps:
+        """The steps for tensors of so many elements, at least one each, in rows of so many."""
         ...
 
-    def project_(self, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor) -> None:
-        """err becomes acc = fp32(grad) + err; left is what acc has of the basis, to be summed."""
+
+class FactoredSteps(Protocol):
+    """What a factored all-reduce does one by one, each for all of its tensors.
+
+    Tensors are fp32, on one device and contiguous: accs and errs are (numel,); `factors` says the shapes of
+    lefts, rights and bases.
+    """
+
+    @property
+    def factors(self) -> Sequence[tuple[tuple[int, int], tuple[int, int]]]:
+        """Of each tensor the shapes of left, and of right and basis."""
         ...
 
-    def orthonormalise_(self, left: Tensor) -> None:
+    def project_(
+        self,
+        grads: Sequence[Tensor],
+        errs: Sequence[Tensor],
+        bases: Sequence[Tensor],
+        accs: Sequence[Tensor],
+        lefts: Sequence[Tensor],
+    ) -> None:
+        """acc = fp32(grad) + err; left is what acc has of the basis, to be summed. acc may be err."""
+        ...
+
+    def orthonormalise_(self, lefts: Sequence[Tensor]) -> None:
         """What all ranks make of the sum."""
         ...
 
-    def back_project_(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
+    def back_project_(
+        self, accs: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+    ) -> None:
         """right is what acc has of left."""
         ...
 
-    def product_(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+    def settle_(
+        self,
+        accs: Sequence[Tensor],
+        errs: Sequence[Tensor],
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        cleared: Tensor,
+    ) -> None:
+        """err becomes the residual: acc less what left and right decode to. cleared, one int64 a tensor, is
+        increased by how many were not finite, and are zeros."""
+        ...
+
+    def product_(self, outs: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
         """out, (numel,) fp32, is what left and right decode to."""
         ...
 
-    def settle_(self, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
-        """acc becomes the residual: less what left and right decode to."""
+    def next_basis(self, bases: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
+        """New ones, of the sums of all ranks' rights: the next step starts from there."""
         ...
 
 
@@ -71,4 +102,9 @@ def is_factored(compressor: Compressor) -> TypeGuard[Factored]:
 
 def shaped(compressor: Compressor, shape: Sequence[int]) -> Compressor:
     """The compressor of a tensor of this shape, for one that looks at it: see `Factored.for_shape`."""
-    return compressor.for_shape(shape) if is_factored(compressor) else compressor
+    return _shaped(compressor, tuple(shape)) if is_factored(compressor) else compressor
+
+
+@lru_cache(maxsize=1024)  # a reduction asks for each of its tensors at every step
+def _shaped(compressor: Factored, shape: tuple[int, ...]) -> Factored:
+    return compressor.for_shape(shape)

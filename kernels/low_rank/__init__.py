@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Protocol
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,24 +19,15 @@ from torch import Tensor
 from gck.errors import ArgumentError, CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor, backend
+from gck.kernels.low_rank.matrices import Matrices, Shape
 from gck.payload import MOST_COLUMNS, MOST_RANK
 from gck.values import make_plain, shown
 from gck.wire import Layout
 
 __all__ = ["LowRank", "Shape", "check_options"]
 
-_FP32 = torch.float32  # looked up once
 # Rows of a vector that nobody gave a shape begin at multiples of so many elements, where it is large.
 ALIGNED = 64
-
-
-class Shape(NamedTuple):
-    """What a vector is taken for: a matrix, row by row, whose last row may be cut short; and the rank of the
-    product that is sent for it, at most that of the matrix."""
-
-    rows: int
-    columns: int
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -99,11 +91,6 @@ class LowRank(KernelCompressor):
             columns = min(numel // shape[0], MOST_COLUMNS)
         return replace(self, columns=max(1, columns))
 
-    def factors(self, numel: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of left and right."""
-        rows, columns, rank = self.shape(numel)
-        return (rank, rows), (rank, columns)
-
     def layout(self, numel: int) -> Layout:
         rows, columns, rank = self.shape(numel)
         return Layout.of((torch.float32, rank * rows), (torch.float32, rank * columns))
@@ -130,104 +117,27 @@ class LowRank(KernelCompressor):
 
     def basis(self, numel: int, device: torch.device) -> Tensor:
         """The first one, (rank, columns) fp32: numbers in [-1, 1), by the seed."""
-        _, shape = self.factors(numel)
-        basis = torch.empty(shape, dtype=torch.float32, device=device)
+        _, columns, rank = self.shape(numel)
+        basis = torch.empty((rank, columns), dtype=torch.float32, device=device)
         if numel:
-            self._kernels(device).basis_(self, basis)
+            backend("LowRank", self.package, device).basis_(self, basis)
         return basis
 
-    def project_(self, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor) -> None:
-        """err becomes acc = fp32(grad) + err, which is read as decay and clip say, and left = basis M^T."""
-        function = "LowRank.project_"
-        self.check_inputs(function, grad, err)
-        self._check_factors(function, err, left=left, basis=basis)
-        clip = None if self.clip is None else checks.clip_of(self.clip, grad.device)
-        if grad.numel():
-            self._kernels(grad.device).project_(self, grad.view(-1), err.view(-1), basis, left, clip)
+    def together(self, columns: Sequence[int | None], numels: Sequence[int]) -> Matrices:
+        """The steps for matrices of so many elements, at least one each, in rows of so many."""
+        return _together(self.rank, self.decay, self.clip, tuple(columns), tuple(numels))
 
-    def orthonormalise_(self, left: Tensor) -> None:
-        """The rows of left become orthonormal; one that is all but a combination of others becomes zeros."""
-        checks.check_fp32("LowRank.orthonormalise_", "left", left)
-        if left.numel():
-            self._kernels(left.device).orthonormalise_(left)
-
-    def back_project_(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
-        """right = left M."""
-        self._check_factors("LowRank.back_project_", acc, left=left, right=right)
-        if acc.numel():
-            self._kernels(acc.device).back_project_(self, acc.view(-1), left, right)
-
-    def settle_(self, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
-        """acc becomes what is left of it when the product of left and right is taken away."""
-        self._check_factors("LowRank.settle_", acc, left=left, right=right)
-        checks.check_nonfinite("LowRank.settle_", nonfinite, acc, "acc")
-        if acc.numel():
-            self._kernels(acc.device).settle_(self, acc.view(-1), left, right, nonfinite)
-
-    def product_(self, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """out = left^T right, row by row."""
-        self._check_factors("LowRank.product_", out, left=left, right=right)
-        if out.numel():
-            self._kernels(out.device).decompress_(self, out.view(-1), (left, right), 1.0, False)
-
-    def next_basis(self, basis: Tensor, right: Tensor) -> Tensor:
-        """The rows of right, each times a power of two, so that they do not grow from step to step, and a
-        little of what has no direction: a basis that had nothing of a matrix would never see it. Where a row
-        is not finite, that of basis."""
-        for name, factor in (("basis", basis), ("right", right)):
-            checks.check_elements(
-                "LowRank.next_basis", name, factor, torch.float32, right.numel(), right, "right"
-            )
-        return self._kernels(right.device).next_basis(basis, right) if right.numel() else basis
-
-    def _check_factors(self, function: str, acc: Tensor, **factors: Tensor) -> None:
-        left, right = self.factors(acc.numel())
-        for name, factor in factors.items():
-            shape = left if name == "left" else right
-            # First what is nearly always so, told in a fraction of the time.
-            if not (
-                factor.shape == shape
-                and factor.dtype is _FP32
-                and factor.is_contiguous()
-                and factor.device == acc.device
-            ):
-                numel = shape[0] * shape[1]
-                checks.check_elements(function, name, factor, torch.float32, numel, acc, "acc")
-        if not (acc.dtype is _FP32 and acc.is_contiguous() and acc.layout is torch.strided):
-            checks.check_fp32(function, "acc", acc)
-
-    def _kernels(self, device: torch.device) -> _Kernels:
-        kernels: _Kernels = backend("LowRank", self.package, device)
-        return kernels
+    def alone(self, numel: int) -> Matrices:
+        """The same for one."""
+        return _together(self.rank, self.decay, self.clip, (self.columns,), (numel,))
 
 
-class _Kernels(Protocol):
-    """What `cpu` and `gpu` have."""
-
-    def basis_(self, compressor: LowRank, basis: Tensor) -> None: ...
-    def project_(
-        self,
-        compressor: LowRank,
-        grad: Tensor,
-        err: Tensor,
-        basis: Tensor,
-        left: Tensor,
-        clip: Tensor | None,
-    ) -> None: ...
-    def orthonormalise_(self, left: Tensor) -> None: ...
-    def back_project_(self, compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor) -> None: ...
-    def decompress_(
-        self,
-        compressor: LowRank,
-        out: Tensor,
-        fields: tuple[Tensor, Tensor],
-        alpha: float,
-        accumulate: bool,
-    ) -> None: ...
-    def next_basis(self, basis: Tensor, right: Tensor) -> Tensor: ...
-    def settle_(
-        self, compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None
-    ) -> None: ...
+@lru_cache(maxsize=64)
+def _together(
+    rank: int, decay: float, clip: float | None, columns: tuple[int | None, ...], numels: tuple[int, ...]
+) -> Matrices:
+    shapes = [LowRank(rank, length).shape(n) for length, n in zip(columns, numels, strict=True)]
+    return Matrices(LowRank.package, numels, shapes, decay, clip)
 
 
 def check_options(function: str, rank: object, columns: object) -> None:

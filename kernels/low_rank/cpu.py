@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from gck.kernels.common.native import DTYPE_CODE
 
 if TYPE_CHECKING:
     from gck.kernels.low_rank import LowRank
+    from gck.kernels.low_rank.matrices import Matrices
 
 
 def compress_(
@@ -25,15 +27,15 @@ def compress_(
     stats: Tensor | None = None,
 ) -> None:
     numel = grad.numel()
-    _, columns, rank = compressor.shape(numel)
+    one = compressor.alone(numel)
     left, right = compressor.layout(numel).views(bodies.view(-1))
-    basis = torch.empty((rank, columns))
+    basis = torch.empty_like(right)
     basis_(compressor, basis)
     sums = None if stats is None else Host.measure_acc(grad, err, compressor.decay, clip)
-    project_(compressor, grad, err, basis, left, clip)
-    _orthonormalise(left, rank)
-    back_project_(compressor, err, left, right)
-    settle_(compressor, err, left, right, nonfinite)
+    project_(one, [grad], [err], [basis], [err], [left], clip)
+    orthonormalise_(one, [left])
+    back_project_(one, [err], [left], [right])
+    settle_(one, [err], [err], [left], [right], nonfinite)
     if stats is not None and sums is not None:
         stats.copy_(Host.measure_err(sums, err, numel))
 
@@ -42,15 +44,7 @@ def decompress_(
     compressor: LowRank, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
 ) -> None:
     left, right = fields
-    load().low_rank_decompress(
-        *_matrix(compressor, out),
-        left.data_ptr(),
-        right.data_ptr(),
-        out.data_ptr(),
-        alpha,
-        accumulate,
-        num_threads(),
-    )
+    product_(compressor.alone(out.numel()), [out], [left], [right], alpha, accumulate)
 
 
 def basis_(compressor: LowRank, basis: Tensor) -> None:
@@ -58,53 +52,65 @@ def basis_(compressor: LowRank, basis: Tensor) -> None:
 
 
 def project_(
-    compressor: LowRank, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor, clip: Tensor | None
+    matrices: Matrices,
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    accs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    clip: Tensor | None,
 ) -> None:
-    load().low_rank_project(
-        *_matrix(compressor, err),
-        grad.data_ptr(),
-        DTYPE_CODE[grad.dtype],
-        err.data_ptr(),
-        compressor.decay,
+    matrices.native.project(
+        _at(grads),
+        [DTYPE_CODE[grad.dtype] for grad in grads],
+        _at(errs),
+        _at(accs),
+        matrices.decay,
         0 if clip is None else clip.data_ptr(),
-        basis.data_ptr(),
-        left.data_ptr(),
+        _at(bases),
+        _at(lefts),
         num_threads(),
     )
 
 
-def orthonormalise_(left: Tensor) -> None:
-    _orthonormalise(left, left.shape[0])
+def orthonormalise_(matrices: Matrices, lefts: Sequence[Tensor]) -> None:
+    matrices.native.orthonormalise(_at(lefts), num_threads())
 
 
-def _orthonormalise(left: Tensor, rank: int) -> None:
-    load().low_rank_orthonormalise(left.data_ptr(), left.numel() // rank, rank, num_threads())
+def back_project_(
+    matrices: Matrices, accs: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+) -> None:
+    matrices.native.back_project(_at(accs), _at(lefts), _at(rights), num_threads())
 
 
-def back_project_(compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor) -> None:
-    load().low_rank_back_project(
-        *_matrix(compressor, acc), acc.data_ptr(), left.data_ptr(), right.data_ptr(), num_threads()
-    )
+def settle_(
+    matrices: Matrices,
+    accs: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    cleared: Tensor | None,
+) -> None:
+    counts = 0 if cleared is None else cleared.data_ptr()
+    matrices.native.settle(_at(accs), _at(errs), _at(lefts), _at(rights), counts, num_threads())
 
 
-def next_basis(basis: Tensor, right: Tensor) -> Tensor:
-    following = torch.empty_like(right)
-    rank, columns = right.shape
-    load().low_rank_next_basis(
-        basis.data_ptr(), right.data_ptr(), following.data_ptr(), rank, columns, num_threads()
-    )
-    return following
+def product_(
+    matrices: Matrices,
+    outs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    alpha: float,
+    accumulate: bool,
+) -> None:
+    matrices.native.decompress(_at(lefts), _at(rights), _at(outs), alpha, accumulate, num_threads())
 
 
-def settle_(compressor: LowRank, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
-    cleared = load().low_rank_settle(
-        *_matrix(compressor, acc), acc.data_ptr(), left.data_ptr(), right.data_ptr(), num_threads()
-    )
-    if nonfinite is not None:
-        nonfinite += cleared
+def next_basis(
+    matrices: Matrices, bases: Sequence[Tensor], rights: Sequence[Tensor], followings: Sequence[Tensor]
+) -> None:
+    matrices.native.next_basis(_at(bases), _at(rights), _at(followings), num_threads())
 
 
-def _matrix(compressor: LowRank, flat: Tensor) -> tuple[int, int, int]:
-    """(numel, columns, rank)"""
-    _, columns, rank = compressor.shape(flat.numel())
-    return flat.numel(), columns, rank
+def _at(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

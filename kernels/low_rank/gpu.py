@@ -18,7 +18,7 @@ from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.philox import key_of, uniform
 from gck.kernels.low_rank.gpu_back_project import back_project_
 from gck.kernels.low_rank.gpu_basis import next_basis
-from gck.kernels.low_rank.gpu_decode import decompress_, settle_
+from gck.kernels.low_rank.gpu_decode import product_, settle_
 from gck.kernels.low_rank.gpu_orthonormal import orthonormalise_
 from gck.kernels.low_rank.gpu_project import project_
 
@@ -29,6 +29,7 @@ __all__ = [
     "decompress_",
     "next_basis",
     "orthonormalise_",
+    "product_",
     "project_",
     "settle_",
 ]
@@ -64,15 +65,21 @@ def compress_(
     stats: Tensor | None = None,
 ) -> None:
     n = grad.numel()
-    rows, columns, rank = compressor.shape(n)
-    fields = compressor.layout(n).views(bodies if bodies.dim() == 1 else bodies[0])
-    left, right = fields[0].view(rank, rows), fields[1].view(rank, columns)
+    one = compressor.alone(n)
+    left, right = compressor.layout(n).views(bodies.view(-1))
     sums = None if stats is None else measure_acc(grad, err, compressor.decay, clip)
-    basis = torch.empty((rank, columns), dtype=torch.float32, device=grad.device)
+    basis = torch.empty_like(right)
     basis_(compressor, basis)
-    project_(compressor, grad, err, basis, left, clip)
-    orthonormalise_(left)
-    back_project_(compressor, err, left, right)
-    settle_(compressor, err, left, right, nonfinite)
+    project_(one, [grad], [err], [basis], [err], [left], clip)
+    orthonormalise_(one, [left])
+    back_project_(one, [err], [left], [right])
+    settle_(one, [err], [err], [left], [right], nonfinite)
     if stats is not None and sums is not None:
         stats.copy_(measure_err(sums, err, n))
+
+
+def decompress_(
+    compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+) -> None:
+    left, right = fields
+    product_(compressor.alone(out.numel()), [out], [left], [right], alpha, accumulate)

@@ -3,6 +3,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment"
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gck.kernels.common.keys import canonical
 from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.low_rank.gpu_many import ONE, launches, tensor_of
 from gck.kernels.low_rank.gpu_matrix import MOST_TOGETHER, unit_of, zeros_of
 
 ROW_BLOCK = 256  # rows whose products are added one after the other
@@ -60,6 +62,8 @@ def _add_rows(
 def back_project_kernel(
     p_acc,
     p_left,
+    p_right,
+    p_table,
     p_parts,
     n,
     rows,
@@ -70,9 +74,12 @@ def back_project_kernel(
     TOGETHER: tl.constexpr,
     COUNT: tl.constexpr,
     UNIT: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """A program owns COLUMNS columns of ROW_BLOCK rows, and COUNT rows of left: those of the last one overlap
-    with what another one writes, which is the same. p_parts: (blocks of rows, rank, columns)."""
+    with what another one writes, which is the same. p_parts: (matrices, blocks of rows, rank, columns)."""
+    p_acc = tensor_of(p_acc, p_table, 0, 3, KIND)
+    p_left = tensor_of(p_left, p_table, 1, 3, KIND)
     columns = tl.cast(units, tl.int64) * UNIT
     rows = tl.cast(rows, tl.int64)
     n = tl.cast(n, tl.int64)
@@ -93,15 +100,30 @@ def back_project_kernel(
     limits = (end, tl.minimum(n, end * columns), rows, columns, b_column)
     if row < end:
         b_sums = _add_rows(b_sums, *given, row, *limits, TOGETHER, COUNT, False)
+    if KIND != ONE:
+        i_block += tl.program_id(2) * ((rows + ROW_BLOCK - 1) // ROW_BLOCK)
     p_parts += (i_block * rank + first) * columns
     for j in tl.static_range(COUNT):
         tl.store(p_parts + j * columns + b_column, b_sums[j], mask=b_column < columns)
 
 
 @triton.jit(do_not_specialize=["count", "parts"])
-def add_parts_kernel(p_parts, p_right, count, parts, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+def add_parts_kernel(
+    p_acc,
+    p_left,
+    p_right,
+    p_table,
+    p_parts,
+    count,
+    parts,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    KIND: tl.constexpr,
+):
     """The sums of `parts` rows of `count` numbers, in order."""
+    p_right = tensor_of(p_right, p_table, 2, 3, KIND)
     count = tl.cast(count, tl.int64)
+    p_parts += tl.program_id(2) * (count * parts)
     b_at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, parts, TOGETHER):
@@ -126,17 +148,20 @@ def back_project_options(columns: int, rank: int) -> dict[str, Any]:
     }
 
 
-def back_project_(compressor: Any, acc: Tensor, left: Tensor, right: Tensor) -> None:
-    n = acc.numel()
-    rows, columns, rank = compressor.shape(n)
-    options = back_project_options(columns, rank)
-    blocks, count = triton.cdiv(rows, ROW_BLOCK), rank * columns
-    parts = torch.empty((blocks, count), dtype=torch.float32, device=acc.device)
-    grid = (triton.cdiv(columns, options["COLUMNS"]) * blocks, triton.cdiv(rank, options["COUNT"]))
-    with launching_on(acc):
-        back_project_kernel[grid](
-            acc, left, parts, n, rows, columns // options["UNIT"], rank, **options, num_warps=1, **EXACT
-        )
-        add_parts_kernel[(triton.cdiv(count, PARTS),)](
-            parts, right, count, blocks, BLOCK=PARTS, TOGETHER=TOGETHER, num_warps=1, **EXACT
-        )
+def back_project_(
+    matrices: Any, accs: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+) -> None:
+    with launching_on(accs[0]):
+        for n, (rows, columns, rank), _, many, tensors, table, kind in launches(
+            matrices, accs, lefts, rights
+        ):
+            options = back_project_options(columns, rank)
+            blocks, count = triton.cdiv(rows, ROW_BLOCK), rank * columns
+            parts = torch.empty((many, blocks, count), dtype=torch.float32, device=accs[0].device)
+            tiles = triton.cdiv(columns, options["COLUMNS"]) * blocks
+            given = (*tensors, table, parts)
+            same = {"TOGETHER": TOGETHER, "KIND": kind, "num_warps": 1, **EXACT}
+            back_project_kernel[(tiles, triton.cdiv(rank, options["COUNT"]), many)](
+                *given, n, rows, columns // options["UNIT"], rank, **(options | same)
+            )
+            add_parts_kernel[(triton.cdiv(count, PARTS), 1, many)](*given, count, blocks, BLOCK=PARTS, **same)

@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gck.kernels.common.keys import count_cleared, is_finite
 from gck.kernels.common.launch import EXACT, launching_on
+from gck.kernels.low_rank.gpu_many import ONE, launches, place_of, tensor_of
 from gck.kernels.low_rank.gpu_matrix import (
     LANES,
     inside,
@@ -53,6 +55,7 @@ def _decoded(
 @triton.jit
 def _settle_tile(
     p_acc,
+    p_err,
     p_left,
     p_right,
     p_nonfinite,
@@ -73,7 +76,7 @@ def _settle_tile(
     b_lost = is_finite(b_rest) == 0
     if not (WHOLE and UNIT == LANES):
         b_lost &= inside(b_at, b_column, n, columns)
-    store_elements(p_acc, b_at, tl.where(b_lost, 0.0, b_rest), b_column, n, columns, UNIT, WHOLE)
+    store_elements(p_err, b_at, tl.where(b_lost, 0.0, b_rest), b_column, n, columns, UNIT, WHOLE)
     count_cleared(p_nonfinite, b_lost)
 
 
@@ -91,8 +94,10 @@ def _place(n, units, ROWS: tl.constexpr, UNIT: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "rows", "units"])
 def settle_kernel(
     p_acc,
+    p_err,
     p_left,
     p_right,
+    p_table,
     p_nonfinite,
     n,
     rows,
@@ -100,14 +105,21 @@ def settle_kernel(
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
     UNIT: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """acc becomes acc - left right, or 0 where that is not finite, which is counted."""
+    """err becomes acc - left right, or 0 where that is not finite, which is counted, of each matrix."""
+    p_acc = tensor_of(p_acc, p_table, 0, 4, KIND)
+    p_err = tensor_of(p_err, p_table, 1, 4, KIND)
+    p_left = tensor_of(p_left, p_table, 2, 4, KIND)
+    p_right = tensor_of(p_right, p_table, 3, 4, KIND)
+    p_nonfinite += place_of(p_table, 4, KIND)
     b_row, b_column, columns, whole = _place(n, units, ROWS, UNIT)
     limits = (tl.cast(n, tl.int64), tl.cast(rows, tl.int64), columns)
+    given = (p_acc, p_err, p_left, p_right, p_nonfinite, b_row, b_column)
     if whole:
-        _settle_tile(p_acc, p_left, p_right, p_nonfinite, b_row, b_column, *limits, RANK, ROWS, UNIT, True)
+        _settle_tile(*given, *limits, RANK, ROWS, UNIT, True)
     else:
-        _settle_tile(p_acc, p_left, p_right, p_nonfinite, b_row, b_column, *limits, RANK, ROWS, UNIT, False)
+        _settle_tile(*given, *limits, RANK, ROWS, UNIT, False)
 
 
 @triton.jit
@@ -141,6 +153,7 @@ def decompress_kernel(
     p_out,
     p_left,
     p_right,
+    p_table,
     n,
     rows,
     units,
@@ -149,8 +162,12 @@ def decompress_kernel(
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
     UNIT: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """ADD: alpha times the product is added, else it is written."""
+    p_out = tensor_of(p_out, p_table, 0, 3, KIND)
+    p_left = tensor_of(p_left, p_table, 1, 3, KIND)
+    p_right = tensor_of(p_right, p_table, 2, 3, KIND)
     b_row, b_column, columns, whole = _place(n, units, ROWS, UNIT)
     limits = (tl.cast(n, tl.int64), tl.cast(rows, tl.int64), columns, alpha)
     if whole:
@@ -164,41 +181,58 @@ def decode_options(columns: int, rank: int) -> dict[str, Any]:
     return {"ROWS": ROWS, "RANK": rank, "UNIT": unit_of(columns)}
 
 
-def settle_(compressor: Any, acc: Tensor, left: Tensor, right: Tensor, nonfinite: Tensor | None) -> None:
-    rows, columns, rank = compressor.shape(acc.numel())
-    options = decode_options(columns, rank)
-    if nonfinite is None:
-        nonfinite = torch.zeros(1, dtype=torch.int64, device=acc.device)
-    with launching_on(acc):
-        settle_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, LANES.value),)](
-            acc,
-            left,
-            right,
-            nonfinite,
-            acc.numel(),
-            rows,
-            columns // options["UNIT"],
-            **options,
-            num_warps=WARPS,
-            **EXACT,
-        )
-
-
-def decompress_(
-    compressor: Any, out: Tensor, fields: tuple[Tensor, ...], alpha: float, accumulate: bool
+def settle_(
+    matrices: Any,
+    accs: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    cleared: Tensor | None,
 ) -> None:
-    rows, columns, rank = compressor.shape(out.numel())
-    options = decode_options(columns, rank)
-    with launching_on(out):
-        decompress_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, LANES.value),)](
-            out,
-            *fields,
-            out.numel(),
-            rows,
-            columns // options["UNIT"],
-            alpha,
-            ADD=accumulate,
-            **options,
-            num_warps=WARPS,
-            **EXACT,
-        )
+    if cleared is None:
+        cleared = torch.zeros(len(accs), dtype=torch.int64, device=accs[0].device)
+    with launching_on(accs[0]):
+        for n, (rows, columns, rank), first, count, tensors, table, kind in launches(
+            matrices, accs, errs, lefts, rights
+        ):
+            options = decode_options(columns, rank)
+            settle_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, LANES.value), 1, count)](
+                *tensors,
+                table,
+                cleared[first:] if kind == ONE.value else cleared,
+                n,
+                rows,
+                columns // options["UNIT"],
+                **options,
+                KIND=kind,
+                num_warps=WARPS,
+                **EXACT,
+            )
+
+
+def product_(
+    matrices: Any,
+    outs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    alpha: float,
+    accumulate: bool,
+) -> None:
+    with launching_on(outs[0]):
+        for n, (rows, columns, rank), _, count, tensors, table, kind in launches(
+            matrices, outs, lefts, rights
+        ):
+            options = decode_options(columns, rank)
+            decompress_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, LANES.value), 1, count)](
+                *tensors,
+                table,
+                n,
+                rows,
+                columns // options["UNIT"],
+                alpha,
+                ADD=accumulate,
+                **options,
+                KIND=kind,
+                num_warps=WARPS,
+                **EXACT,
+            )

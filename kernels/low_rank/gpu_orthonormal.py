@@ -6,6 +6,7 @@ It is so small that each program of the second kernel makes it anew, beside the 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment"
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from gck.kernels.common.keys import canonical
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.tree import halving_sum
+from gck.kernels.low_rank.gpu_many import launches, tensor_of
 
 LEVELS = tl.constexpr(10)
 LANES = tl.constexpr(2**LEVELS.value)
@@ -40,9 +42,11 @@ def _add_tiles(b_lanes, p_one, p_other, row, rows, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "rank"])
-def gram_kernel(p_left, p_gram, rows, rank, TILES: tl.constexpr):
+def gram_kernel(p_left, p_table, p_gram, rows, rank, TILES: tl.constexpr, KIND: tl.constexpr):
     """The product of a row of left and of one of the rank // 2 after it, in a circle: both places of it in
-    (rank, rank) fp64."""
+    (rank, rank) fp64, of each matrix."""
+    p_left = tensor_of(p_left, p_table, 0, 1, KIND)
+    p_gram += tl.program_id(2) * rank * rank
     i = tl.program_id(0)
     j = i + tl.program_id(1)
     j = tl.where(j >= rank, j - rank, j)
@@ -61,12 +65,16 @@ def gram_kernel(p_left, p_gram, rows, rank, TILES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "rank"])
-def orthonormal_kernel(p_left, p_gram, rows, rank, RANK: tl.constexpr, BLOCK: tl.constexpr):
+def orthonormal_kernel(
+    p_left, p_table, p_gram, rows, rank, RANK: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+):
     """A program owns BLOCK elements of each row of left, of which there are at most RANK.
 
     Right-looking: row j is divided by its length, and then taken away from those after it. Sums with one
     element that is not zero pick it: no rounding, whatever their order.
     """
+    p_left = tensor_of(p_left, p_table, 0, 1, KIND)
+    p_gram += tl.program_id(2) * rank * rank
     rows = tl.cast(rows, tl.int64)
     b_one = tl.arange(0, RANK)
     b_other = tl.arange(0, RANK)
@@ -101,12 +109,14 @@ def orthonormal_options(rank: int) -> tuple[dict[str, Any], int]:
     return {"RANK": most, "BLOCK": ELEMENTS // most}, 2 * WARPS if most > 16 else WARPS
 
 
-def orthonormalise_(left: Tensor) -> None:
-    rank, rows = left.shape
-    options, num_warps = orthonormal_options(rank)
-    gram = torch.empty((rank, rank), dtype=torch.float64, device=left.device)
-    blocks = triton.cdiv(rows, options["BLOCK"])
-    with launching_on(left):
-        for _ in range(2):  # once leaves rows whose angles are off where they were nearly in one plane
-            gram_kernel[(rank, rank // 2 + 1)](left, gram, rows, rank, TILES=TILES, num_warps=WARPS, **EXACT)
-            orthonormal_kernel[(blocks,)](left, gram, rows, rank, **options, num_warps=num_warps, **EXACT)
+def orthonormalise_(matrices: Any, lefts: Sequence[Tensor]) -> None:
+    with launching_on(lefts[0]):
+        for _, (rows, _, rank), _, count, tensors, table, kind in launches(matrices, lefts):
+            options, num_warps = orthonormal_options(rank)
+            gram = torch.empty((count, rank, rank), dtype=torch.float64, device=lefts[0].device)
+            given = (*tensors, table, gram, rows, rank)
+            same = {"KIND": kind, **EXACT}
+            blocks = triton.cdiv(rows, options["BLOCK"])
+            for _ in range(2):  # once leaves rows whose angles are off where they were nearly in one plane
+                gram_kernel[(rank, rank // 2 + 1, count)](*given, TILES=TILES, num_warps=WARPS, **same)
+                orthonormal_kernel[(blocks, 1, count)](*given, **options, num_warps=num_warps, **same)

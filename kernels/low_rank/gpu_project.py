@@ -7,6 +7,7 @@ a rank above MOST_TOGETHER, further programs read what the first ones have store
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # mypy: disable-error-code="assignment, var-annotated"
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -17,6 +18,7 @@ from gck.kernels.common.keys import accumulate, canonical
 from gck.kernels.common.launch import EXACT, launching_on
 from gck.kernels.common.residual import read_residual, residual_arguments
 from gck.kernels.common.tree import halving_sum
+from gck.kernels.low_rank.gpu_many import launches, tensor_of
 from gck.kernels.low_rank.gpu_matrix import (
     LANES,
     MOST_TOGETHER,
@@ -40,6 +42,7 @@ def _add_tiles(
     p_grad,
     p_err,
     p_basis,
+    p_acc,
     b_row_at,
     column,
     n,
@@ -58,18 +61,18 @@ def _add_tiles(
     for i in tl.static_range(TILES):
         b_column = column + i * LANES + tl.arange(0, LANES)
         b_at = b_row_at + b_column[None, :]
-        b_err = load_elements(p_err, b_at, b_column, n, columns, UNIT, WHOLE)
         if FIRST:
+            b_err = load_elements(p_err, b_at, b_column, n, columns, UNIT, WHOLE)
             b_grad = load_elements(p_grad, b_at, b_column, n, columns, UNIT, WHOLE)
             loaded += ((b_err, b_grad),)
         else:
-            loaded += ((b_err,),)
+            loaded += ((load_elements(p_acc, b_at, b_column, n, columns, UNIT, WHOLE),),)
     for i in tl.static_range(TILES):
         b_column = column + i * LANES + tl.arange(0, LANES)
         b_acc = loaded[i][0]
         if FIRST:
             b_acc = accumulate(loaded[i][1], read_residual(b_acc, decay, p_clip, RESIDUAL))
-            store_elements(p_err, b_row_at + b_column[None, :], b_acc, b_column, n, columns, UNIT, WHOLE)
+            store_elements(p_acc, b_row_at + b_column[None, :], b_acc, b_column, n, columns, UNIT, WHOLE)
         added = ()
         for j in tl.static_range(COUNT):
             b_basis = load_columns(p_basis + j * columns, b_column, columns, UNIT)
@@ -83,6 +86,7 @@ def _project_rows(
     p_grad,
     p_err,
     p_basis,
+    p_acc,
     p_left,
     row,
     n,
@@ -102,7 +106,7 @@ def _project_rows(
     b_row_at = (b_row * columns)[:, None]
     b_lanes = zeros_of(COUNT, (ROWS, LANES))
     tiles = tiles_of(columns)
-    given = (p_grad, p_err, p_basis, b_row_at)
+    given = (p_grad, p_err, p_basis, p_acc, b_row_at)
     limits = (n, columns, decay, p_clip)
     for i in range(tiles // TILES):
         column = tl.cast(i, tl.int64) * (TILES * LANES)
@@ -120,7 +124,9 @@ def project_kernel(
     p_grad,
     p_err,
     p_basis,
+    p_acc,
     p_left,
+    p_table,
     n,
     rows,
     units,
@@ -133,9 +139,15 @@ def project_kernel(
     RESIDUAL: tl.constexpr,
     FIRST: tl.constexpr,
     UNIT: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """FIRST: of the first COUNT rows of the basis, and err becomes acc. Else of the others, COUNT together:
+    """FIRST: of the first COUNT rows of the basis, and acc is written. Else of the others, COUNT together:
     those of the last program overlap with what another one writes, which is the same."""
+    p_grad = tensor_of(p_grad, p_table, 0, 5, KIND)
+    p_err = tensor_of(p_err, p_table, 1, 5, KIND)
+    p_basis = tensor_of(p_basis, p_table, 2, 5, KIND)
+    p_acc = tensor_of(p_acc, p_table, 3, 5, KIND)
+    p_left = tensor_of(p_left, p_table, 4, 5, KIND)
     columns = tl.cast(units, tl.int64) * UNIT
     rows = tl.cast(rows, tl.int64)
     n = tl.cast(n, tl.int64)
@@ -144,7 +156,7 @@ def project_kernel(
         first = tl.minimum((tl.program_id(1) + 1) * COUNT, rank - COUNT).to(tl.int64)
         p_basis += first * columns
         p_left += first * rows
-    given = (p_grad, p_err, p_basis, p_left, row, n, rows, columns, decay, p_clip)
+    given = (p_grad, p_err, p_basis, p_acc, p_left, row, n, rows, columns, decay, p_clip)
     if (row + ROWS) * columns <= n:
         _project_rows(*given, ROWS, TILES, COUNT, RESIDUAL, FIRST, UNIT, True)
     else:
@@ -157,17 +169,24 @@ def project_options(columns: int, rank: int) -> dict[str, Any]:
 
 
 def project_(
-    compressor: Any, grad: Tensor, err: Tensor, basis: Tensor, left: Tensor, clip: Tensor | None
+    matrices: Any,
+    grads: Sequence[Tensor],
+    errs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    accs: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    clip: Tensor | None,
 ) -> None:
-    n = grad.numel()
-    rows, columns, rank = compressor.shape(n)
-    decay, p_clip, residual = residual_arguments(compressor.decay, err, clip)
-    options = project_options(columns, rank)
-    blocks = triton.cdiv(rows, ROWS)
-    groups = triton.cdiv(rank, options["COUNT"])
-    given = (err, basis, left, n, rows, columns // options["UNIT"], rank, decay, p_clip)
-    options |= {"RESIDUAL": residual, "num_warps": WARPS, **EXACT}
-    with launching_on(grad):
-        project_kernel[(blocks, 1)](grad, *given, FIRST=True, **options)
-        if groups > 1:
-            project_kernel[(blocks, groups - 1)](err, *given, FIRST=False, **options)
+    decay, p_clip, residual = residual_arguments(matrices.decay, errs[0], clip)
+    with launching_on(errs[0]):
+        for n, (rows, columns, rank), _, count, tensors, table, kind in launches(
+            matrices, grads, errs, bases, accs, lefts
+        ):
+            options = project_options(columns, rank)
+            blocks = triton.cdiv(rows, ROWS)
+            groups = triton.cdiv(rank, options["COUNT"])
+            given = (*tensors, table, n, rows, columns // options["UNIT"], rank, decay, p_clip)
+            options |= {"RESIDUAL": residual, "KIND": kind, "num_warps": WARPS, **EXACT}
+            project_kernel[(blocks, 1, count)](*given, FIRST=True, **options)
+            if groups > 1:
+                project_kernel[(blocks, groups - 1, count)](*given, FIRST=False, **options)

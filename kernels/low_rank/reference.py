@@ -111,3 +111,22 @@ def _tree(lanes: Tensor) -> Tensor:
 
 def _one_nan(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), math.nan, x)
+
+
+def next_basis(basis: Tensor, right: Tensor) -> Tensor:
+    """Rows of right, each times the power of two that brings its largest entry near one, and a little of
+    `drawn_again`; where one is not finite, that of basis."""
+    peak = right.abs().amax(1, keepdim=True)
+    exponent = peak.view(torch.int32) >> 23
+    scale = ((253 - exponent).clamp(1, 254) << 23).view(torch.float32)
+    return torch.where(peak.isfinite(), right * scale + drawn_again(basis) * 2.0**-12, basis)
+
+
+def drawn_again(basis: Tensor) -> Tensor:
+    """Other numbers in [-1, 1) than those of basis: hashes of their bits and places."""
+    places = torch.arange(basis.numel(), device=basis.device).view(basis.shape)
+    mixed = (basis.view(torch.int32).long() ^ places * 0x9E3779B9) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8).float() * 2.0**-23 - 1

@@ -2,8 +2,7 @@
 
 A selection picks k entries from one or more tensors, its members, which follow each other in the call. Every
 program finds its tensor or its selection in a map, and the rest in a table with a row a tensor and one with
-a row a selection. They are built on the host and kept on the device by what they follow from, so that a
-captured graph, and a training loop whose gradients stay in place, copy nothing.
+a row a selection.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gck.kernels.common.native import DTYPE_CODE
+from gck.kernels.common.tables import KeptTables, to_device
 from gck.kernels.topk import gpu_guess
 from gck.kernels.topk.gpu_guess import LINE
 from gck.kernels.topk.gpu_select import GROUP, ROWS
@@ -25,7 +25,6 @@ from gck.kernels.topk.gpu_stream import TILE
 
 LONG_RUNS_FROM = 64  # tiles of a tensor from which a run is ROWS of them
 PART_TILES = 16  # tiles of a tensor for each program of `refine`
-KEPT = 64  # plans that are remembered
 
 # Words of a tensor's row. Tiles, runs and parts are numbered over all tensors.
 GRAD = tl.constexpr(0)  # addresses
@@ -87,31 +86,18 @@ class Plan:
     choice_of_block: Tensor
 
 
-_plans: dict[object, Plan] = {}
-_captured: list[Plan] = []  # graphs read them for as long as they are replayed: they stay for good
+_plans: KeptTables[Plan] = KeptTables()
 
 
 def plan_for(grads: Sequence[Tensor], errs: Sequence[Tensor], choices: Sequence[Choice]) -> Plan:
-    """The plan of a call with these tensors, none of them empty.
-
-    A captured call whose plan was made before, by the same call in warm-up, copies nothing; otherwise each
-    replay copies the tables.
-    """
+    """The plan of a call with these tensors, none of them empty."""
     device = grads[0].device
     # A tuple of each, because one for each tensor takes several times as long to make and to hash.
     addresses = tuple([x.data_ptr() for x in grads]), tuple([x.data_ptr() for x in errs])
     shapes = tuple([x.numel() for x in grads]), tuple([x.dtype for x in grads])
     key = (device, *addresses, *shapes, tuple(choices), TILE)
-    known = _plans.pop(key, None)
-    plan = known or _make(list(zip(*addresses, *shapes, strict=True)), choices, device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing:
-        _captured.append(plan)
-    if known or not capturing:
-        _plans[key] = plan  # the last one used is the last to go
-        if len(_plans) > KEPT:
-            del _plans[next(iter(_plans))]
-    return plan
+    places = zip(*addresses, *shapes, strict=True)
+    return _plans.get(key, device, lambda: _make(list(places), choices, device))
 
 
 Place = tuple[int, int, int, torch.dtype]  # addresses of a gradient and its residual, elements, dtype
@@ -152,10 +138,8 @@ def _make(places: Sequence[Place], choices: Sequence[Choice], device: torch.devi
         listed += -(-capacity // LINE) * LINE
     maps = [_owners(counts) for counts in (tiles, runs, parts, blocks)]
     flat = [torch.tensor(table, dtype=torch.int64).view(-1) for table in (tensors, rows)] + maps
-    host = torch.cat(flat)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    split = host.to(device, non_blocking=True).split([len(part) for part in flat])
+    host, copy = to_device(torch.cat(flat), device)
+    split = copy.split([len(part) for part in flat])
     aligned = all(grad % 16 == 0 and err % 16 == 0 for grad, err, _, _ in places)
     return Plan(groups, listed, aligned, host, *split)
 

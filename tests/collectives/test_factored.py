@@ -27,6 +27,7 @@ from gck.errors import (
     ShapeMismatchError,
 )
 from gck.kernels.low_rank import LowRank
+from gck.kernels.low_rank.matrices import Matrices
 from tests.cases import same_bytes
 from tests.collectives import oracle
 from tests.collectives.grid import on_grid
@@ -216,8 +217,17 @@ def test_residuals_and_bases_of_somebody_else() -> None:
         assert isinstance(state.basis, Tensor)
         assert state.basis.dtype == torch.float32
         assert tuple(state.basis.shape) == (4, 20)
-    with pytest.raises(ShapeMismatchError, match=r"LowRank.settle_: right must have 80 elements"):
-        LowRank().for_shape((30, 20)).settle_(torch.zeros(600), torch.ones(4, 30), torch.ones(4, 19), None)
+    steps, left = LowRank().together([20], [600]), torch.ones(4, 30)
+    accs, cleared = [torch.zeros(600)], torch.zeros(1, dtype=torch.int64)
+    for right in (torch.ones(4, 19), torch.ones(81)):
+        with pytest.raises(ShapeMismatchError, match=r"LowRank.settle_: right must have 80 elements"):
+            steps.settle_(accs, accs, [left], [right], cleared)
+    with pytest.raises(LayoutError, match=r"LowRank.settle_: right must be contiguous"):
+        steps.settle_(accs, accs, [left], [torch.ones(20, 4).t()], cleared)
+    with pytest.raises(DtypeError, match=r"LowRank.next_basis: basis must be float32"):
+        steps.next_basis([torch.ones(4, 20).double()], [torch.ones(4, 20)])
+    with pytest.raises(ShapeMismatchError, match=r"LowRank.settle_: cleared must have one element"):
+        steps.settle_(accs, accs, [left], [torch.ones(4, 20)], torch.zeros(2, dtype=torch.int64))
     assert LowRank().for_shape((1, 2**31)).columns == 2**31 - 1
 
 
@@ -311,20 +321,20 @@ def test_without_a_state_nothing_is_kept() -> None:
         assert same_bytes(result.view(-1), wanted)
 
 
-@pytest.mark.parametrize("step", ["project_", "back_project_", "settle_", "product_"])
+@pytest.mark.parametrize("step", ["project_", "orthonormalise_", "back_project_", "next_basis"])
 def test_after_a_failure_everything_is_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     member, state, compressor = SimulatedGroup(1).members[0], gck.ErrorFeedback(), LowRank(rank=2)
     gck.all_reduce_(torch.randn(30, 20), state, compressor, member, algorithm="factored")
     assert state.worker is not None
     assert state.basis is not None
     worker, basis, grad = state.worker.clone(), state.basis.clone(), torch.randn(30, 20)
-    copy, works = grad.clone(), getattr(LowRank, step)
+    copy, works = grad.clone(), getattr(Matrices, step)
 
     def failing(*args: Any, **options: Any) -> None:
         works(*args, **options)
         raise MemoryError
 
-    monkeypatch.setattr(LowRank, step, failing)
+    monkeypatch.setattr(Matrices, step, failing)
     with pytest.raises(MemoryError):
         gck.all_reduce_(grad, state, compressor, member, algorithm="factored")
     assert same_bytes(grad, copy)

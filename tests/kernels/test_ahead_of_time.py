@@ -59,6 +59,7 @@ BUDGETS = {
     "low_rank.add_parts_kernel": (72, 32),
     "low_rank.settle_kernel": (80, 80),
     "low_rank.decompress_kernel": (80, 72),
+    "low_rank.next_basis_kernel": (56, 40),
     "index_codecs.low_kernel": (40, 32),
     "index_codecs.high_kernel": (48, 40),
     "index_codecs.count_kernel": (32, 24),
@@ -139,7 +140,7 @@ WIDE = {
     "quantize.compress_kernel[fp32, 8 bits, nearest, 256]": (8, 4),
     "random_k.compress_kernel[fp32, fp32]": (8, 4),
     # Of 8 elements: rows of left are of any length.
-    "low_rank.settle_kernel[rank 4, rows of 4096]": (2 + 4 * 2, 2),
+    **{f"low_rank.settle_kernel[rank 4, rows of 4096{many}]": (2 + 4 * 2, 2) for many in ("", ", many")},
     "quantize.reduce_kernel[4 bits, nearest, 256, product]": (4, 4),
 }
 INSTRUCTIONS = 45  # an element, of the stream

@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from gck.kernels.low_rank import LowRank, gpu_basis, reference
-from gck.kernels.low_rank.gpu_basis import drawn_again
+from gck.kernels.low_rank import LowRank, reference
+from gck.kernels.low_rank.matrices import Matrices, Shape
 from tests.cases import make, same_bytes
 from tests.contract import check_case
 
 U = 2.0**-24
+
+
+def orthonormalise_(left: Tensor) -> None:
+    rank, rows = left.shape
+    Matrices(LowRank.package, [rows], [Shape(rows, 1, rank)]).orthonormalise_([left])
+
+
+def next_basis(basis: Tensor, right: Tensor) -> Tensor:
+    rank, columns = right.shape
+    shape = Shape(rank, columns, rank)
+    (following,) = Matrices(LowRank.package, [right.numel()], [shape]).next_basis([basis], [right])
+    return following
 
 
 def spectrum(base: float, rank: int, rows: int = 300) -> Tensor:
@@ -55,7 +67,7 @@ def test_rows_are_orthonormal_and_span_what_they_did(name: str) -> None:
     """To within rounding to fp32, and but for what was dropped: of each row 2^-20 of its length at most."""
     given = HARD[name]
     left = given.clone()
-    LowRank().orthonormalise_(left)
+    orthonormalise_(left)
     assert same_bytes(left, reference.orthonormal(given))
     rows = left.double()
     rows = rows[rows.abs().amax(1) > 0]
@@ -102,7 +114,7 @@ def test_what_is_not_finite_is_seen_in_rows(value: float) -> None:
     left = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     left[2, 7] = value
     wanted = reference.orthonormal(left)
-    LowRank().orthonormalise_(left)
+    orthonormalise_(left)
     assert same_bytes(left, wanted)
     assert not bool(left.isfinite().all())
 
@@ -115,8 +127,8 @@ def test_bases_keep_their_length(exponent: int) -> None:
     for factor in (1.0, 1.75):
         right = torch.zeros(2, 50)
         right[0, 3], right[1, 4] = factor * 2.0**exponent, -factor * 2.0**exponent
-        following = compressor.next_basis(basis, right)
-        assert same_bytes(following, gpu_basis.next_basis(basis, right))
+        following = next_basis(basis, right)
+        assert same_bytes(following, reference.next_basis(basis, right))
         others = following.clone()
         others[0, 3] = others[1, 4] = 0
         assert float(others.abs().max()) <= 2.0**-12
@@ -128,15 +140,15 @@ def test_bases_keep_their_length(exponent: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 15, 64, 1000, 40_000])
-def test_bases_on_devices_are_those_of_the_cpu(columns: int) -> None:
+def test_bases_of_the_next_step(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
     basis = torch.randn(5, columns, generator=generator)
     right = torch.randn(5, columns, generator=generator) * torch.tensor([1.0, 0.0, 1e-42, 1e38, 1.0])[:, None]
     for value in (1.0, -0.0, math.nan, math.inf, -math.inf):
         right[4, columns // 2] = value
         basis[1] = 0
-        following = LowRank().next_basis(basis, right)
-        assert same_bytes(following, gpu_basis.next_basis(basis, right))
+        following = next_basis(basis, right)
+        assert same_bytes(following, reference.next_basis(basis, right))
         assert bool(following.isfinite().all())
         assert same_bytes(following[4], basis[4]) == (not math.isfinite(value))
 
@@ -144,7 +156,7 @@ def test_bases_on_devices_are_those_of_the_cpu(columns: int) -> None:
 def test_numbers_that_are_drawn_again_are_others_each_time() -> None:
     basis, seen = torch.zeros(3, 1000), set()
     for _ in range(20):
-        basis = drawn_again(basis)
+        basis = reference.drawn_again(basis)
         assert -1 <= float(basis.min()) < -0.9
         assert 0.9 < float(basis.max()) < 1
         assert abs(float(basis.mean())) < 0.05  # of a spread of 0.58: 5 deviations of a mean of 3,000

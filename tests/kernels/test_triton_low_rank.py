@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gck.kernels.low_rank import LowRank, reference
+from gck.kernels.low_rank.matrices import Matrices, Shape
 from gck.kernels.reference import read_residual, statistics
 from tests.cases import GRAD_DTYPES, Guarded, make, one_nan, same_bytes
 from tests.contract import check_case
@@ -73,7 +74,7 @@ def test_what_two_columns_span() -> None:
     assert left[:2].any(1).all()
     assert err.norm() < 1e-5 * grad.norm()
     left = torch.ones(3, 40)
-    gpu.orthonormalise_(left)
+    gpu.orthonormalise_(rows_alone(left), [left])
     assert left[0].any()
     assert not left[1:].any()
 
@@ -86,7 +87,7 @@ def test_infinities_past_a_row_s_end() -> None:
     wanted = reference.back_project(compressor, acc, left)
     assert wanted[1, 4:].isnan().all()
     right = torch.full((2, 10), 7.0)
-    gpu.back_project_(compressor, acc, left, right)
+    gpu.back_project_(compressor.alone(24), [acc], [left], [right])
     assert same_bytes(right, wanted)
 
 
@@ -110,11 +111,19 @@ def test_project(n: int, columns: int, rank: int, case: str) -> None:
     basis[0, -1] = math.inf  # which only what lies past the end of the last row meets as a zero
     e, left = Guarded.of(err), Guarded.of(torch.full((rank * rows,), math.nan))
     clip = torch.tensor([0.4])
-    gpu.project_(compressor, grad, e.inner, basis, left.inner.view(rank, rows), clip)
-    assert same_bytes(e.inner, acc)
-    assert same_bytes(left.inner.view(rank, rows), reference.project(compressor, acc, basis))
-    assert e.intact()
-    assert left.intact()
+    a = Guarded.of(torch.full((n,), math.nan))
+    for written in (a, e):  # what is read may be what is written
+        given = [grad], [e.inner], [basis], [written.inner], [left.inner.view(rank, rows)]
+        gpu.project_(compressor.alone(n), *given, clip)
+        assert same_bytes(written.inner, acc)
+        assert same_bytes(left.inner.view(rank, rows), reference.project(compressor, acc, basis))
+        assert all(guarded.intact() for guarded in (a, e, left))
+
+
+def rows_alone(left: Tensor) -> Matrices:
+    """What knows of no more than left."""
+    rank, rows = left.shape
+    return Matrices("", [rows], [Shape(rows, 1, rank)])
 
 
 def rows_of(kind: str, rank: int, length: int) -> Tensor:
@@ -147,7 +156,7 @@ KINDS = ("dense", "dependent", "nearly dependent", "some zero", "nan", "infinite
 def test_orthonormal(rank: int, length: int, kind: str) -> None:
     given = rows_of(kind, rank, length)
     left = Guarded.of(given.view(-1))
-    gpu.orthonormalise_(left.inner.view(rank, length))
+    gpu.orthonormalise_(rows_alone(given), [left.inner.view(rank, length)])
     assert same_bytes(left.inner.view(rank, length), reference.orthonormal(given))
     assert left.intact()
 
@@ -156,7 +165,7 @@ def test_orthonormal_of_a_high_rank_and_of_several_steps() -> None:
     for rank, length in ((17, 70), (2, gpu_orthonormal.TILES * 1024 + 1500)):
         left = tall(rank, length)
         wanted = reference.orthonormal(left)
-        gpu.orthonormalise_(left)
+        gpu.orthonormalise_(rows_alone(left), [left])
         assert same_bytes(left, wanted)
         assert (wanted @ wanted.T - torch.eye(rank)).abs().max() < 1e-4
 
@@ -169,7 +178,7 @@ def test_back_project(rows: int, columns: int, rank: int, case: str) -> None:
     acc, left = make(case, n, torch.float32)[0], tall(rank, rows)
     right = Guarded.of(torch.full((compressor.shape(n).rank * columns,), math.nan))
     left = left[: compressor.shape(n).rank].contiguous()
-    gpu.back_project_(compressor, acc, left, right.inner.view(-1, columns))
+    gpu.back_project_(compressor.alone(n), [acc], [left], [right.inner.view(-1, columns)])
     assert same_bytes(right.inner.view(-1, columns), reference.back_project(compressor, acc, left))
     assert right.intact()
 
@@ -179,7 +188,7 @@ def test_parts_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_back_project, "TOGETHER", 2)
     compressor, acc, left = LowRank(2, 2), tall(1300, 2).reshape(-1), tall(2, 1300, 1)
     right = torch.full((2, 2), math.nan)
-    gpu.back_project_(compressor, acc, left, right)
+    gpu.back_project_(compressor.alone(2600), [acc], [left], [right])
     assert same_bytes(right, reference.back_project(compressor, acc, left))
 
 
@@ -197,10 +206,12 @@ def test_settle_and_decompress(n: int, columns: int, rank: int, case: str) -> No
     rest = acc - dense
     counter = torch.full((1,), 5, dtype=torch.int64)
     for nonfinite in (counter, None):
-        a = Guarded.of(acc)
-        gpu.settle_(compressor, a.inner, left, right, nonfinite)
-        assert same_bytes(a.inner, torch.where(rest.isfinite(), rest, 0.0))
-        assert a.intact()
+        a, e = Guarded.of(acc), Guarded.of(torch.full((n,), math.nan))
+        for written in (e, a):  # what is read may be what is written
+            given = [a.inner], [written.inner], [left], [right]
+            gpu.settle_(compressor.alone(n), *given, nonfinite if written is a else None)
+            assert same_bytes(written.inner, torch.where(rest.isfinite(), rest, 0.0))
+            assert written.intact()
     assert int(counter) == 5 + int((~rest.isfinite()).sum())
     base = torch.linspace(-2, 3, n)
     for alpha in (1.0, -0.3, 1e-42):

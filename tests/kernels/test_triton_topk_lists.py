@@ -16,6 +16,8 @@ from tests.cases import CASES, GRAD_DTYPES, Guarded, make, same_bytes
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
+from gck.kernels.common import tables
+from gck.kernels.common.tables import KeptTables
 from gck.kernels.topk import gpu, gpu_guess, gpu_lists, gpu_tables, reference
 from gck.kernels.topk.lists import bodies_of
 from tests.kernels.launches import recorded
@@ -29,7 +31,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, capacity: int | None = None) -> None
     monkeypatch.setattr(gpu_lists, "BLOCK", 32)
     monkeypatch.setattr(gpu_tables, "LONG_RUNS_FROM", 5)
     monkeypatch.setattr(gpu_tables, "PART_TILES", 3)
-    monkeypatch.setattr(gpu_tables, "_plans", {})
+    monkeypatch.setattr(gpu_tables, "_plans", KeptTables())
     monkeypatch.setattr(gpu_guess, "MIN_SAMPLED", 512)
     monkeypatch.setattr(gpu_guess, "SAMPLE_FRACTION", 2)
     if capacity is not None:
@@ -162,8 +164,8 @@ def test_lists_of_nothing() -> None:
 
 def test_plans_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """By addresses, sizes, dtypes and choices, and the oldest is forgotten first."""
-    monkeypatch.setattr(gpu_tables, "_plans", {})
-    monkeypatch.setattr(gpu_tables, "KEPT", 2)
+    monkeypatch.setattr(gpu_tables, "_plans", KeptTables())
+    monkeypatch.setattr(tables, "KEPT", 2)
     grads, errs = [torch.zeros(10), torch.zeros(20)], [torch.zeros(10), torch.zeros(20)]
     choices = [gpu_tables.Choice(1, 1, 0, 0), gpu_tables.Choice(2, 1, 16, 32)]
     first = gpu_tables.plan_for(grads, errs, choices)

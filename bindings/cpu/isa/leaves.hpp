@@ -187,11 +187,13 @@ constexpr int64_t kMostRank = 64;
 struct LowRankProject {
   const void* grad;
   Dtype grad_dtype;
-  float* err;
+  const float* err;
+  float* acc;  // or err
   int64_t numel, columns, rank, rows;
   ResidualReading reading;
   const float* basis;  // rows of `columns`, each with zeros behind it up to a multiple of kDotLanes
   float* left;
+  bool past_caches;  // acc would not stay in them, and its rows are aligned to vectors
 };
 
 // One division, and multiples of the rows before: what makes orthonormal rows of those of `left`.
@@ -210,11 +212,12 @@ struct LowRankBack {
 };
 
 struct LowRankProduct {
+  const float* acc;
   float* out;  // or acc
   int64_t numel, columns, rank, rows;
   const float *left, *right;
   float alpha;
-  bool add;
+  bool add, past_caches;  // as above, of out
 };
 
 struct Leaves {

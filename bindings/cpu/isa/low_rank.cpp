@@ -49,10 +49,10 @@ GCK_INLINE void add_products(int64_t count, const float* basis, int64_t stride, 
   }
 }
 
-// The same of acc = grad + err, every NaN the one, which goes to err.
-template <int R, Dtype D>
-void add_accumulated(const void* grad, int64_t at, float* err, int64_t count, const float* basis,
-                     int64_t stride, float* lanes) {
+// The same of acc = grad + err, every NaN the one. acc may be err.
+template <int R, Dtype D, bool PastCaches>
+void add_accumulated(const void* grad, int64_t at, const float* err, float* acc, int64_t count,
+                     const float* basis, int64_t stride, float* lanes) {
   add_products<R>(
       count, basis, stride, lanes,
       [&](int64_t i) {
@@ -62,15 +62,14 @@ void add_accumulated(const void* grad, int64_t at, float* err, int64_t count, co
           __builtin_prefetch(static_cast<const char*>(grad) + (at + i + kAhead) * size, 0, 3);
           __builtin_prefetch(err + i + kAhead, 1, 3);
         }
-        const Vec acc = canonical(add(load_as<D>(grad, at + i), load(err + i)));
-        store(err + i, acc);
-        return acc;
+        const Vec x = canonical(add(load_as<D>(grad, at + i), load(err + i)));
+        PastCaches ? store_past_caches(acc + i, x) : store(acc + i, x);
+        return x;
       },
       [&](int64_t i, int rest) {
-        const Vec acc =
-            canonical(add(load_part<D>(grad, at + i, rest), load_part<Dtype::fp32>(err, i, rest)));
-        store_part(err + i, acc, rest);
-        return acc;
+        const Vec x = canonical(add(load_part<D>(grad, at + i, rest), load_part<Dtype::fp32>(err, i, rest)));
+        store_part(acc + i, x, rest);
+        return x;
       });
 }
 
@@ -93,7 +92,7 @@ float lanes_sum(const float* lanes) {
 
 float one_nan(float x) { return x == x ? x : float_of(kNanKey); }
 
-template <Dtype D>
+template <Dtype D, bool PastCaches>
 void project(const LowRankProject& job, int64_t begin, int64_t end) {
   const int64_t stride = (job.columns + kDotLanes - 1) / kDotLanes * kDotLanes;
   alignas(64) float lanes[kMostRank * kDotLanes];
@@ -103,17 +102,22 @@ void project(const LowRankProject& job, int64_t begin, int64_t end) {
       const int64_t at = row * job.columns + c;
       const int64_t count = least(least(kTile, job.columns - c), job.numel - at);
       if (count <= 0) break;
-      float* err = job.err + at;
-      if (!job.reading.is_plain()) residual_read(err, count, job.reading);
+      const float* err = job.err + at;
+      float* acc = job.acc + at;
+      if (!job.reading.is_plain()) {
+        if (acc != err) std::memcpy(acc, err, sizeof(float) * static_cast<size_t>(count));
+        residual_read(acc, count, job.reading);
+        err = acc;
+      }
       const float* basis = job.basis + c;
       int64_t j = job.rank < kTogether ? 1 : kTogether;
       if (j == 1)
-        add_accumulated<1, D>(job.grad, at, err, count, basis, stride, lanes);
+        add_accumulated<1, D, PastCaches>(job.grad, at, err, acc, count, basis, stride, lanes);
       else
-        add_accumulated<kTogether, D>(job.grad, at, err, count, basis, stride, lanes);
+        add_accumulated<kTogether, D, PastCaches>(job.grad, at, err, acc, count, basis, stride, lanes);
       for (; j + kTogether <= job.rank; j += kTogether)
-        add_read<kTogether>(err, count, basis + j * stride, stride, lanes + j * kDotLanes);
-      for (; j < job.rank; ++j) add_read<1>(err, count, basis + j * stride, stride, lanes + j * kDotLanes);
+        add_read<kTogether>(acc, count, basis + j * stride, stride, lanes + j * kDotLanes);
+      for (; j < job.rank; ++j) add_read<1>(acc, count, basis + j * stride, stride, lanes + j * kDotLanes);
     }
     for (int64_t j = 0; j < job.rank; ++j)
       job.left[j * job.rows + row] = one_nan(lanes_sum(lanes + j * kDotLanes));
@@ -196,7 +200,7 @@ void all_products(const LowRankProduct& job, int64_t begin, int64_t end, Use use
 }
 
 template <typename Use, typename Part>
-void products_of(const LowRankProduct& job, int64_t begin, int64_t end, Use use, Part part) {
+void products_by_rank(const LowRankProduct& job, int64_t begin, int64_t end, Use use, Part part) {
   switch (job.rank) {
     case 1:
       return all_products<1>(job, begin, end, use, part);
@@ -207,6 +211,27 @@ void products_of(const LowRankProduct& job, int64_t begin, int64_t end, Use use,
     default:
       return all_products<0>(job, begin, end, use, part);
   }
+}
+
+// out = what `whole(at, decoded)` makes of vectors, and `part(at, decoded, count)` of the ends of rows.
+template <typename Whole, typename Part>
+void write_products(const LowRankProduct& job, int64_t begin, int64_t end, Whole whole, Part part) {
+  const auto write = [&]<bool PastCaches>() {
+    products_by_rank(
+        job, begin, end,
+        [&](int64_t row, int64_t c, Vec decoded) {
+          const int64_t at = row * job.columns + c;
+          const Vec x = whole(at, decoded);
+          PastCaches ? store_past_caches(job.out + at, x) : store(job.out + at, x);
+        },
+        [&](int64_t row, int64_t c, Vec decoded, int rest) {
+          const int64_t at = row * job.columns + c;
+          store_part(job.out + at, part(at, decoded, rest), rest);
+        });
+  };
+  if (!job.past_caches) return write.template operator()<false>();
+  write.template operator()<true>();
+  order_stores();
 }
 
 }  // namespace
@@ -226,7 +251,10 @@ void low_rank_basis(uint64_t seed, int64_t first, int64_t count, float* basis) {
 }
 
 void low_rank_project(const LowRankProject& job, int64_t begin, int64_t end) {
-  with_dtype(job.grad_dtype, [&]<Dtype D>() { project<D>(job, begin, end); });
+  with_dtype(job.grad_dtype, [&]<Dtype D>() {
+    job.past_caches ? project<D, true>(job, begin, end) : project<D, false>(job, begin, end);
+  });
+  if (job.past_caches) order_stores();
 }
 
 void low_rank_gram(const float* x, const float* y, int64_t rows, double* lanes) {
@@ -333,19 +361,14 @@ int64_t low_rank_settle(const LowRankProduct& job, int64_t begin, int64_t end) {
     cleared += __builtin_popcount(bad);
     return select(bad, set1(0.0f), left);
   };
-  products_of(
-      job, begin, end,
-      [&](int64_t row, int64_t c, Vec decoded) {
-        float* acc = job.out + row * job.columns + c;
-        store(acc, residual(load(acc), decoded));
-      },
-      [&](int64_t row, int64_t c, Vec decoded, int rest) {
-        float* acc = job.out + row * job.columns + c;
+  write_products(
+      job, begin, end, [&](int64_t at, Vec decoded) { return residual(load(job.acc + at), decoded); },
+      [&](int64_t at, Vec decoded, int rest) {
         // Behind the last element there are zeros, whose residual may not be finite: they do not count.
-        const Vec left = sub(load_part<Dtype::fp32>(acc, 0, rest), decoded);
+        const Vec left = sub(load_part<Dtype::fp32>(job.acc, at, rest), decoded);
         const Mask bad = key_ge(left, kInfKey) & ((Mask{1} << rest) - 1);
         cleared += __builtin_popcount(bad);
-        store_part(acc, select(bad, set1(0.0f), left), rest);
+        return select(bad, set1(0.0f), left);
       });
   return cleared;
 }
@@ -353,16 +376,14 @@ int64_t low_rank_settle(const LowRankProduct& job, int64_t begin, int64_t end) {
 void low_rank_decompress(const LowRankProduct& job, int64_t begin, int64_t end) {
   const Vec alpha = set1(job.alpha);
   const auto value = [&](Vec decoded) { return job.alpha == 1.0f ? decoded : mul(alpha, decoded); };
-  products_of(
+  write_products(
       job, begin, end,
-      [&](int64_t row, int64_t c, Vec decoded) {
-        float* out = job.out + row * job.columns + c;
-        store(out, job.add ? add(load(out), value(decoded)) : value(decoded));
+      [&](int64_t at, Vec decoded) {
+        return job.add ? add(load(job.out + at), value(decoded)) : value(decoded);
       },
-      [&](int64_t row, int64_t c, Vec decoded, int rest) {
-        float* out = job.out + row * job.columns + c;
+      [&](int64_t at, Vec decoded, int rest) {
         const Vec x = value(decoded);
-        store_part(out, job.add ? add(load_part<Dtype::fp32>(out, 0, rest), x) : x, rest);
+        return job.add ? add(load_part<Dtype::fp32>(job.out, at, rest), x) : x;
       });
 }
 
