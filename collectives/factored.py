@@ -123,10 +123,9 @@ def _side_by_side(
 
 
 def _views(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    parts = flat.split([padded(rank * length) for rank, length in shapes])
-    return [
-        part[: rank * length].view(rank, length) for part, (rank, length) in zip(parts, shapes, strict=True)
-    ]
+    counts = [rank * length for rank, length in shapes]
+    parts = zip(flat.split(list(map(padded, counts))), counts, shapes, strict=True)
+    return [(part if len(part) == count else part[:count]).view(shape) for part, count, shape in parts]
 
 
 def _sum(transport: Transport, flat: Tensor) -> Tensor:

@@ -258,13 +258,16 @@ void low_rank_project(const LowRankProject& job, int64_t begin, int64_t end) {
 }
 
 void low_rank_gram(const float* x, const float* y, int64_t rows, double* lanes) {
-  for (int64_t l = 0; l < kGramLanes; ++l) lanes[l] = 0.0;
-  for (int64_t i = 0; i < rows; i += kGramLanes) {
-    const int64_t count = least(kGramLanes, rows - i);
+  // Of few rows the lanes behind them are zeros, which change no sum: none is -0.
+  int64_t width = kGramLanes;
+  while (width / 2 >= rows && width > 1) width /= 2;
+  for (int64_t l = 0; l < width; ++l) lanes[l] = 0.0;
+  for (int64_t i = 0; i < rows; i += width) {
+    const int64_t count = least(width, rows - i);
     for (int64_t l = 0; l < count; ++l)
       lanes[l] += static_cast<double>(x[i + l]) * static_cast<double>(y[i + l]);
   }
-  for (int64_t half = kGramLanes / 2; half >= 1; half /= 2) {
+  for (int64_t half = width / 2; half >= 1; half /= 2) {
     for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
 }
