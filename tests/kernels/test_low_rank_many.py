@@ -1,4 +1,4 @@
-"""Many matrices together: what each would be alone, with few launches, on the CPU and in the interpreter."""
+"""Many matrices together: what each would be alone, with few launches, on every backend."""
 
 from __future__ import annotations
 
@@ -18,15 +18,23 @@ from tests.kernels.launches import recorded
 SHAPES = [(30, 20, 0), (9, 64, 0), (30, 20, 0), (1, 7, 0), (30, 20, 3), (30, 20, 0), (40, 3, 2), (9, 64, 0)]
 
 
-@pytest.fixture(params=["cpu", "interpreter"])
-def kernels(request: pytest.FixtureRequest) -> Any:
+# Elements before a tensor among guards, which then begins at a multiple of 4 bytes, or of 64.
+ANYWHERE, ALIGNED = 0, 64 // 4 * 3 - Guarded.PAD
+
+needs_a_gpu = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
+on_a_gpu = pytest.param("cuda", marks=needs_a_gpu)
+
+
+@pytest.fixture(params=["cpu", "interpreter", on_a_gpu])
+def backend(request: pytest.FixtureRequest) -> tuple[Any, str]:
+    """Kernels, and the device of their tensors."""
     if request.param == "cpu":
-        return cpu
-    if torch.cuda.is_available():
+        return cpu, "cpu"
+    if request.param == "interpreter" and torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU here")
     from gck.kernels.low_rank import gpu
 
-    return gpu
+    return gpu, "cuda" if request.param == "cuda" else "cpu"
 
 
 def numbers(count: int, seed: int) -> Tensor:
@@ -34,24 +42,23 @@ def numbers(count: int, seed: int) -> Tensor:
 
 
 class Many:
-    """Matrices of all SHAPES; what is written lies among guards, at an odd place if asked for."""
+    """Matrices of all SHAPES; what is written lies among guards, `aside` elements further on."""
 
-    def __init__(self, rank: int, aside: int = 0, **options: Any) -> None:
+    def __init__(self, rank: int, aside: int = ANYWHERE, device: str = "cpu", **options: Any) -> None:
         self.numels = [rows * columns - lacking for rows, columns, lacking in SHAPES]
         columns = [columns for _, columns, _ in SHAPES]
         self.compressors = [LowRank(rank, length, **options) for length in columns]
         self.matrices = LowRank(rank, **options).together(columns, self.numels)
         self.lefts = [shape for shape, _ in self.matrices.factors]
         self.rights = [shape for _, shape in self.matrices.factors]
-        self.aside, self.guards = aside, list[Guarded]()
+        self.aside, self.device, self.guards = aside, device, list[Guarded]()
 
     def room(self, shapes: list[Any], like: list[Tensor] | None = None) -> list[Tensor]:
         rooms = []
         for i, shape in enumerate(shapes):
             count = torch.Size(shape).numel()
             filling = torch.full((count,), math.nan) if like is None else like[i].reshape(-1)
-            padded = torch.cat([torch.zeros(self.aside), filling])
-            guard = Guarded.of(padded)
+            guard = Guarded.of(torch.cat([torch.zeros(self.aside), filling]).to(self.device))
             self.guards.append(guard)
             rooms.append(guard.inner[self.aside :].view(shape))
         return rooms
@@ -59,14 +66,18 @@ class Many:
     def vectors(self, like: list[Tensor] | None = None) -> list[Tensor]:
         return self.room([(n,) for n in self.numels], like)
 
+    def given(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor.to(self.device) for tensor in tensors]
+
     def intact(self) -> bool:
         return all(guard.intact() for guard in self.guards)
 
 
-@pytest.mark.parametrize("aside", [0, 1])
+@pytest.mark.parametrize("aside", [ANYWHERE, ALIGNED])
 @pytest.mark.parametrize("rank", [1, 4, 9])
-def test_each_is_what_it_is_alone(kernels: Any, rank: int, aside: int) -> None:
-    many = Many(rank, aside, decay=0.9, clip=0.4)
+def test_each_is_what_it_is_alone(backend: tuple[Any, str], rank: int, aside: int) -> None:
+    kernels, device = backend
+    many = Many(rank, aside, device, decay=0.9, clip=0.4)
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16]
     grads = [
         make("few nonfinite" if i == 3 else "gaussian", n, dtypes[i % 4])[0]
@@ -75,36 +86,90 @@ def test_each_is_what_it_is_alone(kernels: Any, rank: int, aside: int) -> None:
     errs = [numbers(n, i) for i, n in enumerate(many.numels)]
     bases = [numbers(math.prod(shape), 7).view(shape) for shape in many.rights]
     accs, lefts = many.vectors(), many.room(many.lefts)
-    kernels.project_(many.matrices, grads, errs, bases, accs, lefts, torch.tensor([0.4]))
+    given = [many.given(each) for each in (grads, errs, bases)]
+    kernels.project_(many.matrices, *given, accs, lefts, torch.tensor([0.4]).to(device))
+    projected = [left.cpu().clone() for left in lefts]
     for i, compressor in enumerate(many.compressors):
         acc = one_nan(grads[i].float() + read_residual(compressor, errs[i]))
         assert same_bytes(accs[i], acc)
-        assert same_bytes(lefts[i], reference.project(compressor, acc, bases[i]))
-    wanted = [reference.orthonormal(left) for left in lefts]
+        assert same_bytes(projected[i], reference.project(compressor, acc, bases[i]))
     kernels.orthonormalise_(many.matrices, lefts)
-    assert all(map(same_bytes, lefts, wanted))
+    assert all(map(same_bytes, lefts, map(reference.orthonormal, projected)))
     rights = many.room(many.rights)
     kernels.back_project_(many.matrices, accs, lefts, rights)
-    for compressor, acc, left, right in zip(many.compressors, accs, lefts, rights, strict=True):
-        assert same_bytes(right, reference.back_project(compressor, acc, left))
-    cleared, rest = torch.full((len(SHAPES),), 5), many.vectors()
+    cleared, rest = torch.full((len(SHAPES),), 5).to(device), many.vectors()
     kernels.settle_(many.matrices, accs, rest, lefts, rights, cleared)
     outs, sums = many.vectors(), many.vectors([torch.ones(n) for n in many.numels])
     kernels.product_(many.matrices, outs, lefts, rights, 1.0, False)
     kernels.product_(many.matrices, sums, lefts, rights, -0.5, True)
+    followings = many.room(many.rights)
+    kernels.next_basis(many.matrices, given[2], rights, followings)
     for i, compressor in enumerate(many.compressors):
-        dense = reference.decompress(compressor, (lefts[i], rights[i]), many.numels[i])
-        left_over = accs[i] - dense
-        assert same_bytes(one_nan(outs[i]), one_nan(dense))
-        assert same_bytes(one_nan(sums[i]), one_nan(1 + -0.5 * dense))
+        acc, left, right = accs[i].cpu(), lefts[i].cpu(), rights[i].cpu()
+        assert same_bytes(right, reference.back_project(compressor, acc, left))
+        dense = reference.decompress(compressor, (left, right), many.numels[i])
+        assert same_bytes(one_nan(outs[i].cpu()), one_nan(dense))
+        assert same_bytes(one_nan(sums[i].cpu()), one_nan(1 + -0.5 * dense))
+        left_over = acc - dense
         assert same_bytes(rest[i], torch.where(left_over.isfinite(), left_over, 0.0))
         assert int(cleared[i]) == 5 + int((~left_over.isfinite()).sum())
+        assert same_bytes(followings[i], reference.next_basis(bases[i], right))
     assert int(cleared[3]) > 5
-    followings = many.room(many.rights)
-    kernels.next_basis(many.matrices, bases, rights, followings)
-    for basis, right, following in zip(bases, rights, followings, strict=True):
-        assert same_bytes(following, reference.next_basis(basis, right))
     assert many.intact()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_graph_of_many_replays_on_new_data(warm: bool) -> None:
+    """With tables that are there before, and with tables that each replay copies; and nobody waits."""
+    from gck.kernels.low_rank import gpu, gpu_many
+    from tests.kernels.test_gpu import synchronisation_is_an_error
+
+    many = Many(4, device="cuda")
+    grads, errs = many.vectors(), many.vectors([torch.zeros(n) for n in many.numels])
+    accs, outs = many.vectors(), many.vectors()
+    bases = [numbers(math.prod(shape), 7).view(shape) for shape in many.rights]
+    on_device, followings = many.given(bases), many.room(many.rights)
+    lefts, rights = many.room(many.lefts), many.room(many.rights)
+    cleared = torch.zeros(len(SHAPES), dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        gpu.project_(many.matrices, grads, errs, on_device, accs, lefts, None)
+        gpu.orthonormalise_(many.matrices, lefts)
+        gpu.back_project_(many.matrices, accs, lefts, rights)
+        gpu.settle_(many.matrices, accs, errs, lefts, rights, cleared)
+        gpu.product_(many.matrices, outs, lefts, rights, 1.0, False)
+        gpu.next_basis(many.matrices, on_device, rights, followings)
+
+    step()  # compiles
+    with synchronisation_is_an_error():
+        step()
+    if not warm:
+        gpu_many._tables.clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    gpu_many._tables.clear()
+    kept = [torch.zeros(n) for n in many.numels]
+    for err in errs:
+        err.zero_()
+    for round_ in range(3):
+        fresh = [numbers(n, 10 * round_ + i) for i, n in enumerate(many.numels)]
+        for grad, new in zip(grads, fresh, strict=True):
+            grad.copy_(new)
+        graph.replay()
+        for i, compressor in enumerate(many.compressors):
+            acc = fresh[i] + kept[i]
+            left = reference.orthonormal(reference.project(compressor, acc, bases[i]))
+            right = reference.back_project(compressor, acc, left)
+            dense = reference.decompress(compressor, (left, right), many.numels[i])
+            kept[i] = acc - dense
+            assert same_bytes(outs[i], dense)
+            assert same_bytes(errs[i], kept[i])
+            assert same_bytes(followings[i], reference.next_basis(bases[i], right))
 
 
 def test_a_launch_is_of_all_that_have_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +243,7 @@ def test_more_than_a_grid_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("aside", [0, 3])
+@pytest.mark.parametrize("aside", [ANYWHERE, ALIGNED])
 def test_results_past_the_caches(aside: int, threads: int) -> None:
     """Together they are too large for them; alone, what is written where it was read never goes past them."""
     columns, numels = [1024, 999, 512], [1500 * 1024 - 7, 300 * 999, 900 * 512]
