@@ -132,7 +132,7 @@ class LowRank(KernelCompressor):
         return _together(self.rank, self.decay, self.clip, (self.columns,), (numel,))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _together(
     rank: int, decay: float, clip: float | None, columns: tuple[int | None, ...], numels: tuple[int, ...]
 ) -> Matrices:

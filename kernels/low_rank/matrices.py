@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gck._native import load
+from gck.errors import ShapeMismatchError
 from gck.kernels.common import checks
 from gck.kernels.common.base import backend
 
@@ -81,6 +82,11 @@ class Matrices:
         if not checks.acceptable_pairs(grads, errs):
             for grad, err in zip(grads, errs, strict=True):
                 checks.check_pair(function, grad, err)
+        if [grad.numel() for grad in grads] != [*self.numels]:
+            raise ShapeMismatchError(
+                f"{function}: gradients must have {[*self.numels]} elements, "
+                f"got {[grad.numel() for grad in grads]}"
+            )
         self._check(function, lefts, bases=bases, accs=accs, lefts=lefts)
         device = lefts[0].device
         clip = None if self.clip is None else checks.clip_of(self.clip, device)
@@ -106,7 +112,7 @@ class Matrices:
     ) -> None:
         function = "LowRank.settle_"
         self._check(function, lefts, accs=accs, errs=errs, lefts=lefts, rights=rights)
-        checks.check_elements(function, "cleared", cleared, torch.int64, len(lefts), cleared)
+        checks.check_elements(function, "cleared", cleared, torch.int64, len(lefts), lefts[0], "left")
         self._kernels(lefts[0].device).settle_(self, accs, errs, lefts, rights, cleared)
 
     def product_(self, outs: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:

@@ -222,6 +222,10 @@ def test_residuals_and_bases_of_somebody_else() -> None:
     for right in (torch.ones(4, 19), torch.ones(81)):
         with pytest.raises(ShapeMismatchError, match=r"LowRank.settle_: right must have 80 elements"):
             steps.settle_(accs, accs, [left], [right], cleared)
+    with pytest.raises(
+        ShapeMismatchError, match=r"LowRank.project_: gradients must have \[600\] elements, got \[9\]"
+    ):
+        steps.project_([torch.ones(9)], [torch.ones(9)], [torch.ones(4, 20)], accs, [left])
     with pytest.raises(LayoutError, match=r"LowRank.settle_: right must be contiguous"):
         steps.settle_(accs, accs, [left], [torch.ones(20, 4).t()], cleared)
     with pytest.raises(DtypeError, match=r"LowRank.next_basis: basis must be float32"):
