@@ -84,6 +84,9 @@ def check_call(
             memory[f"the worker residual of grads[{i}]"] = state.worker
         if state.server is not None:
             memory[f"the server residual of grads[{i}]"] = state.server
+        if state.nonfinite is not None:  # which may still be on another device
+            checks.check_nonfinite(function, state.nonfinite, state.nonfinite)
+            memory[f"the counter of grads[{i}]"] = state.nonfinite
     held = [id(state) for state in states if state is not None]
     if len(set(held)) != len(held):
         raise ArgumentError(f"{function}: two gradients must not share one ErrorFeedback")

@@ -21,6 +21,7 @@ from gck.collectives.hierarchical import all_gather, cut, reduce_scatter
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
 from gck.factored import Factored, FactoredSteps
+from gck.wire import has_memory
 
 __all__ = ["Reduced", "factored"]
 
@@ -33,6 +34,7 @@ class Reduced:
 
     Attributes:
         bases: for the next step.
+        cleared: (tensors,) int64.
     """
 
     steps: FactoredSteps
@@ -41,17 +43,18 @@ class Reduced:
     own: list[Tensor]
     rights: list[Tensor]
     bases: list[Tensor]
+    cleared: Tensor
 
     def decode_(self, outs: Sequence[Tensor]) -> None:
         """The results, (numel,) fp32 each."""
         self.steps.product_(outs, self.lefts, self.rights)
 
-    def settle_(self, errs: Sequence[Tensor | None]) -> Tensor:
-        """errs become the residuals; returns of each how many were not finite, and are zeros."""
-        cleared = torch.zeros(len(errs), dtype=torch.int64, device=self.lefts[0].device)
+    def settle_(self, errs: Sequence[Tensor | None]) -> None:
+        """errs become the residuals, and `cleared` how many were not finite, and are zeros. May be called
+        again: of what has no residual nothing is asked for, and acc is spoilt."""
+        self.cleared.zero_()
         outs = [acc if err is None else err for acc, err in zip(self.accs, errs, strict=True)]
-        self.steps.settle_(self.accs, outs, self.lefts, self.own, cleared)
-        return cleared
+        self.steps.settle_(self.accs, outs, self.lefts, self.own, self.cleared)
 
 
 def factored(
@@ -70,8 +73,8 @@ def factored(
         2. All-reduce the lefts, in rank order and in fp32; all ranks make the same orthonormal rows of them.
         3. right is what acc has of these.
         4. All-reduce the rights; divide once by `divisor`, the ranks of all tiers, for a mean.
-        5. When nothing can fail any more: decode once, and the residual is acc less left^T right, of one's
-           own right. Until then it is as it was.
+        5. When nothing can fail any more, but for want of memory: decode once, and the residual is acc less
+           left^T right, of one's own right. Until then it is as it was.
 
     Args:
         compressors: one, bound to the shape of each gradient.
@@ -79,7 +82,7 @@ def factored(
         bases: None: the first one.
     """
     numels, device = [grad.numel() for grad in grads], grads[0].device
-    steps = compressors[0].together([compressor.columns for compressor in compressors], numels)
+    steps = compressors[0].together(compressors, numels)
     shapes = [shape for shape, _ in steps.factors], [shape for _, shape in steps.factors]
     rooms = [-(-numel // LINE) * LINE for numel in numels]
     accs = [
@@ -105,13 +108,16 @@ def factored(
     following = steps.next_basis(given, rights)
     if divisor != 1:
         average_(flat, divisor)
-    return Reduced(steps, accs, lefts, own, rights, following)
+    cleared = torch.zeros(len(grads), dtype=torch.int64, device=device)
+    return Reduced(steps, accs, lefts, own, rights, following, cleared)
 
 
 def _usable(basis: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """A basis that a step can start from: any of fp32 and this shape, since ranks need not have the same."""
     fits = isinstance(basis, Tensor) and basis.dtype == torch.float32 and tuple(basis.shape) == shape
-    return basis.detach().contiguous() if fits and basis is not None else None
+    if not fits or basis is None or basis.layout is not torch.strided or not has_memory(basis):
+        return None
+    return basis.detach().contiguous()
 
 
 def _side_by_side(

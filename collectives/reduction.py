@@ -293,15 +293,17 @@ class Reduction:
         bound = [cast(Factored, compressor) for *_, compressor in some]
         bases = [None if state is None else state.basis for state in states]
         reduced = factored(transport, bound, grads, errs, bases, self._divisor, memory)
-        counts = [counter for counter in counters if counter is not None]
-        before = torch.cat(counts) if counts else None
+        parts = zip(reduced.cleared.split(1), counters, strict=True)
+        held = [(count.view(1), part) for part, count in parts if count is not None]
+        counts, cleared = [count for count, _ in held], [part for _, part in held]
+        before = [count.clone() for count in counts]
 
         def settle() -> None:
-            if before is None:
+            if not counts:
                 return
-            cleared = reduced.settle_(errs).split(1)
-            new = torch.cat([n for n, counter in zip(cleared, counters, strict=True) if counter is not None])
-            torch._foreach_copy_(counts, list((before + new).split(1)))
+            reduced.settle_(errs)
+            torch._foreach_copy_(counts, before)
+            torch._foreach_add_(counts, cleared)
             for state, basis in zip(states, reduced.bases, strict=True):
                 if state is not None:
                     state.basis = basis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,8 +36,10 @@ class Factored(Compressor, Protocol):
         """The first one, the same on all ranks."""
         ...
 
-    def together(self, columns: Sequence[int | None], numels: Sequence[int]) -> FactoredSteps:
-        """The steps for tensors of so many elements, at least one each, in rows of so many."""
+    @classmethod
+    def together(cls, compressors: Sequence[Any], numels: Sequence[int]) -> FactoredSteps:
+        """The steps for tensors of so many elements, at least one each: of compressors of this class, which
+        `for_shape` has made of one."""
         ...
 
 

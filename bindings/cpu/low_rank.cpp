@@ -18,9 +18,8 @@ constexpr int64_t kLine = 16;          // elements of a vector
 constexpr int64_t kColumnTile = 1024;  // the least that a thread takes of a block of rows
 
 // Lower triangle of a Cholesky factor, column by column; roots are 0 of rows that are not independent.
-void factorise(std::vector<double>& gram, int64_t rank, std::vector<double>& roots,
-               std::vector<double>& factors) {
-  std::vector<double> squares(static_cast<size_t>(rank));
+void factorise(std::vector<double>& gram, int64_t rank, std::vector<double>& squares,
+               std::vector<double>& roots, std::vector<double>& factors) {
   const auto at = [rank](int64_t i, int64_t j) { return static_cast<size_t>(i * rank + j); };
   for (int64_t j = 0; j < rank; ++j) squares[static_cast<size_t>(j)] = gram[at(j, j)];
   for (int64_t j = 0; j < rank; ++j) {
@@ -110,12 +109,13 @@ namespace {
 
 void orthonormalise(const LowRankShapes& shapes, const Targets& lefts, int threads) {
   struct Factor {
-    std::vector<double> gram, factors, roots;
+    std::vector<double> gram, factors, squares, roots;
   };
   std::vector<Factor> made(shapes.size());
   for (size_t i = 0; i < shapes.size(); ++i) {
     const auto rank = static_cast<size_t>(shapes[i].rank);
-    made[i] = {std::vector<double>(rank * rank), std::vector<double>(rank * rank), std::vector<double>(rank)};
+    made[i] = {std::vector<double>(rank * rank), std::vector<double>(rank * rank), std::vector<double>(rank),
+               std::vector<double>(rank)};
   }
   const auto pairs = [&](size_t i) { return shapes[i].rank * (shapes[i].rank + 1) / 2; };
   const auto products = [&](size_t i) { return shapes[i].rows() * pairs(i); };
@@ -135,7 +135,7 @@ void orthonormalise(const LowRankShapes& shapes, const Targets& lefts, int threa
   share(
       shapes.size(), threads, cube, [](size_t) { return int64_t{1}; },
       [&](size_t i, int64_t, int64_t) {
-        factorise(made[i].gram, shapes[i].rank, made[i].roots, made[i].factors);
+        factorise(made[i].gram, shapes[i].rank, made[i].squares, made[i].roots, made[i].factors);
       });
   const auto rows = [&](size_t i) { return shapes[i].rows(); };
   share(shapes.size(), threads, products, rows, [&](size_t i, int64_t begin, int64_t end) {

@@ -123,21 +123,25 @@ class LowRank(KernelCompressor):
             backend("LowRank", self.package, device).basis_(self, basis)
         return basis
 
-    def together(self, columns: Sequence[int | None], numels: Sequence[int]) -> Matrices:
-        """The steps for matrices of so many elements, at least one each, in rows of so many."""
-        return _together(self.rank, self.decay, self.clip, tuple(columns), tuple(numels))
+    @classmethod
+    def together(cls, compressors: Sequence[LowRank], numels: Sequence[int]) -> Matrices:
+        """The steps for matrices of so many elements, at least one each, of a compressor each."""
+        return _together(tuple(compressors), tuple(numels))
 
     def alone(self, numel: int) -> Matrices:
         """The same for one."""
-        return _together(self.rank, self.decay, self.clip, (self.columns,), (numel,))
+        return Matrices(self.package, (numel,), (self.shape(numel),), self.decay, self.clip)
 
 
 @lru_cache(maxsize=256)
-def _together(
-    rank: int, decay: float, clip: float | None, columns: tuple[int | None, ...], numels: tuple[int, ...]
-) -> Matrices:
-    shapes = [LowRank(rank, length).shape(n) for length, n in zip(columns, numels, strict=True)]
-    return Matrices(LowRank.package, numels, shapes, decay, clip)
+def _together(compressors: tuple[LowRank, ...], numels: tuple[int, ...]) -> Matrices:
+    first = compressors[0]
+    if any(numel < 1 for numel in numels):
+        raise ArgumentError(f"LowRank.together: numels must be at least 1, got {list(numels)}")
+    if any((each.decay, each.clip) != (first.decay, first.clip) for each in compressors):
+        raise ArgumentError("LowRank.together: decay and clip must be the same for all matrices")
+    shapes = tuple(each.shape(numel) for each, numel in zip(compressors, numels, strict=True))
+    return Matrices(first.package, numels, shapes, first.decay, first.clip)
 
 
 def check_options(function: str, rank: object, columns: object) -> None:

@@ -1,7 +1,7 @@
 """Low rank with error feedback on the GPU: the matrix is read thrice, by kernels at the rate of its memory.
 
-acc = grad + err goes to err with the products that make left; left becomes orthonormal in two small kernels;
-the products that make right are summed by blocks of rows; and what both decode to is taken away from err.
+acc = grad + err is written with the products that make left; left becomes orthonormal in two small kernels;
+the products that make right are summed by blocks of rows; and err is acc less what both decode to.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

@@ -68,7 +68,8 @@ class Launch(NamedTuple):
     kind: int
 
 
-_tables: KeptTables[tuple[Tensor, Tensor]] = KeptTables()
+# Of some dozen buckets, a few for each.
+_tables: KeptTables[tuple[Tensor, Tensor]] = KeptTables(512)
 
 
 def launches(matrices: Matrices, *tensors: Sequence[Tensor]) -> Iterator[Launch]:
@@ -87,7 +88,7 @@ def launches(matrices: Matrices, *tensors: Sequence[Tensor]) -> Iterator[Launch]
     table, device, row = tensors[0][0], tensors[0][0].device, 0
     if rows:
         key = device, tuple(rows)
-        _, table = _tables.get(key, device, lambda: to_device(torch.tensor(rows), device))
+        _, table = _tables.get(key, device, lambda: to_device(torch.tensor(rows, device="cpu"), device))
     for group in groups:
         first, kind = group[0], ONE
         part = table

@@ -137,7 +137,7 @@ def _make(places: Sequence[Place], choices: Sequence[Choice], device: torch.devi
         groups += -(-(sum(runs) - first_run) * ROWS // GROUP)
         listed += -(-capacity // LINE) * LINE
     maps = [_owners(counts) for counts in (tiles, runs, parts, blocks)]
-    flat = [torch.tensor(table, dtype=torch.int64).view(-1) for table in (tensors, rows)] + maps
+    flat = [torch.tensor(table, dtype=torch.int64, device="cpu").view(-1) for table in (tensors, rows)] + maps
     host, copy = to_device(torch.cat(flat), device)
     split = copy.split([len(part) for part in flat])
     aligned = all(grad % 16 == 0 and err % 16 == 0 for grad, err, _, _ in places)
@@ -146,4 +146,5 @@ def _make(places: Sequence[Place], choices: Sequence[Choice], device: torch.devi
 
 def _owners(counts: Sequence[int]) -> Tensor:
     """The number of the owner of each of the programs that are counted."""
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    owners = torch.arange(len(counts), device="cpu")
+    return torch.repeat_interleave(owners, torch.tensor(counts, dtype=torch.int64, device="cpu"))

@@ -10,8 +10,16 @@ from torch import Tensor
 
 import gck
 from gck.collectives import HierarchicalGroup, SimulatedGroup, all_reduce_many_
+from gck.collectives.measured import Measured
 from gck.collectives.undo import Kept
-from gck.errors import GroupUnusableError
+from gck.errors import (
+    AutogradError,
+    DtypeError,
+    GckError,
+    GroupUnusableError,
+    LayoutError,
+    ShapeMismatchError,
+)
 from gck.kernels.low_rank import LowRank
 from gck.kernels.low_rank.matrices import Matrices
 from tests.cases import same_bytes
@@ -44,18 +52,23 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 @pytest.mark.parametrize(
     ("late", "dtype"),
-    [("settle_", torch.float32), ("settle_", torch.bfloat16), ("product_", torch.float32)],
+    [
+        ((Matrices, "settle_"), torch.float32),
+        ((Matrices, "settle_"), torch.bfloat16),
+        ((Matrices, "product_"), torch.float32),
+        ((Measured, "end"), torch.float32),  # when counters and bases are there
+    ],
     ids=str,
 )
 def test_ctrl_c_finds_everything_written_once(
-    late: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    late: tuple[Any, str], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member = SimulatedGroup(1).members[0]
     states, twins = ([gck.ErrorFeedback() for _ in SHAPES] for _ in range(2))
     for each in (states, twins):
         step(member, list(each), 1)
     wanted = step(member, list(twins), 2, dtype)
-    works, interrupts = getattr(Matrices, late), [KeyboardInterrupt, KeyboardInterrupt]
+    works, interrupts = getattr(*late), [KeyboardInterrupt, KeyboardInterrupt]
 
     def interrupted(*args: Any) -> None:
         works(*args)
@@ -63,7 +76,7 @@ def test_ctrl_c_finds_everything_written_once(
             raise interrupts.pop()
 
     grads = gradients(2, dtype)
-    monkeypatch.setattr(Matrices, late, interrupted)
+    monkeypatch.setattr(*late, interrupted)
     with pytest.raises(KeyboardInterrupt):
         all_reduce_many_(grads, states, LowRank(rank=2), member, algorithm="factored")
     assert not interrupts
@@ -114,3 +127,61 @@ def test_tensors_with_and_without_a_state_share_a_call() -> None:
     for got, states, wanted, twins in SimulatedGroup(2).run(rank_main):
         assert all(map(same_bytes, got, wanted))  # the first step, whose residuals are zeros
         assert same(states, twins)
+
+
+def test_what_is_as_large_as_a_gradient_begins_at_a_cache_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the caches only whole lines are written."""
+    works, places = Matrices.project_, list[int]()
+
+    def watched(self: Matrices, *given: Any) -> None:
+        places.extend(acc.data_ptr() for acc in given[3])
+        works(self, *given)
+
+    monkeypatch.setattr(Matrices, "project_", watched)
+    step(SimulatedGroup(1).members[0], [gck.ErrorFeedback() for _ in SHAPES], 1)
+    assert len(places) == 4
+    assert all(place % 64 == 0 for place in places)
+
+
+def frozen() -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros(1, dtype=torch.int64)
+
+
+COUNTERS: list[tuple[Any, type[GckError]]] = [
+    (frozen, AutogradError),
+    (lambda: torch.zeros(2, dtype=torch.int64), ShapeMismatchError),
+    (lambda: torch.zeros(1, dtype=torch.int32), DtypeError),
+    (lambda: torch.zeros(1), DtypeError),
+]
+
+
+@pytest.mark.parametrize("algorithm", ["factored", "dense"])
+@pytest.mark.parametrize(("counter", "error"), COUNTERS)
+def test_counters_that_cannot_count(counter: Any, error: type[GckError], algorithm: str) -> None:
+    """Refused before anything is written, or known to peers."""
+    member, grad, state = SimulatedGroup(1).members[0], torch.randn(30, 20), gck.ErrorFeedback()
+    gck.all_reduce_(grad, state, LowRank(rank=2), member, algorithm="factored")
+    assert state.worker is not None
+    state.nonfinite = counter()
+    copies = grad.clone(), state.worker.clone()
+    with pytest.raises(error, match="all_reduce_: nonfinite "):
+        gck.all_reduce_(grad, state, LowRank(rank=2), member, algorithm=algorithm)
+    assert same_bytes(grad, copies[0])
+    assert same_bytes(state.worker, copies[1])
+    state.nonfinite = torch.zeros((), dtype=torch.int64)
+    gck.all_reduce_(grad, state, LowRank(rank=2), member, algorithm=algorithm)
+
+
+def test_two_states_do_not_share_a_counter() -> None:
+    member, states = SimulatedGroup(1).members[0], [gck.ErrorFeedback(), gck.ErrorFeedback()]
+    states[0].nonfinite = states[1].nonfinite = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(LayoutError, match="the counter of grads"):
+        all_reduce_many_([torch.ones(30, 20), torch.ones(9, 9)], states, LowRank(), member)
+
+
+def test_a_gradient_that_is_negated_lazily_is_refused() -> None:
+    member, grad = SimulatedGroup(1).members[0], torch.ones(30, 20)
+    with pytest.raises(LayoutError, match="negated lazily"):
+        gck.all_reduce_(torch._neg_view(grad), None, LowRank(rank=2), member, algorithm="factored")
+    assert bool((grad == 1).all())

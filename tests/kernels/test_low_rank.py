@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gck._native import load
+from gck.errors import (
+    ArgumentError,
+    DeviceMismatchError,
+    DtypeError,
+    GckError,
+    LayoutError,
+    ShapeMismatchError,
+)
 from gck.kernels.low_rank import LowRank, reference
 from gck.kernels.low_rank.matrices import Matrices, Shape
 from tests.cases import make, same_bytes
@@ -162,3 +173,94 @@ def test_numbers_that_are_drawn_again_are_others_each_time() -> None:
         assert abs(float(basis.mean())) < 0.05  # of a spread of 0.58: 5 deviations of a mean of 3,000
         seen.update(row.sum().item() for row in basis)
     assert len(seen) == 60
+
+
+STEPS = {
+    "project_": ("grads", "errs", "bases", "accs", "lefts"),
+    "orthonormalise_": ("lefts",),
+    "back_project_": ("accs", "lefts", "rights"),
+    "settle_": ("accs", "errs", "lefts", "rights"),
+    "product_": ("outs", "lefts", "rights"),
+    "next_basis": ("bases", "rights"),
+}
+FAULTS: dict[str, tuple[Any, type[GckError]]] = {
+    "more elements": (lambda x: torch.ones(x.numel() + 1), ShapeMismatchError),
+    "fewer elements": (lambda x: torch.ones(x.numel() - 1), ShapeMismatchError),
+    "fp64": (lambda x: x.double(), DtypeError),
+    "strided": (lambda x: torch.ones(*x.shape, 2)[..., 0], LayoutError),
+    "elsewhere": (lambda x: x.to("meta"), DeviceMismatchError),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("step", "name"), [(step, name) for step in STEPS for name in STEPS[step]])
+def test_steps_refuse_what_kernels_could_not_read(step: str, name: str, fault: str) -> None:
+    """Of any matrix; and too few, or too many."""
+    spoil, error = FAULTS[fault]
+    compressors, numels = [LowRank(3, 20), LowRank(2, 7)], [615, 70]
+    matrices = LowRank.together(compressors, numels)
+    vectors = [torch.ones(n) for n in numels]
+    lefts, rights = ([torch.ones(pair[i]) for pair in matrices.factors] for i in (0, 1))
+    like = {"lefts": lefts, "rights": rights, "bases": rights}
+    more = (torch.zeros(2, dtype=torch.int64),) if step == "settle_" else ()
+
+    def call(given: dict[str, list[Tensor]]) -> None:
+        before = {key: [x.clone() for x in tensors] for key, tensors in given.items()}
+        with pytest.raises(error, match=f"LowRank.{step}: "):
+            getattr(matrices, step)(*given.values(), *more)
+        for key, tensors in given.items():
+            assert all(x.is_meta or torch.equal(x, y) for x, y in zip(tensors, before[key], strict=True))
+
+    for i in range(2):
+        given = {key: [x.clone() for x in like.get(key, vectors)] for key in STEPS[step]}
+        given[name][i] = spoil(given[name][i])
+        call(given)
+    if fault == "more elements":
+        for change in (slice(1), slice(0)):
+            given = {key: [x.clone() for x in like.get(key, vectors)] for key in STEPS[step]}
+            given[name] = given[name][change]
+            call(given)
+
+
+def test_what_no_steps_are_made_of() -> None:
+    for numels in ([0], [-5], [3, 0]):
+        with pytest.raises(ArgumentError, match=r"LowRank.together: numels must be at least 1, got"):
+            LowRank.together([LowRank()] * len(numels), numels)
+    for other in (LowRank(decay=0.5), LowRank(clip=1.0)):
+        with pytest.raises(ArgumentError, match=r"decay and clip must be the same"):
+            LowRank.together([LowRank(), other], [10, 10])
+    with pytest.raises(ValueError, match="address for each matrix"):
+        load().LowRankMatrices([(10, 5, 2)]).orthonormalise([], 1)
+    for shape in ((0, 5, 2), (10, 0, 2), (10, 5, 0), (10, 5, 65)):
+        with pytest.raises(ValueError, match="out of range"):
+            load().LowRankMatrices([shape])
+    matrices = LowRank.together([LowRank(2, 5)], [20])
+    tensors = [torch.ones(2, 4)], [torch.ones(2, 5)]
+    for cleared in (torch.zeros(2, dtype=torch.int64), torch.zeros(1), torch.zeros(1).long().to("meta")):
+        with pytest.raises(GckError, match=r"LowRank.settle_: cleared must"):
+            matrices.settle_([torch.ones(20)], [torch.ones(20)], *tensors, cleared)
+    negated = torch._neg_view(torch.ones(20))
+    with pytest.raises(LayoutError, match="negated lazily"):
+        matrices.project_([negated], [torch.ones(20)], tensors[1], [torch.ones(20)], tensors[0])
+
+
+@dataclass(frozen=True)
+class Half(LowRank):
+    """One of somebody else."""
+
+    def shape(self, numel: int) -> Shape:
+        rows, columns, rank = super().shape(numel)
+        return Shape(rows, columns, max(1, rank // 2))
+
+
+def test_shapes_are_what_the_compressor_says() -> None:
+    compressor, (grad, err) = Half(8, columns=30), make("gaussian", 900, torch.float32)
+    fields, rest, _ = reference.compress(compressor, grad, err)
+    nbytes = compressor.layout(900).nbytes
+    bodies = torch.zeros(1, nbytes + 2000, dtype=torch.uint8)
+    compressor.compress_(grad, err, bodies[:, :nbytes])
+    assert all(map(same_bytes, compressor.layout(900).views(bodies[0, :nbytes]), fields))
+    assert same_bytes(err, rest)
+    assert not bool(bodies[0, nbytes:].any())
+    together = LowRank.together([Half(8, 30), LowRank(8, 30)], [900, 900])
+    assert together.factors == [((4, 30), (4, 30)), ((8, 30), (8, 30))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -48,7 +50,7 @@ class Many:
         self.numels = [rows * columns - lacking for rows, columns, lacking in SHAPES]
         columns = [columns for _, columns, _ in SHAPES]
         self.compressors = [LowRank(rank, length, **options) for length in columns]
-        self.matrices = LowRank(rank, **options).together(columns, self.numels)
+        self.matrices = LowRank.together(self.compressors, self.numels)
         self.lefts = [shape for shape, _ in self.matrices.factors]
         self.rights = [shape for _, shape in self.matrices.factors]
         self.aside, self.device, self.guards = aside, device, list[Guarded]()
@@ -228,13 +230,72 @@ def test_tables_of_tensors_that_stay_in_place_are_made_once(monkeypatch: pytest.
     assert len(kept) == 2
 
 
+def test_a_table_says_where_all_is_aligned() -> None:
+    from gck.kernels.low_rank import gpu_many
+
+    numels = [64, 64, 60]
+    matrices = LowRank.together([LowRank(1, 4)] * 3, numels)
+    rooms = [Guarded.of(torch.zeros(ALIGNED + n)).inner for n in numels]
+    aligned, anywhere = [room[ALIGNED:] for room in rooms], [room[ALIGNED - 1 : -1] for room in rooms]
+    for tensors, kind in (
+        ([aligned, aligned], gpu_many.ALIGNED),
+        ([anywhere, anywhere], gpu_many.MANY),
+        ([aligned, anywhere], gpu_many.MANY),
+        ([aligned, [aligned[0], anywhere[1], aligned[2]]], gpu_many.MANY),
+    ):
+        many, one = gpu_many.launches(matrices, *tensors)
+        assert (many.many, many.kind, one.many, one.kind) == (2, kind.value, 1, gpu_many.ONE.value)
+        assert many.table.tolist() == [[*[each[i].data_ptr() for each in tensors], i] for i in range(2)]
+        assert one.first == 2
+        assert [tensor.data_ptr() for tensor in one.tensors] == [each[2].data_ptr() for each in tensors]
+
+
+def test_tables_are_made_on_the_host_whatever_the_default_device_is() -> None:
+    from gck.kernels.low_rank import gpu_many
+
+    matrices = LowRank.together([LowRank(1, 4)] * 2, [64, 64])
+    tensors = [torch.zeros(64), torch.zeros(64)]
+    torch.set_default_device("meta")
+    try:
+        (launch,) = gpu_many.launches(matrices, tensors)
+    finally:
+        torch.set_default_device(None)
+    assert launch.table.device.type == "cpu"
+
+
+def test_threads_share_tables() -> None:
+    from gck.kernels.common.tables import KeptTables
+
+    kept: KeptTables[int] = KeptTables(3)
+    before, failures = sys.getswitchinterval(), list[BaseException]()
+
+    def ask() -> None:
+        try:
+            for i in range(3000):
+                assert kept.get(i % 7, torch.device("cpu"), lambda i=i: i % 7) == i % 7  # type: ignore[misc]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    assert len(kept) == 3
+
+
 def test_more_than_a_grid_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU here")
     from gck.kernels.low_rank import gpu, gpu_many
 
     monkeypatch.setattr(gpu_many, "MOST", 3)
-    matrices = LowRank(2).together([4] * 8, [20] * 8)
+    matrices = LowRank.together([LowRank(2, 4)] * 8, [20] * 8)
     lefts = [numbers(10, i).view(2, 5) for i in range(8)]
     wanted = [reference.orthonormal(left) for left in lefts]
     runs = recorded(monkeypatch, lambda: gpu.orthonormalise_(matrices, lefts))
@@ -247,7 +308,7 @@ def test_more_than_a_grid_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_past_the_caches(aside: int, threads: int) -> None:
     """Together they are too large for them; alone, what is written where it was read never goes past them."""
     columns, numels = [1024, 999, 512], [1500 * 1024 - 7, 300 * 999, 900 * 512]
-    together = LowRank(3).together(columns, numels)
+    together = LowRank.together([LowRank(3, length) for length in columns], numels)
     grads, errs = [numbers(n, 1) for n in numels], [numbers(n, 2) for n in numels]
     bases = [numbers(math.prod(shape), 7).view(shape) for _, shape in together.factors]
     lefts, rights = ([torch.full(pair[i], math.nan) for pair in together.factors] for i in (0, 1))
