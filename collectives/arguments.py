@@ -84,9 +84,10 @@ def check_call(
             memory[f"the worker residual of grads[{i}]"] = state.worker
         if state.server is not None:
             memory[f"the server residual of grads[{i}]"] = state.server
-        if state.nonfinite is not None:  # which may still be on another device
-            checks.check_nonfinite(function, state.nonfinite, state.nonfinite)
-            memory[f"the counter of grads[{i}]"] = state.nonfinite
+        if (counter := state.nonfinite) is not None:
+            if counter.dtype != torch.int64 or counter.numel() != 1 or counter.is_inference():
+                checks.check_nonfinite(function, counter, counter)  # which may still be on another device
+            memory[f"the counter of grads[{i}]"] = counter
     held = [id(state) for state in states if state is not None]
     if len(set(held)) != len(held):
         raise ArgumentError(f"{function}: two gradients must not share one ErrorFeedback")

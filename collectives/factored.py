@@ -21,7 +21,6 @@ from gck.collectives.hierarchical import all_gather, cut, reduce_scatter
 from gck.collectives.scratch import Scratch
 from gck.collectives.transports import Transport
 from gck.factored import Factored, FactoredSteps
-from gck.wire import has_memory
 
 __all__ = ["Reduced", "factored"]
 
@@ -115,7 +114,7 @@ def factored(
 def _usable(basis: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     """A basis that a step can start from: any of fp32 and this shape, since ranks need not have the same."""
     fits = isinstance(basis, Tensor) and basis.dtype == torch.float32 and tuple(basis.shape) == shape
-    if not fits or basis is None or basis.layout is not torch.strided or not has_memory(basis):
+    if not fits or basis is None or basis.layout is not torch.strided or not basis.data_ptr():
         return None
     return basis.detach().contiguous()
 

@@ -293,17 +293,20 @@ class Reduction:
         bound = [cast(Factored, compressor) for *_, compressor in some]
         bases = [None if state is None else state.basis for state in states]
         reduced = factored(transport, bound, grads, errs, bases, self._divisor, memory)
-        parts = zip(reduced.cleared.split(1), counters, strict=True)
-        held = [(count.view(1), part) for part, count in parts if count is not None]
-        counts, cleared = [count for count, _ in held], [part for _, part in held]
-        before = [count.clone() for count in counts]
+        held = [i for i, counter in enumerate(counters) if counter is not None]
+        counts = [counter for counter in counters if counter is not None]
+        before = torch.cat([count.view(1) for count in counts]) if counts else None
 
         def settle() -> None:
-            if not counts:
+            if before is None:
                 return
             reduced.settle_(errs)
-            torch._foreach_copy_(counts, before)
-            torch._foreach_add_(counts, cleared)
+            cleared = (
+                reduced.cleared
+                if len(held) == len(counters)
+                else torch.stack([reduced.cleared[i] for i in held])
+            )
+            torch._foreach_copy_(counts, list((before + cleared).unbind()))
             for state, basis in zip(states, reduced.bases, strict=True):
                 if state is not None:
                     state.basis = basis
