@@ -54,7 +54,7 @@ BUDGETS = {
     "low_rank.basis_kernel": (32, 24),
     "low_rank.project_kernel": (128, 120),
     "low_rank.gram_kernel": (144, 72),
-    "low_rank.orthonormal_kernel": (128, 64),
+    "low_rank.orthonormal_kernel": (128, 72),
     "low_rank.back_project_kernel": (184, 88),
     "low_rank.add_parts_kernel": (72, 32),
     "low_rank.settle_kernel": (80, 80),
@@ -91,6 +91,7 @@ RARE |= {
         "fp32, rank 8, rows of 999",
     )
 }
+RARE |= {"low_rank.project_kernel[fp32, rank 4, rows of 100]": 136}
 RARE |= {"low_rank.settle_kernel[rank 8, rows of 999]": 152}
 RARE |= {f"low_rank.decompress_kernel[rank 8, rows of 999, {way}]": 128 for way in ("write", "add")}
 RARE |= {"low_rank.orthonormal_kernel[rank 64]": 200, "low_rank.settle_kernel[rank 16, rows of 4096]": 120}
