@@ -85,7 +85,8 @@ def check_call(
         if state.server is not None:
             memory[f"the server residual of grads[{i}]"] = state.server
         if (counter := state.nonfinite) is not None:
-            if counter.dtype != torch.int64 or counter.numel() != 1 or counter.is_inference():
+            plain = type(counter) is Tensor and counter.dtype == torch.int64 and counter.numel() == 1
+            if not plain or counter.is_inference():
                 checks.check_nonfinite(function, counter, counter)  # which may still be on another device
             memory[f"the counter of grads[{i}]"] = counter
     held = [id(state) for state in states if state is not None]

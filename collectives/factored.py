@@ -9,7 +9,7 @@ a rank's own message leaves, not what the average does: those would grow without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +48,25 @@ class Reduced:
         """The results, (numel,) fp32 each."""
         self.steps.product_(outs, self.lefts, self.rights)
 
-    def settle_(self, errs: Sequence[Tensor | None]) -> None:
-        """errs become the residuals, and `cleared` how many were not finite, and are zeros. May be called
-        again: of what has no residual nothing is asked for, and acc is spoilt."""
-        self.cleared.zero_()
+    def settling(
+        self, errs: Sequence[Tensor | None], counters: Sequence[Tensor | None]
+    ) -> Callable[[], None]:
+        """What makes errs the residuals, and adds to counters how many were not finite, and are zeros. It may
+        be called again; of what has no residual acc is spoilt, which nobody reads."""
+        places = [i for i, counter in enumerate(counters) if counter is not None]
+        counts = [counter for counter in counters if counter is not None]
         outs = [acc if err is None else err for acc, err in zip(self.accs, errs, strict=True)]
-        self.steps.settle_(self.accs, outs, self.lefts, self.own, self.cleared)
+        if not counts:
+            return lambda: None
+        before = torch.cat([count.view(1) for count in counts])
+
+        def settle() -> None:
+            self.cleared.zero_()
+            self.steps.settle_(self.accs, outs, self.lefts, self.own, self.cleared)
+            cleared = self.cleared.unbind()
+            torch._foreach_copy_(counts, list((before + torch.stack([cleared[i] for i in places])).unbind()))
+
+        return settle
 
 
 def factored(

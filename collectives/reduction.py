@@ -210,14 +210,12 @@ class Reduction:
         if len(self.plan) != 1 or not all(grad.dtype is torch.float32 for grad in self.grads):
             return None
         (algorithm,) = self.plan
-        if algorithm == "factored":
-            return algorithm
-        if not all(grad.device.type == "cpu" for grad in self.grads):
-            return None
+        on_host = all(grad.device.type == "cpu" for grad in self.grads)
         server = server_of(self.compressor, self.transport.world_size)
         whole = {
-            "two_phase": decodes_anything(server),
-            "one_phase": len(self.grads) == 1 and sums_or_raises(self.compressor),
+            "factored": True,
+            "two_phase": on_host and decodes_anything(server),
+            "one_phase": on_host and len(self.grads) == 1 and sums_or_raises(self.compressor),
         }
         return algorithm if whole.get(algorithm) else None
 
@@ -293,20 +291,10 @@ class Reduction:
         bound = [cast(Factored, compressor) for *_, compressor in some]
         bases = [None if state is None else state.basis for state in states]
         reduced = factored(transport, bound, grads, errs, bases, self._divisor, memory)
-        held = [i for i, counter in enumerate(counters) if counter is not None]
-        counts = [counter for counter in counters if counter is not None]
-        before = torch.cat([count.view(1) for count in counts]) if counts else None
+        write_residuals = reduced.settling(errs, counters)
 
         def settle() -> None:
-            if before is None:
-                return
-            reduced.settle_(errs)
-            cleared = (
-                reduced.cleared
-                if len(held) == len(counters)
-                else torch.stack([reduced.cleared[i] for i in held])
-            )
-            torch._foreach_copy_(counts, list((before + cleared).unbind()))
+            write_residuals()
             for state, basis in zip(states, reduced.bases, strict=True):
                 if state is not None:
                     state.basis = basis

@@ -47,8 +47,8 @@ void share(size_t things, int threads, Weight weight, Units units, F f) {
     for (size_t i = 0; i < things && start < to; ++i) {
       const int64_t of_it = weight(i), all = units(i);
       const auto unit = [&](int64_t at) {  // the first that is not before an element
-        const double share = static_cast<double>(at - start) / static_cast<double>(of_it);
-        return share <= 0 ? 0 : share >= 1 ? all : static_cast<int64_t>(std::ceil(share * all));
+        const double before = static_cast<double>(at - start) / static_cast<double>(of_it);
+        return before <= 0 ? 0 : before >= 1 ? all : static_cast<int64_t>(std::ceil(before * all));
       };
       if (const int64_t begin = unit(from), end = unit(to); begin < end) f(i, begin, end);
       start += of_it;

@@ -16,17 +16,19 @@ from torch import Tensor
 
 __all__ = ["KeptTables", "to_device"]
 
-KEPT = 64  # tables that are remembered
-
 T = TypeVar("T")
 Entry = tuple[T, torch.cuda.Stream | None, torch.cuda.Event | None]
 
 
 class KeptTables(Generic[T]):
-    """The tables of one kind of calls; T has what is on the device, and what it was copied from."""
+    """The tables of one kind of calls; T has what is on the device, and what it was copied from.
 
-    def __init__(self, kept: int | None = None) -> None:
-        self._most = kept
+    Args:
+        most: how many are remembered.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
         self._kept: dict[object, Entry[T]] = {}
         self._captured: list[T] = []  # graphs read them for as long as they are replayed: they stay for good
         self._lock = threading.Lock()  # ranks of one process, and calls that were started, are threads
@@ -44,22 +46,19 @@ class KeptTables(Generic[T]):
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         capturing = stream is not None and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            known = self._kept.pop(key, None)
-            if known is not None:
-                entry = known
-                table, made_on, made = entry
-                # A capture begins when all streams are done.
-                if stream is not None and made is not None and made_on != stream and not capturing:
-                    stream.wait_event(made)
-            else:
+            entry = known = self._kept.pop(key, None)
+            if entry is None:
                 table = make()
-                made = None if stream is None or capturing else stream.record_event()
-                entry = table, stream, made
+                entry = table, stream, None if stream is None or capturing else stream.record_event()
+            table, made_on, made = entry
+            # A capture begins when all streams are done.
+            if stream is not None and made is not None and made_on != stream and not capturing:
+                stream.wait_event(made)
             if capturing:
                 self._captured.append(table)
             if known is not None or not capturing:
                 self._kept[key] = entry  # the last one used is the last to go
-                if len(self._kept) > (self._most or KEPT):
+                if len(self._kept) > self._most:
                     del self._kept[next(iter(self._kept))]
         return table
 

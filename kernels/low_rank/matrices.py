@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,54 +153,5 @@ class Matrices:
                 f"{function}: all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
             )
 
-    def _kernels(self, device: torch.device) -> _Kernels:
-        kernels: _Kernels = backend("LowRank", self.package, device)
-        return kernels
-
-
-class _Kernels(Protocol):
-    """What `cpu` and `gpu` have."""
-
-    def project_(
-        self,
-        matrices: Matrices,
-        grads: Sequence[Tensor],
-        errs: Sequence[Tensor],
-        bases: Sequence[Tensor],
-        accs: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        clip: Tensor | None,
-    ) -> None: ...
-    def orthonormalise_(self, matrices: Matrices, lefts: Sequence[Tensor]) -> None: ...
-    def back_project_(
-        self,
-        matrices: Matrices,
-        accs: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-    ) -> None: ...
-    def settle_(
-        self,
-        matrices: Matrices,
-        accs: Sequence[Tensor],
-        errs: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        cleared: Tensor | None,
-    ) -> None: ...
-    def product_(
-        self,
-        matrices: Matrices,
-        outs: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        alpha: float,
-        accumulate: bool,
-    ) -> None: ...
-    def next_basis(
-        self,
-        matrices: Matrices,
-        bases: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        followings: Sequence[Tensor],
-    ) -> None: ...
+    def _kernels(self, device: torch.device) -> Any:
+        return backend("LowRank", self.package, device)

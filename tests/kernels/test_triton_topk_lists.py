@@ -16,7 +16,6 @@ from tests.cases import CASES, GRAD_DTYPES, Guarded, make, same_bytes
 if torch.cuda.is_available():
     pytest.skip("Triton compiles for the GPU here", allow_module_level=True)
 
-from gck.kernels.common import tables
 from gck.kernels.common.tables import KeptTables
 from gck.kernels.topk import gpu, gpu_guess, gpu_lists, gpu_tables, reference
 from gck.kernels.topk.lists import bodies_of
@@ -164,8 +163,7 @@ def test_lists_of_nothing() -> None:
 
 def test_plans_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """By addresses, sizes, dtypes and choices, and the oldest is forgotten first."""
-    monkeypatch.setattr(gpu_tables, "_plans", KeptTables())
-    monkeypatch.setattr(tables, "KEPT", 2)
+    monkeypatch.setattr(gpu_tables, "_plans", KeptTables(2))
     grads, errs = [torch.zeros(10), torch.zeros(20)], [torch.zeros(10), torch.zeros(20)]
     choices = [gpu_tables.Choice(1, 1, 0, 0), gpu_tables.Choice(2, 1, 16, 32)]
     first = gpu_tables.plan_for(grads, errs, choices)
@@ -175,6 +173,16 @@ def test_plans_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_tables.plan_for(grads, errs, [gpu_tables.Choice(3, 2, 0, 0)]) is not first
     assert gpu_tables.plan_for(grads, errs, choices) is first
     assert len(gpu_tables._plans) == 2
+
+
+def test_plans_are_made_on_the_host_whatever_the_default_device_is() -> None:
+    tensors = [torch.zeros(10)]
+    torch.set_default_device("meta")
+    try:
+        plan = gpu_tables.plan_for(tensors, tensors, [gpu_tables.Choice(1, 1, 0, 0)])
+    finally:
+        torch.set_default_device(None)
+    assert {plan.host.device.type, plan.tensors.device.type, plan.tensor_of_tile.device.type} == {"cpu"}
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
