@@ -30,6 +30,7 @@ from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchErro
 from gck.integrations.groups import Group, grouped, prepare_groups
 from gck.integrations.hook_checks import check_layout
 from gck.integrations.hook_state import HookState
+from gck.integrations.unused import used_somewhere
 from gck.values import shown
 
 __all__ = ["HookState", "hook", "register"]
@@ -55,9 +56,10 @@ def hook(
     DDP module of the model inside, on a group that is usable, and register the hook on it with a new state
     that loads `state_dict()` of this one, or with this one after `bind`: the residuals are intact.
 
-    With `find_unused_parameters=True`, what is averaged for a parameter that no rank used in this step is
-    discarded: DDP leaves its gradient alone, and does not tell the hook. The residual that was sent for
-    it in that step is lost.
+    With `find_unused_parameters=True` DDP discards what is averaged for a parameter that no rank used in this
+    step. Where the state knows of it (its `model` is the DDP module), ranks tell one another which gradients
+    have anything in them, a byte for each parameter and a wait for the device at every bucket: the others are
+    not sent, and their residuals stay for a step that uses them.
 
     Raises:
         LayoutError: the bucket holds a sparse gradient.
@@ -203,12 +205,22 @@ def _prepare(
         )
     # Not bucket.gradients(): those have the parameters' strides, which need not be contiguous.
     pairs = list(zip(parameters, buffer.split(numels), strict=True))
-    groups = grouped(state, pairs, warm_up=state.step < state.warmup_steps)
+    function, warm_up = "gck.ddp.hook", state.step < state.warmup_steps
+    groups = grouped(state, pairs, warm_up=warm_up)
     _guard(state, bucket.index() == 0, buffer, groups)
-    reduce = prepare_groups("gck.ddp.hook", state, groups, transport)
+    reduce = prepare_groups(function, state, groups, transport)
 
     def run() -> Tensor:
-        reduce()
+        if not state.finds_unused:
+            reduce()
+            return buffer
+        grads = [grad for _, grad in pairs]
+        flags = used_somewhere(function, grads, transport, checksum=state.checksum)
+        used = [pair for pair, flag in zip(pairs, flags, strict=True) if flag]
+        if len(used) == len(pairs):
+            reduce()
+        else:
+            prepare_groups(function, state, grouped(state, used, warm_up=warm_up), transport)()
         return buffer
 
     return run

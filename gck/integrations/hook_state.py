@@ -126,6 +126,7 @@ class HookState:
         self.scale = 1.0
         self.residuals = ErrorFeedbackMap(measure=measure)
         self._sends_in_backward = False
+        self._finds_unused = False
         self._in_flight: list[Work[Tensor]] = []  # of this step's buckets, in their order
         self._names: dict[int, str] = {}
         # Keys are ids, which are unique only while the parameters live.
@@ -156,8 +157,10 @@ class HookState:
         self._parameters = list(inner.parameters())
         self._bound = True
         self._sends_in_backward = any(isinstance(part, torch.nn.SyncBatchNorm) for part in inner.modules())
-        if self.group is None and isinstance(model, DistributedDataParallel):
-            self.group = model.process_group
+        if isinstance(model, DistributedDataParallel):
+            # With a static graph, what its first step does not use never is used, and has no residual.
+            self._finds_unused = model.find_unused_parameters and not model.static_graph
+            self.group = model.process_group if self.group is None else self.group
 
     def feedback(self, parameter: Tensor, create: bool = True) -> ErrorFeedback | None:
         """The residuals of a parameter; None where it has none and `create` is false.
@@ -298,6 +301,11 @@ class HookState:
             name = self._names.get(id(parameter), "")
         small = parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
         return None if small or name in self.bypass_names else self._choice.of("HookState", name)
+
+    @property
+    def finds_unused(self) -> bool:
+        """Whether DDP looks for parameters that no rank uses in a step."""
+        return self._finds_unused
 
     def overlaps(self) -> bool:
         """Whether buckets are reduced while the backward pass goes on."""

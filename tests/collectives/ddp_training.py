@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gck.collectives import all_reduce_
-from gck.error_feedback import ErrorFeedback
+from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
 from gck.errors import LayoutError
 from gck.integrations import ddp
 from gck.kernels.sign import Sign
@@ -22,6 +22,7 @@ from tests.collectives.ddp_model import (
     EVERYTHING,
     TINY_BUCKETS,
     assert_same_on_all_ranks,
+    batch,
     equal,
     loss_of,
     network,
@@ -204,9 +205,75 @@ def check_overlap_makes_no_difference() -> None:
         assert equal(*models)
         assert sorted(states[0].residuals) == sorted(states[1].residuals)
         for name, residuals in states[0].residuals.items():
+            if "unused" in name:
+                assert residuals.worker is residuals.server is None
+                continue
             assert same_bytes(residuals.worker, states[1].residuals[name].worker)
             assert same_bytes(residuals.server, states[1].residuals[name].server)
         assert [state.step for state in states] == [4, 4]
+
+
+def check_residuals_of_unused_parameters_stay() -> None:
+    """DDP discards what is averaged of what no rank used; what one rank used counts on all of them."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.left, self.right = nn.Linear(33, 40), nn.Linear(40, 40), nn.Linear(40, 40)
+
+        def forward(self, x: Tensor, branches: str) -> Tensor:
+            x = self.stem(x)
+            for name in branches.split():
+                x = x + getattr(self, name)(x)
+            return x
+
+    by_rank = [["left right"] * 2, ["left", ""], ["", ""], ["right"] * 2, ["", "left right"]]
+    for cap, checksum in ((TINY_BUCKETS, True), (25, False)):
+        model = DistributedDataParallel(Branches(), bucket_cap_mb=cap, find_unused_parameters=True)
+        state = ddp.register(model, TopK(ratio=0.1), checksum=checksum, **EVERYTHING)
+        twin, states = Branches(), ErrorFeedbackMap()
+        for step, branches in enumerate(by_rank):
+            model.zero_grad()
+            model(batch(step), branches[dist.get_rank()]).square().mean().backward()
+            twin.zero_grad()
+            twin(batch(step), branches[dist.get_rank()]).square().mean().backward()
+            for (name, parameter), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
+                if name.split(".")[0] in f"stem {' '.join(branches)}":
+                    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    all_reduce_(grad, states[name], TopK(ratio=0.1))
+                    assert same_bytes(grad, theirs.grad), (name, step)
+                else:
+                    assert theirs.grad is None
+                if name in states:
+                    assert same_bytes(states[name].worker, state.residuals[name].worker), (name, step)
+        assert all(residuals.worker.any() for name, residuals in states.items() if "weight" in name)
+        assert sorted(states) == sorted(state.residuals)
+
+
+def check_inputs_that_end_on_one_rank_first() -> None:
+    """Under DDP's join, ranks without inputs send what is left in their residuals."""
+    model = DistributedDataParallel(network(), bucket_cap_mb=TINY_BUCKETS)
+    state = ddp.register(model, TopK(ratio=0.1), **EVERYTHING)
+    twin, states = network(), ErrorFeedbackMap()
+    with model.join():
+        train(model, range(2 + dist.get_rank()))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(twin, step)
+        (loss if step < 2 + dist.get_rank() else 0 * loss).backward()
+        for name, parameter in twin.named_parameters():
+            assert parameter.grad is not None
+            all_reduce_(parameter.grad, states[name], TopK(ratio=0.1))
+        if step < 2 + dist.get_rank():
+            optimizer.step()
+    if dist.get_rank() == 1:
+        assert equal(model, twin)
+    assert_same_on_all_ranks(list(model.parameters()))
+    for name, residuals in states.items():
+        if name != "4.bias":  # of three elements, which go dense
+            assert same_bytes(residuals.worker, state.residuals[name].worker), name
 
 
 def check_no_overlap_with_what_sends_in_the_backward_pass() -> None:
