@@ -1,5 +1,6 @@
 """Set before anything imports Triton: without a GPU its kernels run in the interpreter."""
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import quicken
+
+    quicken()
 
 pytest.register_assert_rewrite("tests.contract", "tests.kernels.reductions")
 

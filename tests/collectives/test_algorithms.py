@@ -130,10 +130,9 @@ def test_nothing_is_lost(compressor: Any, world_size: int) -> None:
     assert float(slack.max()) < 1e-2  # or the bound would say nothing
 
 
-@pytest.mark.parametrize("world_size", [4, 16])
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
-def test_sgd_converges_by_error_feedback_alone(compressor: Any, world_size: int) -> None:
-    with_memory, without = distances(compressor, world_size)
+def test_sgd_converges_by_error_feedback_alone(compressor: Any) -> None:
+    with_memory, without = distances(compressor, 8)
     assert with_memory < 0.05
     assert without > 4 * with_memory
 
@@ -141,13 +140,15 @@ def test_sgd_converges_by_error_feedback_alone(compressor: Any, world_size: int)
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_without_memory_sgd_stands_still(compressor: Any) -> None:
     """However near the optimum that is: three times as many steps bring it nearer by memory alone."""
-    with_memory, without = distances(compressor, 4)
-    with_memory_later, without_later = distances(compressor, 4, steps=900)
+    with_memory, with_memory_later = distances_after((300, 900), compressor, 4)
+    without, without_later = distances_after((300, 900), compressor, 4, memory=False)
+    assert with_memory < 0.05
+    assert without > 4 * with_memory
     assert with_memory_later < 0.7 * with_memory
     assert without_later > 0.8 * without
 
 
-@pytest.mark.parametrize("world_size", [4, 16])
+@pytest.mark.parametrize("world_size", [4, 8])
 @pytest.mark.parametrize("compressor", AT_RANDOM, ids=str)
 def test_sgd_at_random_converges_in_any_case_and_farther_by_error_feedback(
     compressor: Any, world_size: int
@@ -159,7 +160,7 @@ def test_sgd_at_random_converges_in_any_case_and_farther_by_error_feedback(
     assert with_memory < without < 0.05
 
 
-@pytest.mark.parametrize("world_size", [4, 16])
+@pytest.mark.parametrize("world_size", [4, 8])
 def test_two_bits_at_random_want_no_residual(world_size: int) -> None:
     """At steps that do not shrink: what docs/kernels/quantize.md warns of."""
     random = gck.Quantize(bits=2, chunk_size=32, rounding="stochastic")
@@ -167,32 +168,41 @@ def test_two_bits_at_random_want_no_residual(world_size: int) -> None:
     assert with_memory > 1e6
     assert without < 0.5
     for scale in ("max", "mean"):
-        assert distances(gck.Quantize(bits=2, chunk_size=32, scale=scale), world_size, decay=0)[0] < 0.5
+        nearest = gck.Quantize(bits=2, chunk_size=32, scale=scale)
+        assert distances_after((300,), nearest, world_size, decay=0)[0] < 0.5
 
 
-def distances(compressor: Any, world_size: int, decay: float = 0.1, steps: int = 300) -> tuple[float, float]:
-    """From the optimum, with residuals and without. Least squares whose ranks disagree: f_r(x) =
-    |x - b_r|^2 / 2 has gradients that do not vanish at the common optimum, the mean of the b_r, but cancel
-    there, which they do not in messages without memory."""
+def distances(compressor: Any, world_size: int, decay: float = 0.1) -> tuple[float, float]:
+    """From the optimum after 300 steps, with residuals and without."""
+    (with_memory,) = distances_after((300,), compressor, world_size, decay)
+    (without,) = distances_after((300,), compressor, world_size, decay, memory=False)
+    return with_memory, without
+
+
+def distances_after(
+    steps: tuple[int, ...], compressor: Any, world_size: int, decay: float = 0.1, *, memory: bool = True
+) -> list[float]:
+    """From the optimum. Least squares whose ranks disagree: f_r(x) = |x - b_r|^2 / 2 has gradients that do
+    not vanish at the common optimum, the mean of the b_r, but cancel there, which they do not in messages
+    without memory."""
     n = 96
     targets = torch.randn(world_size, n, generator=torch.Generator().manual_seed(world_size))
     optimum = targets.double().mean(0)
 
-    def distance(states: list[gck.ErrorFeedback] | None) -> float:
-        def train(member: SimulatedMember) -> Tensor:
-            x, target = torch.zeros(n), targets[member.rank]
-            state = None if states is None else states[member.rank]
-            for step in range(steps):
-                grad, now = x - target, compressor
-                if hasattr(compressor, "seed"):
-                    now = replace(compressor, seed=step)
-                algorithm = algorithm_of(compressor)
-                gck.all_reduce_(grad, state, now, member, algorithm=algorithm, validate="off")
-                x -= 0.2 / (1 + step * decay) * grad
-            return x
+    def train(member: SimulatedMember) -> list[Tensor]:
+        x, target, seen = torch.zeros(n), targets[member.rank], []
+        state = gck.ErrorFeedback() if memory else None
+        for step in range(steps[-1]):
+            grad, now = x - target, compressor
+            if hasattr(compressor, "seed"):
+                now = replace(compressor, seed=step)
+            algorithm = algorithm_of(compressor)
+            gck.all_reduce_(grad, state, now, member, algorithm=algorithm, validate="off")
+            x -= 0.2 / (1 + step * decay) * grad
+            if step + 1 in steps:
+                seen.append(x.clone())
+        return seen
 
-        found = SimulatedGroup(world_size).run(train)
-        assert all(torch.equal(x, found[0]) for x in found)
-        return float((found[0].double() - optimum).norm() / optimum.norm())
-
-    return distance([gck.ErrorFeedback() for _ in range(world_size)]), distance(None)
+    found = SimulatedGroup(world_size).run(train)
+    assert all(torch.equal(x, y) for seen in found for x, y in zip(seen, found[0], strict=True))
+    return [float((x.double() - optimum).norm() / optimum.norm()) for x in found[0]]
