@@ -17,7 +17,7 @@ import gck
 from gck.compressor import REGISTRY, compressor_class
 
 DOCS = Path(__file__).parent.parent / "docs"
-ELSEWHERE = {"nccl.md"}  # needs a library: tests/nccl
+ELSEWHERE = {"nccl.md", "frameworks.md"}  # need libraries and ranks: tests/nccl, test_frameworks.py
 
 
 def snippets(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from gck.collectives.reduction import Reduction, prepare
 from gck.compressor import Compressor
 from gck.error_feedback import ErrorFeedback
 from gck.integrations.hook_state import HookState
+from gck.integrations.parameters import stored_shape
 
 __all__ = ["Group", "grouped", "prepare_groups"]
 
@@ -95,16 +95,6 @@ def prepare_groups(
                 call()
 
     return run
-
-
-def stored_shape(parameter: Any) -> list[int]:
-    """The dimensions of a parameter, or of this rank's shard of it, in their order in memory."""
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    strides = local.stride()
-    order = list(range(local.dim()))
-    if not local.is_contiguous():
-        order.sort(key=lambda dim: -strides[dim])
-    return [local.shape[dim] for dim in order]
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from gck.collectives.transports import check_timeout
 from gck.compressor import Compressor
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
-from gck.errors import ArgumentError, DtypeError
+from gck.errors import ArgumentError, DtypeError, GckError
 from gck.integrations.hook_checks import check_units, checked_count, checked_names, checked_saved
+from gck.integrations.parameters import overview
 from gck.nonfinite import StepGuard
 from gck.values import check_flags, shown
 
@@ -133,6 +134,18 @@ class HookState:
         self._parameters: list[Tensor] = []
         if model is not None:
             self.bind(model)
+
+    def __repr__(self) -> str:
+        """What is compressed by what, and into how many bits an element of this rank's payloads."""
+        first = f"{type(self).__name__}: step {self.step}, compresses from step {self.warmup_steps} on"
+        if not self._bound:
+            return f"{first}, of a model that it does not know"
+        try:
+            trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+            lines = overview((parameter, self.compressor_of(parameter)) for parameter in trained)
+        except GckError as error:  # as the first step will raise it
+            lines = [str(error)]
+        return "\n  ".join([first, *lines])
 
     def bind(self, model: torch.nn.Module) -> None:
         """Learns the parameters' names; residuals that exist already follow. Where no group was given,
