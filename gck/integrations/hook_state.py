@@ -78,6 +78,8 @@ class HookState:
         DtypeError, ArgumentError: an option has a wrong type or is out of range.
     """
 
+    _finds_unused: bool = False  # of states that were pickled before it was there
+
     def __init__(
         self,
         compressor: Choosable,
@@ -127,7 +129,6 @@ class HookState:
         self.scale = 1.0
         self.residuals = ErrorFeedbackMap(measure=measure)
         self._sends_in_backward = False
-        self._finds_unused = False
         self._in_flight: list[Work[Tensor]] = []  # of this step's buckets, in their order
         self._names: dict[int, str] = {}
         # Keys are ids, which are unique only while the parameters live.

@@ -22,12 +22,12 @@ from tests.collectives.ddp_model import (
     EVERYTHING,
     TINY_BUCKETS,
     assert_same_on_all_ranks,
-    batch,
     equal,
     loss_of,
     network,
     train,
 )
+from tests.collectives.ddp_unused import residuals_of_unused_parameters_stay
 
 
 def check_mean_is_taken_once_and_buckets_are_rebuilt() -> None:
@@ -214,41 +214,7 @@ def check_overlap_makes_no_difference() -> None:
 
 
 def check_residuals_of_unused_parameters_stay() -> None:
-    """DDP discards what is averaged of what no rank used; what one rank used counts on all of them."""
-
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.stem, self.left, self.right = nn.Linear(33, 40), nn.Linear(40, 40), nn.Linear(40, 40)
-
-        def forward(self, x: Tensor, branches: str) -> Tensor:
-            x = self.stem(x)
-            for name in branches.split():
-                x = x + getattr(self, name)(x)
-            return x
-
-    by_rank = [["left right"] * 2, ["left", ""], ["", ""], ["right"] * 2, ["", "left right"]]
-    for cap, checksum in ((TINY_BUCKETS, True), (25, False)):
-        model = DistributedDataParallel(Branches(), bucket_cap_mb=cap, find_unused_parameters=True)
-        state = ddp.register(model, TopK(ratio=0.1), checksum=checksum, **EVERYTHING)
-        twin, states = Branches(), ErrorFeedbackMap()
-        for step, branches in enumerate(by_rank):
-            model.zero_grad()
-            model(batch(step), branches[dist.get_rank()]).square().mean().backward()
-            twin.zero_grad()
-            twin(batch(step), branches[dist.get_rank()]).square().mean().backward()
-            for (name, parameter), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
-                if name.split(".")[0] in f"stem {' '.join(branches)}":
-                    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    all_reduce_(grad, states[name], TopK(ratio=0.1))
-                    assert same_bytes(grad, theirs.grad), (name, step)
-                else:
-                    assert theirs.grad is None
-                if name in states:
-                    assert same_bytes(states[name].worker, state.residuals[name].worker), (name, step)
-        assert all(residuals.worker.any() for name, residuals in states.items() if "weight" in name)
-        assert sorted(states) == sorted(state.residuals)
+    residuals_of_unused_parameters_stay(dist.group.WORLD, torch.device("cpu"))
 
 
 def check_inputs_that_end_on_one_rank_first() -> None:

@@ -16,6 +16,7 @@ CHECKS = [
     "check_checksums",
     "check_ddp_overlap_makes_no_difference",
     "check_a_step_that_the_scaler_skips",
+    "check_residuals_of_unused_parameters_stay",
 ]
 
 

@@ -31,6 +31,7 @@ from gck.integrations import ddp
 from tests.cases import same_bytes
 from tests.collectives import launcher, scenarios
 from tests.collectives.ddp_model import EVERYTHING, TINY_BUCKETS, batch, equal, network
+from tests.collectives.ddp_unused import residuals_of_unused_parameters_stay
 from tests.nccl.gpu_worker import on_device
 
 STEPS = 4
@@ -159,6 +160,10 @@ def check_a_step_that_the_scaler_skips(group: Any, device: torch.device) -> None
         assert any(moved) != bad
     assert state.step == STEPS
     assert (scaler.get_scale(), state.scale) == (512.0, 512.0)
+
+
+def check_residuals_of_unused_parameters_stay(group: Any, device: torch.device) -> None:
+    residuals_of_unused_parameters_stay(group, device)
 
 
 if __name__ == "__main__":
