@@ -22,6 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gck.cli.self_check import COMPRESSORS, NUMEL, differences
+from gck.errors import BackendUnavailableError
+
 __all__ = ["Finding", "examine", "main"]
 
 OLDEST_TRITON = (3, 6)
@@ -87,7 +90,6 @@ def _versions() -> Iterator[Finding]:
 
 def _compiled_module() -> Iterator[Finding]:
     from gck._native import load
-    from gck.errors import BackendUnavailableError
 
     try:
         isa = load().isa()
@@ -103,41 +105,30 @@ def _compiled_module() -> Iterator[Finding]:
     yield Finding("CPU kernels", True, detail, advice, required=True)
 
 
-def _self_check(name: str) -> Callable[[], Iterator[Finding]]:
-    """Compares the CPU kernel with the oracle, byte by byte, on a vector with an odd tail."""
+def _self_checks() -> Iterator[Finding]:
+    """The CPU's kernels, and those of every device: compiling them takes a while, the first time."""
+    yield _self_check("self-check", torch.device("cpu"), required=True)
+    if not torch.cuda.is_available():
+        return
+    for index in range(torch.cuda.device_count()):
+        title, device = f"self-check, CUDA device {index}", torch.device("cuda", index)
+        with Console(stderr=True).status(f"compiling kernels for {device}"):
+            found = _self_check(title, device, required=False)
+        yield found
 
-    def check() -> Iterator[Finding]:
-        import gck
-        from gck.errors import BackendUnavailableError
-        from gck.kernels.sign import reference as sign
-        from gck.kernels.topk import reference as topk
 
-        title, n = f"{name} self-check", 100_003
-        generator = torch.Generator().manual_seed(7)
-        grad, err = (torch.randn(n, generator=generator) for _ in range(2))
-        ours = err.clone()
-        payload: gck.SparseGrad | gck.PackedSigns
-        try:
-            if name == "top-k":
-                fields, residual, _ = topk.compress(gck.TopK(ratio=0.01), grad, err)
-                payload = gck.topk_ef_(grad, ours, ratio=0.01)
-                found = (payload.values, payload.indices)
-            else:
-                fields, residual, _ = sign.compress(gck.Sign(), grad, err)
-                payload = gck.sign_ef_(grad, ours)
-                found = (payload.words, payload.scales)
-        except BackendUnavailableError:
-            yield Finding(title, False, "not run: there are no CPU kernels", required=True)
-            return
-        pairs = zip((*found, ours), (*fields, residual), strict=True)
-        same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
-        if same:
-            yield Finding(title, True, f"{n:,} elements: same bytes as the reference", required=True)
-        else:
-            advice = "do not train with this build; please report it with the output of `gck doctor --json`"
-            yield Finding(title, False, f"{n:,} elements: differs from the reference", advice, required=True)
-
-    return check
+def _self_check(title: str, device: torch.device, *, required: bool) -> Finding:
+    try:
+        wrong = differences(device)
+    except BackendUnavailableError as error:
+        return Finding(title, False, f"not run: {error}", required=required)
+    if not wrong:
+        names = ", ".join(COMPRESSORS)
+        detail = f"same bytes as the references, of {NUMEL:,} elements: {names}"
+        return Finding(title, True, detail, required=required)
+    detail = "; ".join(f"{name}: {part}" for name, part in wrong.items())
+    advice = "do not train with this build; please report it with the output of `gck doctor --json`"
+    return Finding(title, False, detail, advice, required)
 
 
 def _openmp() -> Iterator[Finding]:
@@ -188,7 +179,6 @@ def _triton() -> Iterator[Finding]:
 def _nccl() -> Iterator[Finding]:
     """Opens the library as `gck.NcclCommunicator` does: no device or driver is needed for that."""
     from gck.collectives.transports.nccl_rendezvous import nccl_library
-    from gck.errors import BackendUnavailableError
 
     try:
         library = nccl_library()
@@ -251,8 +241,7 @@ def _links() -> Iterator[Finding]:
 CHECKS: list[tuple[str, bool, Callable[[], Iterator[Finding]]]] = [
     ("versions", False, _versions),
     ("CPU kernels", True, _compiled_module),
-    ("top-k self-check", True, _self_check("top-k")),
-    ("sign self-check", True, _self_check("sign")),
+    ("self-check", True, _self_checks),
     ("OpenMP", False, _openmp),
     ("gloo", False, _gloo),
     ("CUDA", False, _cuda),

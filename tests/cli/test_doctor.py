@@ -3,18 +3,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 import gck
 import gck._native
-from gck.cli import app, doctor
+from gck.cli import app, doctor, self_check
 from gck.cli.doctor import Finding
+from gck.compressor import REGISTRY, compressor_class
 from gck.errors import BackendUnavailableError
 
-ROWS = ("gck", "PyTorch", "CPU kernels", "top-k self-check", "sign self-check", "OpenMP", "gloo", "Triton")
+ROWS = ("gck", "PyTorch", "CPU kernels", "self-check", "OpenMP", "gloo", "Triton")
 
 
 def test_json_in_a_process_of_its_own() -> None:
@@ -50,34 +53,61 @@ def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
     def load() -> None:
         raise BackendUnavailableError("gck._C: the compiled module cannot be loaded")
 
-    def topk_ef_(*_: object, **__: object) -> None:
-        load()
-
     monkeypatch.setattr(gck._native, "load", load)
-    monkeypatch.setattr(gck, "topk_ef_", topk_ef_)
-    monkeypatch.setattr(gck, "sign_ef_", topk_ef_)
+    monkeypatch.setattr(gck.kernels.topk.cpu, "load", load)
     done = CliRunner().invoke(app, ["doctor", "--json"])
     assert done.exit_code == 1
     found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert not found["CPU kernels"]["works"]
-    assert not found["top-k self-check"]["works"]
-    assert "not run" in found["sign self-check"]["detail"]
+    assert not found["self-check"]["works"]
+    assert "not run: gck._C: the compiled module" in found["self-check"]["detail"]
     assert found["gloo"]["works"]
 
 
-def test_wrong_bytes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = gck.topk_ef_
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [("values", "the payload differs"), ("err", "the residual differs"), ("out", "what is decoded differs")],
+)
+def test_wrong_bytes_are_found(place: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneBitOff(gck.TopK):
+        def compress_(self, grad: Tensor, err: Tensor | None, bodies: Tensor, **options: Any) -> None:
+            super().compress_(grad, err, bodies, **options)
+            if place == "values":
+                bodies[0, 0] ^= 1
+            elif place == "err" and err is not None:
+                err.view(torch.int32)[-1] ^= 1
 
-    def off_by_one_bit(grad: torch.Tensor, err: torch.Tensor, ratio: float) -> gck.SparseGrad:
-        payload = real(grad, err, ratio)
-        payload.values.view(torch.int32)[-1] ^= 1
-        return payload
+        def decompress_(self, out: Tensor, body: Tensor, **options: Any) -> None:
+            super().decompress_(out, body, **options)
+            if place == "out":
+                out.view(torch.int32)[0] ^= 1
 
-    monkeypatch.setattr(gck, "topk_ef_", off_by_one_bit)
-    found = {finding.name: finding for finding in doctor.examine()}
-    assert not found["top-k self-check"].works
-    assert "do not train" in found["top-k self-check"].advice
-    assert found["sign self-check"].works
+    OneBitOff.__module__ = gck.TopK.__module__
+    monkeypatch.setitem(self_check.COMPRESSORS, "top-k", OneBitOff(ratio=0.01))
+    (found,) = doctor._self_checks()
+    assert (found.works, found.detail) == (False, f"top-k: {text}")
+    assert "do not train" in found.advice
+
+
+def test_a_kernel_that_raises_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(gck.Sign):
+        def decompress_(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("no such kernel")
+
+    Broken.__module__ = gck.Sign.__module__
+    monkeypatch.setitem(self_check.COMPRESSORS, "signs", Broken())
+    assert self_check.differences(torch.device("cpu")) == {"signs": "RuntimeError: no such kernel"}
+
+
+def test_all_compressors_are_checked() -> None:
+    assert {type(each) for each in self_check.COMPRESSORS.values()} == set(map(compressor_class, REGISTRY))
+
+
+@pytest.mark.gpu
+def test_kernels_of_the_device_are_checked() -> None:
+    cpu, *devices = doctor._self_checks()
+    assert len(devices) == torch.cuda.device_count()
+    assert all(found.works for found in (cpu, *devices)), devices
 
 
 @pytest.mark.parametrize(
