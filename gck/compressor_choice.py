@@ -47,7 +47,10 @@ class CompressorChoice:
             none = one is None and self.by_name
             self._patterns[pattern] = None if none else self._one_for_equals(check_compressor(function, one))
         if not self.compressors:
-            raise ArgumentError(f"{function}: compressor must name a compressor, got {shown(compressor)}")
+            raise ArgumentError(
+                f"{function}: compressor must name a compressor, got {shown(compressor)}; to send all "
+                'gradients without compression, algorithm="dense"'
+            )
 
     @property
     def given(self) -> Choosable:

@@ -14,10 +14,12 @@ import gck
 
 ROOT = Path(gck.__file__).parents[1]
 SAID = """
+import os
 import torch.distributed as dist
 found = torch.cat([parameter.detach().view(-1) for parameter in net.parameters()])
 left = {name: float(each.worker.norm()) for name, each in state.residuals.items()}
-print(f"rank {dist.get_rank()}: step {state.step}, {found.double().sum().item():.12f}, {left}")
+said = f"rank {dist.get_rank()}: step {state.step}, {found.double().sum().item():.12f}, {left}"
+os.write(1, f"\\n{said}\\n".encode())  # at once: the other rank writes, too
 """
 FITS = {
     "accelerate": SAID,
@@ -72,6 +74,7 @@ def test_accelerate(tmp_path: Path) -> None:
     step, _ = apart(train("accelerate", tmp_path))
     assert step == 4
     assert gck.saved_steps(tmp_path / "run") == [4]
+    assert (tmp_path / "run/model-4").is_dir()
     again, _ = apart(train("accelerate", tmp_path))
     assert again == 8
 
@@ -81,9 +84,15 @@ def test_lightning(tmp_path: Path) -> None:
     callbacks = "callbacks=[compression"
     every_epoch = callbacks, f"{callbacks}, pl.callbacks.ModelCheckpoint(save_top_k=-1)"
     step, parameters = apart(train("pytorch_lightning", tmp_path, every_epoch))
-    assert step == 8
-    assert gck.saved_steps(tmp_path / "residuals") == [4, 8]
-    # From the checkpoint after one epoch on: the same bits.
+    assert step == 12
+    assert gck.saved_steps(tmp_path / "residuals") == [4, 8, 12]
+    # From the checkpoint after one epoch on, in another fit after that: the same bits.
     (checkpoint,) = tmp_path.rglob("*step=4.ckpt")
-    resume = "loader)\n", f"loader, ckpt_path={str(checkpoint)!r})\n"
-    assert apart(train("pytorch_lightning", tmp_path, resume)) == (step, parameters)
+    (call,) = re.findall(r"trainer.fit.*\n", snippet("pytorch_lightning"))
+    resumed = f"""\
+trainer.fit_loop.max_epochs = 2
+trainer.fit(Model(), loader, ckpt_path={str(checkpoint)!r})
+trainer.fit_loop.max_epochs = 3
+trainer.fit(trainer.lightning_module, loader)
+"""
+    assert apart(train("pytorch_lightning", tmp_path, (call, resumed))) == (step, parameters)

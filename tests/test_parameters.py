@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 import gck
@@ -35,8 +37,16 @@ def test_compressors_that_are_alike() -> None:
     assert "2 parameters, 80,384 elements" in repr(ddp.HookState(alike, model=model()))
 
 
+def test_more_than_without_compression() -> None:
+    state = ddp.HookState(gck.LowRank(rank=64), model=nn.Linear(64, 64))
+    assert "64.00 bits each, more than fp32" in repr(state)
+
+
 def test_states_that_cannot_tell() -> None:
     unknown = repr(ddp.HookState(gck.Sign()))
     assert unknown == "HookState: step 0, compresses from step 0 on, of a model that it does not know"
     incomplete = ddp.HookState({"0.*": gck.Sign()}, model=model())
-    assert "3.weight" in repr(incomplete).splitlines()[1]
+    assert re.fullmatch(r"<HookState: .*no pattern of compressor matches '3.weight'.*>", repr(incomplete))
+    lazy = ddp.HookState(gck.Sign(), model=nn.LazyLinear(3))
+    assert "uninitialized parameter" in repr(lazy)
+    assert repr(ddp.HookState.__new__(ddp.HookState)).startswith("<HookState: ")

@@ -24,7 +24,16 @@ from gck.checkpoint.file import (
     write,
 )
 from gck.checkpoint.reshard import names_of, resharded
-from gck.checkpoint.sets import StateSet, abandon, complete_sets, lone_steps, path_of, prune, state_sets
+from gck.checkpoint.sets import (
+    StateSet,
+    abandon,
+    complete_sets,
+    later_steps,
+    lone_steps,
+    path_of,
+    prune,
+    state_sets,
+)
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import (
     STATE_VERSION,
@@ -95,8 +104,8 @@ def save_state(
     Raises:
         ArgumentError, DtypeError: an argument is out of range or of a wrong type.
         StateMismatchError: a server residual belongs to another rank or world size, or a residual is not
-            finite, which `load_state` would refuse, or shares memory with another; nothing was written or
-            removed.
+            finite, which `load_state` would refuse, or shares memory with another, or the directory holds
+            later steps, which `load_state` would have removed; nothing was written or removed.
         BackendUnavailableError: safetensors or numpy is missing.
         OSError: the file cannot be written; the older ones are as they were.
     """
@@ -114,6 +123,11 @@ def save_state(
         check_loads(name, states[name], one.place(), (rank, world_size))
     check_apart(states)
     folder = Path(directory)
+    if later := later_steps(folder, step, rank, world_size, keep, shared):
+        raise StateMismatchError(
+            f"{function}: {folder} holds later steps than {step}: {later}, of another run, or of this one "
+            "before it was started anew; take another directory, or go on with load_state"
+        )
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for parent in made:

@@ -77,12 +77,7 @@ def prune(directory: Path, rank: int, world_size: int, keep: int, shared: bool) 
 
     In a directory of this rank alone nobody can tell; its newest files are kept. See `save_state`.
     """
-    if shared:
-        steps = [found.step for found in complete_sets(directory)]
-    else:
-        steps = sorted(
-            step for _, step, owner, world in _files(directory) if (owner, world) == (rank, world_size)
-        )
+    steps = _steps(directory, rank, world_size, shared)
     if len(steps) < keep:
         return
     oldest = steps[-keep]
@@ -91,6 +86,16 @@ def prune(directory: Path, rank: int, world_size: int, keep: int, shared: bool) 
         sync_directory(directory)
     for path in old:
         path.unlink(missing_ok=True)
+
+
+def later_steps(directory: Path, step: int, rank: int, world_size: int, keep: int, shared: bool) -> list[int]:
+    """Steps after `step` that another run has left, next to which it must not be saved.
+
+    This run has none of which all ranks have files: `load_state` removes them. In a directory of this rank
+    alone nobody can tell; those are too many that would push out what is saved.
+    """
+    later = [other for other in _steps(directory, rank, world_size, shared) if other > step]
+    return later if shared or len(later) >= keep else []
 
 
 def abandon(directory: Path, step: int, rank: int, world_size: int, shared: bool) -> None:
@@ -104,6 +109,14 @@ def abandon(directory: Path, step: int, rank: int, world_size: int, shared: bool
         path.unlink(missing_ok=True)
     if later:
         sync_directory(directory)
+
+
+def _steps(directory: Path, rank: int, world_size: int, shared: bool) -> list[int]:
+    """Those of complete sets; in a directory of this rank alone, those of its files. The oldest first."""
+    if shared:
+        return [found.step for found in complete_sets(directory)]
+    files = _files(directory)
+    return sorted(step for _, step, owner, world in files if (owner, world) == (rank, world_size))
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, int, int, int]]:

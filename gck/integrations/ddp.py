@@ -30,7 +30,7 @@ from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchErro
 from gck.integrations.groups import Group, grouped, prepare_groups
 from gck.integrations.hook_checks import check_layout
 from gck.integrations.hook_state import HookState
-from gck.integrations.unused import used_somewhere
+from gck.integrations.unused import reduce_used
 from gck.values import shown
 
 __all__ = ["HookState", "hook", "register"]
@@ -59,7 +59,8 @@ def hook(
     With `find_unused_parameters=True` DDP discards what is averaged for a parameter that no rank used in this
     step. Where the state knows of it (its `model` is the DDP module), ranks tell one another which gradients
     have anything in them, a byte for each parameter and a wait for the device at every bucket: the others are
-    not sent, and their residuals stay for a step that uses them.
+    not sent, and their residuals stay for a step that uses them. A gradient that was left from an earlier
+    step counts, for DDP gives it to the hook: set all of them to None or zero before each step.
 
     Raises:
         LayoutError: the bucket holds a sparse gradient.
@@ -211,16 +212,10 @@ def _prepare(
     reduce = prepare_groups(function, state, groups, transport)
 
     def run() -> Tensor:
-        if not state.finds_unused:
-            reduce()
-            return buffer
-        grads = [grad for _, grad in pairs]
-        flags = used_somewhere(function, grads, transport, checksum=state.checksum)
-        used = [pair for pair, flag in zip(pairs, flags, strict=True) if flag]
-        if len(used) == len(pairs):
-            reduce()
+        if state.finds_unused:
+            reduce_used(function, state, pairs, transport, reduce, warm_up=warm_up)
         else:
-            prepare_groups(function, state, grouped(state, used, warm_up=warm_up), transport)()
+            reduce()
         return buffer
 
     return run

@@ -19,7 +19,7 @@ from gck.collectives.transports import check_timeout
 from gck.compressor import Compressor
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
-from gck.errors import ArgumentError, DtypeError, GckError
+from gck.errors import ArgumentError, DtypeError
 from gck.integrations.hook_checks import check_units, checked_count, checked_names, checked_saved
 from gck.integrations.parameters import overview
 from gck.nonfinite import StepGuard
@@ -138,15 +138,17 @@ class HookState:
 
     def __repr__(self) -> str:
         """What is compressed by what, and into how many bits an element of this rank's payloads."""
-        first = f"{type(self).__name__}: step {self.step}, compresses from step {self.warmup_steps} on"
-        if not self._bound:
-            return f"{first}, of a model that it does not know"
         try:
+            lines = [f"{type(self).__name__}: step {self.step}, compresses from step {self.warmup_steps} on"]
             trained = [parameter for parameter in self._parameters if parameter.requires_grad]
-            lines = overview((parameter, self.compressor_of(parameter)) for parameter in trained)
-        except GckError as error:  # as the first step will raise it
-            lines = [str(error)]
-        return "\n  ".join([first, *lines])
+            if not self._bound:
+                return f"{lines[0]}, of a model that it does not know"
+            lines += overview((parameter, self.compressor_of(parameter)) for parameter in trained)
+            return "\n  ".join(lines)
+        except (
+            Exception
+        ) as error:  # half made, of parameters without a shape, or without a pattern that matches
+            return f"<{type(self).__name__}: {error}>"
 
     def bind(self, model: torch.nn.Module) -> None:
         """Learns the parameters' names; residuals that exist already follow. Where no group was given,
@@ -159,7 +161,10 @@ class HookState:
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         named = {id(parameter): name for name, parameter in inner.named_parameters()}
         if unknown := self.bypass_names - set(named.values()):
-            raise ArgumentError(f"HookState.bind: model has no parameters of bypass_names {sorted(unknown)}")
+            raise ArgumentError(
+                f"HookState.bind: model has no parameters of bypass_names {sorted(unknown)}, which are no "
+                "patterns; parameters that modules share have the name of the first"
+            )
         self._choice.check_names("HookState.bind", named.values())
         strangers = [name for key, name in self._names.items() if key not in named and name in self.residuals]
         if strangers:
@@ -171,10 +176,10 @@ class HookState:
         self._parameters = list(inner.parameters())
         self._bound = True
         self._sends_in_backward = any(isinstance(part, torch.nn.SyncBatchNorm) for part in inner.modules())
-        if isinstance(model, DistributedDataParallel):
-            # With a static graph, what its first step does not use never is used, and has no residual.
-            self._finds_unused = model.find_unused_parameters and not model.static_graph
-            self.group = model.process_group if self.group is None else self.group
+        outer = model if isinstance(model, DistributedDataParallel) else None
+        self._finds_unused = outer is not None and outer.find_unused_parameters
+        if self.group is None and outer is not None:
+            self.group = outer.process_group
 
     def feedback(self, parameter: Tensor, create: bool = True) -> ErrorFeedback | None:
         """The residuals of a parameter; None where it has none and `create` is false.

@@ -41,5 +41,7 @@ def overview(chosen: Iterable[tuple[Tensor, Compressor | None]]) -> list[str]:
             lines.append(f"not compressed: {line}")
             continue
         nbytes = sum(shaped(compressor, shape).layout(prod(shape)).nbytes for shape in shapes)
-        lines.append(f"{describe(compressor)}: {line}, {8 * nbytes / max(numel, 1):.2f} bits each")
+        bits = 8 * nbytes / max(numel, 1)
+        more = ", more than fp32 without compression" if bits > 32 else ""
+        lines.append(f"{describe(compressor)}: {line}, {bits:.2f} bits each{more}")
     return lines

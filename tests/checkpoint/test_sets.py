@@ -134,6 +134,30 @@ def test_going_back_on_purpose(tmp_path: Path) -> None:
     assert names(tmp_path) == [(10, 0), (10, 1)]
 
 
+def test_later_steps_of_another_run(tmp_path: Path) -> None:
+    """What is saved would be pushed out by them, at once or later."""
+    for step in (12, 16):
+        save(tmp_path, step, rank=0)
+        save(tmp_path, step, rank=1)
+    save(tmp_path, 20, rank=1)  # which the run did not come to finish
+    before = names(tmp_path)
+    for options in ({}, {"keep": 5}):
+        with pytest.raises(StateMismatchError, match=r"later steps than 4: \[12, 16\], of another run"):
+            save(tmp_path, 4, rank=0, **options)
+    assert names(tmp_path) == before
+    assert load(tmp_path, 1, step=12) == (12, 1201)
+    save(tmp_path, 13, rank=1)
+    assert names(tmp_path) == [(12, 0), (12, 1), (13, 1), (16, 0)]
+    save(tmp_path, 13, rank=0)  # the later set has lost the file of rank 1
+    lone = tmp_path / "rank"
+    for step in (12, 16):
+        save(lone, step, rank=0, shared=False)
+    with pytest.raises(StateMismatchError, match=r"\[12, 16\]"):
+        save(lone, 4, rank=0, shared=False)
+    save(lone, 14, rank=0, shared=False)
+    assert names(lone) == [(14, 0), (16, 0)]
+
+
 def test_saving_a_step_again(tmp_path: Path) -> None:
     for rank in (0, 1):
         save(tmp_path, 10, rank)

@@ -17,7 +17,7 @@ from tests.cases import same_bytes
 from tests.collectives.ddp_model import EVERYTHING, TINY_BUCKETS, batch
 
 # Of each step, what each rank uses.
-USED = [["left right"] * 2, ["left", ""], ["", ""], ["right"] * 2, ["", "left right"]]
+USED = [["left", ""], ["left right"] * 2, ["", ""], ["right"] * 2, ["", "left right"]]
 
 
 class Branches(nn.Module):
@@ -40,23 +40,24 @@ def residuals_of_unused_parameters_stay(group: Any, device: torch.device) -> Non
         model.zero_grad()
         model(batch(step).to(device), USED[step][dist.get_rank()]).square().mean().backward()
 
-    for cap, checksum in ((TINY_BUCKETS, True), (25, False)):
+    for cap, checksum, warm_up in ((TINY_BUCKETS, True, 0), (25, False, 1)):
         twin, states, model = Branches().to(device), ErrorFeedbackMap(), Branches().to(device)
         model = DistributedDataParallel(
             model, process_group=group, bucket_cap_mb=cap, find_unused_parameters=True
         )
-        state = ddp.register(model, TopK(ratio=0.1), checksum=checksum, **EVERYTHING)
+        state = ddp.register(model, TopK(ratio=0.1), warm_up, checksum=checksum, **EVERYTHING)
         for step, branches in enumerate(USED):
             back(model, step)
             back(twin, step)
+            algorithm = "dense" if step < warm_up else "auto"
             for (name, parameter), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
                 if name.split(".")[0] in f"stem {' '.join(branches)}":
                     grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    all_reduce_(grad, states[name], TopK(ratio=0.1), group)
+                    all_reduce_(grad, states[name], TopK(ratio=0.1), group, algorithm=algorithm)
                     assert same_bytes(grad, theirs.grad), (name, step)
                 else:
                     assert theirs.grad is None
-                if name in states:
+                if name in states and states[name].worker is not None:
                     assert same_bytes(states[name].worker, state.residuals[name].worker), (name, step)
         assert all(residuals.worker.any() for name, residuals in states.items() if "weight" in name)
         assert sorted(states) == sorted(state.residuals)
