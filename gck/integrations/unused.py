@@ -48,12 +48,9 @@ def reduce_used(
         options = state.validate, state.checksum
         flags = used_somewhere(function, [grad for _, grad in pairs], names, transport, *options)
         used = [pair for pair, flag in zip(pairs, flags, strict=True) if flag]
-        some = len(used) < len(pairs)
-        reduce = (
-            prepare_groups(function, state, grouped(state, used, warm_up=warm_up), transport)
-            if some
-            else reduce_all
-        )
+        reduce = reduce_all
+        if len(used) < len(pairs):
+            reduce = prepare_groups(function, state, grouped(state, used, warm_up=warm_up), transport)
     except BaseException as error:
         give_up(transport, function, error)
         raise
