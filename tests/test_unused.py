@@ -60,7 +60,7 @@ def test_damage_is_everybodys_error_and_the_group_goes_on() -> None:
 
 def state_of(model: nn.Module, member: SimulatedMember, **options: Any) -> ddp.HookState:
     state = ddp.HookState(gck.Sign(32), model=model, group=member, bypass_1d=False, bypass_numel=0, **options)
-    state._finds_unused = True  # a DDP module would need a process group
+    state.finds_unused = True  # a DDP module would need a process group
     return state
 
 
@@ -75,7 +75,7 @@ def hooked(state: ddp.HookState, *grads: Tensor) -> Tensor:
     ("options", "fields"),
     [
         ({"checksum": True}, "differs from rank 0 in compressor or an option"),
-        ({"_finds_unused": False}, "differs from rank 0 in"),
+        ({"finds_unused": False}, "differs from rank 0 in"),
     ],
 )
 def test_ranks_that_look_for_something_else(options: dict[str, Any], fields: str) -> None:
@@ -114,7 +114,7 @@ def test_flags_are_sealed_and_zeros_have_one_sign(checksum: bool) -> None:
         assert nbytes == 2 + NBYTES * checksum
 
 
-def test_an_error_of_one_rank_gives_the_group_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_rank_gives_the_group_up() -> None:
     """Also where it comes when peers have the flags."""
 
     def rank_main(member: SimulatedMember) -> None:

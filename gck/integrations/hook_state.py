@@ -73,12 +73,13 @@ class HookState:
         skipped: steps in which something was not finite, where that is looked for.
         scale: of the loss, that the residuals are in units of.
         residuals: the `ErrorFeedbackMap`, by parameter name.
+        finds_unused: whether DDP looks for parameters that no rank uses in a step.
 
     Raises:
         DtypeError, ArgumentError: an option has a wrong type or is out of range.
     """
 
-    _finds_unused: bool = False  # of states that were pickled before it was there
+    finds_unused: bool = False  # of states that were pickled before it was there
 
     def __init__(
         self,
@@ -138,17 +139,16 @@ class HookState:
 
     def __repr__(self) -> str:
         """What is compressed by what, and into how many bits an element of this rank's payloads."""
+        kind = type(self).__name__
         try:
-            lines = [f"{type(self).__name__}: step {self.step}, compresses from step {self.warmup_steps} on"]
-            trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+            first = f"{kind}: step {self.step}, compresses from step {self.warmup_steps} on"
             if not self._bound:
-                return f"{lines[0]}, of a model that it does not know"
-            lines += overview((parameter, self.compressor_of(parameter)) for parameter in trained)
-            return "\n  ".join(lines)
-        except (
-            Exception
-        ) as error:  # half made, of parameters without a shape, or without a pattern that matches
-            return f"<{type(self).__name__}: {error}>"
+                return f"{first}, of a model that it does not know"
+            trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+            lines = overview((parameter, self.compressor_of(parameter)) for parameter in trained)
+            return "\n  ".join([first, *lines])
+        except Exception as error:  # half made, or a parameter has no shape, or no pattern
+            return f"<{kind}: {error}>"
 
     def bind(self, model: torch.nn.Module) -> None:
         """Learns the parameters' names; residuals that exist already follow. Where no group was given,
@@ -177,7 +177,7 @@ class HookState:
         self._bound = True
         self._sends_in_backward = any(isinstance(part, torch.nn.SyncBatchNorm) for part in inner.modules())
         outer = model if isinstance(model, DistributedDataParallel) else None
-        self._finds_unused = outer is not None and outer.find_unused_parameters
+        self.finds_unused = outer is not None and outer.find_unused_parameters
         if self.group is None and outer is not None:
             self.group = outer.process_group
 
@@ -320,11 +320,6 @@ class HookState:
             name = self._names.get(id(parameter), "")
         small = parameter.numel() <= self.bypass_numel or (self.bypass_1d and parameter.dim() < 2)
         return None if small or name in self.bypass_names else self._choice.of("HookState", name)
-
-    @property
-    def finds_unused(self) -> bool:
-        """Whether DDP looks for parameters that no rank uses in a step."""
-        return self._finds_unused
 
     def overlaps(self) -> bool:
         """Whether buckets are reduced while the backward pass goes on."""
