@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test sanitize fuzz lint format bench gpu-check clean bench-link soak
+.PHONY: help demo test test-oldest sanitize fuzz lint format bench gpu-check clean bench-link soak
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -35,6 +35,17 @@ BESIDE_EACH_OTHER := OMP_WAIT_POLICY=PASSIVE
 
 test: $(VENV)/dev.stamp  ## every test that this machine can run
 	$(BESIDE_EACH_OTHER) $(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+# torch 2.6 asks for a Triton that has no constexpr functions; gck's kernels are tested with the oldest that has, which
+# torch needs for nothing here. Linters are not there, nor is a package built.
+OLDEST := .venv-oldest
+test-oldest:  ## the tests with the oldest torch and other packages that gck admits; downloads several GB
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade "pip>=23"
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -C build-dir=build/oldest --editable ".[test]"
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps triton==3.6.0
+	$(BESIDE_EACH_OTHER) $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup tests --ignore tests/test_packaging.py
 
 # GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. Leaks are not looked
 # for: Python and torch never free much of what they have.

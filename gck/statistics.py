@@ -86,5 +86,6 @@ class Statistics(NamedTuple):
             raise DtypeError(f"Statistics.density: numel must be an int, got {shown(numel)}")
         if not 0 <= numel < 2**63:
             raise ArgumentError(f"Statistics.density: numel must be in [0, 2**63), got {shown(numel)}")
-        density = self.acc_l1.square() / (self.acc_sq * numel)
-        return torch.where(self.acc_sq > 0, density, 0.0)
+        # Not by name: torch.compile of torch 2.6 does not read properties of a named tuple.
+        acc_l1, acc_sq = self.values[0], self.values[1]
+        return torch.where(acc_sq > 0, acc_l1.square() / (acc_sq * numel), 0.0)

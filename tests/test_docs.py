@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import gck
 from gck.compressor import REGISTRY, compressor_class
+from tests.versions import needs_fsdp_hook
 
 DOCS = Path(__file__).parent.parent / "docs"
 ELSEWHERE = {"nccl.md", "frameworks.md"}  # need libraries and ranks: tests/nccl, test_frameworks.py
@@ -28,6 +29,7 @@ def snippets(path: Path) -> list[str]:
 FIGURES = [p for p in sorted((DOCS / "figures").glob("*.py")) if p.name != "drawing.py"]
 LARGEST_FIGURE = 150_000  # bytes
 DOCUMENTS = [p for p in sorted(DOCS.rglob("*.md")) if snippets(p) and p.name not in ELSEWHERE]
+NEED = {"sharded.md": [needs_fsdp_hook]}
 
 
 def test_there_are_some() -> None:
@@ -52,7 +54,9 @@ def test_methods_of_compressors_exist() -> None:
     assert [place for place in named if not any(hasattr(kind, place[1]) for kind in kinds)] == []
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=NEED.get(path.name, ())) for path in DOCUMENTS]
+)
 def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what a reader has at hand: a gradient, residuals, and a process group of one rank."""
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ from gck.integrations import replicas
 from gck.integrations.replicas import check_replicas
 from tests.collectives.fsdp_worker import CHECKS
 from tests.collectives.launcher import assert_passed, run_ranks
+from tests.versions import needs_fsdp_hook
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return run_ranks("tests.collectives.fsdp_worker", 4, tmp_path_factory.mktemp("fsdp"), timeout=200)
 
 
+@needs_fsdp_hook
 @pytest.mark.parametrize("check", CHECKS)
 def test_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
     assert_passed(check, reports)
 
 
+@needs_fsdp_hook
 def test_a_model_that_is_not_sharded() -> None:
     with pytest.raises(DtypeError, match=r"gck.fsdp.register: model must be sharded by fully_shard, got "):
         gck.fsdp.register(nn.Linear(3, 3), gck.Sign(), None)
@@ -35,7 +38,7 @@ def test_a_model_that_is_not_sharded() -> None:
 def test_a_torch_without_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed.fsdp
 
-    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "set_all_reduce_hook")
+    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "set_all_reduce_hook", raising=False)
     with pytest.raises(BackendUnavailableError, match=r"has no FSDPModule.set_all_reduce_hook"):
         gck.fsdp.register(nn.Linear(3, 3), gck.Sign(), None)
 

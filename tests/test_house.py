@@ -110,3 +110,15 @@ def test_import_is_light() -> None:
     code = f"import sys, gck; print(*{heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == ""
+
+
+def test_the_oldest_that_are_tested_are_the_oldest_that_are_admitted() -> None:
+    """`make test-oldest` installs what the bounds of pyproject.toml say."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tested = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    )
+    admitted = dict(dependency.split(">=") for dependency in project["dependencies"])
+    assert set(admitted) == set(tested)
+    for name, version in admitted.items():
+        assert f"{tested[name]}.".startswith(f"{version}."), name

@@ -19,6 +19,7 @@ from gck.errors import (
 )
 from tests.cases import same_bytes
 from tests.ops_calls import FUNCTIONS, pair
+from tests.versions import needs_dynamic_rows
 
 
 class TestArrays:
@@ -153,6 +154,7 @@ def test_compile_without_a_graph_break(backend: str, dynamic: bool) -> None:
         assert same_bytes(compiled_err, err)
 
 
+@needs_dynamic_rows
 @pytest.mark.parametrize("columns", [None, 7])
 def test_rows_of_a_matrix_may_change_without_compiling_again(columns: int | None) -> None:
     counter = CompileCounterWithBackend("aot_eager")

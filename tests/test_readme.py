@@ -31,7 +31,7 @@ ELSEWHERE = {
     "make bench-link": "tests/test_bench_link.py",
     "make gpu-check": "tests/test_bench.py",
     "pip install .": "tests/test_packaging.py",
-    'pip install ".[cuda12]"': "extras: test_extras",
+    'pip install ".[cuda13]"': "extras: test_extras",
     "pip install --no-build-isolation --no-deps .": "tests/test_packaging.py",
     "gck doctor": "tests/cli",
     "gck demo": "tests/cli",

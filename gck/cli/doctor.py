@@ -166,7 +166,8 @@ def _triton() -> Iterator[Finding]:
         return
     if _release(triton.__version__) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
-        advice = f"GPU kernels need Triton {oldest} or newer: `pip install 'triton>={oldest}'`"
+        # Each torch asks for one Triton alone.
+        advice = f"GPU kernels need Triton {oldest} or newer, which torch 2.10 is the first to come with"
         yield Finding("Triton", False, f"{triton.__version__}, too old", advice)
         return
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -94,7 +94,7 @@ def decompress_add_(out: A, payload: Payload | list[Any], alpha: float | list[fl
     such as weights of clients: in one pass where payloads are read where they lie, else one after the other
     on a copy of out, all or nothing. Returns out.
     """
-    if isinstance(alpha, tuple | list):
+    if isinstance(alpha, (tuple, list)):
         return _add_weighted("decompress_add_", out, _own(payload), [*alpha])
     done = None if out is None else direct.decompress(payload, out, alpha, True)
     return _decode("decompress_add_", out, _own(payload), alpha, True) if done is None else cast(A, done)
@@ -139,7 +139,7 @@ def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]
     elif isinstance(payload, LowRankFactors):
         name, fields, options = "low_rank", [payload.left, payload.right], [payload.columns]
     else:
-        hint = "; several are given as a list" if isinstance(payload, tuple | set) else ""
+        hint = "; several are given as a list" if isinstance(payload, (tuple, set)) else ""
         raise DtypeError(f"{function}: payload must be a payload of gck, got {shown(payload)}{hint}")
     for index, field in enumerate(fields):
         checks.check_tensor(function, f"payload field {index}", field)

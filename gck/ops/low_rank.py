@@ -105,7 +105,7 @@ def _columns(function: str, grad: Tensor, columns: int | None) -> int:
     numel, shape = grad.numel(), tuple(grad.shape)
     if columns is None and len(shape) > 1 and numel:
         check_options(function, 1, numel // shape[0])
-    return max(1, LowRank(columns=columns).for_shape(shape).shape(numel).columns)
+    return LowRank(columns=columns).columns_for(shape)
 
 
 def _payload(compressor: LowRank, body: Tensor, numel: int) -> LowRankFactors:

@@ -85,11 +85,15 @@ class LowRank(KernelCompressor):
 
     def for_shape(self, shape: Sequence[int]) -> LowRank:
         """The compressor of a tensor of this shape: its `columns` are given."""
+        return replace(self, columns=self.columns_for(shape))
+
+    def columns_for(self, shape: Sequence[int]) -> int:
+        """Columns of the matrix that a tensor of this shape is taken for; at least one, of nothing, too."""
         numel = math.prod(shape)
         columns = self.shape(numel).columns
         if self.columns is None and len(shape) > 1 and numel:
             columns = min(numel // shape[0], MOST_COLUMNS)
-        return replace(self, columns=max(1, columns))
+        return max(1, columns)
 
     def layout(self, numel: int) -> Layout:
         rows, columns, rank = self.shape(numel)
@@ -149,7 +153,8 @@ def check_options(function: str, rank: object, columns: object) -> None:
     for name, value, most in (("rank", rank, MOST_RANK), ("columns", columns, MOST_COLUMNS)):
         if value is None and name == "columns":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        # Not `int | torch.SymInt`, which torch.compile of torch 2.6 does not take.
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
         if not 1 <= value <= most:
             raise ArgumentError(f"{function}: {name} must be in [1, {most}], got {value}")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import gck
+from tests.versions import needs_fsdp_hook
 
 
 def run(script: str, ranks: int, *options: str) -> str:
@@ -39,6 +40,7 @@ def test_example_learns_and_goes_on(tmp_path: Path) -> None:
     assert re.findall(r"step (\d+): loss (\d+\.\d+)", again) == losses[-1:]
 
 
+@needs_fsdp_hook
 def test_sharded_example_learns() -> None:
     said = run("train_fsdp.py", 4)
     losses = [float(loss) for loss in re.findall(r"step \d+: loss (\d+\.\d+)", said)]

@@ -12,6 +12,7 @@ import pytest
 
 from gck.collectives.transports.nccl_rendezvous import wheels
 from tests.nccl.library import ROOT, fake_library
+from tests.versions import needs_torch_without_nccl
 
 OPEN = (
     "from gck.collectives.transports.nccl_rendezvous import nccl_library; print(*nccl_library(), sep='\\n')"
@@ -30,6 +31,7 @@ def test_the_environment_chooses() -> None:
     assert done.stdout.split("\n")[:3] == ["2.32.3", str(library), "GCK_NCCL_LIBRARY"], done.stderr
 
 
+@needs_torch_without_nccl
 def test_one_that_is_loaded_comes_first() -> None:
     library = fake_library()
     done = run(f"import ctypes; ctypes.CDLL({str(library)!r})\n{OPEN}")
@@ -129,6 +131,7 @@ def test_doctor_says_that_there_is_none() -> None:
     assert "NCCL is not installed" in done.stdout
 
 
+@needs_torch_without_nccl
 def test_doctor_counts_copies(tmp_path: Path) -> None:
     copy = Path(shutil.copy(fake_library(), tmp_path / "libnccl.so.2"))
     done = run(f"import ctypes; ctypes.CDLL({str(copy)!r}); {DOCTOR}", GCK_NCCL_LIBRARY=fake_library())
