@@ -1,0 +1,1 @@
+"""What each compressor costs a training in loss and in steps: a language model, by several seeds."""
