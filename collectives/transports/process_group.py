@@ -362,7 +362,7 @@ def _check_own(group: dist.ProcessGroup) -> None:
 def _destroyed(group: dist.ProcessGroup) -> bool:
     try:
         dist.get_backend(group)
-    except (ValueError, RuntimeError):  # also where torch.distributed as a whole was
+    except (ValueError, RuntimeError, TypeError):  # also where all of torch.distributed was; up to torch 2.7
         return True
     return False
 

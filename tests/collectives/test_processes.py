@@ -60,3 +60,22 @@ def test_abort_makes_a_process_group_unusable(tmp_path: Path, monkeypatch: pytes
         dist.destroy_process_group()
     with pytest.raises(GroupUnusableError):
         transport.barrier()
+
+
+def test_a_group_that_was_destroyed_while_others_live_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch says so in a type of its own up to 2.7."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        transport = resolve(group)
+        dist.destroy_process_group(group)
+        for call in (transport.barrier, lambda: all_reduce_(torch.ones(9), None, Sign(32), group)):
+            with pytest.raises(GroupUnusableError, match="the group was destroyed; make a new one"):
+                call()
+        all_reduce_(torch.ones(9), None, Sign(32))
+    finally:
+        dist.destroy_process_group()
