@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["CONTEXT", "LanguageModel", "Text", "load_text"]
+__all__ = ["CONTEXT", "LanguageModel", "Text", "is_held_out", "load_text"]
 
 CONTEXT = 64  # bytes
 BYTES = 256
-HELD_OUT = 10  # every so manieth file is for validation
+HELD_OUT = 10  # one file in so many is for validation, whichever others there are
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Text:
         starts = torch.linspace(0, self.validation.numel() - CONTEXT - 1, count).long()
         return _split(self.validation[starts[:, None] + torch.arange(CONTEXT + 1)])
 
+    def describe(self) -> dict[str, Any]:
+        """How long both parts are, and what tells them from others."""
+        parts = {"train": self.train, "validation": self.validation}
+        return {
+            name: {"bytes": part.numel(), "sha256": hashlib.sha256(part.numpy()).hexdigest()}
+            for name, part in parts.items()
+        }
+
 
 def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
     windows = windows.long()
@@ -46,13 +56,25 @@ def _split(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_text() -> Text:
-    """The modules of the standard library that are not in packages, in the order of their names."""
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    """The modules of the standard library that are not in packages, in the order of their names.
+
+    Raises:
+        FileNotFoundError: Python is installed without them.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    # Those of a build tell its paths.
+    paths = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_sysconfigdata"))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for place, path in enumerate(paths):
-        parts[place % HELD_OUT == 0].append(path.read_bytes())
+    for path in paths:
+        parts[is_held_out(path.name)].append(path.read_bytes())
+    if not all(parts):
+        raise FileNotFoundError(f"there is no source of Python's standard library in {folder}")
     train, validation = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
     return Text(train, validation)
+
+
+def is_held_out(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT == 0
 
 
 class LanguageModel(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -10,97 +11,125 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.convergence.training import BASELINE, Settings, sent_nbytes
+from bench.convergence.training import BASELINE, Curve, Settings, sent_nbytes
 
-__all__ = ["Curve", "draw", "equal_step", "summary", "table"]
+__all__ = ["draw", "steps_of_dense", "summary", "table"]
 
-Curve = Sequence[tuple[int, float]]  # of (step, loss)
 Record = dict[str, Any]
+Budgets = Mapping[int, float]  # the last loss of dense trainings, by how many steps they had
 
 
-def summary(curves: Mapping[str, Sequence[Curve]], settings: Settings) -> list[Record]:
-    """One record a compressor; each seed's loss is compared with the dense one of the same seed."""
-    dense = curves[BASELINE]
-    mean_dense = _mean(dense)
+def summary(
+    curves: Mapping[str, Sequence[Curve]], budgets: Sequence[Budgets], settings: Settings
+) -> list[Record]:
+    """One record a compressor. What a training reached is compared with dense ones of the same seed.
+
+    Args:
+        curves: by the compressor's name, one a seed.
+        budgets: one a seed.
+    """
     records = []
     for name, found in curves.items():
         last = [curve[-1][1] for curve in found]
-        nbytes, numel = sent_nbytes(name, settings)
+        dense = [curve[-1][1] for curve in curves[BASELINE]]
+        steps = [steps_of_dense(of_seed, loss) for of_seed, loss in zip(budgets, last, strict=True)]
         records.append(
             {
                 "name": name,
-                "nbytes": nbytes,
-                "numel": numel,
+                "nbytes": sent_nbytes(name, settings),
                 "loss": _spread(last),
-                "above_dense": _spread([a - b[-1][1] for a, b in zip(last, dense, strict=True)]),
-                "dense_steps": equal_step(mean_dense, statistics.fmean(last)),
-                "curves": [list(curve) for curve in found],
+                "above_dense": _spread([a - b for a, b in zip(last, dense, strict=True)]),
+                "dense_steps": _spread(steps),
+                "curves": [[[step, _number(loss)] for step, loss in curve] for curve in found],
             }
         )
     return records
 
 
-def equal_step(dense: Curve, loss: float) -> float:
-    """After how many dense steps the loss is first as low: between two looks, on the line between them."""
-    for (before, high), (after, low) in pairwise(dense):
-        if low <= loss:
-            return before if high <= loss else before + (after - before) * (high - loss) / (high - low)
-    return dense[-1][0]
+def steps_of_dense(budgets: Budgets, loss: float) -> float:
+    """How many steps a dense training needs to end with this loss: on the line between two that were made.
+
+    More than any of them had is infinite; fewer is 0; of a loss that is no number it is not a number.
+    """
+    if math.isnan(loss):
+        return math.nan
+    ends = sorted(budgets.items())
+    if loss > ends[0][1]:
+        return 0.0
+    for (before, high), (after, low) in pairwise(ends):
+        if low <= loss <= high:
+            return before + (after - before) * (high - loss) / (high - low) if high > low else before
+    return math.inf
 
 
-def _mean(curves: Sequence[Curve]) -> list[tuple[int, float]]:
-    return [(looks[0][0], statistics.fmean(loss for _, loss in looks)) for looks in zip(*curves, strict=True)]
-
-
-def _spread(values: Sequence[float]) -> Record:
+def _spread(values: Sequence[float]) -> Record | None:
+    """None where one of them is no number, or beyond what was measured."""
+    if not all(map(math.isfinite, values)):
+        return None
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "standard_deviation": deviation}
+
+
+def _number(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
 
 
 def table(records: Sequence[Record], settings: Settings) -> Table:
     seeds = len(records[0]["curves"])
     shown = Table(
-        title=f"{records[0]['numel']:,} parameters, {settings.workers} ranks, {settings.steps} steps of "
-        f"AdamW; mean and standard deviation of {seeds} seeds"
+        title=f"{settings.workers} ranks, {settings.steps} steps of AdamW; mean and standard deviation of "
+        f"{seeds} seeds"
     )
-    for column in ("", "a rank sends in a step", "loss", "above dense", "as dense after"):
+    for column in ("", "a rank sends", "of dense", "loss", "above dense", "as dense in"):
         shown.add_column(column, justify="right" if column else "left")
     for r in records:
-        above = r["above_dense"]
+        dense = r["name"] == BASELINE
         shown.add_row(
             r["name"],
             f"{r['nbytes'] / 1e3:,.0f} kB",
-            f"{r['loss']['mean']:.3f} ± {r['loss']['standard_deviation']:.3f}",
-            "" if r["name"] == BASELINE else f"{above['mean']:+.3f} ± {above['standard_deviation']:.3f}",
-            f"{r['dense_steps']:.0f} steps",
+            f"{r['nbytes'] / records[0]['nbytes']:.1%}",
+            _shown(r["loss"], ".3f") or "diverged",
+            "" if dense else _shown(r["above_dense"], "+.3f"),
+            "" if dense else _steps(r),
         )
     return shown
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def _steps(record: Record) -> str:
+    spread = record["dense_steps"]
+    if spread is None:  # diverged, or no worse than dense
+        return ""
+    return f"{_shown(spread, '.0f')} steps" if spread["mean"] else "fewer than were tried"
+
+
+def _shown(spread: Record | None, form: str) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['mean']:{form}} ± {spread['standard_deviation']:{form.lstrip('+')}}"
+
+
+def draw(records: Sequence[Record], settings: Settings, path: Path) -> None:
+    """Loss above the dense one against bytes: down and to the left is better."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    colours = plt.get_cmap("tab20")
-    for place, r in enumerate(records):
-        mean = _mean(r["curves"])
-        dense = r["name"] == BASELINE
-        axes.plot(
-            [step for step, _ in mean],
-            [loss for _, loss in mean],
-            label=r["name"],
-            color="black" if dense else colours(place),
-            linewidth=2.2 if dense else 1.2,
-            linestyle="--" if "no residuals" in r["name"] else "-",
-        )
-    top = _mean(records[0]["curves"])
-    axes.set_ylim(0.97 * min(loss for r in records for _, loss in _mean(r["curves"])), top[1][1] * 1.05)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss on held-out text, nats a byte")
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for r in records[1:]:
+        above = r["above_dense"]
+        if above is None:
+            continue
+        kept = "no residuals" not in r["name"]
+        colour = "#2a6fdb" if kept else "#c0392b"
+        place = r["nbytes"] / records[0]["nbytes"], above["mean"]
+        axes.errorbar(*place, yerr=above["standard_deviation"], fmt="o", color=colour, capsize=3)
+        axes.annotate(r["name"], place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(0, color="#8d8d8d", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes that a rank sends, of dense ones")
+    axes.set_ylabel("loss above dense, nats a byte")
+    axes.set_title(f"after {settings.steps} steps, {settings.workers} ranks", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, ncols=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
