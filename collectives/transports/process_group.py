@@ -362,7 +362,8 @@ def _check_own(group: dist.ProcessGroup) -> None:
 def _destroyed(group: dist.ProcessGroup) -> bool:
     try:
         dist.get_backend(group)
-    except (ValueError, RuntimeError, TypeError):  # also where all of torch.distributed was; up to torch 2.7
+    # RuntimeError where all of torch.distributed was, and TypeError where torch is older than 2.8.
+    except (ValueError, RuntimeError, TypeError):
         return True
     return False
 

@@ -94,7 +94,7 @@ def decompress_add_(out: A, payload: Payload | list[Any], alpha: float | list[fl
     such as weights of clients: in one pass where payloads are read where they lie, else one after the other
     on a copy of out, all or nothing. Returns out.
     """
-    if isinstance(alpha, (tuple, list)):
+    if isinstance(alpha, (tuple, list)):  # not `tuple | list`: see `kernels.low_rank.check_options`
         return _add_weighted("decompress_add_", out, _own(payload), [*alpha])
     done = None if out is None else direct.decompress(payload, out, alpha, True)
     return _decode("decompress_add_", out, _own(payload), alpha, True) if done is None else cast(A, done)

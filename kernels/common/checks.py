@@ -334,6 +334,7 @@ def residual_options(
             f"{function}: stats must have shape ({len(FIELDS)},), got shape {tuple(values.shape)}"
         )
     check_not_recorded(function, "stats", values)
+    # In quotes, for torch.compile of torch 2.6.
     return float(cast(float, decay)), cast("Tensor | None", clip), values
 
 

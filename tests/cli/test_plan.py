@@ -316,6 +316,7 @@ def test_compressors_that_are_none(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ((), "Missing option '--rate'"),
         (("--rate", "fast"), "--rate must be bits a second, like 100mbit, 1gbit or 2.5gbps, got 'fast'"),
         (("--rate", "1GB/s"), "--rate must be bits a second, like 100mbit, 1gbit or 2.5gbps, got '1GB/s'"),
         (("--rate", "1GBps"), "--rate must be bits a second"),
