@@ -99,7 +99,7 @@ def _steps(record: Record) -> str:
     spread = record["dense_steps"]
     if spread is None:  # diverged, or no worse than dense
         return ""
-    return f"{_shown(spread, '.0f')} steps" if spread["mean"] else "fewer than were tried"
+    return f"{_shown(spread, '.0f')} steps" if spread["mean"] else "fewer than tried"
 
 
 def _shown(spread: Record | None, form: str) -> str:
@@ -109,27 +109,27 @@ def _shown(spread: Record | None, form: str) -> str:
 
 
 def draw(records: Sequence[Record], settings: Settings, path: Path) -> None:
-    """Loss above the dense one against bytes: down and to the left is better."""
+    """Loss above the dense one, a row a compressor; to the left is better."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for r in records[1:]:
-        above = r["above_dense"]
-        if above is None:
-            continue
-        kept = "no residuals" not in r["name"]
-        colour = "#2a6fdb" if kept else "#c0392b"
-        place = r["nbytes"] / records[0]["nbytes"], above["mean"]
-        axes.errorbar(*place, yerr=above["standard_deviation"], fmt="o", color=colour, capsize=3)
-        axes.annotate(r["name"], place, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.axhline(0, color="#8d8d8d", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes that a rank sends, of dense ones")
-    axes.set_ylabel("loss above dense, nats a byte")
-    axes.set_title(f"after {settings.steps} steps, {settings.workers} ranks", fontsize=10)
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    shown = [r for r in records[1:] if r["above_dense"] is not None]
+    for place, r in enumerate(shown):
+        above, colour = r["above_dense"], "#c0392b" if "no residuals" in r["name"] else "#2a6fdb"
+        axes.errorbar(
+            above["mean"], place, xerr=above["standard_deviation"], fmt="o", color=colour, capsize=3
+        )
+    names = [f"{r['name']}: {r['nbytes'] / records[0]['nbytes']:.1%}" for r in shown]
+    axes.set_yticks(range(len(shown)), names, fontsize=9)
+    axes.invert_yaxis()
+    axes.axvline(0, color="#8d8d8d", linewidth=0.8)
+    axes.grid(axis="y", linewidth=0.3)
+    axes.set_xlabel("loss above dense, nats a byte")
+    of_all = f"{settings.steps} steps, {settings.workers} ranks"
+    figure.suptitle(f"{of_all}; beside the names, what a rank sends of dense bytes", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
