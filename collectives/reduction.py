@@ -288,7 +288,7 @@ class Reduction:
             errs, counters = [errs[i] for i in filled], [counters[i] for i in filled]
         grads, states = [grad for grad, *_ in some], [state for _, state, *_ in some]
         measured = self._measure(some, errs)
-        bound = [cast(Factored, compressor) for *_, compressor in some]
+        bound = [cast("Factored", compressor) for *_, compressor in some]
         bases = [None if state is None else state.basis for state in states]
         reduced = factored(transport, bound, grads, errs, bases, self._divisor, memory)
         write_residuals = reduced.settling(errs, counters)

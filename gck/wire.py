@@ -228,4 +228,4 @@ def memory_of(body: Tensor) -> memoryview:
     """The memory of a contiguous (n,) uint8 tensor on the CPU, which the caller keeps alive; writable."""
     if not body.numel():
         return memoryview(bytearray())
-    return cast(memoryview, _memory_at(body.data_ptr(), body.numel(), WRITABLE))
+    return cast("memoryview", _memory_at(body.data_ptr(), body.numel(), WRITABLE))

@@ -14,8 +14,10 @@ from bench.link.methods import BASELINE, METHODS, matrix_shape
 from bench.link.report import record_of
 from gck.cli.links import Node
 from gck.cli.network import Network
+from tests.versions import needs_init_sync
 
 
+@needs_init_sync
 def test_on_loopback(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(command.main)

@@ -63,7 +63,7 @@ def check_place(function: str, rank: object, world_size: object, numel: object =
     ):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
-        if value is not None and not least <= value < cast(float, end):
+        if value is not None and not least <= value < cast("float", end):
             of = f" of world size {world_size}" if name == "rank" and world_size is not None else ""
             raise ArgumentError(f"{function}: {name} out of range, got {value}{of}")
 

@@ -159,7 +159,8 @@ def _of_group(transport: Transport, numbers: list[int]) -> list[list[int]]:
     def run() -> list[list[int]]:
         return [_unpacked(row.contiguous().view(torch.int64)) for row in transport.all_gather_bytes(own)]
 
-    return cast(list[list[int]], perform(transport, "ShardedHookState.load", run, torch.device("cpu"), False))
+    rows = perform(transport, "ShardedHookState.load", run, torch.device("cpu"), False)
+    return cast("list[list[int]]", rows)
 
 
 def _packed(numbers: list[int]) -> Tensor:

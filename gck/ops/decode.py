@@ -97,7 +97,7 @@ def decompress_add_(out: A, payload: Payload | list[Any], alpha: float | list[fl
     if isinstance(alpha, (tuple, list)):  # not `tuple | list`: see `kernels.low_rank.check_options`
         return _add_weighted("decompress_add_", out, _own(payload), [*alpha])
     done = None if out is None else direct.decompress(payload, out, alpha, True)
-    return _decode("decompress_add_", out, _own(payload), alpha, True) if done is None else cast(A, done)
+    return _decode("decompress_add_", out, _own(payload), alpha, True) if done is None else cast("A", done)
 
 
 def _own(payload: Any) -> Any:
@@ -110,7 +110,7 @@ def _first(function: str, payload: Payload | list[Any]) -> Payload:
         return payload
     if not payload:
         raise ArgumentError(f"{function}: payload must be a payload or a list of at least one, got []")
-    return cast(Payload, payload[0])
+    return cast("Payload", payload[0])
 
 
 def _parts(function: str, payload: object) -> tuple[str, list[Tensor], list[int]]:

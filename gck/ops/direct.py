@@ -48,7 +48,7 @@ def maker(kind: Any) -> Callable[..., Any]:
         make = load().payload_maker
     except GckError:  # who is asked next says it
         return _leave
-    return cast(Callable[..., Any], make(partial(_known, kind), WATCHERS, torch.get_num_threads, _written))
+    return cast("Callable[..., Any]", make(partial(_known, kind), WATCHERS, torch.get_num_threads, _written))
 
 
 def _leave(*_: Any) -> None:
@@ -93,7 +93,7 @@ def decompress(payload: Any, out: Any, alpha: Any, accumulate: bool) -> Tensor |
     if not done:
         return None
     increment_version(out)
-    return cast(Tensor, out)
+    return cast("Tensor", out)
 
 
 def _decoder(payload: Any) -> tuple[Any, int] | None:

@@ -141,7 +141,7 @@ def topk_ef_(
             raise ArgumentError("topk_ef_: hint is for single tensors, got one with lists")
         if stats is not None:
             raise ArgumentError(f"topk_ef_: stats are of single tensors, got {shown(stats)} with lists")
-        g, e = cast(Sequence[Array], grad), cast(Sequence[Array], err)
+        g, e = cast("Sequence[Array]", grad), cast("Sequence[Array]", err)
         options: Any = {"nonfinite": nonfinite, "decay": decay, "clip": clip}
         return topk_ef_list_(g, e, ratio, k=k, flat=flat, value_dtype=value_dtype, **options)
     if flat:
@@ -150,7 +150,7 @@ def topk_ef_(
         given: Any = (grad, err, ratio, k, value_dtype, nonfinite, hint, decay, clip, stats)
         return _topk_ef_with(*given)
     return _topk_ef_one(
-        cast(Array, grad), cast(Array, err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
+        cast("Array", grad), cast("Array", err), ratio, cast("int | None", k), value_dtype, nonfinite, hint
     )
 
 

@@ -324,7 +324,7 @@ def residual_options(
     elif isinstance(clip, (int, float)):
         clip = clip_of(clip, grad.device)
     if stats is None:
-        return float(cast(float, decay)), cast("Tensor | None", clip), None
+        return float(cast("float", decay)), cast("Tensor | None", clip), None
     if not isinstance(stats, Statistics):
         raise DtypeError(f"{function}: stats must be a gck.Statistics, got {shown(stats)}")
     values = stats.values
@@ -335,7 +335,7 @@ def residual_options(
         )
     check_not_recorded(function, "stats", values)
     # In quotes, for torch.compile of torch 2.6.
-    return float(cast(float, decay)), cast("Tensor | None", clip), values
+    return float(cast("float", decay)), cast("Tensor | None", clip), values
 
 
 def check_power_of_two(function: str, name: str, value: object, low: int, high: int) -> int:

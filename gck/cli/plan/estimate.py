@@ -174,4 +174,4 @@ def _of(compressor: Any, numel: int, whole: int) -> Compressor:
     """One that keeps as large a share of `numel` elements as `compressor` does of `whole`."""
     if compressor.shard_unit is None and isinstance(k := getattr(compressor, "k", None), int):
         compressor = dataclasses.replace(compressor, k=max(1, min(numel, round(k * numel / whole))))
-    return cast(Compressor, compressor)
+    return cast("Compressor", compressor)
