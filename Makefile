@@ -48,7 +48,7 @@ $(OLDEST)/test.stamp: constraints-oldest.txt $(SOURCES)
 	@touch $@
 
 test-oldest: $(OLDEST)/test.stamp  ## tests with the oldest packages gck runs with; Python 3.11 or 3.12; several GB
-	$(BESIDE_EACH_OTHER) $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup tests -m "not gpu" \
+	$(BESIDE_EACH_OTHER) $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup tests -m "not gpu" -k "not interpreter" \
 	  --ignore tests/test_packaging.py --ignore-glob "*/test_triton_*"
 
 # GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. Leaks are not looked

@@ -76,7 +76,7 @@ def _bodies_of(numels: tuple[int, ...], counts: tuple[int, ...], value_dtype: to
 
 def _pieces(layouts: Sequence[Layout], starts: Sequence[int], which: int) -> list[int]:
     pieces, end, size = [], 0, 1
-    for start, layout in zip(starts, layouts, strict=False):
+    for start, layout in zip(starts[:-1], layouts, strict=True):
         field = layout.fields[which]
         size = field.dtype.itemsize
         pieces += [(start + field.offset - end) // size, field.count]
