@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["CONTEXT", "LanguageModel", "Text", "is_held_out", "load_text"]
+__all__ = ["CONTEXT", "LanguageModel", "Text", "load_text"]
 
 CONTEXT = 64  # bytes
 BYTES = 256

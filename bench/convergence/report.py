@@ -39,7 +39,8 @@ def summary(
                 "nbytes": sent_nbytes(name, settings),
                 "loss": _spread(last),
                 "above_dense": _spread([a - b for a, b in zip(last, dense, strict=True)]),
-                "dense_steps": _spread(steps),
+                # A mean of numbers, and of "fewer than were tried", is neither.
+                "dense_steps": _spread(steps) if all(steps) or not any(steps) else None,
                 "curves": [[[step, _number(loss)] for step, loss in curve] for curve in found],
             }
         )
