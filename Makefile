@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test test-oldest sanitize fuzz lint format bench gpu-check clean bench-link soak
+.PHONY: help demo test test-oldest test-arm64 sanitize fuzz lint format bench gpu-check clean bench-link soak
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -50,6 +50,39 @@ $(OLDEST)/test.stamp: constraints-oldest.txt $(SOURCES)
 test-oldest: $(OLDEST)/test.stamp  ## tests with the oldest packages gck runs with; Python 3.11 or 3.12; several GB
 	$(BESIDE_EACH_OTHER) $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup tests -m "not gpu" -k "not interpreter" \
 	  --ignore tests/test_packaging.py --ignore-glob "*/test_triton_*"
+
+# On another machine: compiled across, and run by QEMU's user mode with the libraries and the Python of a small Debian,
+# for which it takes root, and Debian's debootstrap, qemu-user-static, binfmt-support and g++-aarch64-linux-gnu.
+ARM64 := .arm64
+ARM64_PYTHON := $(ARM64)/root/usr/bin/python3.11
+ARM64_BUILD := build/arm64
+$(ARM64)/root.stamp:
+	mkdir -p $(ARM64)
+	debootstrap --arch=arm64 --variant=minbase --include=python3.11-dev,libgomp1 bookworm $(ARM64)/root
+	@touch $@
+
+# torch by itself: what its wheel depends on is said of ARM, and pip looks at this machine.
+ARM64_PIP := $(BIN)/python -m pip install --quiet --upgrade --only-binary=:all: --python-version 3.11 \
+  --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 --target $(ARM64)/site
+$(ARM64)/site.stamp: tests/arm64/requirements.txt $(VENV)/dev.stamp
+	$(ARM64_PIP) --no-deps torch==2.10.0
+	$(ARM64_PIP) -r tests/arm64/requirements.txt
+	@touch $@
+
+$(ARM64)/build.stamp: $(SOURCES) tests/arm64/toolchain.cmake $(ARM64)/root.stamp $(VENV)/dev.stamp
+	$(BIN)/cmake -S . -B $(ARM64_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_TOOLCHAIN_FILE=tests/arm64/toolchain.cmake -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DPython_INCLUDE_DIR=$(abspath $(ARM64))/root/usr/include/python3.11 \
+	  -DCMAKE_CXX_FLAGS="-isystem $(abspath $(ARM64))/root/usr/include"
+	$(BIN)/cmake --build $(ARM64_BUILD)
+	cp $(ARM64_BUILD)/_C.*.so gck/_C.cpython-311-aarch64-linux-gnu.so
+	@touch $@
+
+ARM64_TESTS := tests/test_contract.py tests/message tests/kernels
+test-arm64: $(ARM64)/site.stamp $(ARM64)/build.stamp  ## tests of the CPU's kernels and of messages on 64-bit ARM, emulated
+	QEMU_LD_PREFIX=$(abspath $(ARM64))/root PYTHONPATH=$(ARM64)/site PYTHONDONTWRITEBYTECODE=1 $(BESIDE_EACH_OTHER) \
+	  $(ARM64_PYTHON) -m pytest -n 2 --dist loadgroup --timeout 1800 -m "not gpu" -k "not interpreter" \
+	  --ignore-glob "*/test_triton_*" $(ARM64_TESTS)
 
 # GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. Leaks are not looked
 # for: Python and torch never free much of what they have.
@@ -109,4 +142,4 @@ gpu-check:  ## on a machine with a GPU: build, GPU tests, benchmark, one JSON
 	$(PYTHON) -m bench.gpu_check
 
 clean:  ## remove everything that was built
-	rm -rf $(VENV) $(OLDEST) build dist results gck/_C.*.so
+	rm -rf $(VENV) $(OLDEST) $(ARM64) build dist results gck/_C.*.so

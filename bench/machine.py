@@ -69,18 +69,23 @@ def _modified() -> bool | None:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    lines = (_output("lscpu") or "").splitlines()  # knows the names of ARM's numbers, which /proc/cpuinfo has
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("Model name"))
     return next(names, platform.processor() or platform.machine())
 
 

@@ -89,7 +89,7 @@ def test_machine_is_described(report: dict[str, Any]) -> None:
     assert machine["device"] == "cpu"
     assert machine["threads"] >= 1
     assert machine["versions"]["torch"] == torch.__version__
-    assert machine["instruction_set"] in ("avx512", "avx2", "portable")
+    assert machine["instruction_set"] in ("avx512", "avx2", "neon", "portable")
     assert machine["cpu_model"]
 
 

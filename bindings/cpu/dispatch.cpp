@@ -4,6 +4,14 @@
 
 #include "cpu/isa/leaves.hpp"
 
+#if defined(GCK_X86)
+#define GCK_CHOICES "avx512, avx2 or portable"
+#elif defined(GCK_ARM)
+#define GCK_CHOICES "neon or portable"
+#else
+#define GCK_CHOICES "portable"
+#endif
+
 namespace gck {
 namespace {
 
@@ -24,9 +32,11 @@ const Leaves& choose() {
                           __builtin_cpu_supports("avx512vl");
   if (accepts("avx512", has_avx512)) return avx512::leaves();
   if (accepts("avx2", has_avx2)) return avx2::leaves();
+#elif defined(GCK_ARM)
+  if (accepts("neon", true)) return neon::leaves();
 #endif
   if (accepts("portable", true)) return portable::leaves();
-  throw std::runtime_error(std::string("GCK_ISA must be avx512, avx2 or portable, got ") + wanted);
+  throw std::runtime_error(std::string("GCK_ISA must be " GCK_CHOICES ", got ") + wanted);
 }
 
 }  // namespace

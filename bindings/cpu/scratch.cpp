@@ -1,6 +1,7 @@
 #include "cpu/scratch.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -24,15 +25,19 @@ std::unique_ptr<Run> take() {
   return nullptr;
 }
 
-constexpr size_t kPage = 4096;
+size_t page() {
+  static const auto bytes = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
 constexpr int64_t kFreshPays = 1 << 20;  // entries
 
 void unmap(const Run& run) { ::munmap(run.start, run.bytes); }
 
 void put_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool large) {
 #if defined(MADV_POPULATE_WRITE)
-  const auto begin = (reinterpret_cast<uintptr_t>(start) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / kPage * kPage;
+  const auto begin = (reinterpret_cast<uintptr_t>(start) + page() - 1) / page() * page();
+  const auto end = (reinterpret_cast<uintptr_t>(start) + bytes) / page() * page();
   if (begin >= end) return;
   if (large) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
@@ -41,15 +46,17 @@ void put_pages([[maybe_unused]] void* start, [[maybe_unused]] size_t bytes, [[ma
 
 bool is_fresh([[maybe_unused]] const void* start, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
-  const auto middle = (reinterpret_cast<uintptr_t>(start) + bytes / 2) / kPage * kPage;
+  const auto middle = (reinterpret_cast<uintptr_t>(start) + bytes / 2) / page() * page();
   unsigned char present = 1;
-  return ::mincore(reinterpret_cast<void*>(middle), kPage, &present) == 0 && !(present & 1);
+  return ::mincore(reinterpret_cast<void*>(middle), 1, &present) == 0 && !(present & 1);
 #else
   return false;
 #endif
 }
 
 }  // namespace
+
+size_t Scratch::padded(size_t bytes) { return (bytes + page() - 1) / page() * page(); }
 
 Scratch::Scratch(size_t bytes) {
   regions_.reserve(8);
@@ -60,7 +67,7 @@ Scratch::Scratch(size_t bytes) {
     }
     unmap(*run);
   }
-  bytes = padded(bytes + kPage);
+  bytes = padded(bytes + page());
   void* start =
       ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (start == MAP_FAILED) throw std::bad_alloc();

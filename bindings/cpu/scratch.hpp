@@ -29,13 +29,12 @@ class Scratch {
   // each rounded up by `padded`.
   void* region(size_t bytes);
 
-  static size_t padded(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+  // To whole pages of the system: 4 KiB, and up to 64 KiB on some ARM.
+  static size_t padded(size_t bytes);
 
   static constexpr size_t kKept = size_t{160} << 20;  // what 10 % of 100M entries need between calls
 
  private:
-  static constexpr size_t kPage = 4096;
-
   Run run_;
   size_t used_ = 0;
   std::vector<std::pair<size_t, size_t>> regions_;  // offset, bytes

@@ -14,20 +14,36 @@
 
 namespace gck {
 
+// How this thread computes, and what of it turns denormals into zeros: torch.set_flush_denormal does that,
+// too.
+#if defined(__SSE__)
+constexpr uint64_t kFlushes = 0x8040;
+inline uint64_t float_mode() { return _mm_getcsr(); }
+inline void set_float_mode(uint64_t mode) { _mm_setcsr(static_cast<unsigned>(mode)); }
+#elif defined(__aarch64__)
+constexpr uint64_t kFlushes = 1u << 24 | 1u << 19 | 1u;  // FZ, of half precision FZ16, of operands FIZ
+inline uint64_t float_mode() {
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode)::"memory");
+  return mode;
+}
+inline void set_float_mode(uint64_t mode) { asm volatile("msr fpcr, %0" ::"r"(mode) : "memory"); }
+#else
+constexpr uint64_t kFlushes = 0;
+inline uint64_t float_mode() { return 0; }
+inline void set_float_mode(uint64_t) {}
+#endif
+
 // Denormals count: switches flush-to-zero off on this thread for the life of the object.
 class KeepDenormals {
  public:
-#if defined(__SSE__)
-  KeepDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~KeepDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  KeepDenormals() {}
-#endif
+  KeepDenormals() : saved_(float_mode()) { set_float_mode(saved_ & ~kFlushes); }
+  ~KeepDenormals() { set_float_mode(saved_); }
   KeepDenormals(const KeepDenormals&) = delete;
   KeepDenormals& operator=(const KeepDenormals&) = delete;
+
+ private:
+  uint64_t saved_;
 };
 
 // Calls f(t) for t in [0, parts), one thread each; without a parallel region where one part is enough.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def available() -> list[str]:
+    if platform.machine() in ("aarch64", "arm64"):
+        return ["neon", "portable"]
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     has = [name for name, flag in (("avx512", "avx512bw"), ("avx2", "avx2")) if flag in flags.split()]
     return [*has, "portable"]
@@ -120,7 +123,8 @@ def test_the_best_set_is_chosen() -> None:
 def test_an_unknown_set_is_an_error() -> None:
     done = run("sse9", "-c", "import torch, gck; gck.topk(torch.ones(4), k=1)")
     assert done.returncode != 0
-    text = "GCK_ISA must be avx512, avx2 or portable, got sse9. Unset this environment variable"
+    sets = "neon or portable" if "neon" in available() else "avx512, avx2 or portable"
+    text = f"GCK_ISA must be {sets}, got sse9. Unset this environment variable"
     assert f"BackendUnavailableError: gck._C: {text}" in done.stderr
     seen = json.loads(run("sse9", "-m", "gck", "doctor", "--json").stdout)
     assert not seen["cpu_path_works"]

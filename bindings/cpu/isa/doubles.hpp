@@ -45,6 +45,32 @@ inline void store_halved(double* eight, Doubles a) {
   _mm256_storeu_pd(eight + 4, _mm256_add_pd(a.v[1], a.v[3]));
 }
 
+#elif defined(GCK_NEON)
+
+struct Doubles {
+  float64x2_t v[8];
+};
+
+inline Doubles widened(Vec a) {
+  Doubles r;
+  for (int i = 0; i < 4; ++i) {
+    r.v[2 * i] = vcvt_f64_f32(vget_low_f32(a.v[i]));
+    r.v[2 * i + 1] = vcvt_high_f64_f32(a.v[i]);
+  }
+  return r;
+}
+inline Doubles squares(Doubles a, Doubles b) {
+  for (int i = 0; i < 8; ++i) a.v[i] = vfmaq_f64(vmulq_f64(a.v[i], a.v[i]), b.v[i], b.v[i]);
+  return a;
+}
+inline Doubles add(Doubles a, Doubles b) {
+  for (int i = 0; i < 8; ++i) a.v[i] = vaddq_f64(a.v[i], b.v[i]);
+  return a;
+}
+inline void store_halved(double* eight, Doubles a) {
+  for (int i = 0; i < 4; ++i) vst1q_f64(eight + 2 * i, vaddq_f64(a.v[i], a.v[i + 4]));
+}
+
 #else
 
 struct Doubles {

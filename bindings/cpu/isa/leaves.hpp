@@ -348,6 +348,10 @@ const Leaves& leaves();
 namespace avx2 {
 const Leaves& leaves();
 }
+#elif defined(GCK_ARM)
+namespace neon {
+const Leaves& leaves();
+}
 #endif
 namespace portable {
 const Leaves& leaves();

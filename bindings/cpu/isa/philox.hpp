@@ -173,6 +173,37 @@ struct RandomWords {
   uint32_t x[kDraw];
 };
 
+#if defined(GCK_NEON)
+
+// A vector's words are the same one of four counters.
+template <int N>
+GCK_INLINE void random_words(const Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
+  const uint32x4_t lane = {0, 1, 2, 3};
+  const auto multiplied = [](uint32x4_t x, uint32_t factor) {
+    const uint64x2_t low = vmull_n_u32(vget_low_u32(x), factor), high = vmull_high_n_u32(x, factor);
+    return vuzpq_u32(vreinterpretq_u32_u64(low), vreinterpretq_u32_u64(high));
+  };
+  for (uint32_t i = 0; i < N * kDraw / 16; ++i) {
+    auto key_0 = static_cast<uint32_t>(keys.seed), key_1 = static_cast<uint32_t>(keys.seed >> 32);
+    uint32x4x4_t x = {{vaddq_u32(lane, vdupq_n_u32(static_cast<uint32_t>(counter) + 4 * i)),
+                       vdupq_n_u32(static_cast<uint32_t>(counter >> 32)), vdupq_n_u32(0), vdupq_n_u32(0)}};
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const uint32x4x2_t p = multiplied(x.val[0], kPhiloxFactor[0]);
+      const uint32x4x2_t q = multiplied(x.val[2], kPhiloxFactor[1]);
+      x.val[0] = veorq_u32(q.val[1], veorq_u32(x.val[1], vdupq_n_u32(key_0)));
+      x.val[1] = q.val[0];
+      x.val[2] = veorq_u32(p.val[1], veorq_u32(x.val[3], vdupq_n_u32(key_1)));
+      x.val[3] = p.val[0];
+      key_0 += kPhiloxKeyStep[0];
+      key_1 += kPhiloxKeyStep[1];
+    }
+    vst4q_u32(out[i / 2].x + 16 * (i % 2), x);
+  }
+}
+
+#else
+
 template <int N>
 inline void random_words(const Keys& keys, uint64_t counter, RandomWords (&out)[N]) {
   for (uint32_t c = 0; c < N * kDraw / 4; ++c) {
@@ -191,6 +222,8 @@ inline void random_words(const Keys& keys, uint64_t counter, RandomWords (&out)[
     std::memcpy(out[c / 8].x + 4 * (c % 8), x, sizeof x);
   }
 }
+
+#endif
 
 inline void store_words(uint64_t* p, const RandomWords& words) {
   for (int i = 0; i < kDraw / 2; ++i) p[i] = words.x[2 * i] | static_cast<uint64_t>(words.x[2 * i + 1]) << 32;
@@ -229,6 +262,13 @@ inline Vec numbers(const uint64_t* words) {
     return _mm256_cvtepi32_ps(word);
   };
   return {eight(words), eight(words + 4)};
+#elif defined(GCK_NEON)
+  return each([&](int i) {
+    uint32x4_t word = vreinterpretq_u32_u64(vld1q_u64(words + 2 * i));
+    if constexpr (Turn >= 2) word = vreinterpretq_u32_u16(vrev32q_u16(vreinterpretq_u16_u32(word)));
+    word = Turn % 2 ? vandq_u32(word, vdupq_n_u32(0xffffff)) : vshrq_n_u32(word, 8);
+    return vcvtq_f32_u32(word);
+  });
 #else
   return each([&](int i) {
     const auto word = static_cast<uint32_t>(words[i / 2] >> i % 2 * 32);

@@ -15,7 +15,7 @@ constexpr int kBlock = 4 * kLanes;  // bits of a mask
 enum class Take { instruction, table, one_by_one };
 #if defined(GCK_AVX512)
 constexpr Take kTake = Take::instruction;
-#elif defined(GCK_AVX2)
+#elif defined(GCK_AVX2) || defined(GCK_NEON)
 constexpr Take kTake = Take::table;
 #else
 constexpr Take kTake = Take::one_by_one;

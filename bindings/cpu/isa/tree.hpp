@@ -19,6 +19,11 @@ inline float halved(Vec a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+#elif defined(GCK_NEON)
+inline float halved(Vec a) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+  return vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
+}
 #else
 inline float halved(Vec a) {
   for (int half = kLanes / 2; half >= 1; half /= 2) {
@@ -28,6 +33,7 @@ inline float halved(Vec a) {
 }
 #endif
 
+#if !defined(GCK_NEON)
 // The largest of the lanes, which are keys.
 inline int32_t largest_key(Vec keys) {
 #if defined(GCK_AVX512)
@@ -43,6 +49,7 @@ inline int32_t largest_key(Vec keys) {
   return top;
 #endif
 }
+#endif
 
 // Sum of t[0, width), width a power of two, in the same order; t is overwritten.
 inline float tree_sum(float* t, int64_t width) {

@@ -1,11 +1,13 @@
 // Sixteen floats, for the instruction set that this translation unit is compiled for: Vec and the functions
-// that each of the three files has, and what is made of them.
+// that each of the four files has, and what is made of them.
 #pragma once
 
 #if defined(GCK_AVX512)
 #include "cpu/isa/vec_avx512.hpp"
 #elif defined(GCK_AVX2)
 #include "cpu/isa/vec_avx2.hpp"
+#elif defined(GCK_NEON)
+#include "cpu/isa/vec_neon.hpp"
 #else
 #include "cpu/isa/vec_portable.hpp"
 #endif
