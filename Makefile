@@ -5,10 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test test-oldest test-arm64 sanitize fuzz lint format bench gpu-check clean bench-link soak
+.PHONY: help demo test test-oldest test-arm64 count-arm64 sanitize fuzz lint format bench gpu-check clean bench-link soak
 
 help:  ## what there is
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,7 @@ ARM64_BUILD := build/arm64
 $(ARM64)/root.stamp:
 	mkdir -p $(ARM64)
 	debootstrap --arch=arm64 --variant=minbase --include=python3.11-dev,libgomp1 bookworm $(ARM64)/root
+	rm -r $(ARM64)/root/tmp  # QEMU would read from it what was written to this machine's
 	@touch $@
 
 # torch by itself: what its wheel depends on is said of ARM, and pip looks at this machine.
@@ -83,6 +84,9 @@ test-arm64: $(ARM64)/site.stamp $(ARM64)/build.stamp  ## tests of the CPU's kern
 	QEMU_LD_PREFIX=$(abspath $(ARM64))/root PYTHONPATH=$(ARM64)/site PYTHONDONTWRITEBYTECODE=1 $(BESIDE_EACH_OTHER) \
 	  $(ARM64_PYTHON) -m pytest -n 2 --dist loadgroup --timeout 1800 -m "not gpu" -k "not interpreter" \
 	  --ignore-glob "*/test_triton_*" $(ARM64_TESTS)
+
+count-arm64: $(ARM64)/site.stamp $(ARM64)/build.stamp  ## instructions that these kernels take there; needs qemu-user, too
+	$(BIN)/python -m bench.arm64
 
 # GCC's runtime goes in front of Python, and libstdc++ behind it, whose exceptions it intercepts. Leaks are not looked
 # for: Python and torch never free much of what they have.

@@ -120,7 +120,7 @@ inline void put_two_levels(const ChunkTopk& job, const ChunkScratch& s, int64_t 
   const Vec far = set1(high), near = set1(low);
   for (int64_t j = 0; j < job.k; j += kLanes) {
     const Vec acc = load(s.values + j);
-    const Mask positive = ge_zero(acc), reaching = key_ge(acc, key);
+    const auto positive = ge_zero(acc), reaching = key_ge(acc, key);
     store(s.decoded + j, signed_like(acc, positive, select(reaching, far, near)));
     const uint32_t word = interleave(reaching & live(j), positive & live(j));
     const int64_t rest = job.k - j;

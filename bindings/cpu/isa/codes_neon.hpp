@@ -49,30 +49,65 @@ inline Vec one_of_four(const float* values, uint32_t word) {
 }
 // |a|, but 0 in lanes whose key is below the threshold; and 0 in the others.
 inline Halves split_at(Vec a, int32_t threshold, Mask& reaching) {
-  reaching = key_ge(a, threshold);
-  Halves r;
-  for (int i = 0; i < 4; ++i) {
-    const int32x4_t key = keys_of(a.v[i]);
-    const auto in = vreinterpretq_s32_u32(vcgeq_s32(key, vdupq_n_s32(threshold)));
-    r.high.v[i] = vreinterpretq_f32_s32(vandq_s32(key, in));
-    r.low.v[i] = vreinterpretq_f32_s32(vbicq_s32(key, in));
-  }
-  return r;
+  const Lanes in = key_ge(a, threshold);
+  reaching = in;
+  const auto bits = [&](int i) { return vreinterpretq_u32_s32(keys_of(a.v[i])); };
+  return {each([&](int i) { return vreinterpretq_f32_u32(vandq_u32(bits(i), in.v[i])); }),
+          each([&](int i) { return vreinterpretq_f32_u32(vbicq_u32(bits(i), in.v[i])); })};
+}
+
+// As a product without carries: that of a number with itself has its bits at every other place.
+inline uint32_t interleave(uint32_t even, uint32_t odd) {
+  const poly8x8_t bytes = vcreate_p8(even | static_cast<uint64_t>(odd) << 16);
+  const uint64_t both = vgetq_lane_u64(vreinterpretq_u64_p16(vmull_p8(bytes, bytes)), 0);
+  return static_cast<uint32_t>(both) | static_cast<uint32_t>(both >> 31);
+}
+
+// And eight more that nobody looks at.
+inline uint8x16_t eight_bytes(const char* p) {
+  return vcombine_u8(vld1_u8(reinterpret_cast<const uint8_t*>(p)), vdup_n_u8(0));
 }
 
 // Sixteen codes in two's complement, of which the first lies at the start of `packed`.
 template <int Bits>
 inline int8x16_t spread(const char* packed) {
-  const auto* const bytes = reinterpret_cast<const int8_t*>(packed);
-  if constexpr (Bits == 8) return vld1q_s8(bytes);
+  if constexpr (Bits == 8) return vld1q_s8(reinterpret_cast<const int8_t*>(packed));
   if constexpr (Bits == 4) {  // each to the upper bits of a byte, and back with its sign
-    const int8x8_t two = vld1_s8(bytes);
-    return vshrq_n_s8(vcombine_s8(vzip1_s8(vshl_n_s8(two, 4), two), vzip2_s8(vshl_n_s8(two, 4), two)), 4);
+    const uint8x16_t two = eight_bytes(packed);
+    return vshrq_n_s8(vreinterpretq_s8_u8(vzip1q_u8(vshlq_n_u8(two, 4), two)), 4);
   }
   uint32_t word;
   std::memcpy(&word, packed, sizeof word);
   return vshrq_n_s8(vreinterpretq_s8_u8(spread_2(word)), 6);
 }
+
+// Of codes of 4 bits, alpha * (code * scale) from a table of all sixteen: of each byte of a value a register.
+struct SixteenValues {
+  static constexpr int kWays = 1;
+  uint8x16x4_t bytes;
+
+  void set(const char* scales, float alpha) {
+    float scale, values[16];
+    std::memcpy(&scale, scales, sizeof scale);
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>((i ^ 8) - 8) * scale * alpha;
+    bytes = vld4q_u8(reinterpret_cast<const uint8_t*>(values));
+  }
+  Vec at(const char* packed, int v) const {
+    const uint8x16_t two = eight_bytes(packed + 8 * v);
+    const uint8x16_t codes = vzip1q_u8(vandq_u8(two, vdupq_n_u8(15)), vshrq_n_u8(two, 4));
+    const auto of = [&](int i) { return vqtbl1q_u8(bytes.val[i], codes); };
+    const auto halves = [](uint8x16_t a, uint8x16_t b) {
+      return uint16x8x2_t{{vreinterpretq_u16_u8(vzip1q_u8(a, b)), vreinterpretq_u16_u8(vzip2q_u8(a, b))}};
+    };
+    const uint16x8x2_t lower = halves(of(0), of(1)), upper = halves(of(2), of(3));
+    Vec r;
+    for (int i = 0; i < 2; ++i) {
+      r.v[2 * i] = vreinterpretq_f32_u16(vzip1q_u16(lower.val[i], upper.val[i]));
+      r.v[2 * i + 1] = vreinterpretq_f32_u16(vzip2q_u16(lower.val[i], upper.val[i]));
+    }
+    return r;
+  }
+};
 
 template <int Vecs>
 constexpr bool packs_vectors = true;

@@ -32,7 +32,7 @@ inline int64_t clear_nonfinite(float* x, int64_t count) {
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
     const Vec a = load(x + i), b = load(x + i + kLanes);
     if (!any_key_ge(a, b, kInfKey)) continue;
-    const Mask in_a = key_ge(a, kInfKey), in_b = key_ge(b, kInfKey);
+    const auto in_a = key_ge(a, kInfKey), in_b = key_ge(b, kInfKey);
     store(x + i, select(in_a, set1(0.0f), a));
     store(x + i + kLanes, select(in_b, set1(0.0f), b));
     cleared += __builtin_popcount(in_a) + __builtin_popcount(in_b);

@@ -50,6 +50,13 @@ struct Scaled {
   }
 };
 
+// Vectors that are rounded together: with their codes they fit in registers.
+#if defined(GCK_NEON)
+constexpr int kMostRounded = 2;
+#else
+constexpr int kMostRounded = 4;
+#endif
+
 // Multiples of the scale, whole numbers of at most qmax, to codes; what they do not say stays in err.
 template <int Bits, bool Stochastic, int Vecs>
 void round_all(const Scaled& s, DrawnWords& drawn) {
@@ -84,7 +91,7 @@ void round_all(const Scaled& s, DrawnWords& drawn) {
 
 template <int Bits, bool Stochastic>
 inline void round_all(const Scaled& s, DrawnWords& drawn) {
-  if (s.chunk.size >= 4 * kLanes) return round_all<Bits, Stochastic, 4>(s, drawn);
+  if (s.chunk.size >= kMostRounded * kLanes) return round_all<Bits, Stochastic, kMostRounded>(s, drawn);
   round_all<Bits, Stochastic, 2>(s, drawn);
 }
 

@@ -107,7 +107,7 @@ class TwoLevels {
     const Vec far = set1(high_), near = set1(low_);
     for (int64_t i = 0; i < size; i += kLanes) {
       const Vec acc = load(err + i);
-      const Mask high = key_ge(acc, key), positive = ge_zero(acc);
+      const auto high = key_ge(acc, key), positive = ge_zero(acc);
       store(err + i, sub(acc, signed_like(acc, positive, select(high, far, near))));
       if constexpr (!kCodesFirst<Size>) put_codes(codes, i, high, positive);
     }

@@ -66,34 +66,44 @@ inline int32_t largest_key(Vec keys) {
   };
   return vmaxvq_s32(vmaxq_s32(two(0), two(1)));
 }
-// The lanes whose bits are all set; in the others, none is.
+// Lanes of which all bits are set, or none; a Mask where one is asked for, which takes a few instructions.
+struct Lanes {
+  uint32x4_t v[4];
+
+  GCK_INLINE operator Mask() const {
+    const auto halves = [](uint32x4_t low, uint32x4_t high) {
+      return vuzp1q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high));
+    };
+    const uint8x16_t bytes =
+        vuzp1q_u8(vreinterpretq_u8_u16(halves(v[0], v[1])), vreinterpretq_u8_u16(halves(v[2], v[3])));
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    uint8x16_t sums = vandq_u8(bytes, bit);
+    for (int i = 0; i < 3; ++i) sums = vpaddq_u8(sums, sums);
+    return vgetq_lane_u16(vreinterpretq_u16_u8(sums), 0);
+  }
+};
 template <typename F>
-GCK_INLINE Mask where(F f) {
-  const auto halves = [](uint32x4_t low, uint32x4_t high) {
-    return vuzp1q_u16(vreinterpretq_u16_u32(low), vreinterpretq_u16_u32(high));
-  };
-  const uint8x16_t bytes =
-      vuzp1q_u8(vreinterpretq_u8_u16(halves(f(0), f(1))), vreinterpretq_u8_u16(halves(f(2), f(3))));
-  const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-  uint8x16_t sums = vandq_u8(bytes, bit);
-  for (int i = 0; i < 3; ++i) sums = vpaddq_u8(sums, sums);
-  return vgetq_lane_u16(vreinterpretq_u16_u8(sums), 0);
+GCK_INLINE Lanes where(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
 }
-inline Mask ge_zero(Vec a) {
+inline Lanes ge_zero(Vec a) {
   return where([&](int i) { return vcgezq_f32(a.v[i]); });
 }
-inline Mask is_nan(Vec a) {
+inline Lanes is_nan(Vec a) {
   return where([&](int i) { return vmvnq_u32(vceqq_f32(a.v[i], a.v[i])); });
 }
 inline Vec canonical(Vec a) {
   const float32x4_t nan = vreinterpretq_f32_s32(vdupq_n_s32(kNanKey));
   return each([&](int i) { return vbslq_f32(vceqq_f32(a.v[i], a.v[i]), a.v[i], nan); });
 }
-inline Mask key_ge(Vec a, int32_t threshold) {
+inline Lanes key_ge(Vec a, int32_t threshold) {
   return where([&](int i) { return vcgeq_s32(keys_of(a.v[i]), vdupq_n_s32(threshold)); });
 }
 inline bool any_key_ge(Vec a, Vec b, int32_t threshold) {
   return largest_key(max_key(abs(a), b)) >= threshold;
+}
+inline Vec select(Lanes lanes, Vec yes, Vec no) {
+  return each([&](int i) { return vbslq_f32(lanes.v[i], yes.v[i], no.v[i]); });
 }
 inline Vec select(Mask m, Vec yes, Vec no) {
   const uint32x4_t lanes = vdupq_n_u32(m), bit = {1, 2, 4, 8};
@@ -139,11 +149,12 @@ alignas(16) static constexpr FrontBytes kFrontBytes = front_bytes_table();
 // more.
 template <typename F>
 GCK_INLINE void compress_each(uint32_t* p, Mask m, F word) {
+  // How many bits each four have, and how many those before.
+  const Mask twos = m - (m >> 1 & 0x5555u), fours = (twos & 0x3333u) + (twos >> 2 & 0x3333u);
+  const Mask before = fours * 0x1110u;
   for (int i = 0; i < 4; ++i) {
-    const Mask four = m >> 4 * i & 15;
-    const uint8x16_t bytes = vreinterpretq_u8_u32(word(i));
-    vst1q_u32(p, vreinterpretq_u32_u8(vqtbl1q_u8(bytes, vld1q_u8(kFrontBytes.of[four]))));
-    p += __builtin_popcount(four);
+    const uint8x16_t bytes = vreinterpretq_u8_u32(word(i)), front = vld1q_u8(kFrontBytes.of[m >> 4 * i & 15]);
+    vst1q_u32(p + (before >> 4 * i & 15), vreinterpretq_u32_u8(vqtbl1q_u8(bytes, front)));
   }
 }
 inline void compress(float* p, Mask m, Vec a) {
