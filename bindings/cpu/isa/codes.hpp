@@ -52,7 +52,9 @@ inline uint64_t without_gaps(uint64_t x) {
   }
 }
 
-#if !defined(GCK_NEON)
+#endif
+
+#if !defined(GCK_AVX512) && !defined(GCK_NEON)
 // Bit i of `even` to bit 2 * i, and of `odd` to bit 2 * i + 1; 16 of each.
 inline uint32_t interleave(uint32_t even, uint32_t odd) {
   uint64_t y = (even & 0xffffu) | static_cast<uint64_t>(odd) << 32;
@@ -62,7 +64,6 @@ inline uint32_t interleave(uint32_t even, uint32_t odd) {
   y = (y | y << 1) & 0x5555555555555555u;
   return static_cast<uint32_t>(y) | static_cast<uint32_t>(y >> 31);
 }
-#endif
 #endif
 
 // Sixteen codes, of which the first lies at the start of `packed`.
