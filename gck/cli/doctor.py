@@ -98,8 +98,8 @@ def _compiled_module() -> Iterator[Finding]:
         return
     detail = f"instruction set {isa}, {torch.get_num_threads()} threads of {os.cpu_count()} CPUs"
     advice = ""
-    if isa == "portable" and platform.machine() in ("x86_64", "AMD64"):
-        asked = os.environ.get("GCK_ISA") == "portable"
+    asked = os.environ.get("GCK_ISA") == "portable"
+    if isa == "portable" and (asked or platform.machine() in ("x86_64", "AMD64")):
         why = "the environment asks for it (GCK_ISA=portable)" if asked else "this CPU has no AVX2"
         advice = f"{why}: kernels work, but below their best speed"
     yield Finding("CPU kernels", True, detail, advice, required=True)
