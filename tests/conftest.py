@@ -13,9 +13,10 @@ if not torch.cuda.is_available():
 import pytest
 
 if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.interpreter import quicken
+    from tests.interpreter import admit_numpy, quicken
 
     quicken()
+    admit_numpy()
 
 
 @pytest.hookimpl(wrapper=True)

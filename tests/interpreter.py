@@ -1,4 +1,4 @@
-"""Triton's interpreter, without most of what it does again and again.
+"""Triton's interpreter, without most of what it does again and again, and with the NumPy of today.
 
 At every call of a function, from within kernels as well, it looks through all of triton.language for what to
 replace, which was a third to a half of the time of these tests. What a kernel has replaced stays so for the
@@ -7,6 +7,7 @@ functions that it calls.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,19 @@ def quicken() -> None:
     scope = getattr(interpreter, "_LangPatchScope", None)
     if hasattr(scope, "restore") and hasattr(interpreter, "_patch_lang"):
         interpreter._patch_lang = _once(interpreter._patch_lang, scope)
+
+
+def admit_numpy() -> None:
+    """Triton 3.6, of torch 2.10 and 2.11, takes arrays of one element for numbers; NumPy 2.5 does not."""
+    of_tensors = getattr(interpreter, "_patch_lang_tensor", None)
+    if of_tensors is None or list(inspect.signature(of_tensors).parameters) != ["tensor", "scope"]:
+        return
+
+    def replace(tensor: Any, scope: Any) -> None:
+        of_tensors(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = replace
 
 
 def _once(replace: Callable[[Any], Any], scope: Callable[[], Any]) -> Callable[[Any], Any]:

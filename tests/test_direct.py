@@ -246,6 +246,8 @@ def test_options_that_are_left_to_others(ways: Ways) -> None:
         ways.both_refuse(call, err)
 
 
+# What torch 2.10 says of its first profile.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 @needs_table
 @variants
 def test_watched_calls_take_the_long_way(make: Any, ways: Ways) -> None:

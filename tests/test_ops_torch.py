@@ -241,6 +241,8 @@ def test_the_seed_of_a_choice_may_change_without_compiling_again() -> None:
     assert counter.frame_count <= 2  # for the first seed, and for any
 
 
+# What torch 2.10 says of its first profile.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_eager_calls_show_in_a_profile_and_negated_views_are_negated() -> None:
     grad, _ = pair(300)
     with torch.profiler.profile() as profile:
