@@ -153,8 +153,9 @@ GCK_INLINE void compress_each(uint32_t* p, Mask m, F word) {
   const Mask twos = m - (m >> 1 & 0x5555u), fours = (twos & 0x3333u) + (twos >> 2 & 0x3333u);
   const Mask before = fours * 0x1110u;
   for (int i = 0; i < 4; ++i) {
-    const uint8x16_t bytes = vreinterpretq_u8_u32(word(i)), front = vld1q_u8(kFrontBytes.of[m >> 4 * i & 15]);
-    vst1q_u32(p + (before >> 4 * i & 15), vreinterpretq_u32_u8(vqtbl1q_u8(bytes, front)));
+    const uint8x16_t front = vld1q_u8(kFrontBytes.of[m >> 4 * i & 15]);
+    auto* const to = reinterpret_cast<uint8_t*>(p + (before >> 4 * i & 15));  // p may be of floats
+    vst1q_u8(to, vqtbl1q_u8(vreinterpretq_u8_u32(word(i)), front));
   }
 }
 inline void compress(float* p, Mask m, Vec a) {
