@@ -73,6 +73,17 @@ def reference_of(compressor: Any) -> Any:
     return import_module(f"{type(compressor).__module__}.reference")
 
 
+# Their scales are means, which may be 0 where something is negative.
+SCALED_BY_MEANS = [gck.Sign(256), gck.Quantize(2, 256, scale="mean"), gck.ChunkTopK(64, 256, value_bits=2)]
+
+
+def a_denormal_alone() -> tuple[Tensor, Tensor]:
+    """A negative one among zeros, of which means are 0 and decoded -0."""
+    grad = torch.zeros(600)
+    grad[7] = -1e-45
+    return grad, torch.zeros(600)
+
+
 def check_case(compressor: Any, backend: str, grad: Tensor, err: Tensor, shards: int = 1) -> None:
     """Compress and decode between canaries, and compare every byte with the reference."""
     kernels, device = kernels_of(backend, compressor)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gck.kernels.chunk_topk.gpu_encode import chunk_of, indices_of, scales_of, values_of
-from gck.kernels.common.keys import widen
+from gck.kernels.common.keys import negated, widen
 from gck.kernels.common.packing import load_codes
 
 WARP_SLOTS = 64  # entries of a rank, in a program's chunks, for each of its warps
@@ -49,7 +49,7 @@ def _values(p_values, p_scales, b_slot, b_live, b_exists, K: tl.constexpr, BITS:
             b_low = tl.load(p_scales + b_row * 2, mask=b_exists, other=0.0)
             b_high = tl.load(p_scales + b_row * 2 + 1, mask=b_exists, other=0.0)
             b_level = tl.where((b_code & 1) != 0, b_high, b_low)
-            return tl.where((b_code & 2) != 0, b_level, -b_level)
+            return tl.where((b_code & 2) != 0, b_level, negated(b_level))
         else:
             SIGN: tl.constexpr = 2 ** (BITS - 1)
             b_code = (b_code ^ SIGN) - SIGN

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from gck.kernels.common.keys import INFINITY, canonical, magnitude_key
+from gck.kernels.common.keys import INFINITY, canonical, magnitude_key, negated
 from gck.kernels.common.tree import halving_sum
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -65,4 +65,4 @@ def two_level_codes(b_acc, b_live, b_wanted, LEVELS: tl.constexpr):
     b_positive = b_acc >= 0
     b_code = tl.where(b_live, b_positive.to(tl.int32) * 2 + b_is_high.to(tl.int32), 0)
     b_level = tl.where(b_is_high, b_high[:, None], b_low[:, None])
-    return b_code, b_low, b_high, tl.where(b_positive, b_level, -b_level)
+    return b_code, b_low, b_high, tl.where(b_positive, b_level, negated(b_level))

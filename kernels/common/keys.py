@@ -21,6 +21,12 @@ def magnitude_key(x):
 
 
 @triton.jit
+def negated(x):
+    """-x, which Triton up to 3.6 at least takes for 0 - x: of 0 that is 0, and not -0."""
+    return x * -1.0
+
+
+@triton.jit
 def is_finite(x):
     return magnitude_key(x) < INFINITY
 

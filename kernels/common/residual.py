@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gck.kernels.common.keys import negated
+
 # What a kernel does to a residual, known when it is compiled.
 AS_IT_IS, DECAYED, CLIPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ABSENT = tl.constexpr(-1)  # there is none, whatever memory holds
@@ -23,7 +25,7 @@ def read_residual(b_err, decay, p_clip, RESIDUAL: tl.constexpr):
     if RESIDUAL == CLIPPED:
         clip = tl.load(p_clip)
         clip = tl.where(clip > 0, clip, 0.0)
-        b_err = tl.where(tl.abs(b_err) > clip, tl.where(b_err < 0, -clip, clip), b_err)
+        b_err = tl.where(tl.abs(b_err) > clip, tl.where(b_err < 0, negated(clip), clip), b_err)
     return b_err
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gck.kernels.common.keys import negated
 from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.quads import bits_of, load_code_quads, quad_column, quad_offsets, signed_codes
 from gck.kernels.common.tiles import load_tile
@@ -53,7 +54,7 @@ def _decoded(b_word, b_low, b_high, alpha, BITS: tl.constexpr, TWO_LEVELS: tl.co
     """(QUADS, 4): alpha times what `_load_quads` loaded."""
     if TWO_LEVELS:
         b_level = tl.where(bits_of(b_word, 0, BITS), b_high * alpha, b_low * alpha)
-        return tl.where(bits_of(b_word, 1, BITS), b_level, -b_level)
+        return tl.where(bits_of(b_word, 1, BITS), b_level, negated(b_level))
     else:
         return signed_codes(b_word, BITS) * b_low * alpha
 

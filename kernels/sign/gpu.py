@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gck.compressor import shard_numel
 from gck.kernels.common.gpu_statistics import finish, partial_sums
-from gck.kernels.common.keys import accumulate, canonical, is_finite
+from gck.kernels.common.keys import accumulate, canonical, is_finite, negated
 from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.packing import pack_bits
 from gck.kernels.common.reduction import Reduction
@@ -72,7 +72,7 @@ def encode_group(
     # The residual of a chunk is finite where its scale is: a non-finite element makes the sum
     # non-finite, and |acc - scale| never exceeds the larger of the two. So one test a chunk is enough.
     b_finite = is_finite(b_scale)
-    b_residual = b_acc - tl.where(b_positive, b_scale[:, None], -b_scale[:, None])
+    b_residual = b_acc - tl.where(b_positive, b_scale[:, None], negated(b_scale)[:, None])
     b_residual = tl.where(b_finite[:, None], b_residual, 0.0)
     if WHOLE:
         if STORE:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gck.kernels.common.keys import negated
 from gck.kernels.common.launch import EXACT, launching_on, registers
 from gck.kernels.common.quads import bits_of, quad_column, quad_offsets
 from gck.kernels.common.tiles import load_tile
@@ -42,7 +43,7 @@ def _load_quads(p_words, p_scales, b_quad, left, LEVELS: tl.constexpr, WHOLE: tl
 @triton.jit
 def _signed(b_word, b_scale, alpha):
     b_scale *= alpha
-    return tl.where(bits_of(b_word, 0, 1), b_scale, -b_scale)
+    return tl.where(bits_of(b_word, 0, 1), b_scale, negated(b_scale))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 import gck
 from gck.compressor import shard_numel
 from tests.cases import GRAD_DTYPES, make, same_bytes
-from tests.contract import check_case
+from tests.contract import SCALED_BY_MEANS, a_denormal_alone, check_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -49,6 +49,12 @@ def reference_of(compressor: Any) -> Any:
 def body_of(compressor: Any, n: int) -> Tensor:
     nbytes = compressor.layout(shard_numel(n, compressor.shard_unit, 1)).nbytes
     return torch.zeros(1, nbytes, dtype=torch.uint8, device="cuda")
+
+
+@pytest.mark.parametrize("compressor", SCALED_BY_MEANS, ids=str)
+def test_what_is_negative_of_a_scale_of_zero(compressor: Any) -> None:
+    """-0, which Triton 3.6 would subtract from 0."""
+    check_case(compressor, "cuda", *a_denormal_alone())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gck
 from tests.cases import Guarded, make, one_nan, same_bytes
-from tests.contract import check_case
+from tests.contract import SCALED_BY_MEANS, a_denormal_alone, check_case
 from tests.kernels.bits import bit_patterns
 from tests.kernels.launches import recorded
 
@@ -27,6 +27,12 @@ from gck.kernels.sign import gpu as sign
 from gck.kernels.sign import reference as sign_reference
 from gck.kernels.topk import gpu as topk
 from gck.kernels.topk import reference as topk_reference
+
+
+@pytest.mark.parametrize("compressor", SCALED_BY_MEANS, ids=str)
+def test_what_is_negative_of_a_scale_of_zero(compressor: Any) -> None:
+    """-0: the mean of a denormal and zeros is 0, which Triton 3.6 would subtract from 0."""
+    check_case(compressor, "interpreter", *a_denormal_alone())
 
 
 @pytest.mark.parametrize("chunk_size", [32, 64, 256, 512, 1024, 8192])
