@@ -79,7 +79,7 @@ $(ARM64)/build.stamp: $(SOURCES) tests/arm64/toolchain.cmake $(ARM64)/root.stamp
 	cp $(ARM64_BUILD)/_C.*.so gck/_C.cpython-311-aarch64-linux-gnu.so
 	@touch $@
 
-# Without what takes hours there, and what would run the same again.
+# Without what takes too long there, and what would run the same again.
 ARM64_TESTS := tests/test_contract.py tests/message tests/kernels
 test-arm64: $(ARM64)/site.stamp $(ARM64)/build.stamp  ## tests of the CPU's kernels and of messages on 64-bit ARM, emulated
 	QEMU_LD_PREFIX=$(abspath $(ARM64))/root PYTHONPATH=$(ARM64)/site PYTHONDONTWRITEBYTECODE=1 $(BESIDE_EACH_OTHER) \

@@ -43,7 +43,8 @@ def main(
         table.add_row(name, *(f"{counts[each][name]:.2f}" for each in SETS))
     console.print(table)
     out.mkdir(parents=True, exist_ok=True)
-    where = {key: describe(torch.device("cpu"))[key] for key in ("taken", "commit", "modified")}
+    machine_of_run = describe(torch.device("cpu"))
+    where = {key: machine_of_run[key] for key in ("taken", "commit", "modified")}
     qemu = subprocess.run(["qemu-aarch64", "--version"], capture_output=True, text=True, check=True)
     report = {**where, "qemu": qemu.stdout.splitlines()[0], "numel": NUMEL, "instructions_an_element": counts}
     (out / "arm64-instructions.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -22,7 +22,7 @@ def magnitude_key(x):
 
 @triton.jit
 def negated(x):
-    """-x, which Triton up to 3.6 at least takes for 0 - x: of 0 that is 0, and not -0."""
+    """-x, which Triton 3.6 takes for 0 - x: of 0 that is 0, and not -0."""
     return x * -1.0
 
 

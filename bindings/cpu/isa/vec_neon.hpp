@@ -31,7 +31,7 @@ inline Vec load_fp16(const uint16_t* p) {
 inline void store(float* p, Vec a) {
   for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
 }
-// Processors see by themselves that whole lines are written one after the other.
+// There is no intrinsic for that.
 inline void store_past_caches(float* p, Vec a) { store(p, a); }
 inline void order_stores() {}
 inline Vec set1(float x) {
@@ -145,8 +145,7 @@ constexpr FrontBytes front_bytes_table() {
   return table;
 }
 alignas(16) static constexpr FrontBytes kFrontBytes = front_bytes_table();
-// Stores the lanes of four vectors, which word(i) makes, that are in m; behind them there is room for four
-// more.
+// Stores the lanes of four vectors, which word(i) makes, that are in m; p has room for all sixteen.
 template <typename F>
 GCK_INLINE void compress_each(uint32_t* p, Mask m, F word) {
   // How many bits each four have, and how many those before.
