@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gck.collectives.cost import cheapest_algorithm
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
 from gck.compressor import Compressor, check_compressor, is_seeded, shard_numel
@@ -16,7 +17,7 @@ from gck.factored import is_factored
 from gck.kernels.common import checks
 from gck.values import shown
 
-__all__ = ["check_algorithm", "check_call", "check_states"]
+__all__ = ["check_algorithm", "check_call", "check_states", "plan_of"]
 
 OPS = ("avg", "sum")
 ALGORITHMS = ("auto", "one_phase", "two_phase", "seeded", "factored", "dense")
@@ -102,24 +103,46 @@ def check_states(
     compressor: Compressor,
     transport: Transport,
 ) -> list[tuple[int, ServerBinding] | None]:
-    """Size and binding of each server residual; raises where a state belongs to something else."""
+    """Size and binding that each server residual has in two phases; raises where a state belongs to something
+    else. Chunks of another size are no reason: see `gck.collectives.folding`."""
     bindings: list[tuple[int, ServerBinding] | None] = []
+
+    def bound(numel: int, unit: int) -> tuple[int, ServerBinding]:
+        owned = shard_numel(numel, unit, transport.world_size)
+        return owned, ServerBinding(transport.rank, transport.world_size, unit)
+
     for state, whole, shard in zip(states, cuts, shards, strict=True):
         if state is None:
             bindings.append(None)
             continue
         numel = whole.valid(0 if shard is None else shard.rank)
         state.check_numel(numel, shard)
-        unit = compressor.shard_unit if compressor.shard_unit is not None else _unit(state)
-        if unit is None:
-            bindings.append(None)
-            continue
-        owned = shard_numel(numel, unit, transport.world_size)
-        bound = ServerBinding(transport.rank, transport.world_size, unit)
-        state.check_server(owned, bound)
-        bindings.append((owned, bound))
+        if state.binding is not None:
+            state.check_server(*bound(numel, state.binding.unit))
+        unit = compressor.shard_unit
+        bindings.append(None if unit is None else bound(numel, unit))
     return bindings
 
 
-def _unit(state: ErrorFeedback) -> int | None:
-    return None if state.binding is None else state.binding.unit
+def plan_of(
+    compressors: Sequence[Compressor],
+    cuts: Sequence[Shards],
+    local_world_size: int,
+    world_size: int,
+    algorithm: str,
+) -> dict[str, list[int]]:
+    """Which tensors go by which algorithm, in the same order on all ranks; options that do not fit a
+    size raise here, on all ranks and before anything is sent."""
+    for compressor, shards in zip(compressors, cuts, strict=True) if algorithm != "dense" else ():
+        for numel in {shards.valid(rank) for rank in range(local_world_size)}:
+            if numel or local_world_size == 1:
+                compressor.layout(numel)
+    if algorithm != "auto":
+        return {algorithm: list(range(len(cuts)))}
+    # Each tensor by itself: whether and how it is compressed must not depend on what it shares a message
+    # with, since DDP rebuilds its buckets after the first step, and again after a restart.
+    plan: dict[str, list[int]] = {}
+    for i, (compressor, shards) in enumerate(zip(compressors, cuts, strict=True)):
+        chosen = cheapest_algorithm(compressor, [shards.numel], world_size)
+        plan.setdefault(chosen, []).append(i)
+    return plan

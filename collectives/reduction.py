@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from gck.collectives.all_gather import one_phase
-from gck.collectives.arguments import check_call, check_states
-from gck.collectives.cost import Link, cheapest_algorithm, node_unit
+from gck.collectives.arguments import check_call, check_states, plan_of
+from gck.collectives.cost import Link, node_unit
 from gck.collectives.dense import dense
 from gck.collectives.factored import factored
 from gck.collectives.failure import give_up
+from gck.collectives.folding import fold_server
 from gck.collectives.handshake import Signature, agree, check_validate, describe
 from gck.collectives.hierarchical import HierarchicalGroup, all_gather, bindings_of, cut, reduce_scatter
 from gck.collectives.measured import Measured
@@ -78,7 +79,7 @@ def prepare(
     cuts = [
         cut([n], node_unit(one, n, *ways), local_world_size)[0] for n, one in zip(numels, bound, strict=True)
     ]
-    plan = _plan(bound, cuts, local_world_size, tier.world_size, algorithm)
+    plan = plan_of(bound, cuts, local_world_size, tier.world_size, algorithm)
     shards = bindings_of(tiers, cuts)
     check_states(states, cuts, shards, compressor, tier)
     together = [cuts[i].numel for chosen in ("one_phase", "two_phase") for i in plan.get(chosen, ())]
@@ -268,6 +269,7 @@ class Reduction:
             measured = self._measure(some, errs, lossy=False)
             results = dense(transport, self.compressor, grads, states, self._divisor, memory)
         else:
+            self._fold(transport, some)
             errs, counters = _residuals(some)
             measured = self._measure(some, errs)
             given = transport, self.compressor, grads, errs, counters
@@ -320,6 +322,7 @@ class Reduction:
     ) -> Callable[[], None]:
         """One or two phases, or factors; what this returns decodes what is left to `results`, which may be
         the gradients themselves: `straight`."""
+        self._fold(transport, some, two_phase=algorithm == "two_phase")
         if algorithm == "factored":
             return self._factored(transport, some, results, memory)
         grads, (errs, counters) = [grad for grad, *_ in some], _residuals(some)
@@ -338,6 +341,13 @@ class Reduction:
         finish = two_phase(*given, Residuals(errs, servers, counters, undo), *ends, memory=memory, keep=keep)
         measured.end()
         return finish
+
+    def _fold(self, transport: Transport, some: list[Member], two_phase: bool = False) -> None:
+        """Server residuals of calls before this one, which this one does not go on with."""
+        for grad, state, (shard, bound), *_ in some:
+            if state is not None and state.server is not None:
+                kept = bound[1] if two_phase and bound is not None else None
+                fold_server(state, grad, shard, kept, transport, self._divisor)
 
     @property
     def _divisor(self) -> int:
@@ -374,27 +384,3 @@ def _to_the_end(finish: Callable[[], None]) -> Exception | None:
 def _write(grads: list[Tensor], results: list[Tensor]) -> None:
     for grad, result in zip(grads, results, strict=True):
         copy_(grad, result)
-
-
-def _plan(
-    compressors: Sequence[Compressor],
-    cuts: Sequence[Shards],
-    local_world_size: int,
-    world_size: int,
-    algorithm: str,
-) -> dict[str, list[int]]:
-    """Which tensors go by which algorithm, in the same order on all ranks; options that do not fit a
-    size raise here, on all ranks and before anything is sent."""
-    for compressor, shards in zip(compressors, cuts, strict=True) if algorithm != "dense" else ():
-        for numel in {shards.valid(rank) for rank in range(local_world_size)}:
-            if numel or local_world_size == 1:
-                compressor.layout(numel)
-    if algorithm != "auto":
-        return {algorithm: list(range(len(cuts)))}
-    # Each tensor by itself: whether and how it is compressed must not depend on what it shares a message
-    # with, since DDP rebuilds its buckets after the first step, and again after a restart.
-    plan: dict[str, list[int]] = {}
-    for i, (compressor, shards) in enumerate(zip(compressors, cuts, strict=True)):
-        chosen = cheapest_algorithm(compressor, [shards.numel], world_size)
-        plan.setdefault(chosen, []).append(i)
-    return plan

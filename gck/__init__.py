@@ -11,6 +11,7 @@ from gck.collectives import (
     NcclCommunicator,
     SimulatedGroup,
     all_reduce_,
+    all_reduce_many_,
     packed_all_reduce_,
     sparse_all_gather,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "Statistics",
     "TopK",
     "all_reduce_",
+    "all_reduce_many_",
     "checkpoint",
     "chunk_topk",
     "chunk_topk_ef_",

@@ -28,7 +28,7 @@ from gck.collectives.work import perform, submit
 from gck.compressor_choice import Choosable
 from gck.errors import ArgumentError, DtypeError, LayoutError, ShapeMismatchError
 from gck.integrations.groups import Group, grouped, prepare_groups
-from gck.integrations.hook_checks import check_layout
+from gck.integrations.hook_checks import check_dtypes, check_layout, trained
 from gck.integrations.hook_state import HookState
 from gck.integrations.unused import reduce_used
 from gck.values import shown
@@ -145,7 +145,8 @@ def register(
         The state, whose `state_dict` belongs into the checkpoint of its rank.
 
     Raises:
-        DtypeError: model is no DistributedDataParallel, or an option has a wrong type.
+        DtypeError: model is no DistributedDataParallel, or has gradients of a dtype that gck does not take, or
+            an option has a wrong type.
         ArgumentError: an option is out of range, or the model has a communication hook already.
         GroupUnusableError: the group was destroyed, or an earlier failure spoilt it.
     """
@@ -171,8 +172,9 @@ def register(
     )
     # What is wrong is found here, and not in a backward pass.
     resolve(state.group, state.timeout)
-    for name, parameter in model.module.named_parameters():
-        chosen = state.compressor_of(parameter) if parameter.requires_grad else None
+    check_dtypes("gck.ddp.register", model)
+    for name, parameter in trained(model):
+        chosen = state.compressor_of(parameter)
         if chosen is not None:
             check_layout("gck.ddp.register", name, parameter.numel(), chosen)
     try:

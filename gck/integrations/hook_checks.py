@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
 from gck.compressor import Compressor
-from gck.compressor_choice import CompressorChoice
-from gck.error_feedback import ErrorFeedbackMap, check_version
+from gck.error_feedback import check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.values import MOST_FP64, plain_int, shown
 
-__all__ = ["check_layout", "check_units", "checked_count", "checked_names", "checked_saved"]
+__all__ = ["GRADIENTS", "check_dtypes", "check_layout", "checked_count", "checked_names", "checked_saved", "trained"]
+
+GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def checked_names(names: object) -> frozenset[str]:
@@ -69,18 +73,23 @@ def check_layout(function: str, name: str, numel: int, compressor: Compressor) -
         raise ArgumentError(f"{function}: {name} of {numel} elements: {error}") from error
 
 
-def check_units(function: str, choice: CompressorChoice, residuals: ErrorFeedbackMap) -> None:
-    """Raises StateMismatchError where a server residual belongs to other chunks than the compressor now has:
-    it would be refused in the next step, or never be sent."""
-    for name, state in residuals.items():
-        binding = state.binding
-        if state.server is None or binding is None:
-            continue
-        compressor = choice.of(function, name)
-        unit = None if compressor is None else compressor.shard_unit
-        if unit != binding.unit:
-            raise StateMismatchError(
-                f"{function}: {name} has a server residual of chunks of {binding.unit} elements, which "
-                f"{compressor} does not work on; continue with a new state that loads this one's with "
-                "reset_server=True"
+def check_dtypes(function: str, model: DistributedDataParallel) -> None:
+    """Raises DtypeError where DDP will give the hook gradients that gck does not take, compressed or not."""
+    if getattr(model, "mixed_precision", None) is not None:
+        return  # by which gradients have a dtype of their own
+    for name, parameter in trained(model):
+        if parameter.dtype not in GRADIENTS:
+            raise DtypeError(
+                f"{function}: gradients must be of fp32, bf16 or fp16, those of {name} are of "
+                f"{parameter.dtype}; what DDP is to leave alone it must be told before it wraps the model, "
+                "by DistributedDataParallel._set_params_and_buffers_to_ignore_for_model"
             )
+
+
+def trained(model: DistributedDataParallel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters whose gradients DDP averages."""
+    ignored = getattr(model, "parameters_to_ignore", ())
+    for name, parameter in model.module.named_parameters():
+        # DDP finds no names of the outermost module's own parameters among those that it is to ignore.
+        if parameter.requires_grad and not ("." in name and name in ignored):
+            yield name, parameter

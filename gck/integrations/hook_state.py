@@ -20,7 +20,7 @@ from gck.compressor import Compressor
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, DtypeError
-from gck.integrations.hook_checks import check_units, checked_count, checked_names, checked_saved
+from gck.integrations.hook_checks import checked_count, checked_names, checked_saved
 from gck.integrations.parameters import overview
 from gck.nonfinite import StepGuard
 from gck.values import check_flags, shown
@@ -36,8 +36,7 @@ class HookState:
     Args:
         compressor: for every parameter that is not bypassed; or by name: a dict of patterns, as of the shell,
             to compressors, or to None, which bypasses. The first that matches counts. Names are those of
-            `named_parameters` of the model inside. May be set between steps, alike on all ranks; but not to
-            other chunks where there are server residuals, which belong to them.
+            `named_parameters` of the model inside. May be set between steps, alike on all ranks: residuals go on.
         warmup_steps: steps at the start that are reduced without compression.
         bypass_numel: parameters of at most so many elements are reduced without compression, all those
             of a bucket in one message.
@@ -209,7 +208,6 @@ class HookState:
             check_algorithm("HookState", compressor, self.algorithm)
         if self._bound:
             choice.check_names("HookState", self._names.values())
-            check_units("HookState", choice, self.residuals)
         self._choice = choice
 
     @property

@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gck.errors import ArgumentError, BackendUnavailableError, DtypeError, ShapeMismatchError
+from gck.integrations.hook_checks import GRADIENTS
 from gck.values import shown
 
 __all__ = ["Shards", "check_shards", "shards_of"]
-
-GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
