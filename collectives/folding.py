@@ -23,8 +23,8 @@ def fold_server(
     transport: Transport,
     divisor: int,
 ) -> None:
-    """Adds the server residual, which is in units of the result, `divisor` times to the worker residual of the
-    shard's owner, and drops it; nothing happens where there is none, or where it is that of `kept`.
+    """Adds the server residual, which is in units of the result, `divisor` times to the worker residual, of
+    which this rank owns that part, and drops it. Nothing happens where there is none, or it is `kept`.
 
     The state gets a new worker residual: what undoes a call that fails puts the old ones back.
 
@@ -38,5 +38,6 @@ def fold_server(
     shards = Shards.of(grad.numel(), state.binding.unit, transport.world_size)
     worker = state.worker_for(grad, shard).clone()
     part = shards.part(worker, transport.rank)
-    part.add_(state.server.to(part.device)[: part.numel()] * divisor)  # no alpha: devices round it differently
+    # Not by alpha, whose product some devices round and others do not.
+    part.add_(state.server.to(part.device)[: part.numel()] * divisor)
     state.worker, state.server, state.binding = worker, None, None

@@ -6,10 +6,11 @@ lands in the caller's array. CuPy arrays are worked on in CuPy's current stream.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils.dlpack
@@ -19,6 +20,11 @@ from gck.errors import DtypeError, LayoutError
 from gck.values import shown
 
 __all__ = ["borrowed", "stream_at"]
+
+# Of DLPack's dlpack.h.
+CUDA = 2  # kDLCUDA
+VERSIONED = b"dltensor_versioned"
+READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 
 
 @contextmanager
@@ -68,6 +74,8 @@ def _as_tensor(function: str, name: str, array: Any, mutable: bool) -> Tensor:
                 raise LayoutError(f"{function}: {name} is a read-only array and would be written to")
             return torch.from_numpy(array.copy())
         if hasattr(array, "__dlpack__"):
+            if mutable and _says_read_only(array):
+                raise LayoutError(f"{function}: {name} is a read-only array and would be written to")
             return torch.utils.dlpack.from_dlpack(array)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         if isinstance(error, LayoutError):
@@ -77,3 +85,42 @@ def _as_tensor(function: str, name: str, array: Any, mutable: bool) -> Tensor:
     raise DtypeError(
         f"{function}: {name} must be a tensor or an array (NumPy, CuPy, DLPack), got {shown(array)}"
     )
+
+
+def _says_read_only(array: Any) -> bool:
+    """Whether the array's capsule has DLPack's flag for that, which torch does not look at. Libraries older
+    than DLPack 1.0 have none."""
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return False  # they never are
+    cuda = array.__dlpack_device__()[0] == CUDA
+    try:
+        # A stream of -1: nothing waits for what is only asked.
+        capsule = array.__dlpack__(max_version=(1, 0), **({"stream": -1} if cuda else {}))
+    except TypeError:
+        return False
+    if not _IS_CAPSULE(capsule, VERSIONED):
+        return False
+    managed = ctypes.cast(_POINTER(capsule, VERSIONED), ctypes.POINTER(_Managed)).contents
+    return managed.major == 1 and bool(managed.flags & READ_ONLY)
+
+
+class _Managed(ctypes.Structure):
+    """The beginning of DLManagedTensorVersioned."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+    ]
+
+
+# By prototypes of one's own: attributes of pythonapi are anybody's to change.
+_IS_CAPSULE = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", ctypes.pythonapi)
+)
+_POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)

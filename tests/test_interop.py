@@ -50,6 +50,53 @@ def test_streams_by_their_handles(handle: int, expected: str, monkeypatch: pytes
         assert entered == [expected]
 
 
+class Foreign:
+    """An array of a library that gck does not know, which speaks DLPack."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+class Elder(Foreign):
+    """Of before DLPack 1.0."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any:
+        return self.array.__dlpack__()
+
+
+@pytest.mark.parametrize("kind", [Foreign, Elder])
+def test_arrays_that_are_read_only(kind: type[Foreign]) -> None:
+    """They are read, and never written to: as gradients of libraries whose arrays do not change."""
+    np = pytest.importorskip("numpy")
+    grad, err = np.array([1.0, 4.0, -3.0], dtype=np.float32), np.zeros(3, dtype=np.float32)
+    payload = gck.topk_ef_(kind(grad), kind(err), k=1)
+    assert payload.values.tolist() == [4.0]
+    assert err.tolist() == [1.0, 0.0, -3.0]
+    err.flags.writeable = False
+    state, member = gck.ErrorFeedback(), gck.SimulatedGroup(1).members[0]
+    calls: list[Any] = [
+        lambda: gck.topk_ef_(kind(grad), kind(err), k=1),
+        lambda: gck.all_reduce_(kind(err), state, gck.Sign(32), member),
+        lambda: gck.decompress(payload, out=kind(err)),
+    ]
+    for call in calls:
+        # NumPy gives no capsule without a flag of what is read only.
+        with pytest.raises(gck.errors.LayoutError, match=r"read-only|readonly"):
+            call()
+        assert err.tolist() == [1.0, 0.0, -3.0]
+    if kind is Foreign and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9):
+        grad.flags.writeable = False
+        err.flags.writeable = True
+        gck.topk_ef_(kind(grad), kind(err), k=1)
+        assert grad.tolist() == [1.0, 4.0, -3.0]
+
+
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("compressor", ["topk", "low_rank"])
 def test_results_come_back_as_what_was_given(compressor: str, many: bool) -> None:

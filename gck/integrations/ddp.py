@@ -145,8 +145,8 @@ def register(
         The state, whose `state_dict` belongs into the checkpoint of its rank.
 
     Raises:
-        DtypeError: model is no DistributedDataParallel, or has gradients of a dtype that gck does not take, or
-            an option has a wrong type.
+        DtypeError: model is no DistributedDataParallel, or has gradients of a dtype that gck does not take;
+            or an option has a wrong type.
         ArgumentError: an option is out of range, or the model has a communication hook already.
         GroupUnusableError: the group was destroyed, or an earlier failure spoilt it.
     """

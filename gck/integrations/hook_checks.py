@@ -13,7 +13,15 @@ from gck.error_feedback import check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.values import MOST_FP64, plain_int, shown
 
-__all__ = ["GRADIENTS", "check_dtypes", "check_layout", "checked_count", "checked_names", "checked_saved", "trained"]
+__all__ = [
+    "GRADIENTS",
+    "check_dtypes",
+    "check_layout",
+    "checked_count",
+    "checked_names",
+    "checked_saved",
+    "trained",
+]
 
 GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -36,7 +36,8 @@ class HookState:
     Args:
         compressor: for every parameter that is not bypassed; or by name: a dict of patterns, as of the shell,
             to compressors, or to None, which bypasses. The first that matches counts. Names are those of
-            `named_parameters` of the model inside. May be set between steps, alike on all ranks: residuals go on.
+            `named_parameters` of the model inside. May be set between steps, alike on all ranks; what
+            residuals hold is sent by whatever comes next.
         warmup_steps: steps at the start that are reduced without compression.
         bypass_numel: parameters of at most so many elements are reduced without compression, all those
             of a bucket in one message.

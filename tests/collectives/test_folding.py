@@ -71,9 +71,7 @@ def check(group: Any, rank: int, compressor: Any, algorithm: str, op: str) -> No
 @pytest.mark.parametrize(("compressor", "algorithm"), AFTER, ids=str)
 def test_another_algorithm_goes_on_with_what_owners_had(compressor: Any, algorithm: str, op: str) -> None:
     for world_size in (1, 3, 40):  # 40: owners of nothing
-        SimulatedGroup(world_size).run(
-            lambda member: check(member, member.rank, compressor, algorithm, op)
-        )
+        SimulatedGroup(world_size).run(lambda member: check(member, member.rank, compressor, algorithm, op))
 
 
 @pytest.mark.parametrize("compressor", [gck.Sign(UNIT), gck.ChunkTopK(4, UNIT)], ids=str)
@@ -141,9 +139,7 @@ def test_chunks_of_another_size_are_sent_dense() -> None:
         expected = folded(state, 3)
         assert expected.worker is not None
         acc = gradient(member.rank, 3, N) + expected.worker
-        result = gck.all_reduce_(
-            gradient(member.rank, 3, N), state, gck.Sign(64), member, algorithm="dense"
-        )
+        result = gck.all_reduce_(gradient(member.rank, 3, N), state, gck.Sign(64), member, algorithm="dense")
         accs = [row.view(torch.float32) for row in member.all_gather_bytes(acc.view(torch.uint8))]
         torch.testing.assert_close(result, torch.stack(accs).mean(0), rtol=0, atol=1e-5)
 
