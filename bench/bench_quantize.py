@@ -20,8 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4": {"bits": 4},
     "2": {"bits": 2},
     "2, mean": {"bits": 2, "scale": "mean"},
-    "8, stochastic": {"bits": 8, "rounding": "stochastic"},
-    "4, stochastic": {"bits": 4, "rounding": "stochastic"},
+    "8, stochastic": {"bits": 8, "rounding": "stochastic", "seed": 0},
+    "4, stochastic": {"bits": 4, "rounding": "stochastic", "seed": 0},
 }
 
 

@@ -33,8 +33,8 @@ LARGE = 25_000_000
 COMPRESSORS: dict[str, tuple[Any, str]] = {
     "dense fp32": (gck.TopK(k=1), "dense"),
     "top-k 1 %": (gck.TopK(ratio=0.01), "one_phase"),
-    "random-k 1 %": (gck.RandomK(ratio=0.01), "one_phase"),
-    "random-k 1 %, seeded": (gck.RandomK(ratio=0.01), "seeded"),
+    "random-k 1 %": (gck.RandomK(ratio=0.01, seed=0), "one_phase"),
+    "random-k 1 %, seeded": (gck.RandomK(ratio=0.01, seed=0), "seeded"),
     "8 bits": (gck.Quantize(bits=8), "two_phase"),
     "4 bits": (gck.Quantize(bits=4), "two_phase"),
     "2 bits": (gck.Quantize(bits=2), "two_phase"),

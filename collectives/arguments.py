@@ -10,7 +10,7 @@ from torch import Tensor
 from gck.collectives.cost import cheapest_algorithm
 from gck.collectives.transports import Transport
 from gck.collectives.two_phase import Shards
-from gck.compressor import Compressor, check_compressor, is_seeded, shard_numel
+from gck.compressor import Compressor, check_compressor, check_seeded, is_seeded, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding, ShardBinding
 from gck.errors import ArgumentError, AutogradError, DtypeError, ShapeMismatchError
 from gck.factored import is_factored
@@ -64,6 +64,8 @@ def check_call(
     if op not in OPS:
         raise ArgumentError(f'{function}: op must be "avg" or "sum", got {op!r}')
     check_algorithm(function, compressor, algorithm)
+    if algorithm != "dense":
+        check_seeded(function, compressor)
     if len(states) != len(grads):
         raise ShapeMismatchError(
             f"{function}: states must be as many as grads, got {len(states)} and {len(grads)}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from gck.collectives.all_reduce import all_reduce_
 from gck.collectives.cost import choose_algorithm
 from gck.collectives.transports import CallLog
-from gck.compressor import Compressor, shard_numel
+from gck.compressor import Compressor, compressor_of_step, shard_numel
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ArgumentError
 
@@ -58,6 +58,7 @@ def measure_compute(
     # Of a world of one "auto" would make nothing at all; of the world that is meant it makes what it makes.
     if algorithm == "auto":
         algorithm = choose_algorithm(compressor, [numel], world_size)
+    compressor = compressor_of_step(compressor, 0, 0)
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
     # What others say of their shards is what this rank says of its own: none may be cut short.

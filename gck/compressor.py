@@ -25,8 +25,10 @@ __all__ = [
     "REGISTRY",
     "Compressor",
     "check_compressor",
+    "check_seeded",
     "compressor_at",
     "compressor_class",
+    "compressor_of_step",
     "decodes_anything",
     "decompress_sum_",
     "describe",
@@ -310,6 +312,25 @@ def compressor_at(compressor: Compressor, start: int) -> Compressor | None:
     at = getattr(compressor, "at", None)
     part: Compressor | None = None if at is None else at(start)
     return part
+
+
+def compressor_of_step(compressor: Compressor, step: int, rank: int) -> Compressor:
+    """What the method `for_step(step, rank)` returns, where the compressor has one: that of a training's step
+    on one rank, where it was made without the seed that each step needs. Else the same compressor."""
+    for_step = getattr(compressor, "for_step", None)
+    if for_step is None:
+        return compressor
+    chosen: Compressor = for_step(step, rank)
+    return chosen
+
+
+def check_seeded(function: str, compressor: object) -> None:
+    """Raises ArgumentError where a compressor has a `seed` that is None: it leaves that to `for_step`."""
+    if getattr(compressor, "seed", 0) is None:
+        raise ArgumentError(
+            f"{function}: {compressor} has no seed, and needs another one at every step, such as seed=step; "
+            "only the hooks of gck.ddp and gck.fsdp, which count steps, choose it"
+        )
 
 
 def residual_of(compressor: Compressor, err: Tensor) -> Tensor:

@@ -64,7 +64,12 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     scope: dict[str, Any] = {"gck": gck, "torch": torch, "dataclasses": dataclasses}
     scope |= {"grad": torch.randn(n), "err": torch.zeros(n), "x": torch.randn(n)}
     scope |= {"server_err": torch.zeros(gck.shard_numel(n, 256, 1))}
-    scope |= {"step": 3, "rank": 0, "world_size": 1, "compressor": gck.Quantize(rounding="stochastic")}
+    scope |= {
+        "step": 3,
+        "rank": 0,
+        "world_size": 1,
+        "compressor": gck.Quantize(rounding="stochastic", seed=0),
+    }
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         for snippet in snippets(path):

@@ -80,10 +80,11 @@ def test_chunk_topk_bad_options_change_nothing(options: dict[str, Any], text: st
         ({"chunk_size": 48}, r"quantize_ef_: chunk_size must be a power of two in \[32, 8192\], got 48"),
         ({"rounding": "up"}, 'quantize_ef_: rounding must be "nearest" or "stochastic", got \'up\''),
         ({"seed": 2**63}, r"quantize_ef_: seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
-        ({"seed": None}, "quantize_ef_: seed must be an int, got None"),
+        ({"seed": "1"}, r"quantize_ef_: seed must be an int, got '1' \(str\)"),
+        ({"rounding": "stochastic"}, r"quantize_ef_: Quantize\(.*\) has no seed, .* such as seed=step"),
         ({"scale": "mean"}, 'quantize_ef_: scale "mean" needs 2 bits, got 4'),
     ],
-    ids=["bits", "chunk_size", "rounding", "seed", "type", "scale"],
+    ids=["bits", "chunk_size", "rounding", "seed", "type", "none", "scale"],
 )
 def test_quantize_bad_options_change_nothing(options: dict[str, Any], text: str) -> None:
     grad, err = pair()
@@ -230,7 +231,7 @@ def test_payloads_and_bodies_whose_storage_was_freed() -> None:
 
 @pytest.mark.parametrize(
     "compressor",
-    [gck.Sign(), gck.Quantize(), gck.ChunkTopK(), gck.TopK(k=3), gck.RandomK(k=3), gck.LowRank()],
+    [gck.Sign(), gck.Quantize(), gck.ChunkTopK(), gck.TopK(k=3), gck.RandomK(k=3, seed=0), gck.LowRank()],
     ids=str,
 )
 def test_compressors_refuse_a_gradient_that_is_negated_lazily(compressor: Any) -> None:

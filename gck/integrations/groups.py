@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gck.collectives import Transport
 from gck.collectives.reduction import Reduction, prepare
-from gck.compressor import Compressor
+from gck.compressor import Compressor, compressor_of_step
 from gck.error_feedback import ErrorFeedback
 from gck.integrations.hook_state import HookState
 from gck.integrations.parameters import stored_shape
@@ -77,7 +77,7 @@ def prepare_groups(
             function,
             group.grads,
             group.feedback(state),
-            group.compressor,
+            compressor_of_step(group.compressor, state.step, transport.rank),
             transport,
             algorithm=group.algorithm,
             validate=state.validate,

@@ -37,7 +37,8 @@ class HookState:
         compressor: for every parameter that is not bypassed; or by name: a dict of patterns, as of the shell,
             to compressors, or to None, which bypasses. The first that matches counts. Names are those of
             `named_parameters` of the model inside. May be set between steps, alike on all ranks; what
-            residuals hold is sent by whatever comes next.
+            residuals hold is sent by whatever comes next. One that needs a seed and has none gets another one
+            at every step.
         warmup_steps: steps at the start that are reduced without compression.
         bypass_numel: parameters of at most so many elements are reduced without compression, all those
             of a bucket in one message.

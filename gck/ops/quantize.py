@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def quantize_ef_(
     bits: int = 4,
     chunk_size: int = 256,
     rounding: str = "nearest",
-    seed: int = 0,
+    seed: int | None = None,
     scale: str = "max",
     *,
     nonfinite: Tensor | None = None,
@@ -47,9 +47,9 @@ def quantize_ef_(
         rounding: "nearest" (ties to even), or "stochastic": up or down at random, so that the expectation is
             the element. Element i of the flattened gradient rounds by a function of (seed, i) alone, the same
             on every device and for any number of threads; torch's generators have no part in it.
-        seed: of stochastic rounding, in [-2**63, 2**63). Give every step, and every rank, another one, for
-            example step * world_size + rank: with the same one, errors repeat and do not average out. A CUDA
-            graph keeps the seed that it was captured with.
+        seed: of stochastic rounding, which needs one, in [-2**63, 2**63). Give every step, and every rank,
+            another one, for example step * world_size + rank: with the same one, errors repeat and do not
+            average out. A CUDA graph keeps the seed that it was captured with.
         scale: "max": codes are multiples of the chunk's largest magnitude / (2**(bits - 1) - 1). "mean", for
             2 bits and nearest rounding: a sign and one of two levels, the means of the magnitudes above and
             below the mean.
@@ -71,6 +71,8 @@ def quantize_ef_(
 
     Source: Alistarh et al., "QSGD" (NeurIPS 2017), section 3, with the largest magnitude as norm.
     """
+    if seed is None and rounding == "nearest":
+        seed = 0  # of no account
     plainly = nonfinite is None and clip is None and stats is None
     if plainly and type(decay) is float and decay == 1 and not is_dynamo_compiling():
         payload: Quantized | None = direct.maker(Quantize)(
@@ -100,7 +102,7 @@ def quantize(
     bits: int = 4,
     chunk_size: int = 256,
     rounding: str = "nearest",
-    seed: int = 0,
+    seed: int | None = None,
     scale: str = "max",
 ) -> Quantized:
     """x in codes of a few bits, without error feedback; x is read only.
@@ -112,10 +114,11 @@ def quantize(
             return quantize(tensor, bits, chunk_size, rounding, seed, scale)
     bits, chunk_size, seed = plain_int(bits), plain_int(chunk_size), plain_int(seed)
     check_options("quantize", bits, chunk_size, rounding, seed, scale)
-    checks.check_grad("quantize", x, "x")
+    compressor = Quantize(bits, chunk_size, rounding, seed, scale)
+    compressor.check_inputs("quantize", x, None)
     call = _quantize if plain(x) else torch.ops.gck.quantize
-    body = call(x, bits, chunk_size, rounding, seed, scale)
-    return _payload(Quantize(bits, chunk_size, rounding, seed, scale), body, x.numel())
+    body = call(x, bits, chunk_size, rounding, cast("int", compressor.seed), scale)
+    return _payload(compressor, body, x.numel())
 
 
 def _payload(compressor: Quantize, body: Tensor, numel: int) -> Quantized:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from gck.average import average_
-from gck.compressor import reduce_by_steps_, shard_numel
+from gck.compressor import check_seeded, reduce_by_steps_, shard_numel
 from gck.errors import (
     ArgumentError,
     BackendUnavailableError,
@@ -197,6 +197,7 @@ class KernelCompressor(ABC):
         function = f"{type(self).__name__}.reduce_"
         given = bodies, err, body, numel, numel if capacity is None else capacity, divisor, nonfinite
         job = checked_reduction(function, self, *given)
+        check_seeded(function, job.server)
         if not numel:
             return
         kernels, server = backend(function, self.package, bodies.device), job.server
@@ -217,6 +218,7 @@ class KernelCompressor(ABC):
         self, function: str, grad: Tensor, err: Tensor | None, nonfinite: Tensor | None = None
     ) -> None:
         """Everything that can be said of the inputs without looking at memory."""
+        check_seeded(function, self)
         if err is None:
             checks.check_grad(function, grad)
         else:

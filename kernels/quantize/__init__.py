@@ -28,6 +28,7 @@ ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("max", "mean")
 # Of the residual of the second phase of a collective: never the bits that the first phase rounded by.
 SERVER_KEY = 1 << 62
+STEPS = 40  # bits of a step in the seed that is chosen for it
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Quantize(KernelCompressor):
     """Sends each element as a multiple of its chunk's scale, in few bits.
 
     With stochastic rounding, `seed` should be another one at every step, and on every rank, so that errors
-    average out; a training loop makes the step's compressor from the last one:
+    average out. The hooks of `gck.ddp` and `gck.fsdp` see to that; any other loop makes the step's compressor
+    from the last one:
 
         compressor = dataclasses.replace(compressor, seed=step * world_size + rank)
 
@@ -47,7 +49,8 @@ class Quantize(KernelCompressor):
             device, for any number of threads or shards; no generator of torch is read or changed. With 2 bits
             it is for use without a residual, which grows to several gradients and may let training diverge.
         seed: of stochastic rounding, in [-2**63, 2**63). What travels is decoded without it: compressors
-            that differ in their seed alone are equal, and ranks may differ in it.
+            that differ in their seed alone are equal, and ranks may differ in it. None: hooks choose one of
+            the step and the rank, and all else refuses to round at random.
         scale: "max": codes are multiples of the chunk's largest magnitude / (2**(bits - 1) - 1). "mean", for
             2 bits and nearest rounding: a sign and one of two levels, the means of the magnitudes above and
             below the mean.
@@ -63,7 +66,7 @@ class Quantize(KernelCompressor):
     bits: int = 4
     chunk_size: int = 256
     rounding: str = "nearest"
-    seed: int = field(default=0, compare=False)
+    seed: int | None = field(default=None, compare=False)
     scale: str = "max"
     decay: float = 1.0
     clip: float | None = None
@@ -75,6 +78,8 @@ class Quantize(KernelCompressor):
 
     def __post_init__(self) -> None:
         make_plain(self, ("bits", "chunk_size", "seed", "first"), ("decay", "clip"))
+        if self.seed is None and self.rounding == "nearest":
+            object.__setattr__(self, "seed", 0)  # of no account
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)
         checks.check_residual("Quantize", self.decay, self.clip)
         if isinstance(self.first, bool) or not isinstance(self.first, int):
@@ -91,7 +96,11 @@ class Quantize(KernelCompressor):
 
     def server_for(self, world_size: int) -> Quantize:
         """The compressor of what has been summed: it rounds by random bits of its own."""
-        return replace(self, seed=self.seed ^ SERVER_KEY)
+        return self if self.seed is None else replace(self, seed=self.seed ^ SERVER_KEY)
+
+    def for_step(self, step: int, rank: int) -> Quantize:
+        """See `gck.compressor.compressor_of_step`: other random bits on every rank."""
+        return self if self.seed is not None else replace(self, seed=(rank << STEPS) + step)
 
     @property
     def two_levels(self) -> bool:
@@ -153,4 +162,5 @@ def check_options(
         raise ArgumentError(f'{function}: rounding must be "nearest" or "stochastic", got {rounding!r}')
     if rounding == "stochastic" and scale == "mean":
         raise ArgumentError(f'{function}: scale "mean" needs rounding "nearest", got "stochastic"')
-    checks.check_seed(function, seed)
+    if seed is not None:
+        checks.check_seed(function, seed)

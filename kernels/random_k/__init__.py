@@ -38,7 +38,8 @@ class RandomK(KernelCompressor):
     multiplied by numel / k, so that the expectation of what is decoded is the gradient.
 
     All ranks must have the same seed in a step, and another one in the next, or the same entries would be
-    sent for ever. A training loop makes the step's compressor from the last one:
+    sent for ever. The hooks of `gck.ddp` and `gck.fsdp` see to that; any other loop makes the step's
+    compressor from the last one:
 
         compressor = dataclasses.replace(compressor, seed=step)
 
@@ -47,7 +48,8 @@ class RandomK(KernelCompressor):
     Attributes:
         ratio: k = max(1, ceil(ratio * numel)) in double precision; in (0, 1].
         k: entries sent, in [1, numel].
-        seed: of the choice, in [-2**63, 2**63). No generator of torch is read or changed.
+        seed: of the choice, in [-2**63, 2**63). No generator of torch is read or changed. None: hooks take
+            the number of the step, and all else refuses to choose.
         value_dtype: dtype of the values that travel; their rounding error stays in the residual.
         decay, clip: of residuals, as they are read; see `gck.random_k_ef_`.
 
@@ -58,7 +60,7 @@ class RandomK(KernelCompressor):
 
     ratio: float | None = None
     k: int | None = None
-    seed: int = field(default=0, metadata={"of_a_step": True})
+    seed: int | None = field(default=None, metadata={"of_a_step": True})
     value_dtype: torch.dtype = torch.float32
     decay: float = 1.0
     clip: float | None = None
@@ -70,7 +72,8 @@ class RandomK(KernelCompressor):
     def __post_init__(self) -> None:
         make_plain(self, ("k", "seed"), ("ratio", "decay", "clip"))
         check_options("RandomK", self.ratio, self.k, self.value_dtype)
-        checks.check_seed("RandomK", self.seed)
+        if self.seed is not None:
+            checks.check_seed("RandomK", self.seed)
         checks.check_residual("RandomK", self.decay, self.clip)
 
     @property
@@ -81,6 +84,10 @@ class RandomK(KernelCompressor):
     def summed(self) -> RandomK:
         """See `gck.compressor.is_seeded`."""
         return self if self.value_dtype == torch.float32 else replace(self, value_dtype=torch.float32)
+
+    def for_step(self, step: int, rank: int) -> RandomK:
+        """See `gck.compressor.compressor_of_step`: the same entries on all ranks."""
+        return self if self.seed is not None else replace(self, seed=step)
 
     def layout(self, numel: int) -> Layout:
         return Layout.of((self.value_dtype, resolve_k("RandomK", numel, self.ratio, self.k)))

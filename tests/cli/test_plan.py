@@ -19,7 +19,7 @@ from gck.cli.plan.estimate import GATHERED, Plan, estimate, make_plan
 from gck.cli.plan.report import advice
 from gck.cli.plan.settings import Settings, parse_numel
 from gck.collectives import all_reduce_cost
-from gck.compressor import Compressor
+from gck.compressor import Compressor, compressor_of_step
 from gck.errors import ArgumentError
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -286,7 +286,9 @@ def test_numel_that_is_none(text: str) -> None:
 
 @pytest.mark.parametrize("text", [*CANDIDATES, "LowRank(rank=4, columns=768)"])
 def test_compressors_are_python(text: str) -> None:
-    assert parse(text) == eval(f"gck.{text}", {"gck": gck, "step": 1})
+    """A seed that is another one at every step is that of one of them."""
+    assert parse(text) == compressor_of_step(eval(f"gck.{text}", {"gck": gck, "step": 1}), 1, 0)
+    assert parse("RandomK(ratio=0.01, seed=step)") == parse("RandomK(ratio=0.01)")
     assert parse(f" gck.{text} ") == parse(text)
 
 

@@ -330,10 +330,10 @@ def test_without_error_feedback() -> None:
         (ChunkTopK(), [1_000_000], 6, "two_phase"),
         (ChunkTopK(server_k=64), [1_000_000], 3, "two_phase"),
         (ChunkTopK(value_bits=2), [10], 4, "dense"),
-        (RandomK(ratio=0.1), [10_000], 2, "one_phase"),
-        (RandomK(ratio=0.1), [10_000], 8, "seeded"),
-        (RandomK(ratio=0.4), [10_000], 8, "seeded"),
-        (RandomK(ratio=1.0), [10_000], 8, "dense"),
+        (RandomK(ratio=0.1, seed=0), [10_000], 2, "one_phase"),
+        (RandomK(ratio=0.1, seed=0), [10_000], 8, "seeded"),
+        (RandomK(ratio=0.4, seed=0), [10_000], 8, "seeded"),
+        (RandomK(ratio=1.0, seed=0), [10_000], 8, "dense"),
     ],
 )
 def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size: int, expected: str) -> None:
@@ -350,7 +350,7 @@ def test_auto_chooses_least_bytes(compressor: Any, numels: list[int], world_size
         ChunkTopK(8, 64),
         ChunkTopK(8, 64, server_k=8),
         Quantize(4, 64),
-        RandomK(k=99),
+        RandomK(k=99, seed=0),
     ],
     ids=str,
 )

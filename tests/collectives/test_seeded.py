@@ -50,7 +50,9 @@ def test_ranks_that_share_what_they_gather_do_not_share_results() -> None:
     def rank_main(member: Any) -> Tensor:
         grad = torch.full((1280,), 1.0 + member.rank)
         # 32 values a part: messages without padding, which need not be put together from pieces.
-        return gck.all_reduce_(grad, gck.ErrorFeedback(), gck.RandomK(k=128), member, algorithm="seeded")
+        return gck.all_reduce_(
+            grad, gck.ErrorFeedback(), gck.RandomK(k=128, seed=0), member, algorithm="seeded"
+        )
 
     for result in SimulatedGroup(4, shared_gathers=True).run(rank_main):
         assert sorted(set(result.tolist())) == [0.0, 2.5]
@@ -59,7 +61,9 @@ def test_ranks_that_share_what_they_gather_do_not_share_results() -> None:
 def test_what_is_not_finite_arrives() -> None:
     def rank_main(member: Any) -> Tensor:
         grad = torch.full((64,), float("inf") if member.rank == 1 else 1.0)
-        return gck.all_reduce_(grad, gck.ErrorFeedback(), gck.RandomK(k=64), member, algorithm="seeded")
+        return gck.all_reduce_(
+            grad, gck.ErrorFeedback(), gck.RandomK(k=64, seed=0), member, algorithm="seeded"
+        )
 
     for result in SimulatedGroup(3).run(rank_main):
         assert bool(result.isinf().all())
@@ -79,7 +83,7 @@ def test_it_is_for_shared_places_alone() -> None:
 
 
 def test_the_volume_does_not_grow_with_the_world() -> None:
-    compressor, numel = gck.RandomK(ratio=0.01), 1 << 20
+    compressor, numel = gck.RandomK(ratio=0.01, seed=0), 1 << 20
     assert choose_algorithm(compressor, [numel], 2) == "one_phase"
     for world_size in (3, 16, 64):
         assert choose_algorithm(compressor, [numel], world_size) == "seeded"

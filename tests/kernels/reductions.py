@@ -41,7 +41,7 @@ READ = [
     gck.Sign(64, decay=0.9, clip=0.5),
     gck.Sign(1024, clip=1e-3),
     gck.Quantize(4, 256, decay=0.3),
-    gck.Quantize(8, 32, "stochastic", decay=0.5, clip=0.25),
+    gck.Quantize(8, 32, "stochastic", decay=0.5, clip=0.25, seed=0),
     gck.Quantize(2, 2048, scale="mean", clip=0.5),
     gck.ChunkTopK(k=5, chunk_size=32, value_bits=4, decay=0.9, clip=0.5),
     gck.ChunkTopK(k=64, chunk_size=1024, value_bits=2, clip=0.01, server_k=128),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from gck.compressor import REGISTRY, Compressor, compressor_class
+from gck.compressor import REGISTRY, Compressor, compressor_class, compressor_of_step
 from gck.errors import ArgumentError, GckError
 from gck.factored import is_factored
 
@@ -19,14 +19,14 @@ CANDIDATES = (
     "ChunkTopK(k=64, chunk_size=4096, value_bits=2)",
     "TopK(ratio=0.01)",
     'TopK(ratio=0.01, value_bits=8, index_codec="elias_fano")',
-    "RandomK(ratio=0.01, seed=step)",
+    "RandomK(ratio=0.01)",
 )
 
 
 def parse(text: str) -> Compressor:
     """The compressor that "TopK(ratio=0.001)", or "gck.TopK(ratio=0.001)", says. Runs no code of the text.
 
-    A `seed=step`, another one at every step, costs what any other does.
+    One with `seed=step`, or with none where it needs one, costs what it does with any.
 
     Raises:
         ArgumentError: no compressor is called so, or not with these arguments; or its bytes depend on a shape
@@ -47,7 +47,7 @@ def parse(text: str) -> Compressor:
             f'--compressor must be like "TopK(ratio=0.001)", of {known}, with plain values; got {text!r}'
         ) from None
     try:
-        compressor: Compressor = made(*positional, **named)
+        compressor: Compressor = compressor_of_step(made(*positional, **named), 1, 0)
     except (TypeError, GckError) as error:
         raise ArgumentError(f"--compressor {text!r}: {error}") from error
     if is_factored(compressor) and compressor.columns is None:
