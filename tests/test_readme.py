@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import gck
+from gck.compressor import compressor_of_step
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -87,7 +88,7 @@ def test_which_compressor() -> None:
     assert len(rows) == 9
     grad = torch.randn(2**20, generator=torch.Generator().manual_seed(1))
     for text, bits, left, times in rows:
-        compressor, numel = eval(text, {"gck": gck, "step": 3}), 25_000_000
+        compressor, numel = compressor_of_step(eval(text, {"gck": gck}), 3, 0), 25_000_000
         nbytes = compressor.layout(numel).nbytes
         assert float(bits) == pytest.approx(8 * nbytes / numel, abs=0.0051), text
         err = torch.zeros_like(grad)
