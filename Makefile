@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find bindings -type f)
 
-.PHONY: help demo test test-oldest test-arm64 count-arm64 sanitize fuzz lint format bench gpu-check clean bench-link soak
+.PHONY: help demo test test-targets test-oldest test-arm64 count-arm64 sanitize fuzz lint format bench gpu-check clean bench-link soak
 
 help:  ## what there is
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ $(OLDEST)/test.stamp: constraints-oldest.txt $(SOURCES)
 test-oldest: $(OLDEST)/test.stamp  ## tests with the oldest packages gck runs with; Python 3.11 or 3.12; several GB
 	$(BESIDE_EACH_OTHER) $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup tests -m "not gpu" -k "not interpreter" \
 	  --ignore tests/test_packaging.py --ignore-glob "*/test_triton_*"
+
+test-targets: $(VENV)/dev.stamp  ## all variants of the GPU kernels, compiled for every architecture
+	GCK_AHEAD_OF_TIME=all $(BIN)/python -m pytest tests/kernels/test_ahead_of_time.py
 
 # On another machine: compiled across, and run by QEMU's user mode with the libraries and the Python of a small Debian,
 # for which it takes root, and Debian's debootstrap, qemu-user-static, binfmt-support and g++-aarch64-linux-gnu.

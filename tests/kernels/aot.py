@@ -1,10 +1,16 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what each costs as JSON.
 
-Runs as a program of its own, because Triton compiles nothing in a process that has TRITON_INTERPRET set.
+Runs as a program of its own, because Triton compiles nothing in a process that has TRITON_INTERPRET set:
+
+    python -m tests.kernels.aot [--all] [PATTERN]
+
+Of every kernel all variants are compiled for one target, and the first of them for the others. With --all,
+all are for each.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -28,6 +34,7 @@ from tests.kernels import (
     aot_statistics,
     aot_topk,
 )
+from tests.kernels.aot_budgets import WIDE
 from tests.kernels.aot_variant import Variant
 
 TARGETS = {
@@ -36,6 +43,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+WHOLE = "sm_90"  # the target that all variants are compiled for
 
 
 def variants() -> list[Variant]:
@@ -93,7 +101,7 @@ def cost(index: int, target: str) -> tuple[str, str, dict[str, Any]]:
     variant = variants()[index]
     try:
         compiled = _compile(variant, target)
-        figures = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, variant.elements)
+        figures = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled, variant)
     except Exception:
         return variant.name, target, {"error": traceback.format_exc(limit=-3)}
     return variant.name, target, figures
@@ -125,7 +133,8 @@ def _compile(variant: Variant, target: str) -> Any:
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
-def _nvidia(compiled: Any, elements: int) -> dict[str, Any]:
+def _nvidia(compiled: Any, variant: Variant) -> dict[str, Any]:
+    """Instructions are looked at where they are counted, or may be of spills: it takes half the time."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -133,22 +142,29 @@ def _nvidia(compiled: Any, elements: int) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run(str(tools / "cuobjdump"), "--dump-resource-usage", cubin.name)
-        sass = _run(str(tools / "nvdisasm"), "-c", cubin.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
-        raise ValueError(f"cuobjdump printed no resource usage: {usage}")
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+        if found is None:
+            raise ValueError(f"cuobjdump printed no resource usage: {usage}")
+        registers, stack, local = map(int, found.groups())
+        looked_at = variant.elements or variant.name in WIDE or stack or local
+        sass = _run(str(tools / "nvdisasm"), "-c", cubin.name) if looked_at else ""
     ptx = compiled.asm["ptx"]
-    counted = _by_element(sass, elements) if elements else {}
     return {
-        **counted,
-        "registers": int(found[1]),
-        "spills": int(found[2]) + int(found[3]) + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
-        "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", sass)),
+        **(_by_element(sass, variant.elements) if variant.elements else {}),
+        **(_wide(sass) if variant.name in WIDE else {}),
+        "registers": registers,
+        "spills": stack + local + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         # What would change bytes: contraction, flushed denormals, approximate division.
         "inexact": sorted(
             set(re.findall(r"fma\.rn\.f(?:32|64)|\S+\.ftz\S*|div\.full\S*|\S+\.approx\S*", ptx))
         ),
+    }
+
+
+def _wide(sass: str) -> dict[str, int]:
+    return {
+        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128\b", sass)),
     }
 
 
@@ -191,9 +207,18 @@ def _run(*command: str) -> str:
 
 
 def main() -> None:
-    pattern = sys.argv[1] if sys.argv[1:] else ""
-    chosen = [i for i, variant in enumerate(variants()) if re.search(pattern, variant.name)]
-    jobs = [(index, target) for index in chosen for target in TARGETS]
+    given = argparse.ArgumentParser()
+    given.add_argument("--all", action="store_true")
+    given.add_argument("pattern", nargs="?", default="")
+    options = given.parse_args()
+    made = variants()
+    first = {variant.name.partition("[")[0]: i for i, variant in reversed(list(enumerate(made)))}.values()
+    jobs = [
+        (i, target)
+        for i, variant in enumerate(made)
+        for target in TARGETS
+        if re.search(options.pattern, variant.name) and (options.all or target == WHOLE or i in first)
+    ]
     report: dict[str, Any] = {"kernels": kernels(), "sized": sized(), "variants": {}}
     with ProcessPoolExecutor(2) as pool:
         for name, target, figures in pool.map(cost, *zip(*jobs, strict=True), chunksize=4):

@@ -152,12 +152,14 @@ def test_close_values_need_the_exact_key_of_the_sample(monkeypatch: pytest.Monke
     assert check(gck.TopK(k=300), grad, torch.zeros(SMALL)) == NEAR
 
 
+GARBAGE = [-(2**31), -1, 0, 1, 0x7FFFFFFF, 0x7F800000, 0x7F800001, key_of(1.0)]
+
+
 @pytest.mark.parametrize("case", ["gaussian", "all nan", "all zero", "nonfinite", "denormal", "huge"])
 def test_no_hint_changes_the_result(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch, 1000)
     data = make(case, SMALL, torch.float32)
-    garbage = [-(2**31), -1, 0, 1, 0x7FFFFFFF, 0x7F800000, 0x7F800001, key_of(1.0)]
-    for hint in garbage:
+    for hint in GARBAGE if case in ("gaussian", "nonfinite") else GARBAGE[1::3]:
         check(gck.TopK(k=60), *data, hint=hint)
 
 
