@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import mse_loss
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 import gck  # (1)
 
-ROUNDS, LOCAL_STEPS, OUTER_RATE = 20, 15, 1.0
+ROUNDS, LOCAL_STEPS = 20, 15
 COMPRESSOR = gck.ChunkTopK(k=64, chunk_size=4096, value_bits=2, decay=0.95)  # (2)
 
 
@@ -34,47 +34,44 @@ def main() -> None:
     teacher = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8))
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 8))
     inner = torch.optim.AdamW(model.parameters(), lr=3e-3)  # its moments stay on their rank
-    shared = parameters_to_vector(model.parameters()).detach()  # the same on all ranks after every round
-    residual = gck.ErrorFeedback()  # (3)
+    # (3) The average of what all workers' messages say. "auto" would compress it again from 5 workers on.
+    outer = gck.diloco.OuterOptimizer(model, COMPRESSOR, LOCAL_STEPS, algorithm="one_phase")
 
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    place = {"rank": rank, "world_size": world_size, "compressor": COMPRESSOR}
-    loaded = gck.load_state(folder, residual, numels=shared.numel(), **place) if folder else None
+    loaded = outer.state.load(folder) if folder else None
     if folder and loaded:
         saved = torch.load(folder / f"round-{loaded.step}-rank-{rank}.pt")
-        shared = saved["shared"]
+        outer.load_state_dict(saved["outer"])
         inner.load_state_dict(saved["inner"])
         print(f"rank {rank}: goes on from round {loaded.step}")
 
-    for step in range(loaded.step + 1 if loaded else 1, ROUNDS + 1):
-        vector_to_parameters(shared.clone(), model.parameters())
-        for local in range(LOCAL_STEPS):
-            torch.manual_seed(10_000 * step + 100 * local + rank)  # different data on every rank
-            inputs = torch.randn(128, 64)
-            with torch.no_grad():
-                targets = teacher(inputs)
-            loss = mse_loss(model(inputs), targets)
-            inner.zero_grad()
-            loss.backward()
-            inner.step()
-        gone = shared - parameters_to_vector(model.parameters()).detach()
-        # (4) The average of what all workers' messages say. "auto" would compress it again from 5 workers on.
-        gck.all_reduce_(gone, residual, COMPRESSOR, algorithm="one_phase")
-        shared -= OUTER_RATE * gone
-        if folder and step % 5 == 0:
+    for step in range(outer.state.step * LOCAL_STEPS, ROUNDS * LOCAL_STEPS):
+        torch.manual_seed(100 * step + rank)  # different data on every rank
+        inputs = torch.randn(128, 64)
+        with torch.no_grad():
+            targets = teacher(inputs)
+        loss = mse_loss(model(inputs), targets)
+        inner.zero_grad()
+        loss.backward()
+        inner.step()
+        if not outer.step():  # (4)
+            continue
+        done = outer.state.step
+        if folder and done % 5 == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            state = {"shared": shared, "inner": inner.state_dict()}
-            torch.save(state, folder / f"round-{step}-rank-{rank}.pt")
-            gck.save_state(folder, residual, step=step, **place)
-        if rank == 0 and step % 5 == 0:
-            print(f"round {step}: loss {loss.item():.4f}")
+            state = {"outer": outer.state_dict(), "inner": inner.state_dict()}
+            torch.save(state, folder / f"round-{done}-rank-{rank}.pt")
+            outer.state.save(folder)
+        if rank == 0 and done % 5 == 0:
+            print(f"round {done}: loss {loss.item():.4f}")
 
-    cost = gck.collectives.all_reduce_cost(COMPRESSOR, [shared.numel()], world_size, "one_phase")
-    dense = gck.collectives.all_reduce_cost(COMPRESSOR, [shared.numel()], world_size, "dense")
-    digest = shared.view(torch.int32).sum().item()
+    sizes = [p.numel() for p in model.parameters() if outer.state.compressor_of(p)]
+    cost = gck.collectives.all_reduce_cost(COMPRESSOR, sizes, world_size, "one_phase")
+    dense = gck.collectives.all_reduce_cost(COMPRESSOR, sizes, world_size, "dense")
+    digest = parameters_to_vector(model.parameters()).view(torch.int32).sum().item()
     print(
-        f"rank {rank}: parameters {digest}; sent {cost.nbytes} bytes a round, where dense training sends "
-        f"{LOCAL_STEPS * dense.nbytes}"
+        f"rank {rank}: parameters {digest}; sent {cost.nbytes} bytes of matrices a round, where dense "
+        f"training sends {LOCAL_STEPS * dense.nbytes}"
     )
     dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ from gck.collectives import (
 )
 from gck.compressor import Compressor, shard_numel
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap
-from gck.integrations import ddp, fsdp
+from gck.integrations import ddp, diloco, fsdp
 from gck.kernels.chunk_topk import ChunkTopK
 from gck.kernels.low_rank import LowRank
 from gck.kernels.quantize import Quantize
@@ -85,6 +85,7 @@ __all__ = [
     "ddp",
     "decompress",
     "decompress_add_",
+    "diloco",
     "encode_indices",
     "errors",
     "from_bytes",

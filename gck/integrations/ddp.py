@@ -211,7 +211,7 @@ def _prepare(
     function, warm_up = "gck.ddp.hook", state.step < state.warmup_steps
     groups = grouped(state, pairs, warm_up=warm_up)
     _guard(state, bucket.index() == 0, buffer, groups)
-    reduce = prepare_groups(function, state, groups, transport)
+    reduce = prepare_groups(function, state, groups, transport, state.step)
 
     def run() -> Tensor:
         if state.finds_unused:

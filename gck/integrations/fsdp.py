@@ -132,7 +132,7 @@ def _hook(state: ShardedHookState, shards: Shards) -> Callable[[Tensor], None]:
             # A group without gradients for some time, as it was frozen, is as far as the others.
             shards.reductions = max(shards.reductions, state.step - 1)
             groups = grouped(state, shards.pairs(output), warm_up=shards.reductions < state.warmup_steps)
-            reduce = prepare_groups("gck.fsdp.hook", state, groups, transport)
+            reduce = prepare_groups("gck.fsdp.hook", state, groups, transport, shards.reductions)
             perform(transport, "gck.fsdp.hook", reduce, output.device, False)
         except BaseException as error:
             state._failed = f"{type(error).__name__}: {error}"

@@ -63,11 +63,14 @@ def grouped(state: HookState, pairs: Sequence[tuple[Tensor, Tensor]], *, warm_up
 
 
 def prepare_groups(
-    function: str, state: HookState, groups: Sequence[Group], transport: Transport
+    function: str, state: HookState, groups: Sequence[Group], transport: Transport, step: int
 ) -> Callable[[], None]:
     """Checks all groups; returns what reduces them, when it has the turn.
 
     Where one of them fails gradients and residuals of all are as they were.
+
+    Args:
+        step: the same on all ranks, of which seeds are made that compressors lack.
 
     Raises:
         Those of `gck.all_reduce_`.
@@ -77,7 +80,7 @@ def prepare_groups(
             function,
             group.grads,
             group.feedback(state),
-            compressor_of_step(group.compressor, state.step, transport.rank),
+            compressor_of_step(group.compressor, step, transport.rank),
             transport,
             algorithm=group.algorithm,
             validate=state.validate,

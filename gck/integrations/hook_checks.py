@@ -36,13 +36,13 @@ def checked_names(names: object) -> frozenset[str]:
     return frozenset(names)
 
 
-def checked_count(name: str, value: object) -> int:
+def checked_count(name: str, value: object, function: str = "HookState") -> int:
     """Raises DtypeError unless it is an int, ArgumentError where it is negative."""
     value = plain_int(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DtypeError(f"HookState: {name} must be an int, got {shown(value)}")
+        raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
     if value < 0:
-        raise ArgumentError(f"HookState: {name} must be at least 0, got {value}")
+        raise ArgumentError(f"{function}: {name} must be at least 0, got {value}")
     return value
 
 

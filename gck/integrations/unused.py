@@ -50,7 +50,8 @@ def reduce_used(
         used = [pair for pair, flag in zip(pairs, flags, strict=True) if flag]
         reduce = reduce_all
         if len(used) < len(pairs):
-            reduce = prepare_groups(function, state, grouped(state, used, warm_up=warm_up), transport)
+            groups = grouped(state, used, warm_up=warm_up)
+            reduce = prepare_groups(function, state, groups, transport, state.step)
     except BaseException as error:
         give_up(transport, function, error)
         raise

@@ -101,7 +101,7 @@ def advice(plan: Plan) -> str:
     if not _hides(plan, enough):
         parts.append(
             "The backward pass does not hide it: give links more time with a larger batch, or with many "
-            "local steps between two reductions (examples/train_local_steps.py)."
+            "local steps between two reductions (docs/local_steps.md)."
         )
     if latency > 0.5 * dense.seconds:
         parts.append(
