@@ -148,7 +148,7 @@ def all_reduce_(
 # fmt: off
 @overload
 def all_reduce_many_(
-    grads: Sequence[Tensor], states: Sequence[ErrorFeedback | None] | None, compressor: Compressor,
+    grads: Sequence[Array], states: Sequence[ErrorFeedback | None] | None, compressor: Compressor,
     group: Any = None, op: str = "avg", algorithm: str = "auto", *, piece_numel: int | None = None,
     validate: str = "first", checksum: bool = False, timeout: float | None = None,
     async_op: Literal[False] = False,
@@ -161,7 +161,7 @@ def all_reduce_many_(
 ) -> Work[None]: ...
 # fmt: on
 def all_reduce_many_(
-    grads: Sequence[Tensor],
+    grads: Sequence[Any],
     states: Sequence[ErrorFeedback | None] | None,
     compressor: Compressor,
     group: Any = None,
@@ -183,13 +183,31 @@ def all_reduce_many_(
     whose chunks end elsewhere.
 
     Args:
-        grads: tensors as for `all_reduce_`; must not overlap.
+        grads: tensors or arrays as for `all_reduce_`; must not overlap.
         states: one `ErrorFeedback` (or None) a tensor; None: no error feedback at all.
         piece_numel: elements of a piece, of all tensors that go by one algorithm, one after the other.
 
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """
-    function, transport, grads = "all_reduce_many_", resolve(group, timeout), list(grads)
+    function, grads = "all_reduce_many_", list(grads)
+    if any(map(_is_array, grads)):
+        with _borrowed(
+            function, async_op, **{f"grads[{i}]": grad for i, grad in enumerate(grads)}
+        ) as tensors:
+            all_reduce_many_(
+                tensors,
+                states,
+                compressor,
+                group,
+                op,
+                algorithm,
+                piece_numel=piece_numel,
+                validate=validate,
+                checksum=checksum,
+                timeout=timeout,
+            )
+        return None
+    transport = resolve(group, timeout)
     kept = [None] * len(grads) if states is None else list(states)
     options = validate, async_op, piece_numel, checksum
     run = prepare(function, grads, kept, compressor, transport, op, algorithm, *options)
@@ -296,7 +314,8 @@ def _is_array(grad: object) -> bool:
 def _borrowed(function: str, async_op: object, **arrays: Any) -> AbstractContextManager[list[Tensor]]:
     """The arrays as tensors that will be written to, see `gck.interop.borrowed`."""
     if async_op:
-        raise ArgumentError(f"{function}: async_op=True takes tensors, got {shown(arrays['grad'])}")
+        other = next(array for array in arrays.values() if _is_array(array))
+        raise ArgumentError(f"{function}: async_op=True takes tensors, got {shown(other)}")
     return borrowed(function, tuple(arrays), **arrays)
 
 

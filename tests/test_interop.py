@@ -112,3 +112,20 @@ def test_results_come_back_as_what_was_given(compressor: str, many: bool) -> Non
     tensor = torch.ones(3)
     assert gck.decompress(given, out=tensor) is tensor
     assert gck.decompress_add_(tensor, given) is tensor
+
+
+@pytest.mark.parametrize("kind", [lambda array: array, Foreign], ids=["numpy", "foreign"])
+def test_many_gradients_at_once(kind: Any) -> None:
+    """Beside tensors, too; each is written to where it lies."""
+    np = pytest.importorskip("numpy")
+    member = gck.SimulatedGroup(1).members[0]
+    arrays = [np.arange(64, dtype=np.float32), np.ones(3, dtype=np.float16)]
+    tensor = torch.arange(64, dtype=torch.float32)
+    expected = gck.all_reduce_(tensor.clone(), None, gck.Sign(32), member, algorithm="one_phase")
+    states = [gck.ErrorFeedback() for _ in range(3)]
+    gck.all_reduce_many_([*map(kind, arrays), tensor], states, gck.Sign(32), member, algorithm="one_phase")
+    assert arrays[0].tolist() == tensor.tolist() == expected.tolist()
+    assert arrays[1].tolist() == [1, 1, 1]
+    assert [None if state.worker is None else state.worker.numel() for state in states] == [64, 3, 64]
+    with pytest.raises(gck.errors.ArgumentError, match="all_reduce_many_: async_op=True takes tensors, got"):
+        gck.all_reduce_many_([tensor, kind(arrays[0])], states[1:], gck.Sign(32), member, async_op=True)
