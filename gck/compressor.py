@@ -325,11 +325,12 @@ def compressor_of_step(compressor: Compressor, step: int, rank: int) -> Compress
 
 
 def check_seeded(function: str, compressor: object) -> None:
-    """Raises ArgumentError where a compressor has a `seed` that is None: it leaves that to `for_step`."""
-    if getattr(compressor, "seed", 0) is None:
+    """Raises ArgumentError where a compressor leaves its seed to `for_step`. Such a compressor has an
+    attribute `unseeded` which is True."""
+    if getattr(compressor, "unseeded", False):
         raise ArgumentError(
             f"{function}: {compressor} has no seed, and needs another one at every step, such as seed=step; "
-            "only the hooks of gck.ddp and gck.fsdp, which count steps, choose it"
+            "only what counts steps chooses it: gck.ddp, gck.fsdp and gck.diloco"
         )
 
 

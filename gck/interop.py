@@ -22,7 +22,7 @@ from gck.values import shown
 __all__ = ["borrowed", "stream_at"]
 
 # Of DLPack's dlpack.h.
-CUDA = 2  # kDLCUDA
+CPU = 1  # kDLCPU
 VERSIONED = b"dltensor_versioned"
 READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 
@@ -88,15 +88,12 @@ def _as_tensor(function: str, name: str, array: Any, mutable: bool) -> Tensor:
 
 
 def _says_read_only(array: Any) -> bool:
-    """Whether the array's capsule has DLPack's flag for that, which torch does not look at. Libraries older
-    than DLPack 1.0 have none."""
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return False  # they never are
-    cuda = array.__dlpack_device__()[0] == CUDA
+    """Whether an array on the CPU has DLPack's flag for that, which torch does not look at. Libraries older
+    than DLPack 1.0 have none; CuPy's arrays never are."""
+    if array.__dlpack_device__()[0] != CPU:
+        return False
     try:
-        # A stream of -1: nothing waits for what is only asked.
-        capsule = array.__dlpack__(max_version=(1, 0), **({"stream": -1} if cuda else {}))
+        capsule = array.__dlpack__(max_version=(1, 0))
     except TypeError:
         return False
     if not _IS_CAPSULE(capsule, VERSIONED):

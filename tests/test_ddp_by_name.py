@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gck.collectives import SimulatedGroup, SimulatedMember, all_reduce_
+from gck.collectives import HierarchicalGroup, SimulatedGroup, SimulatedMember, all_reduce_
 from gck.compressor import Compressor
 from gck.compressor_choice import CompressorChoice
 from gck.error_feedback import ErrorFeedback
@@ -24,6 +24,7 @@ from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
 from tests.collectives.fragile import Fragile
+from tests.collectives.grid import on_grid
 from tests.collectives.test_transaction import Interrupted, Interruptible
 
 NAMES = ("embed.weight", "block.0.weight", "block.1.weight", "head.weight", "block.0.bias")
@@ -202,6 +203,25 @@ def test_server_residuals_are_sent_by_whatever_comes_next() -> None:
         mean = torch.stack([total for total, _ in found]).mean(0)
         for _, results in found:
             torch.testing.assert_close(results, mean, rtol=0, atol=1e-5)
+
+
+def test_ranks_of_a_node_go_on_sharing_parameters_by_the_same_chunks() -> None:
+    """Said when the compressor is set: DDP does not survive an error in its hook."""
+
+    def rank_main(group: HierarchicalGroup) -> None:
+        model = Model()
+        state = ddp.HookState({"head.*": LowRank(rank=2), "*": Sign(32)}, model=model, group=group)
+        bucket = Bucket(model, group.rank)
+        hook(state, bucket)
+        assert state.residuals["block.0.weight"].shard is not None
+        for other in (Sign(64), TopK(ratio=0.1), {"embed.*": Sign(32), "*": None}):
+            with pytest.raises(StateMismatchError, match=r"share \S+ by chunks of 32 elements, in which"):
+                state.compressor = other  # type: ignore[assignment]
+        state.compressor = {"head.*": LowRank(rank=2), "*": Quantize(bits=8, chunk_size=32)}
+        hook(state, bucket)
+        assert state.step == 2
+
+    on_grid((2, 2), rank_main)
 
 
 def test_states_with_patterns_can_be_copied() -> None:

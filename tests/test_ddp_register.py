@@ -68,9 +68,23 @@ def test_those_that_ddp_does_not_reduce_may_be_of_any(ignored: bool) -> None:
     assert (inner.scale.temperature.grad is not None) == ignored
 
 
-def test_ddp_ignores_no_parameter_of_the_outermost_module() -> None:
+def test_ddp_ignores_parameters_of_the_outermost_module_with_a_dot_in_front() -> None:
     inner = Model(torch.float32)
     inner.register_parameter("outermost", nn.Parameter(torch.ones((), dtype=torch.float64)))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(inner, ["outermost"])
     with pytest.raises(DtypeError, match="those of outermost are"):
+        gck.ddp.register(DistributedDataParallel(inner), gck.Sign())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(inner, [".outermost"])
+    model = DistributedDataParallel(inner)
+    state = gck.ddp.register(model, gck.Sign())
+    (model(torch.ones(2, 64)) * inner.outermost).backward()
+    assert state.step == 1
+
+
+def test_what_is_ignored_at_one_of_its_places_alone_is_reduced() -> None:
+    inner = Model(torch.float64)
+    inner.other = Scale(torch.float64, trains=True)
+    inner.other.temperature = inner.scale.temperature
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(inner, ["scale.temperature"])
+    with pytest.raises(DtypeError, match=r"those of scale.temperature are"):
         gck.ddp.register(DistributedDataParallel(inner), gck.Sign())

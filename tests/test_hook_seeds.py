@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from gck.compressor import compressor_of_step, server_of
 from gck.errors import ArgumentError
 from gck.integrations import ddp
 from tests.cases import same_bytes
+from tests.collectives.fragile import Fragile
 from tests.test_ddp_by_name import Bucket, Model, hook
 
 ROUNDED = gck.Quantize(bits=4, chunk_size=32, rounding="stochastic")
@@ -108,5 +109,73 @@ def test_a_sum_is_rounded_by_other_bits_than_all_its_addends() -> None:
 def test_rounding_to_nearest_needs_none() -> None:
     grad = torch.randn(256, generator=torch.Generator().manual_seed(0))
     assert gck.quantize(grad).codes.equal(gck.quantize(grad, seed=5).codes)
-    assert gck.Quantize() == compressor_of_step(gck.Quantize(), 3, 1)
-    assert gck.Quantize().seed == 0
+    assert compressor_of_step(gck.Quantize(), 3, 1).seed is None  # type: ignore[attr-defined]
+    for made in (replace(gck.Quantize(4), rounding="stochastic"), ROUNDED):
+        assert compressor_of_step(made, 3, 1).seed == 2**40 + 3  # type: ignore[attr-defined]
+
+
+def test_only_what_says_so_lacks_a_seed() -> None:
+    """A compressor of somebody else, whose None means something else."""
+
+    @dataclass(frozen=True)
+    class Theirs(Fragile):
+        seed: int | None = None
+
+    compressor, member = Theirs(gck.Sign(32), 0), SimulatedGroup(1).members[0]
+    assert compressor_of_step(compressor, 3, 1) is compressor
+    gck.all_reduce_(torch.ones(64), None, compressor, member, algorithm="one_phase")
+
+
+def test_a_payload_of_random_k_is_not_decoded_without_its_seed() -> None:
+    compressor, out = gck.RandomK(k=4), torch.ones(64)
+    bodies = torch.zeros(2, compressor.layout(64).nbytes, dtype=torch.uint8)
+    for decode in (
+        lambda: compressor.decompress_(out, bodies[0]),
+        lambda: compressor.decompress_sum_(out, bodies),
+        lambda: compressor.decompress_mean_(out, bodies, 2),
+    ):
+        with pytest.raises(ArgumentError, match="has no seed"):
+            decode()
+    assert torch.equal(out, torch.ones(64))
+
+
+def test_dense_messages_are_compared_once() -> None:
+    """The seed is none of theirs."""
+
+    def rank_main(member: SimulatedMember) -> list[int]:
+        model = Model()
+        options: dict[str, Any] = {"bypass_numel": 0, "bypass_1d": False, "model": model, "group": member}
+        state = ddp.HookState({"head.*": CHOSEN, "*": None}, 2, **options)
+        counts = []
+        for _ in range(5):
+            before = len(member._tickets)
+            hook(state, Bucket(model, member.rank))
+            counts.append(len(member._tickets) - before)
+        return counts
+
+    # Warm-up: a header and an all-reduce, then the latter. Then the same of both groups, one seeded.
+    for counts in SimulatedGroup(2, timeout=20).run(rank_main):
+        dense = counts[1]
+        assert counts[0] == dense + 1
+        assert counts[3] == counts[4] == counts[2] - 1
+
+
+def test_ranks_that_join_take_the_step_of_the_others() -> None:
+    def rank_main(member: SimulatedMember, saved: list[Any]) -> None:
+        model = Model()
+        state = ddp.HookState(CHOSEN, 1, model=model, group=member)
+        if member.rank < 2:
+            state.load_state_dict(saved[member.rank], reset_server=True)
+        else:
+            state.step = saved[0]["step"]
+        hook(state, Bucket(model, member.rank))
+        assert state.step == 4
+
+    def before(member: SimulatedMember) -> Any:
+        model = Model()
+        state = ddp.HookState(CHOSEN, 1, model=model, group=member)
+        for _ in range(3):
+            hook(state, Bucket(model, member.rank))
+        return state.state_dict()
+
+    SimulatedGroup(3, timeout=20).run(rank_main, SimulatedGroup(2, timeout=20).run(before))

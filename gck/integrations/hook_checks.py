@@ -9,14 +9,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from gck.compressor import Compressor
-from gck.error_feedback import check_version
+from gck.compressor_choice import CompressorChoice
+from gck.error_feedback import ErrorFeedbackMap, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
+from gck.factored import is_factored
 from gck.values import MOST_FP64, plain_int, shown
 
 __all__ = [
     "GRADIENTS",
     "check_dtypes",
     "check_layout",
+    "check_units",
     "checked_count",
     "checked_names",
     "checked_saved",
@@ -81,6 +84,21 @@ def check_layout(function: str, name: str, numel: int, compressor: Compressor) -
         raise ArgumentError(f"{function}: {name} of {numel} elements: {error}") from error
 
 
+def check_units(function: str, choice: CompressorChoice, residuals: ErrorFeedbackMap) -> None:
+    """Raises StateMismatchError where residuals are of this rank's shard of a node's sum, which was cut
+    between other chunks than the compressor now has: they would be refused in the next step."""
+    for name, state in residuals.items():
+        compressor = choice.of(function, name)
+        if state.shard is None or (compressor is not None and is_factored(compressor)):
+            continue  # rows of matrices are found where they are cut
+        unit = None if compressor is None else compressor.shard_unit or 1
+        if unit != state.shard.unit:
+            raise StateMismatchError(
+                f"{function}: the ranks of a node share {name} by chunks of {state.shard.unit} elements, in "
+                f"which its residuals are kept, and {compressor} has others; continue with a new state"
+            )
+
+
 def check_dtypes(function: str, model: DistributedDataParallel) -> None:
     """Raises DtypeError where DDP will give the hook gradients that gck does not take, compressed or not."""
     if getattr(model, "mixed_precision", None) is not None:
@@ -95,9 +113,15 @@ def check_dtypes(function: str, model: DistributedDataParallel) -> None:
 
 
 def trained(model: DistributedDataParallel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters whose gradients DDP averages."""
+    """The parameters whose gradients DDP averages: of those that it is to ignore it knows each place by its
+    name, with a dot in front of those of the outermost module."""
     ignored = getattr(model, "parameters_to_ignore", ())
+    places = {
+        id(parameter)
+        for prefix, module in model.module.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and f"{prefix}.{name}" not in ignored
+    }
     for name, parameter in model.module.named_parameters():
-        # DDP finds no names of the outermost module's own parameters among those that it is to ignore.
-        if parameter.requires_grad and not ("." in name and name in ignored):
+        if id(parameter) in places:
             yield name, parameter

@@ -20,7 +20,7 @@ from gck.compressor import Compressor
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, DtypeError
-from gck.integrations.hook_checks import checked_count, checked_names, checked_saved
+from gck.integrations.hook_checks import check_units, checked_count, checked_names, checked_saved
 from gck.integrations.parameters import overview
 from gck.nonfinite import StepGuard
 from gck.values import check_flags, shown
@@ -37,8 +37,8 @@ class HookState:
         compressor: for every parameter that is not bypassed; or by name: a dict of patterns, as of the shell,
             to compressors, or to None, which bypasses. The first that matches counts. Names are those of
             `named_parameters` of the model inside. May be set between steps, alike on all ranks; what
-            residuals hold is sent by whatever comes next. One that needs a seed and has none gets another one
-            at every step.
+            residuals hold is sent by whatever comes next, but that on nodes of several ranks its chunks must
+            be as long. One that needs a seed and has none gets another one at every step.
         warmup_steps: steps at the start that are reduced without compression.
         bypass_numel: parameters of at most so many elements are reduced without compression, all those
             of a bucket in one message.
@@ -210,6 +210,7 @@ class HookState:
             check_algorithm("HookState", compressor, self.algorithm)
         if self._bound:
             choice.check_names("HookState", self._names.values())
+            check_units("HookState", choice, self.residuals)
         self._choice = choice
 
     @property
@@ -349,7 +350,8 @@ class HookState:
 
         A worker residual is what one rank's messages left out: loaded on another rank as well, it would
         be sent twice. So the rank must be the same, always. A world that grew starts the new ranks
-        without a state; in one that shrank, the residuals of the ranks that are gone are lost.
+        without a state, but with the others' `step`, by which all warm up and choose seeds; in one that
+        shrank, the residuals of the ranks that are gone are lost.
 
         Args:
             state: the dict of this rank.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def quantize(
     compressor = Quantize(bits, chunk_size, rounding, seed, scale)
     compressor.check_inputs("quantize", x, None)
     call = _quantize if plain(x) else torch.ops.gck.quantize
-    body = call(x, bits, chunk_size, rounding, cast("int", compressor.seed), scale)
+    body = call(x, bits, chunk_size, rounding, compressor.key, scale)
     return _payload(compressor, body, x.numel())
 
 

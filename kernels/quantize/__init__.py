@@ -36,8 +36,8 @@ class Quantize(KernelCompressor):
     """Sends each element as a multiple of its chunk's scale, in few bits.
 
     With stochastic rounding, `seed` should be another one at every step, and on every rank, so that errors
-    average out. The hooks of `gck.ddp` and `gck.fsdp` see to that; any other loop makes the step's compressor
-    from the last one:
+    average out. The hooks of `gck.ddp` and `gck.fsdp`, and `gck.diloco`, see to that; any other loop makes
+    the step's compressor from the last one:
 
         compressor = dataclasses.replace(compressor, seed=step * world_size + rank)
 
@@ -49,7 +49,7 @@ class Quantize(KernelCompressor):
             device, for any number of threads or shards; no generator of torch is read or changed. With 2 bits
             it is for use without a residual, which grows to several gradients and may let training diverge.
         seed: of stochastic rounding, in [-2**63, 2**63). What travels is decoded without it: compressors
-            that differ in their seed alone are equal, and ranks may differ in it. None: hooks choose one of
+            that differ in their seed alone are equal, and ranks may differ in it. None: they choose one of
             the step and the rank, and all else refuses to round at random.
         scale: "max": codes are multiples of the chunk's largest magnitude / (2**(bits - 1) - 1). "mean", for
             2 bits and nearest rounding: a sign and one of two levels, the means of the magnitudes above and
@@ -78,8 +78,6 @@ class Quantize(KernelCompressor):
 
     def __post_init__(self) -> None:
         make_plain(self, ("bits", "chunk_size", "seed", "first"), ("decay", "clip"))
-        if self.seed is None and self.rounding == "nearest":
-            object.__setattr__(self, "seed", 0)  # of no account
         check_options("Quantize", self.bits, self.chunk_size, self.rounding, self.seed, self.scale)
         checks.check_residual("Quantize", self.decay, self.clip)
         if isinstance(self.first, bool) or not isinstance(self.first, int):
@@ -98,9 +96,19 @@ class Quantize(KernelCompressor):
         """The compressor of what has been summed: it rounds by random bits of its own."""
         return self if self.seed is None else replace(self, seed=self.seed ^ SERVER_KEY)
 
+    @property
+    def unseeded(self) -> bool:
+        """See `gck.compressor.check_seeded`."""
+        return self.seed is None and self.rounding == "stochastic"
+
+    @property
+    def key(self) -> int:
+        """The seed, or any number where nothing is random."""
+        return 0 if self.seed is None else self.seed
+
     def for_step(self, step: int, rank: int) -> Quantize:
         """See `gck.compressor.compressor_of_step`: other random bits on every rank."""
-        return self if self.seed is not None else replace(self, seed=(rank << STEPS) + step)
+        return replace(self, seed=(rank << STEPS) + step) if self.unseeded else self
 
     @property
     def two_levels(self) -> bool:

@@ -226,7 +226,7 @@ def compress_(
             n,
             triton.cdiv(shard, chunk),
             bodies.stride(0) // 16,
-            *key_of(compressor.seed),
+            *key_of(compressor.key),
             compressor.first // chunk,
             decay,
             p_clip,

@@ -191,7 +191,7 @@ def reduce_(compressor: Any, job: Reduction) -> None:
             job.bodies.shape[0],
             job.bodies.stride(0) // 16,
             number,
-            *key_of(job.server.seed),
+            *key_of(job.server.key),
             job.server.first // compressor.chunk_size,
             decay,
             clip,

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gck.compressor import check_seeded
 from gck.errors import CorruptPayloadError, DtypeError
 from gck.kernels.common import checks
 from gck.kernels.common.base import KernelCompressor
@@ -38,8 +39,8 @@ class RandomK(KernelCompressor):
     multiplied by numel / k, so that the expectation of what is decoded is the gradient.
 
     All ranks must have the same seed in a step, and another one in the next, or the same entries would be
-    sent for ever. The hooks of `gck.ddp` and `gck.fsdp` see to that; any other loop makes the step's
-    compressor from the last one:
+    sent for ever. The hooks of `gck.ddp` and `gck.fsdp`, and `gck.diloco`, see to that; any other loop makes
+    the step's compressor from the last one:
 
         compressor = dataclasses.replace(compressor, seed=step)
 
@@ -48,8 +49,8 @@ class RandomK(KernelCompressor):
     Attributes:
         ratio: k = max(1, ceil(ratio * numel)) in double precision; in (0, 1].
         k: entries sent, in [1, numel].
-        seed: of the choice, in [-2**63, 2**63). No generator of torch is read or changed. None: hooks take
-            the number of the step, and all else refuses to choose.
+        seed: of the choice, in [-2**63, 2**63). No generator of torch is read or changed. None: they take the
+            number of the step, and all else refuses to choose.
         value_dtype: dtype of the values that travel; their rounding error stays in the residual.
         decay, clip: of residuals, as they are read; see `gck.random_k_ef_`.
 
@@ -84,6 +85,11 @@ class RandomK(KernelCompressor):
     def summed(self) -> RandomK:
         """See `gck.compressor.is_seeded`."""
         return self if self.value_dtype == torch.float32 else replace(self, value_dtype=torch.float32)
+
+    @property
+    def unseeded(self) -> bool:
+        """See `gck.compressor.check_seeded`."""
+        return self.seed is None
 
     def for_step(self, step: int, rank: int) -> RandomK:
         """See `gck.compressor.compressor_of_step`: the same entries on all ranks."""
@@ -123,6 +129,7 @@ class RandomK(KernelCompressor):
         KernelCompressor.run(compressor, function, grad, err, bodies, nonfinite, clip, **options)
 
     def check_fields(self, function: str, numel: int, fields: tuple[Tensor, ...]) -> None:
+        check_seeded(function, self)
         (values,) = fields
         if values.dtype not in VALUE_DTYPES:
             raise DtypeError(

@@ -14,6 +14,7 @@ import gck
 from gck.collectives import all_reduce_
 from gck.error_feedback import ErrorFeedback
 from gck.errors import ShapeMismatchError
+from gck.kernels.random_k import RandomK
 from gck.kernels.sign import Sign
 from gck.kernels.topk import TopK
 from tests.cases import same_bytes
@@ -75,6 +76,23 @@ def check_each_parameter_is_as_if_reduced_alone() -> None:
     shards = [torch.empty_like(local(model[0].weight)) for _ in range(2)]
     dist.all_gather(shards, local(model[0].weight).detach(), group=across())
     assert same_bytes(shards[0], shards[1]), "replicas drifted"
+
+
+def check_seeds_are_those_of_the_step() -> None:
+    """Of every group of parameters, in whatever order these come."""
+    states = {name: ErrorFeedback() for name, _ in network().named_parameters()}
+    steps = dict.fromkeys(states, 0)
+
+    def alone(name: str, grad: Tensor) -> None:
+        seeded = RandomK(ratio=0.25, seed=steps[name])
+        all_reduce_(grad, states[name], seeded, across(), algorithm="one_phase")
+        steps[name] += 1
+
+    twin, model = with_own_hooks(sharded(), alone), sharded()
+    gck.fsdp.register(model, RandomK(ratio=0.25), across(), algorithm="one_phase", **EVERYTHING)
+    train(twin, range(3))
+    train(model, range(3))
+    assert same(twin, model)
 
 
 def check_warm_up_is_dense() -> None:
