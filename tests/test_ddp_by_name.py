@@ -215,7 +215,9 @@ def test_ranks_of_a_node_go_on_sharing_parameters_by_the_same_chunks() -> None:
         hook(state, bucket)
         assert state.residuals["block.0.weight"].shard is not None
         for other in (Sign(64), TopK(ratio=0.1), {"embed.*": Sign(32), "*": None}):
-            with pytest.raises(StateMismatchError, match=r"share \S+ by chunks of (32|50) elements, in which"):
+            with pytest.raises(
+                StateMismatchError, match=r"share \S+ by chunks of (32|50) elements, in which"
+            ):
                 state.compressor = other  # type: ignore[assignment]
         state.compressor = {"head.*": LowRank(rank=2), "*": Quantize(bits=8, chunk_size=32)}
         hook(state, bucket)

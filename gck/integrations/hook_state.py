@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gck.checkpoint import Loaded, load_state, save_state
-from gck.collectives import Link, Work, resolve
+from gck.collectives import Link, Work
 from gck.collectives.arguments import check_algorithm
 from gck.collectives.handshake import check_validate
 from gck.collectives.transports import check_timeout
@@ -20,17 +17,16 @@ from gck.compressor import Compressor
 from gck.compressor_choice import Choosable, CompressorChoice
 from gck.error_feedback import ErrorFeedback, ErrorFeedbackMap, check_factor
 from gck.errors import ArgumentError, DtypeError
-from gck.integrations.hook_checks import check_units, checked_count, checked_names, checked_saved
+from gck.integrations.hook_checks import check_units, checked_count, checked_names
 from gck.integrations.parameters import overview
+from gck.integrations.saving import Saving
 from gck.nonfinite import StepGuard
 from gck.values import check_flags, shown
 
 __all__ = ["HookState"]
 
-STATE_VERSION = 1
 
-
-class HookState:
+class HookState(Saving):
     """What the hook keeps from step to step.
 
     Args:
@@ -241,62 +237,6 @@ class HookState:
             self.residuals.rescale_(scale / self.scale, drop=True)
             self.scale = scale
 
-    def save(self, directory: str | os.PathLike[str], *, keep: int = 2, shared: bool = True) -> Path:
-        """Writes this rank's residuals, as of `step`, to `directory`; see `gck.save_state`.
-
-        Raises:
-            ArgumentError: the parameters' names are not known.
-            Those of `gck.save_state`.
-        """
-        self._check_bound("save")
-        self._settle()
-        transport = resolve(self.group)
-        return save_state(
-            directory,
-            self.residuals,
-            rank=transport.rank,
-            world_size=transport.world_size,
-            step=self.step,
-            compressor=self.compressor,
-            scale=self.scale,
-            keep=keep,
-            shared=shared,
-        )
-
-    def load(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        step: int | None = None,
-        reshard: bool = False,
-        server: str = "keep",
-        shared: bool = True,
-    ) -> Loaded | None:
-        """Goes on from what `save` wrote; arguments, result and errors are those of `gck.load_state`.
-
-        Raises:
-            ArgumentError: the parameters' names are not known.
-            Those of `gck.load_state`; nothing was changed.
-        """
-        self._check_bound("load")
-        self._settle()
-        transport = resolve(self.group)
-        loaded = load_state(
-            directory,
-            self.residuals,
-            rank=transport.rank,
-            world_size=transport.world_size,
-            compressor=self.compressor,
-            step=step,
-            numels=self._numels(),
-            reshard=reshard,
-            server=server,
-            shared=shared,
-        )
-        if loaded is not None:
-            self.step, self.scale = loaded.step, loaded.scale
-        return loaded
-
     def names_of(self, parameters: Sequence[Tensor]) -> list[str]:
         """What ranks compare of a message's parameters: nothing where names are made up here."""
         return [self._names[id(parameter)] for parameter in parameters] if self._bound else []
@@ -325,61 +265,6 @@ class HookState:
     def overlaps(self) -> bool:
         """Whether buckets are reduced while the backward pass goes on."""
         return self.overlap and self._bound and not self._sends_in_backward
-
-    def state_dict(self) -> dict[str, Any]:
-        """A plain dict for this rank's checkpoint: residuals by parameter name, and the step.
-
-        Raises:
-            ArgumentError: the parameters' names are not known.
-        """
-        self._check_bound("state_dict")
-        self._settle()
-        transport = resolve(self.group)
-        return {
-            "version": STATE_VERSION,
-            "step": self.step,
-            "scale": self.scale,
-            "rank": transport.rank,
-            "world_size": transport.world_size,
-            "compressor": self._choice.describe(),
-            "residuals": self.residuals.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], *, reset_server: bool = False) -> None:
-        """Continues from what `state_dict` returned on the same rank.
-
-        A worker residual is what one rank's messages left out: loaded on another rank as well, it would
-        be sent twice. So the rank must be the same, always. A world that grew starts the new ranks
-        without a state, but with the others' `step`, by which all warm up and choose seeds; in one that
-        shrank, the residuals of the ranks that are gone are lost.
-
-        Args:
-            state: the dict of this rank.
-            reset_server: continue in a world of another size, or with another compressor: worker
-                residuals are gradients, which any compressor can send later, server residuals belong to
-                a shard and start from zero.
-
-        Raises:
-            ArgumentError: the parameters' names are not known.
-            StateMismatchError: the state is malformed or does not fit the model, the rank, or, without
-                reset_server, the world size or the compressor; nothing was changed.
-        """
-        check_flags("HookState.load_state_dict", reset_server=reset_server)
-        self._check_bound("load_state_dict")
-        self._settle()
-        transport = resolve(self.group)
-        fixed: dict[str, object] = {"rank": transport.rank}
-        if not reset_server:
-            fixed |= {"world_size": transport.world_size, "compressor": self._choice.describe()}
-        step, scale = checked_saved(state, fixed)
-        self.residuals.load_state_dict(
-            state.get("residuals", {}),
-            numels=self._numels(),
-            rank=transport.rank,
-            world_size=transport.world_size,
-            reset_server=reset_server,
-        )
-        self.step, self.scale = step, scale
 
     def _land(self) -> Exception | None:
         """Waits for the buckets in flight; the error of the first that failed."""
