@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import typer
 
 import gck
 from bench.convergence import __main__ as convergence
-from bench.convergence import report, training
+from bench.convergence import cases, report, training
 from bench.convergence.language import CONTEXT, LanguageModel, load_text
 from gck.compressor import Compressor
 from gck.kernels.quantize import Quantize
@@ -29,7 +30,7 @@ def test_a_small_training(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "convergence.json").read_text())
     assert (tmp_path / "convergence.png").stat().st_size > 1000
     records = {record["name"]: record for record in content["records"]}
-    assert set(records) == {training.BASELINE, *NAMES}
+    assert set(records) == {cases.BASELINE, *NAMES}
     losses = {name: [curve[-1][1] for curve in record["curves"]] for name, record in records.items()}
     assert len({loss for found in losses.values() for loss in found}) == 6  # each trained on its own way
     firsts = [[curve[0][1] for curve in record["curves"]] for record in records.values()]
@@ -40,9 +41,9 @@ def test_a_small_training(tmp_path: Path) -> None:
     )
     budgets = content["dense_losses_by_steps"]
     assert [list(of_seed) for of_seed in budgets] == [["3", "6", "8", "10", "12"]] * 2
-    assert [of_seed["12"] for of_seed in budgets] == losses[training.BASELINE]
+    assert [of_seed["12"] for of_seed in budgets] == losses[cases.BASELINE]
     above = records["random-k 1 %"]["above_dense"]["mean"]
-    expected = [a - b for a, b in zip(losses["random-k 1 %"], losses[training.BASELINE], strict=True)]
+    expected = [a - b for a, b in zip(losses["random-k 1 %"], losses[cases.BASELINE], strict=True)]
     assert above == pytest.approx(sum(expected) / 2)
 
 
@@ -59,15 +60,18 @@ def model() -> LanguageModel:
 
 def test_what_is_compressed_is_what_the_hook_compresses(model: LanguageModel) -> None:
     state = gck.ddp.HookState(gck.Sign(), model=model)
-    kinds = [training.is_compressed(parameter) for parameter in model.parameters()]
+    kinds = [cases.is_compressed(parameter) for parameter in model.parameters()]
     assert kinds == [not state.bypassed(parameter) for parameter in model.parameters()]
     assert set(kinds) == {True, False}
 
 
-@pytest.mark.parametrize("name", training.CASES)
+LOCAL = [name for name, case in cases.CASES.items() if case.local_steps > 1]
+
+
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in LOCAL])
 def test_one_step(name: str, model: LanguageModel) -> None:
     """Ranks end with the mean of what they sent, keep the rest if they should, and send what is said."""
-    settings = training.Settings(workers=4)
+    settings = cases.Settings(workers=4)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(1)
     grads = [[torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(4)]
@@ -75,18 +79,52 @@ def test_one_step(name: str, model: LanguageModel) -> None:
     ranks = training.Ranks(name, 5, settings, parameters)
     got = ranks.reduce(1, grads)
     exchanged = 16 * 4 if name.startswith("random-k") else 0  # ranks tell each other its seed
-    assert all(
-        abs(sent - training.sent_nbytes(name, settings)) <= exchanged for sent in ranks.group.bytes_sent
-    )
+    assert all(abs(sent - cases.sent_nbytes(name, settings)) <= exchanged for sent in ranks.group.bytes_sent)
     for parameter, mean, given in zip(parameters, means, got, strict=True):
         close = torch.allclose(given, mean, atol=1e-6)
-        assert close == (name == training.BASELINE or not training.is_compressed(parameter))
+        assert close == (name == cases.BASELINE or not cases.is_compressed(parameter))
     kept = any(state.worker is not None for state in ranks.states[0])
-    assert kept == (name != training.BASELINE and ranks.case.feedback)
+    assert kept == (name != cases.BASELINE and ranks.case.feedback)
+
+
+def test_local_steps_end_with_the_mean_of_what_each_rank_trained() -> None:
+    settings, text = cases.Settings(workers=2, steps=2, look_every=1, held_out=8), load_text()
+    curve = training.train("15 local steps", 3, settings)
+    torch.manual_seed(3)
+    first = LanguageModel()
+    trained = []
+    for rank in range(2):
+        model = copy.deepcopy(first)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        for step in (1, 2):
+            optimizer.zero_grad()
+            places = text.batches(2, 2, settings.batch, 3)[step - 1][rank]
+            model.loss(*text.windows(places)).backward()
+            optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
+            optimizer.step()
+        trained.append(model)
+    mean = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter, *both in zip(*(each.parameters() for each in (mean, *trained)), strict=True):
+            parameter.copy_(sum(both) / 2)
+    held_out = text.held_out(8)
+    assert [step for step, _ in curve] == [0, 1, 2]
+    assert curve[0][1] == cases.look(first, held_out)
+    assert curve[-1][1] == pytest.approx(cases.look(mean, held_out), abs=1e-5)
+    assert curve[-1][1] != pytest.approx(cases.look(trained[0], held_out), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_exchanges_of_local_steps(name: str) -> None:
+    """Each way trains, and sends in a step what is said, less than 15 times as much in an exchange."""
+    settings = cases.Settings(workers=2, steps=1, held_out=8)
+    assert training.train(name, 0, settings)[-1][1] < training.train(name, 0, settings)[0][1]
+    dense = cases.sent_nbytes(cases.BASELINE, settings)
+    assert cases.sent_nbytes(name, settings) <= dense // 15
 
 
 def options(name: str, step: int, rank: int, seed: int) -> Compressor:
-    return training.CASES[name].at(step, rank, seed)
+    return cases.CASES[name].at(step, rank, seed)
 
 
 def test_what_is_drawn() -> None:
@@ -120,7 +158,7 @@ def test_summary_of_curves() -> None:
         "4 bits": [[(0, 5.0), (40, 2.5)], [(0, 5.0), (7, math.nan)]],
     }
     budgets = [{20: 3.0, 40: 2.0}, {20: 4.0, 40: 3.0}]
-    settings = training.Settings(steps=40)
+    settings = cases.Settings(steps=40)
     dense, signs, eight, four = report.summary(curves, budgets, settings)
     assert dense["above_dense"] == {"mean": 0, "standard_deviation": 0}
     assert signs["above_dense"]["mean"] == pytest.approx(0.3)

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.convergence import report
+from bench.convergence.cases import BASELINE, CASES, Curve, Settings
 from bench.convergence.language import load_text
-from bench.convergence.training import BASELINE, CASES, Curve, Job, Settings, begin, train_job
+from bench.convergence.training import Job, begin, train_job
 from bench.machine import ROOT, describe
 
 SEEDS = 3

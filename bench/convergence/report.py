@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.convergence.training import BASELINE, Curve, Settings, sent_nbytes
+from bench.convergence.cases import BASELINE, Curve, Settings, sent_nbytes
 
 __all__ = ["draw", "steps_of_dense", "summary", "table"]
 
