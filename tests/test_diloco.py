@@ -247,6 +247,14 @@ def test_ranks_that_start_from_other_parameters_are_told() -> None:
     SimulatedGroup(WORLD, timeout=30).run(rank_main)
 
 
+def test_ranks_that_would_exchange_at_other_steps_are_told() -> None:
+    def rank_main(member: SimulatedMember) -> None:
+        with pytest.raises(CollectiveMismatchError, match=r"ranks have different sync_every: \[5, 5, 7\]"):
+            gck.diloco.OuterOptimizer(Model(), SIGNS, 7 if member.rank == 2 else 5, group=member)
+
+    SimulatedGroup(WORLD, timeout=30).run(rank_main)
+
+
 def test_ctrl_c_releases_peers() -> None:
     """Within an exchange on one rank: the others learn of it at once, and nothing has changed there."""
 
@@ -280,7 +288,7 @@ def make(model: nn.Module | None = None, every: Any = 1, **options: Any) -> Call
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (make(every=0), ArgumentError, "sync_every must be at least 1, got 0"),
+        (make(every=0), ArgumentError, r"sync_every must be in \[1, 2\*\*63\), got 0"),
         (make(every=1.5), DtypeError, r"OuterOptimizer: sync_every must be an int, got 1.5 \(float\)"),
         (make(3), DtypeError, r"model must be a torch.nn.Module, got 3"),  # type: ignore[arg-type]
         (make(nn.Linear(2, 2).requires_grad_(False)), ArgumentError, "no parameters that train"),

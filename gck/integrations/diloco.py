@@ -34,7 +34,7 @@ from gck.errors import ArgumentError, DtypeError, LayoutError, StateMismatchErro
 from gck.integrations.groups import grouped, prepare_groups
 from gck.integrations.hook_checks import GRADIENTS, check_layout, checked_count
 from gck.integrations.hook_state import HookState
-from gck.integrations.replicas import check_replicas
+from gck.integrations.replicas import check_replicas, check_same
 from gck.values import shown
 
 __all__ = ["OuterOptimizer"]
@@ -72,7 +72,7 @@ class OuterOptimizer:
             wrong type.
         ArgumentError: an option is out of range, or nothing of the model trains.
         LayoutError: a parameter does not fill its memory.
-        CollectiveMismatchError: ranks have different parameters; on all ranks.
+        CollectiveMismatchError: ranks have different parameters, or sync_every; on all ranks.
         Those of `gck.all_reduce_`.
     """
 
@@ -104,8 +104,8 @@ class OuterOptimizer:
                 "pass the module inside"
             )
         self.sync_every = checked_count("sync_every", sync_every, function)
-        if not self.sync_every:
-            raise ArgumentError(f"{function}: sync_every must be at least 1, got 0")
+        if not 1 <= self.sync_every < 2**63:
+            raise ArgumentError(f"{function}: sync_every must be in [1, 2**63), got {self.sync_every}")
         self.state = HookState(
             compressor,
             warmup_steps,
@@ -129,6 +129,7 @@ class OuterOptimizer:
             self._check(function, name, parameter)
         transport = resolve(group, timeout)
         shapes = [tuple(parameter.shape) for parameter in self._parameters.values()]
+        check_same(function, transport, "sync_every", self.sync_every)
         check_replicas(function, transport, self._parameters, shapes)
         self._shared = {
             name: nn.Parameter(parameter.detach().to(torch.float32, copy=True))

@@ -12,7 +12,7 @@ from gck.collectives import Transport
 from gck.collectives.work import perform
 from gck.errors import CollectiveMismatchError
 
-__all__ = ["check_replicas"]
+__all__ = ["check_replicas", "check_same"]
 
 DIGEST = 16  # bytes of each half of the first message
 BLOCK = 1 << 22  # elements that are hashed at a time
@@ -60,6 +60,22 @@ def check_replicas(
                         f"{function}: {name} of rank {rank} of the group is not that of rank 0, and never "
                         "will be; load or broadcast the same parameters first"
                     )
+
+    perform(transport, function, run, torch.device("cpu"), False)
+
+
+def check_same(function: str, transport: Transport, name: str, value: int) -> None:
+    """Compares a number, in [0, 2**63), with that of every other rank; collective over the group.
+
+    Raises:
+        CollectiveMismatchError: on all ranks, if one has another.
+    """
+
+    def run() -> None:
+        rows = _gathered(transport, value.to_bytes(8, "little"))
+        found = [int.from_bytes(row, "little") for row in rows]
+        if len(set(found)) > 1:
+            raise CollectiveMismatchError(f"{function}: ranks have different {name}: {found}")
 
     perform(transport, function, run, torch.device("cpu"), False)
 
