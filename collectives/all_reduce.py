@@ -15,7 +15,7 @@ from gck.collectives.transports import Transport, resolve
 from gck.collectives.work import Work, perform
 from gck.compressor import Compressor, compressor_class, shard_numel
 from gck.error_feedback import ErrorFeedback, ServerBinding
-from gck.errors import ArgumentError, ShapeMismatchError
+from gck.errors import ArgumentError, DtypeError, ShapeMismatchError
 from gck.interop import borrowed
 from gck.kernels.common import checks
 from gck.ops.registration import Array
@@ -190,6 +190,10 @@ def all_reduce_many_(
     Other arguments and errors are those of `all_reduce_`; an error leaves every tensor as it was.
     """
     function, grads = "all_reduce_many_", list(grads)
+    if isinstance(states, ErrorFeedback):
+        raise DtypeError(
+            f"{function}: states must be a sequence of one for each gradient, got {shown(states)}"
+        )
     if any(map(_is_array, grads)):
         with _borrowed(
             function, async_op, **{f"grads[{i}]": grad for i, grad in enumerate(grads)}

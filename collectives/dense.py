@@ -47,7 +47,7 @@ def dense(
             ]
             part = shards.part(acc, transport.rank)
             server = residual_of(server_of(compressor, transport.world_size), server)
-            part.add_(server, alpha=divisor)
+            part.add_(server, alpha=divisor if state.divisor is None else state.divisor)
     transport.all_reduce(flat)
     if divisor != 1:
         average_(flat, divisor)

@@ -24,20 +24,22 @@ def fold_server(
     divisor: int,
 ) -> None:
     """Adds the server residual, which is in units of the result, `divisor` times to the worker residual, of
-    which this rank owns that part, and drops it. Nothing happens where there is none, or it is `kept`.
+    which this rank owns that part, and drops it. Nothing happens where there is none, or it is `kept`, and of
+    sums that were divided by the same.
 
     The state gets a new worker residual: what undoes a call that fails puts the old ones back.
 
     Args:
         grad, shard: as of `ErrorFeedback.worker_for`.
         kept: what the call's own server residual belongs to; None: it has none.
-        divisor: of the sum; the number of ranks, of all tiers, for a mean.
+        divisor: of the call's sum; the number of ranks, of all tiers, for a mean.
     """
-    if state.server is None or state.binding is None or state.binding == kept:
+    was = divisor if state.divisor is None else state.divisor
+    if state.server is None or state.binding is None or (state.binding == kept and was == divisor):
         return
     shards = Shards.of(grad.numel(), state.binding.unit, transport.world_size)
     worker = state.worker_for(grad, shard).clone()
     part = shards.part(worker, transport.rank)
     # Not by alpha, whose product some devices round and others do not.
-    part.add_(state.server.to(part.device)[: part.numel()] * divisor)
+    part.add_(state.server.to(part.device)[: part.numel()] * was)
     state.worker, state.server, state.binding = worker, None, None

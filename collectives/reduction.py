@@ -334,6 +334,9 @@ class Reduction:
             finish = one_phase(*given, errs, counters, undo, *ends, memory=memory, keep=keep)
             measured.end()
             return finish
+        for state, bound in ((state, bound) for _, state, (_, bound), *_ in some):
+            if state is not None and bound is not None:
+                state.divisor = self._divisor
         servers = [
             None if state is None or bound is None else state.server_for(bound[0], grad.device, bound[1])
             for grad, state, (_, bound), *_ in some

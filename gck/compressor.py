@@ -329,8 +329,9 @@ def check_seeded(function: str, compressor: object) -> None:
     attribute `unseeded` which is True."""
     if getattr(compressor, "unseeded", False):
         raise ArgumentError(
-            f"{function}: {compressor} has no seed, and needs another one at every step, such as seed=step; "
-            "only what counts steps chooses it: gck.ddp, gck.fsdp and gck.diloco"
+            f"{function}: {compressor} has no seed, and needs another one at every step, such as seed=step "
+            "for random-k and step * world_size + rank for rounding; only gck.ddp, gck.fsdp and gck.diloco, "
+            "which count steps, choose it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,31 @@ def test_an_exchange_that_fails_changes_nothing_and_can_be_tried_again() -> None
     SimulatedGroup(WORLD, timeout=30).run(rank_main, SimulatedGroup(WORLD, timeout=30))
 
 
+def test_those_that_are_left_go_on_without_server_residuals() -> None:
+    """As docs/local_steps.md says; ranks that move up keep their worker residuals."""
+
+    def rank_main(member: SimulatedMember, fewer: SimulatedGroup) -> None:
+        model = Model()
+        options: dict[str, Any] = {"algorithm": "two_phase", "group": member}
+        outer = gck.diloco.OuterOptimizer(model, SIGNS, 1, **options)
+        wander(model, member.rank, 0)
+        outer.step()
+        if member.rank == 0:
+            return
+        outer.state.group = fewer.members[member.rank - 1]
+        wander(model, member.rank, 1)
+        before = contents(outer, model)
+        with pytest.raises(StateMismatchError, match="server residual: belongs to"):
+            outer.step()
+        assert equal(contents(outer, model), before)
+        for _, left in outer.state.residuals.items():
+            left.server = left.binding = None
+        outer.step()
+        assert outer.state.step == 2
+
+    SimulatedGroup(WORLD, timeout=30).run(rank_main, SimulatedGroup(WORLD - 1, timeout=30))
+
+
 def test_it_goes_on_from_what_was_saved(tmp_path: Path) -> None:
     """The same bits as without a break, also on a rank that has what another one saved of what is shared."""
 
@@ -255,6 +281,76 @@ def test_ranks_that_would_exchange_at_other_steps_are_told() -> None:
     SimulatedGroup(WORLD, timeout=30).run(rank_main)
 
 
+@pytest.mark.parametrize("differ", ["exchanges", "optimizer", "loaded"])
+def test_ranks_that_have_drifted_apart_are_told_before_they_exchange(differ: str) -> None:
+    """As after an exchange that has ended on some ranks and failed on others, of which those may not know."""
+
+    def rank_main(member: SimulatedMember) -> None:
+        model = Model()
+        rate = 0.5 if differ == "optimizer" and member.rank == 1 else 1.0
+        options: dict[str, Any] = {"optimizer": lambda shared: torch.optim.SGD(shared, lr=rate)}
+        outer = gck.diloco.OuterOptimizer(model, SIGNS, 1, group=member, **options)
+        wander(model, member.rank, 0)
+        saved = copy.deepcopy(outer.state_dict())
+        outer.step()
+        if differ == "exchanges" and member.rank == 1:
+            outer.state.step = 2
+        if differ == "loaded" and member.rank == 1:
+            outer.load_state_dict(saved | {"step": 1})
+        wander(model, member.rank, 1)
+        before = contents(outer, model)
+        what = r"numbers of exchanges: \[1, 2, 1\]" if differ == "exchanges" else "parameters in common: "
+        with pytest.raises(CollectiveMismatchError, match=rf"different {what}.*; load the same state_dict"):
+            outer.step()
+        assert equal(contents(outer, model), before)
+        outer.load_state_dict(saved)  # and the group stays usable
+        wander(model, member.rank, 1)
+        outer.step()
+        assert outer.state.step == 1
+
+    SimulatedGroup(WORLD, timeout=30).run(rank_main)
+
+
+def replace_all(model: Any) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def replace_one(model: Any) -> None:
+    model.matrix = nn.Linear(40, 50)
+
+
+def freeze(model: Any) -> None:
+    model.matrix.bias.requires_grad_(False)
+
+
+def unfreeze(model: Any) -> None:
+    model.frozen.weight.requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (replace_all, "kernel.weight, matrix.bias, matrix.weight"),
+        (replace_one, "matrix.bias, matrix.weight"),
+        (freeze, "matrix.bias"),
+        (unfreeze, "frozen.weight"),
+    ],
+)
+def test_parameters_that_change_behind_its_back(change: Callable[[Any], None], name: str) -> None:
+    model, member = Model(), SimulatedGroup(1).members[0]
+    outer = gck.diloco.OuterOptimizer(model, SIGNS, 1, group=member)
+    change(model)
+    with pytest.raises(ArgumentError, match=f": {name} of the model came, went, froze or was replaced"):
+        outer.step()
+
+
+def test_it_is_not_copied() -> None:
+    outer = gck.diloco.OuterOptimizer(Model(), SIGNS, 1, group=SimulatedGroup(1).members[0])
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(ArgumentError, match=r"cannot be copied or pickled; save state_dict\(\)"):
+            copied(outer)
+
+
 def test_ctrl_c_releases_peers() -> None:
     """Within an exchange on one rank: the others learn of it at once, and nothing has changed there."""
 
@@ -288,15 +384,26 @@ def make(model: nn.Module | None = None, every: Any = 1, **options: Any) -> Call
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (make(every=0), ArgumentError, r"sync_every must be in \[1, 2\*\*63\), got 0"),
+        (make(every=0), ArgumentError, "sync_every must be at least 1, got 0"),
         (make(every=1.5), DtypeError, r"OuterOptimizer: sync_every must be an int, got 1.5 \(float\)"),
         (make(3), DtypeError, r"model must be a torch.nn.Module, got 3"),  # type: ignore[arg-type]
         (make(nn.Linear(2, 2).requires_grad_(False)), ArgumentError, "no parameters that train"),
         (make(nn.Linear(2, 2).double()), DtypeError, "got weight of torch.float64"),
+        (
+            make(optimizer=torch.optim.SGD([torch.zeros(1)])),
+            DtypeError,
+            "must make one of a list of parameters",
+        ),
+        (make(optimizer=lambda shared: torch.optim.SGD(shared[:2], lr=1.0)), ArgumentError, "one of all the"),
+        (
+            make(optimizer=lambda _: torch.optim.SGD([torch.zeros(1)])),
+            ArgumentError,
+            "and no others, got SGD",
+        ),
         (make(algorithm="ring"), ArgumentError, "algorithm must be one of"),
         (make(bypass_names=["head"]), ArgumentError, r"no parameters of bypass_names \['head'\]"),
     ],
-    ids=["every", "type", "model", "frozen", "dtype", "algorithm", "names"],
+    ids=["every", "type", "model", "frozen", "dtype", "made", "some", "others", "algorithm", "names"],
 )
 def test_wrong_arguments(call: Callable[[], object], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

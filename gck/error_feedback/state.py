@@ -37,6 +37,7 @@ class Snapshot(NamedTuple):
     shard: ShardBinding | None
     statistics: Statistics | None  # never changed once made
     basis: Tensor | None  # likewise
+    divisor: int | None
 
 
 class ErrorFeedback:
@@ -53,6 +54,8 @@ class ErrorFeedback:
         basis: (rank, columns) fp32, where the next "factored" all-reduce starts from; None before the first.
             The same on all ranks, but that on a `HierarchicalGroup` those of a node each have their own. One
             that does not fit is replaced.
+        divisor: of the sums that `server` was left of, the number of ranks for means; None before the first
+            two-phase all-reduce, and not saved: then that of the next.
         nonfinite: (1,) int64 on the residuals' device: how many residual entries, worker and server, were
             cleared because they were not finite. Reading it synchronises with the device, as `state_dict`
             does, which turns it into an int.
@@ -68,6 +71,7 @@ class ErrorFeedback:
     _measure: bool = False
     statistics: Statistics | None = None
     basis: Tensor | None = None
+    divisor: int | None = None
 
     def __init__(self, *, measure: bool = False) -> None:
         self.measure = measure
@@ -77,7 +81,7 @@ class ErrorFeedback:
         self.binding: ServerBinding | None = None
         self.shard: ShardBinding | None = None
         self.nonfinite: Tensor | None = None
-        self.basis = None
+        self.basis = self.divisor = None
 
     @property
     def measure(self) -> bool:
@@ -96,7 +100,7 @@ class ErrorFeedback:
     def reset(self) -> None:
         """Forgets both residuals, the basis, the counter and the statistics."""
         self.worker = self.server = self.binding = self.shard = self.nonfinite = self.statistics = None
-        self.basis = None
+        self.basis = self.divisor = None
 
     @property
     def numel(self) -> int | None:
@@ -172,12 +176,14 @@ class ErrorFeedback:
         """Copies to `restore` from, made by `clone`; the buffers themselves stay where they are."""
         buffers = (self.worker, self.server, self.nonfinite)
         worker, server, nonfinite = (None if b is None else (b, clone(b)) for b in buffers)
-        return Snapshot(self.binding, worker, server, nonfinite, self.shard, self.statistics, self.basis)
+        return Snapshot(
+            self.binding, worker, server, nonfinite, self.shard, self.statistics, self.basis, self.divisor
+        )
 
     def restore(self, saved: Snapshot) -> None:
         """Puts everything back as it was at `snapshot`, in the same buffers."""
         self.binding, self.shard, self.statistics = saved.binding, saved.shard, saved.statistics
-        self.basis = saved.basis
+        self.basis, self.divisor = saved.basis, saved.divisor
         self.worker, self.server, self.nonfinite = (
             None if pair is None else pair[0].copy_(pair[1])
             for pair in (saved.worker, saved.server, saved.nonfinite)
@@ -272,7 +278,7 @@ class ErrorFeedback:
             setattr(self, name, theirs)
         self.binding, self.shard, self.nonfinite = loaded.binding, loaded.shard, loaded.nonfinite
         self.basis = None if loaded.basis is None else loaded.basis.detach().clone()
-        self.statistics = None
+        self.statistics = self.divisor = None
 
     def _parsed(
         self,

@@ -52,8 +52,9 @@ class OuterOptimizer:
         compressor: for every parameter that is not bypassed, or by name; as for `gck.ddp.HookState`.
         sync_every: local steps between two exchanges, the same on all ranks.
         optimizer: makes the outer optimizer of a list of parameters: the fp32 copies of those of the model
-            that all ranks have in common. Its `step` must be a function of their gradients alone, as those of
-            torch.optim are. None: SGD with a rate of 1, which takes the average as it is, as SparseLoCo does.
+            that all ranks have in common. Its `step` takes no closure, and must be a function of their
+            gradients alone, as those of torch.optim are. None: SGD with a rate of 1, which takes the average
+            as it is, as SparseLoCo does.
             DiLoCo's: `lambda shared: torch.optim.SGD(shared, lr=0.7, momentum=0.9, nesterov=True)`.
         group: as for `gck.all_reduce_`; default: WORLD.
         warmup_steps: exchanges at the start that are not compressed.
@@ -103,9 +104,13 @@ class OuterOptimizer:
                 f"{function}: model must not be a DistributedDataParallel, which averages at every step; "
                 "pass the module inside"
             )
-        self.sync_every = checked_count("sync_every", sync_every, function)
-        if not 1 <= self.sync_every < 2**63:
-            raise ArgumentError(f"{function}: sync_every must be in [1, 2**63), got {self.sync_every}")
+        self.sync_every = checked_count("sync_every", sync_every, function, least=1)
+        if self.sync_every >= 2**63:
+            raise ArgumentError(f"{function}: sync_every must be below 2**63, got {self.sync_every}")
+        if optimizer is not None and not callable(optimizer):
+            raise DtypeError(
+                f"{function}: optimizer must make one of a list of parameters, got {shown(optimizer)}"
+            )
         self.state = HookState(
             compressor,
             warmup_steps,
@@ -122,21 +127,29 @@ class OuterOptimizer:
             measure=measure,
             bypass_names=bypass_names,
         )
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._model = model
+        self._parameters = self._trained()
         if not self._parameters:
             raise ArgumentError(f"{function}: model has no parameters that train")
         for name, parameter in self._parameters.items():
             self._check(function, name, parameter)
         transport = resolve(group, timeout)
-        shapes = [tuple(parameter.shape) for parameter in self._parameters.values()]
-        check_same(function, transport, "sync_every", self.sync_every)
-        check_replicas(function, transport, self._parameters, shapes)
+        everything = dict(model.named_parameters())
+        about = [(tuple(parameter.shape), parameter.requires_grad) for parameter in everything.values()]
+        check_same(function, transport, {"sync_every": self.sync_every})
+        check_replicas(function, transport, everything, about)
         self._shared = {
             name: nn.Parameter(parameter.detach().to(torch.float32, copy=True))
             for name, parameter in self._parameters.items()
         }
         make = optimizer if optimizer is not None else _as_it_is
         self.optimizer = make(list(self._shared.values()))
+        groups = getattr(self.optimizer, "param_groups", ())
+        if {id(p) for each in groups for p in each["params"]} != set(map(id, self._shared.values())):
+            raise ArgumentError(
+                f"{function}: optimizer must make one of all the parameters that it is given, and no others, "
+                f"got {type(self.optimizer).__name__}"
+            )
         self.local_steps = 0
 
     def step(self) -> bool:
@@ -160,13 +173,23 @@ class OuterOptimizer:
         the same bits on all ranks.
 
         Raises:
-            Those of `gck.all_reduce_`: the model, the residuals and the outer optimizer are as they were, and
-            the exchange may be tried again, on another group as `state.group`, too.
+            ArgumentError: the model has other parameters that train than when this was made.
+            CollectiveMismatchError: ranks differ in the number of exchanges, or in what they had in common
+                after the last one, as where it has ended on some ranks and failed on others, where they have
+                loaded different ones, or their outer optimizers differ; on all ranks, unless validate is
+                "off".
+            Those of `gck.all_reduce_`. The model, the residuals and the outer optimizer are as they were, and
+            the exchange may be tried again, on another group as `state.group`, too. What the outer
+            optimizer's own `step` raises comes later.
         """
         function = "gck.diloco.OuterOptimizer.synchronize"
+        self._check_model(function)
+        transport = resolve(self.state.group, self.state.timeout)
+        if self.state.validate != "off":
+            common = {"numbers of exchanges": self.state.step, "parameters in common": self._checksum()}
+            check_same(function, transport, common, "; load the same state_dict() on all of them")
         changes = {name: self._change(name) for name in self._parameters}
         flat = [_flat(change) for change in changes.values()]
-        transport = resolve(self.state.group, self.state.timeout)
         self._average(function, list(zip(self._parameters.values(), flat, strict=True)), transport)
         for name, shared in self._shared.items():
             shared.grad = changes[name]
@@ -222,6 +245,32 @@ class OuterOptimizer:
                 own.copy_(shared[name])
             self._write()
         self.state.step = step
+
+    def __reduce__(self) -> Any:
+        raise ArgumentError(
+            "gck.diloco.OuterOptimizer: it belongs to a model and a process group, and cannot be copied or "
+            "pickled; save state_dict(), and residuals by state.save"
+        )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def _check_model(self, function: str) -> None:
+        now = self._trained()
+        names = now.keys() | self._parameters.keys()
+        others = sorted(name for name in names if now.get(name) is not self._parameters.get(name))
+        if others:
+            raise ArgumentError(
+                f"{function}: {', '.join(others[:3])} of the model came, went, froze or was replaced after "
+                "the outer optimizer was made, and would not be exchanged; make a new one"
+            )
+
+    def _checksum(self) -> int:
+        """Of the bits of what all ranks have in common."""
+        total = 0
+        for place, shared in enumerate(self._shared.values(), 1):
+            total += place * int(shared.detach().view(torch.int32).sum(dtype=torch.int64))
+        return (total + 2**63) % 2**64 - 2**63
 
     def _check(self, function: str, name: str, parameter: Tensor) -> None:
         if parameter.dtype not in GRADIENTS:

@@ -39,13 +39,13 @@ def checked_names(names: object) -> frozenset[str]:
     return frozenset(names)
 
 
-def checked_count(name: str, value: object, function: str = "HookState") -> int:
-    """Raises DtypeError unless it is an int, ArgumentError where it is negative."""
+def checked_count(name: str, value: object, function: str = "HookState", least: int = 0) -> int:
+    """Raises DtypeError unless it is an int, ArgumentError where it is below `least`."""
     value = plain_int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise DtypeError(f"{function}: {name} must be an int, got {shown(value)}")
-    if value < 0:
-        raise ArgumentError(f"{function}: {name} must be at least 0, got {value}")
+    if value < least:
+        raise ArgumentError(f"{function}: {name} must be at least {least}, got {value}")
     return value
 
 

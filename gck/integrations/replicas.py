@@ -64,18 +64,25 @@ def check_replicas(
     perform(transport, function, run, torch.device("cpu"), False)
 
 
-def check_same(function: str, transport: Transport, name: str, value: int) -> None:
-    """Compares a number, in [0, 2**63), with that of every other rank; collective over the group.
+def check_same(function: str, transport: Transport, values: Mapping[str, int], advice: str = "") -> None:
+    """Compares numbers, in [-2**63, 2**63), with those of every other rank; collective over the group.
+
+    Args:
+        values: by what they are, for texts.
+        advice: the end of these.
 
     Raises:
         CollectiveMismatchError: on all ranks, if one has another.
     """
+    own = torch.tensor(list(values.values()), dtype=torch.int64, device="cpu")
 
     def run() -> None:
-        rows = _gathered(transport, value.to_bytes(8, "little"))
-        found = [int.from_bytes(row, "little") for row in rows]
-        if len(set(found)) > 1:
-            raise CollectiveMismatchError(f"{function}: ranks have different {name}: {found}")
+        rows = [list(memoryview(row).cast("q")) for row in _gathered(transport, own.numpy().tobytes())]
+        for name, found in zip(values, zip(*rows, strict=True), strict=True):
+            if len(set(found)) > 1:
+                raise CollectiveMismatchError(
+                    f"{function}: ranks have different {name}: {list(found)}{advice}"
+                )
 
     perform(transport, function, run, torch.device("cpu"), False)
 

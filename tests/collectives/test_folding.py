@@ -102,17 +102,45 @@ def test_nothing_is_lost_from_algorithm_to_algorithm() -> None:
         torch.testing.assert_close(got, mean, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["two_phase", "one_phase", "dense"])
+@pytest.mark.parametrize("first", ["avg", "sum"])
+def test_sums_after_means_and_means_after_sums(first: str, algorithm: str) -> None:
+    """A server residual is in units of the results that it was left of."""
+    other = "sum" if first == "avg" else "avg"
+
+    def train(member: SimulatedMember) -> tuple[Tensor, Tensor]:
+        state, given, got = used(member, member.rank, first), torch.zeros(N), torch.zeros(N)
+        assert state.worker is not None
+        assert state.server is not None
+        owned = state.server if first == "avg" else state.server / 3
+        given += state.worker
+        given[member.rank * len(owned) :][: len(owned)] += 3 * owned[: max(0, N - member.rank * len(owned))]
+        for op in (other, first, other):
+            grad = gradient(member.rank, len(op), N)
+            given += grad
+            result = gck.all_reduce_(grad, state, gck.Sign(UNIT), member, op, algorithm=algorithm)
+            got += result if op == "avg" else result / 3
+        got += gck.all_reduce_(torch.zeros(N), state, gck.TopK(ratio=1.0), member, algorithm="one_phase")
+        return given, got
+
+    found = SimulatedGroup(3).run(train)
+    mean = torch.stack([given for given, _ in found]).mean(0)
+    for _, got in found:
+        torch.testing.assert_close(got, mean, rtol=0, atol=2e-5)
+
+
 def test_an_error_leaves_both_residuals_in_their_buffers() -> None:
     def train(member: SimulatedMember) -> None:
         state, grad = used(member, member.rank, "avg"), gradient(member.rank, 3, N)
         before, buffers, binding = contents(state), (state.worker, state.server), state.binding
+        assert state.divisor == 3
         fails = Fragile(gck.TopK(ratio=0.1), 1 if member.rank == 1 else 0)
         with pytest.raises((MemoryError, PeerLostError)):
             gck.all_reduce_(grad, state, fails, member, algorithm="one_phase")
         assert same_bytes(grad, gradient(member.rank, 3, N))
         assert state.worker is buffers[0]
         assert state.server is buffers[1]
-        assert state.binding == binding
+        assert (state.binding, state.divisor) == (binding, 3)
         assert all(same_bytes(b, a) for b, a in zip(before, contents(state), strict=True) if b is not None)
 
     SimulatedGroup(3, timeout=20).run(train)
