@@ -239,7 +239,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         ([], "state must be a dict"),
         (saved | {"version": 9}, "state must have version"),
         (saved | {"step": -1}, "step must be an int >= 0, got -1"),
-        (saved | {"shared": None}, "shared must have the parameters of the model"),
+        (saved | {"shared": None}, "shared must be a dict of tensors, got None"),
+        (saved | {"shared": [[1]]}, "shared must be a dict of tensors, got "),
         (
             saved | {"shared": {name: saved["shared"][name]}},
             "has not, or too many, of kernel.weight, matrix.b",

@@ -222,8 +222,10 @@ class OuterOptimizer:
         step, shared = saved.get("step"), saved.get("shared")
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise StateMismatchError(f"{function}: step must be an int >= 0, got {shown(step)}")
-        if not isinstance(shared, Mapping) or shared.keys() != self._shared.keys():
-            names = sorted(map(str, set(shared or ()) ^ set(self._shared)))[:3]
+        if not isinstance(shared, Mapping):
+            raise StateMismatchError(f"{function}: shared must be a dict of tensors, got {shown(shared)}")
+        if shared.keys() != self._shared.keys():
+            names = sorted(map(str, shared.keys() ^ self._shared.keys()))[:3]
             raise StateMismatchError(
                 f"{function}: shared must have the parameters of the model, and has not, or too many, of "
                 f"{', '.join(names)}"
