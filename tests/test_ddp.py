@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import threading
 import time
 from dataclasses import dataclass
@@ -339,6 +340,23 @@ def test_sizes_are_checked() -> None:
 def test_wrong_options(make: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         make()
+
+
+def test_an_algorithm_is_checked_when_it_is_set() -> None:
+    """And not in a backward pass, which DDP would not survive."""
+    state = ddp.HookState(TopK(k=3))
+    for algorithm, text in (("ring", "must be one of"), ("two_phase", "needs a compressor that works on")):
+        with pytest.raises(ArgumentError, match=text):
+            state.algorithm = algorithm
+        assert state.algorithm == "auto"
+    state.algorithm = "dense"
+    assert state.algorithm == "dense"
+    assert pickle.loads(pickle.dumps(state)).algorithm == "dense"
+    old = ddp.HookState.__new__(ddp.HookState)
+    old.__setstate__(
+        {name.lstrip("_") if name == "_algorithm" else name: v for name, v in vars(state).items()}
+    )
+    assert old.algorithm == "dense"
 
 
 def test_parameter_of_another_model() -> None:

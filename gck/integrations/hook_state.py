@@ -98,9 +98,9 @@ class HookState(Saving):
         measure: bool = False,
         bypass_names: Collection[str] = (),
     ) -> None:
-        self.algorithm = algorithm
+        self._algorithm = algorithm
         self._bound = False
-        self.compressor = compressor
+        self.compressor = compressor  # checks both
         check_validate("HookState", validate)
         if timeout is not None:
             check_timeout(timeout)
@@ -133,6 +133,11 @@ class HookState(Saving):
         self._parameters: list[Tensor] = []
         if model is not None:
             self.bind(model)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of states that were pickled when `algorithm` was no property, too."""
+        state = dict(state)
+        self.__dict__.update({"_algorithm": state.pop("algorithm", "auto")} | state)
 
     def __repr__(self) -> str:
         """What is compressed by what, and into how many bits an element of this rank's payloads."""
@@ -208,6 +213,16 @@ class HookState(Saving):
             choice.check_names("HookState", self._names.values())
             check_units("HookState", choice, self.residuals)
         self._choice = choice
+
+    @property
+    def algorithm(self) -> str:
+        return self._algorithm
+
+    @algorithm.setter
+    def algorithm(self, value: str) -> None:
+        for compressor in self._choice.compressors:
+            check_algorithm("HookState", compressor, value)
+        self._algorithm = value
 
     @property
     def compressors(self) -> list[Compressor]:
