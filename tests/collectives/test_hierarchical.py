@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +59,9 @@ def test_equals_oracle(compressor: Any, algorithm: str, dtype: torch.dtype) -> N
         def train(group: HierarchicalGroup) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
             assert isinstance(group, Transport)
             found: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
-            for n in sizes:
+            for n, op in itertools.product(sizes, ("sum", "avg")):
                 state = ErrorFeedback()
-                for step, op in enumerate(("sum", "avg")):
+                for step in range(2):
                     grad = gradient(group.rank, step, n, dtype)
                     assert all_reduce_(grad, state, compressor, group, op, algorithm) is grad
                     kept = (state.worker, state.server)
@@ -68,13 +69,13 @@ def test_equals_oracle(compressor: Any, algorithm: str, dtype: torch.dtype) -> N
             return found
 
         results = iter(zip(*on_grid((nodes, local), train), strict=True))
-        for n in sizes:
+        for n, op in itertools.product(sizes, ("sum", "avg")):
             unit = compressor.shard_unit
             valid = oracle.valid_numels(n, unit or 1, local)
             errs = [[torch.zeros(v)] * nodes for v in valid]
             parts_of = [oracle.valid_numels(v, unit or 1, nodes) for v in valid]
             servers = [[torch.zeros(v) for v in parts] for parts in parts_of]
-            for step, op in enumerate(("sum", "avg")):
+            for step in range(2):
                 grads = [gradient(rank, step, n, dtype) for rank in range(world_size)]
                 parts = []
                 for i, sums in enumerate(oracle.node_sums(grads, local, unit)):
@@ -88,7 +89,7 @@ def test_equals_oracle(compressor: Any, algorithm: str, dtype: torch.dtype) -> N
                 expected = torch.cat(parts).to(dtype)
                 for rank, (grad, worker, server) in enumerate(next(results)):
                     node, i = divmod(rank, local)
-                    assert oracle.same(grad, expected), f"{nodes} x {local}, {n} elements, rank {rank}"
+                    assert oracle.same(grad, expected), f"{nodes} x {local}, {op}, {n} elements, rank {rank}"
                     assert worker is None if not valid[i] else oracle.same(worker, errs[i][node])
                     if server is not None:
                         assert oracle.same(server[: parts_of[i][node]], servers[i][node])
