@@ -334,7 +334,7 @@ class Reduction:
             finish = one_phase(*given, errs, counters, undo, *ends, memory=memory, keep=keep)
             measured.end()
             return finish
-        for state, bound in ((state, bound) for _, state, (_, bound), *_ in some):
+        for _, state, (_, bound), *_ in some:
             if state is not None and bound is not None:
                 state.divisor = self._divisor
         servers = [

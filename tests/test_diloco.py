@@ -25,6 +25,7 @@ from gck.errors import (
     PeerLostError,
     StateMismatchError,
 )
+from gck.integrations import diloco
 from tests.cases import same_bytes
 from tests.collectives.fragile import Fragile
 
@@ -352,27 +353,58 @@ def test_it_is_not_copied() -> None:
             copied(outer)
 
 
-def test_ctrl_c_releases_peers() -> None:
-    """Within an exchange on one rank: the others learn of it at once, and nothing has changed there."""
+@pytest.mark.parametrize("where", ["prepare_groups", "check_same"])
+def test_ctrl_c_gives_the_group_up(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank, before its part of the exchange: peers wait for that."""
+    plain = getattr(diloco, where)
 
-    class Interrupting(Fragile):
-        def _count(self, name: str) -> None:
-            try:
-                super()._count(name)
-            except MemoryError:
-                raise KeyboardInterrupt from None
+    def interrupted(*given: Any) -> Any:
+        transport = next(each for each in given if isinstance(each, SimulatedMember))
+        if transport.rank == 0 and "synchronize" in given[0]:
+            raise KeyboardInterrupt
+        return plain(*given)
 
     def rank_main(member: SimulatedMember) -> None:
         model = Model()
         outer = gck.diloco.OuterOptimizer(model, SIGNS, 1, optimizer=nesterov, group=member)
         wander(model, member.rank, 0)
         before = contents(outer, model)
-        outer.state.compressor = Interrupting(SIGNS, 1 if member.rank == 0 else 0)
-        with pytest.raises(KeyboardInterrupt if member.rank == 0 else PeerLostError):
-            outer.step()
+        if member.rank == 0:
+            with pytest.raises(KeyboardInterrupt):
+                outer.step()
+            with pytest.raises(GroupUnusableError, match=r"KeyboardInterrupt in gck\.diloco"):
+                member.barrier()
+        else:
+            with pytest.raises(PeerLostError, match=r"KeyboardInterrupt in gck\.diloco"):
+                outer.step()
         assert equal(contents(outer, model), before)
 
+    monkeypatch.setattr(diloco, where, interrupted)
     SimulatedGroup(WORLD, timeout=30).run(rank_main)
+
+
+def test_an_outer_optimizer_that_fails_to_load_is_put_back() -> None:
+    class HalfWay(torch.optim.SGD):
+        def load_state_dict(self, state_dict: Any) -> None:
+            super().load_state_dict(state_dict)
+            if state_dict["param_groups"][0]["lr"] == 9.0:
+                raise RuntimeError("no such rate")
+
+    options: dict[str, Any] = {"optimizer": lambda shared: HalfWay(shared, lr=1.0)}
+    outer = gck.diloco.OuterOptimizer(Model(), SIGNS, 1, group=SimulatedGroup(1).members[0], **options)
+    saved = copy.deepcopy(outer.state_dict())
+    saved["optimizer"]["param_groups"][0]["lr"] = 9.0
+    with pytest.raises(StateMismatchError, match="not of this outer optimizer: no such rate"):
+        outer.load_state_dict(saved)
+    assert outer.optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_averages_are_not_kept() -> None:
+    model = Model()
+    outer = gck.diloco.OuterOptimizer(model, SIGNS, 1, group=SimulatedGroup(1).members[0])
+    wander(model, 0, 0)
+    outer.step()
+    assert all(shared.grad is None for shared in outer.optimizer.param_groups[0]["params"])
 
 
 def make(model: nn.Module | None = None, every: Any = 1, **options: Any) -> Callable[[], object]:

@@ -32,9 +32,10 @@ from gck.compressor_choice import Choosable
 from gck.error_feedback import check_version
 from gck.errors import ArgumentError, DtypeError, LayoutError, StateMismatchError
 from gck.integrations.groups import grouped, prepare_groups
-from gck.integrations.hook_checks import GRADIENTS, check_layout, checked_count
+from gck.integrations.hook_checks import check_layout, checked_count
 from gck.integrations.hook_state import HookState
 from gck.integrations.replicas import check_replicas, check_same
+from gck.kernels.common.checks import GRAD_DTYPES
 from gck.values import shown
 
 __all__ = ["OuterOptimizer"]
@@ -185,9 +186,6 @@ class OuterOptimizer:
         function = "gck.diloco.OuterOptimizer.synchronize"
         self._check_model(function)
         transport = resolve(self.state.group, self.state.timeout)
-        if self.state.validate != "off":
-            common = {"numbers of exchanges": self.state.step, "parameters in common": self._checksum()}
-            check_same(function, transport, common, "; load the same state_dict() on all of them")
         changes = {name: self._change(name) for name in self._parameters}
         flat = [_flat(change) for change in changes.values()]
         self._average(function, list(zip(self._parameters.values(), flat, strict=True)), transport)
@@ -275,7 +273,7 @@ class OuterOptimizer:
         return (total + 2**63) % 2**64 - 2**63
 
     def _check(self, function: str, name: str, parameter: Tensor) -> None:
-        if parameter.dtype not in GRADIENTS:
+        if parameter.dtype not in GRAD_DTYPES:
             raise DtypeError(
                 f"{function}: parameters must be of fp32, bf16 or fp16, got {name} of {parameter.dtype}"
             )
@@ -294,7 +292,10 @@ class OuterOptimizer:
 
     def _average(self, function: str, pairs: list[tuple[Tensor, Tensor]], transport: Transport) -> None:
         """The changes become those of all ranks; or nothing has changed, where it raises."""
+        common = {"numbers of exchanges": self.state.step, "parameters in common": self._checksum()}
         try:
+            if self.state.validate != "off":
+                check_same(function, transport, common, "; load the same state_dict() on all of them")
             groups = grouped(self.state, pairs, warm_up=self.state.step < self.state.warmup_steps)
             reduce = prepare_groups(function, self.state, groups, transport, self.state.step)
             perform(transport, function, reduce, pairs[0][1].device, False)

@@ -13,10 +13,10 @@ from gck.compressor_choice import CompressorChoice
 from gck.error_feedback import ErrorFeedbackMap, check_version
 from gck.errors import ArgumentError, DtypeError, StateMismatchError
 from gck.factored import is_factored
+from gck.kernels.common.checks import GRAD_DTYPES
 from gck.values import MOST_FP64, plain_int, shown
 
 __all__ = [
-    "GRADIENTS",
     "check_dtypes",
     "check_layout",
     "check_units",
@@ -25,8 +25,6 @@ __all__ = [
     "checked_saved",
     "trained",
 ]
-
-GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def checked_names(names: object) -> frozenset[str]:
@@ -104,7 +102,7 @@ def check_dtypes(function: str, model: DistributedDataParallel) -> None:
     if getattr(model, "mixed_precision", None) is not None:
         return  # by which gradients have a dtype of their own
     for name, parameter in trained(model):
-        if parameter.dtype not in GRADIENTS:
+        if parameter.dtype not in GRAD_DTYPES:
             raise DtypeError(
                 f"{function}: gradients must be of fp32, bf16 or fp16, those of {name} are of "
                 f"{parameter.dtype}; what DDP is to leave alone it must be told before it wraps the model, "

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gck.errors import ArgumentError, BackendUnavailableError, DtypeError, ShapeMismatchError
-from gck.integrations.hook_checks import GRADIENTS
+from gck.kernels.common.checks import GRAD_DTYPES
 from gck.values import shown
 
 __all__ = ["Shards", "check_shards", "shards_of"]
@@ -153,7 +153,7 @@ def check_shards(function: str, model: nn.Module, shards: Sequence[Shards], grou
                 f"{function}: {name} is on the meta device; register when its values are there"
             )
         reduced = policy.reduce_dtype or policy.param_dtype or parameter.dtype
-        if parameter.requires_grad and reduced not in GRADIENTS:
+        if parameter.requires_grad and reduced not in GRAD_DTYPES:
             raise DtypeError(
                 f"{function}: gradients must be of fp32, bf16 or fp16, those of {name} are of {reduced}"
             )
