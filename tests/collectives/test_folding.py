@@ -129,14 +129,18 @@ def test_sums_after_means_and_means_after_sums(first: str, algorithm: str) -> No
         torch.testing.assert_close(got, mean, rtol=0, atol=2e-5)
 
 
-def test_an_error_leaves_both_residuals_in_their_buffers() -> None:
+@pytest.mark.parametrize(
+    ("compressor", "algorithm", "op"),
+    [(gck.TopK(ratio=0.1), "one_phase", "avg"), (gck.Sign(UNIT), "two_phase", "sum")],
+)
+def test_an_error_leaves_both_residuals_in_their_buffers(compressor: Any, algorithm: str, op: str) -> None:
     def train(member: SimulatedMember) -> None:
         state, grad = used(member, member.rank, "avg"), gradient(member.rank, 3, N)
         before, buffers, binding = contents(state), (state.worker, state.server), state.binding
         assert state.divisor == 3
-        fails = Fragile(gck.TopK(ratio=0.1), 1 if member.rank == 1 else 0)
+        fails = Fragile(compressor, 1 if member.rank == 1 else 0)
         with pytest.raises((MemoryError, PeerLostError)):
-            gck.all_reduce_(grad, state, fails, member, algorithm="one_phase")
+            gck.all_reduce_(grad, state, fails, member, op, algorithm=algorithm)
         assert same_bytes(grad, gradient(member.rank, 3, N))
         assert state.worker is buffers[0]
         assert state.server is buffers[1]
